@@ -1,0 +1,34 @@
+# make quickstart   set up everything, train the planner on digits, compare it with raster order
+# make test         set up everything, then ruff, mypy and all tests
+# make results      the full table of the README: all rows, 3 seeds
+# make lint         ruff and mypy only
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PYTEST_ARGS ?= -q --durations=15
+
+.DEFAULT_GOAL := quickstart
+.PHONY: quickstart test results lint
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+quickstart: $(INSTALLED)
+	$(BIN)/python -m orderrl.train agent=bc
+	$(BIN)/python -m orderrl.train agent=ppo
+	$(BIN)/python -m orderrl.evaluate
+
+results: $(INSTALLED)
+	$(BIN)/python -m orderrl.results
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -1,0 +1,114 @@
+"""Hand-made block orders, by name (each a permutation of the blocks)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from scipy.stats import qmc
+from torch import Tensor
+
+from orderrl.geometry import BlockGrid
+
+FIXED_SEED = 0  # of orders that are random but the same for every image
+
+
+def _by_key(geometry: BlockGrid, key: Callable[[int, int], tuple[float, ...]]) -> Tensor:
+    """Blocks sorted by a key of (row, column)."""
+    columns = geometry.columns
+    return torch.tensor(sorted(range(geometry.num_blocks), key=lambda b: key(b // columns, b % columns)))
+
+
+def raster(geometry: BlockGrid) -> Tensor:
+    """Row by row."""
+    return torch.arange(geometry.num_blocks)
+
+
+def column_major(geometry: BlockGrid) -> Tensor:
+    """Column by column."""
+    return _by_key(geometry, lambda r, c: (c, r))
+
+
+def zigzag(geometry: BlockGrid) -> Tensor:
+    """Row by row, every second row backwards."""
+    return _by_key(geometry, lambda r, c: (r, -c if r % 2 else c))
+
+
+def diagonal(geometry: BlockGrid) -> Tensor:
+    """Along the anti-diagonals from the top left."""
+    return _by_key(geometry, lambda r, c: (r + c, r))
+
+
+def spiral_in(geometry: BlockGrid) -> Tensor:
+    """Around the edge, then inwards."""
+    grid = np.arange(geometry.num_blocks).reshape(geometry.rows, geometry.columns)
+    order: list[int] = []
+    while grid.size:
+        order += grid[0].tolist()
+        grid = np.rot90(grid[1:])
+    return torch.tensor(order)
+
+
+def spiral_out(geometry: BlockGrid) -> Tensor:
+    """From the centre outwards: the reverse of `spiral_in`."""
+    return spiral_in(geometry).flip(0)
+
+
+def stride2(geometry: BlockGrid) -> Tensor:
+    """Every second row and column first, then the three remaining phases."""
+    phase = {(0, 0): 0, (0, 1): 1, (1, 0): 2, (1, 1): 3}
+    return _by_key(geometry, lambda r, c: (phase[r % 2, c % 2], r, c))
+
+
+def centre(geometry: BlockGrid) -> Tensor:
+    """By distance to the centre, with a small fixed perturbation that breaks ties."""
+    generator = torch.Generator().manual_seed(FIXED_SEED)
+    middle = torch.tensor([(geometry.rows - 1) / 2, (geometry.columns - 1) / 2])
+    distance = (geometry.centres - middle).norm(dim=-1)
+    return (distance + 0.3 * torch.rand(geometry.num_blocks, generator=generator)).argsort(stable=True)
+
+
+def fixed_random(geometry: BlockGrid) -> Tensor:
+    """One random permutation for all images."""
+    return torch.randperm(geometry.num_blocks, generator=torch.Generator().manual_seed(FIXED_SEED))
+
+
+def multiscale(geometry: BlockGrid) -> Tensor:
+    """Coarse to fine: the order of Bayer's dither matrix, so any prefix is spread evenly (Bayer, 1973)."""
+
+    def place(row: int, column: int) -> tuple[float, ...]:
+        digits = []
+        bit = 1
+        while bit < max(geometry.rows, geometry.columns):
+            r, c = bool(row & bit), bool(column & bit)
+            digits.append(float({(0, 0): 0, (1, 1): 1, (0, 1): 2, (1, 0): 3}[r, c]))
+            bit *= 2
+        return tuple(digits)
+
+    return _by_key(geometry, place)
+
+
+def halton(geometry: BlockGrid) -> Tensor:
+    """Blocks as a Halton sequence (bases 2 and 3) visits them (Besnier et al., 2025)."""
+    order: dict[int, None] = {}
+    sequence = qmc.Halton(d=2, scramble=False)
+    while len(order) < geometry.num_blocks:
+        for y, x in sequence.random(geometry.num_blocks):
+            order.setdefault(int(y * geometry.rows) * geometry.columns + int(x * geometry.columns))
+    return torch.tensor(list(order))
+
+
+ORDERS: dict[str, Callable[[BlockGrid], Tensor]] = {
+    "raster": raster,
+    "column_major": column_major,
+    "zigzag": zigzag,
+    "diagonal": diagonal,
+    "spiral_in": spiral_in,
+    "spiral_out": spiral_out,
+    "stride2": stride2,
+    "centre": centre,
+    "fixed_random": fixed_random,
+    "multiscale": multiscale,
+    "halton": halton,
+}

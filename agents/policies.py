@@ -1,0 +1,255 @@
+"""Policies: `policy(observation: TensorDict[batch], generator) -> int64 (batch,) or (batch, K + 1)`.
+
+Baselines rank the hidden blocks by an order or by a score and let a schedule choose the budget; planners choose
+both. Only references (oracle, lookahead, confidence) look at the state behind the observation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from orderrl.agents.distribution import RankedBlocks
+from orderrl.agents.schedules import Schedule, fixed
+from orderrl.envs.core import NextBlockCore
+from orderrl.geometry import BlockGrid
+from orderrl.oracle import block_gains, gain_uniforms, utilities
+from orderrl.planner import OrderHead
+
+Policy = Callable[[TensorDictBase, torch.Generator], Tensor]
+_LOWEST = -1e9
+
+
+class Scorer(Protocol):
+    """Scores blocks: (observation, generator) -> (M, B); higher is revealed earlier."""
+
+    def __call__(self, observation: TensorDictBase, generator: torch.Generator) -> Tensor: ...
+
+
+class RankingPolicy:
+    """Reveal the best-scored hidden blocks, as many as the schedule says.
+
+    Args:
+        scorer: scores the blocks.
+        geometry: the block grid.
+        budgets: the environment's budgets.
+        schedule: chooses the budget; None is the first budget always.
+        spacing: strength of the penalty for blocks close to those chosen in the same step, in units of the
+            scorer; 0 is none.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        geometry: BlockGrid,
+        budgets: tuple[int, ...] = (1,),
+        schedule: Schedule | None = None,
+        spacing: float = 0.0,
+    ) -> None:
+        self.scorer, self.budgets, self.schedule = scorer, budgets, schedule or fixed(0)
+        self.closeness = spacing * torch.exp(-(geometry.distances**2) / 2)
+
+    def __call__(self, observation: TensorDictBase, generator: torch.Generator) -> Tensor:
+        scores = self.scorer(observation, generator).float()
+        scores = scores.masked_fill(~observation["action_mask"].bool(), _LOWEST)
+        if self.budgets == (1,):
+            return scores.argmax(-1)
+        ranked = spaced_ranking(scores, self.closeness.to(scores), self.budgets[-1])
+        return torch.cat([ranked, self.schedule(observation)[:, None]], dim=-1)
+
+
+def spaced_ranking(scores: Tensor, closeness: Tensor, places: int) -> Tensor:
+    """Greedy ranking in which every chosen block lowers the scores of its neighbours.
+
+    Args:
+        scores: (M, B); very low where a block may not be chosen.
+        closeness: (B, B), what a chosen block takes from each other's score.
+        places: K.
+
+    Returns:
+        (M, K) int64.
+    """
+    ranked = []
+    for _ in range(places):
+        block = scores.argmax(-1, keepdim=True)
+        ranked.append(block)
+        scores = (scores - closeness[block[:, 0]]).scatter(-1, block, 2 * _LOWEST)
+    return torch.cat(ranked, dim=-1)
+
+
+# ---------------------------------------------------------------------- scorers
+
+
+def fixed_order(order: Tensor) -> Scorer:
+    """A fixed order (B,) of blocks as a scorer."""
+    rank = torch.empty(len(order))
+    rank[order] = torch.arange(len(order)).float()
+
+    def score(observation: TensorDictBase, generator: torch.Generator) -> Tensor:
+        return -rank.to(observation.device or "cpu").expand(observation["visible"].shape)
+
+    return score
+
+
+def uniform_random(observation: TensorDictBase, generator: torch.Generator) -> Tensor:
+    """A random order for each image."""
+    shape = observation["visible"].shape
+    return torch.rand(shape, generator=generator, device=generator.device).to(observation["entropy"].device)
+
+
+def low_entropy(observation: TensorDictBase, generator: torch.Generator) -> Tensor:
+    """The block whose first token is most certain first."""
+    return -observation["entropy"]
+
+
+def high_entropy(observation: TensorDictBase, generator: torch.Generator) -> Tensor:
+    """The block whose first token is least certain first."""
+    return observation["entropy"]
+
+
+SCORERS: dict[str, Scorer] = {
+    "random": uniform_random,
+    "low_entropy": low_entropy,
+    "high_entropy": high_entropy,
+}
+
+
+def planner_scorer(planner: OrderHead, reasoning_steps: int | None = None) -> Scorer:
+    """A planner's block scores, for use with a schedule."""
+
+    @torch.no_grad()
+    def score(observation: TensorDictBase, generator: torch.Generator) -> Tensor:
+        return planner(observation, reasoning_steps)[0]
+
+    return score
+
+
+# ---------------------------------------------------------------------- planners
+
+
+class PlannerPolicy:
+    """A planner as a policy: its own blocks and its own budget.
+
+    Args:
+        planner: in eval mode.
+        budgets: the environment's budgets.
+        deterministic: take the mode instead of sampling.
+        reasoning_steps: R; None takes the planner's.
+    """
+
+    def __init__(
+        self,
+        planner: OrderHead,
+        budgets: tuple[int, ...] = (1,),
+        deterministic: bool = True,
+        reasoning_steps: int | None = None,
+    ) -> None:
+        if planner.config.num_budgets != len(budgets):
+            raise ValueError(
+                f"budgets={budgets} need a planner with {len(budgets)} budgets, this one has "
+                f"{planner.config.num_budgets}"
+            )
+        self.planner, self.budgets, self.deterministic = planner, tuple(budgets), deterministic
+        self.reasoning_steps = reasoning_steps
+
+    @torch.no_grad()
+    def __call__(self, observation: TensorDictBase, generator: torch.Generator) -> Tensor:
+        scores, budget_logits, _ = self.planner(observation, self.reasoning_steps)
+        distribution = RankedBlocks(
+            self.planner.block_logits(scores),
+            observation["action_mask"],
+            budget_logits,
+            observation.get("budget_mask", None),
+            self.budgets,
+        )
+        return distribution.mode if self.deterministic else distribution.sample(generator=generator)
+
+
+# ---------------------------------------------------------------------- references
+
+
+class ReferencePolicy:
+    """A policy that asks for the state behind the observation; it cannot be trained against or deployed.
+
+    Subclasses implement `scores`, (M, B) for all M episodes of the core.
+    """
+
+    def __init__(self, budgets: tuple[int, ...] = (1,), schedule: Schedule | None = None) -> None:
+        self.budgets, self.schedule = tuple(budgets), schedule or fixed(0)
+
+    def scores(self, core: NextBlockCore, rows: Tensor, hidden: Tensor) -> Tensor:
+        """Scores (m, B) of some episodes that hide equally many blocks: rows (m,), hidden (m, C), both int64."""
+        raise TypeError(f"{type(self).__name__} must implement scores")
+
+    def act(self, core: NextBlockCore) -> Tensor:
+        """Actions for the core's current states."""
+        scores = all_scores(self, core)
+        scores = scores.masked_fill(core.visible, _LOWEST)
+        if self.budgets == (1,):
+            return scores.argmax(-1)
+        ranked = scores.topk(self.budgets[-1], dim=-1).indices
+        return torch.cat([ranked, self.schedule(core.observation())[:, None]], dim=-1)
+
+
+@torch.no_grad()
+def all_scores(policy: ReferencePolicy, core: NextBlockCore) -> Tensor:
+    """Scores of a reference for every episode, grouped by the number of hidden blocks, (M, B)."""
+    scores = torch.zeros_like(core.losses)
+    count = core.hidden_count
+    for value in count.unique().tolist():
+        if not value:
+            continue
+        rows = (count == value).nonzero().flatten()
+        hidden = core.visible[rows].long().argsort(dim=1, stable=True)[:, :value]
+        scores[rows] = policy.scores(core, rows, hidden)
+    return scores
+
+
+class Oracle(ReferencePolicy):
+    """Hindsight: the utility of every block computed with the true hidden tokens (mode "teacher" only)."""
+
+    def scores(self, core: NextBlockCore, rows: Tensor, hidden: Tensor) -> Tensor:
+        if core.config.mode != "teacher":
+            raise ValueError("the oracle policy needs the true tokens: use mode='teacher'")
+        gains = block_gains(core.backbone, core.prefix.select(rows), core.tokens[rows], hidden)
+        return utilities(gains, core.geometry, core.reward.pair_weights)
+
+
+class Lookahead(ReferencePolicy):
+    """No hindsight: expected utility over blocks drawn from the backbone itself (label kind "expected").
+
+    Args:
+        samples: draws for each block.
+    """
+
+    def __init__(self, samples: int = 1, budgets: tuple[int, ...] = (1,), schedule: Schedule | None = None) -> None:
+        super().__init__(budgets, schedule)
+        if samples < 1:
+            raise ValueError(f"samples must be at least 1, got {samples}")
+        self.samples = samples
+
+    def scores(self, core: NextBlockCore, rows: Tensor, hidden: Tensor) -> Tensor:
+        keys = (core.seeds[rows], core.episode[rows], core.step_count[rows])
+        uniforms = gain_uniforms(core.geometry, keys, self.samples, core.device)
+        prefix = core.prefix.select(rows)
+        gains = block_gains(core.backbone, prefix, core.tokens[rows], hidden, "expected", uniforms, self.samples)
+        return utilities(gains, core.geometry, core.reward.pair_weights)
+
+
+class Confidence(ReferencePolicy):
+    """OAR: draw every hidden block and reveal the one whose draw is most likely (arXiv:2504.17069)."""
+
+    def scores(self, core: NextBlockCore, rows: Tensor, hidden: Tensor) -> Tensor:
+        geometry, prefix = core.geometry, core.prefix.select(rows)
+        keys = (core.seeds[rows], core.episode[rows], core.step_count[rows])
+        uniforms = gain_uniforms(geometry, keys, 1, core.device)[:, 0]
+        noise = uniforms.gather(1, hidden[..., None].expand(-1, -1, geometry.tokens_per_block))
+        drawn = core.backbone.decode(prefix, hidden, noise, core.config.sampling)
+        positions = geometry.block_tokens.to(core.device)[hidden].flatten(1)
+        tokens = core.tokens[rows].scatter(1, positions, drawn.flatten(1))
+        losses, _ = core.backbone.context_loss(prefix, tokens, hidden)
+        return torch.zeros_like(core.losses[rows]).scatter(1, hidden, -losses.loss)

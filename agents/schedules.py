@@ -1,0 +1,64 @@
+"""How many blocks a step reveals when the order does not say so itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+Schedule = Callable[[TensorDictBase], Tensor]
+
+
+def fixed(place: int = 0) -> Schedule:
+    """Always the budget at one place of the list: observation -> (M,) int64."""
+
+    def schedule(observation: TensorDictBase) -> Tensor:
+        return torch.full_like(observation["label"], place)
+
+    return schedule
+
+
+def growing(budgets: tuple[int, ...], sizes: tuple[int, ...]) -> Schedule:
+    """Step sizes in sequence, for example (1, 2, 4, 4, 5): the step is read off the number of visible blocks.
+
+    Args:
+        budgets: the environment's budgets.
+        sizes: blocks of each step; they must sum to B and be budgets.
+
+    Raises:
+        ValueError: if a size is no budget.
+    """
+    missing = sorted(set(sizes) - set(budgets))
+    if missing:
+        raise ValueError(f"sizes={sizes} name {missing}, which are not among budgets={budgets}")
+    ends = torch.tensor(sizes).cumsum(0)
+    places = torch.tensor([budgets.index(size) for size in sizes])
+
+    def schedule(observation: TensorDictBase) -> Tensor:
+        visible = observation["visible"].sum(-1).contiguous()
+        step = torch.searchsorted(ends.to(visible.device), visible, right=True).clamp_max(len(sizes) - 1)
+        return places.to(visible.device)[step]
+
+    return schedule
+
+
+def entropy_threshold(budgets: tuple[int, ...], threshold: float) -> Schedule:
+    """The largest budget k whose k most certain hidden blocks have a mean first-token entropy below a threshold.
+
+    Args:
+        budgets: the environment's budgets.
+        threshold: nats.
+    """
+
+    def schedule(observation: TensorDictBase) -> Tensor:
+        mask = observation["action_mask"]
+        entropy = torch.where(mask, observation["entropy"], torch.inf).sort(-1).values
+        chosen = torch.zeros_like(observation["label"])
+        for place, budget in enumerate(budgets):
+            fits = entropy[..., :budget].mean(-1) < threshold
+            chosen = torch.where(fits, place, chosen)
+        return chosen
+
+    return schedule

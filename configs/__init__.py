@@ -1,0 +1,1 @@
+"""Hydra configuration: a primary file for each command, a folder for each group."""

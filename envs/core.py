@@ -1,0 +1,488 @@
+"""The batched core of `orderrl/NextBlock-v0`: M images being revealed at once on the backbone's device.
+
+The Gymnasium `Env`, the Gymnasium `VectorEnv` and the TorchRL `EnvBase` are thin faces of this class.
+A step appends the chosen blocks to the prefix cache (the first block's entries are those that its
+context loss already computed) and makes one packed forward over the chains of the blocks still hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from orderrl.backbones.protocol import Backbone
+from orderrl.backbones.sampling import Sampling
+from orderrl.data import TokenSet
+from orderrl.envs.reward import ILLEGAL_REWARD, Reward, RewardConfig
+from orderrl.random import Stream, keyed_index, keyed_uniform
+
+MODES = ("teacher", "generate")
+
+
+@dataclass(frozen=True)
+class CoreConfig:
+    """What an environment is, apart from backbone, data and seed.
+
+    Attributes:
+        mode: "teacher" reveals true tokens, "generate" lets the backbone draw them.
+        budgets: how many blocks an action may reveal; ascending.
+        reward: what is paid for.
+        sampling: how tokens are drawn in mode "generate".
+        strict: raise on an illegal action instead of voiding the step.
+        hindsight: in mode "generate", replay finished images for their return; off, the reward is 0.
+    """
+
+    mode: str = "teacher"
+    budgets: tuple[int, ...] = (1,)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    sampling: Sampling = field(default_factory=Sampling)
+    strict: bool = False
+    hindsight: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "budgets", tuple(int(k) for k in self.budgets))
+        if self.mode not in MODES:
+            raise ValueError(f"mode={self.mode!r} is unknown; choose one of {', '.join(MODES)}")
+        if not self.budgets or list(self.budgets) != sorted(set(self.budgets)) or self.budgets[0] < 1:
+            raise ValueError(f"budgets must be ascending positive numbers of blocks, got {self.budgets}")
+
+
+class Transition(NamedTuple):
+    """What a step gave, each (M,).
+
+    Attributes:
+        reward: float32, nats per image token.
+        terminated: bool, the image is complete.
+        truncated: bool, 2 * B steps are used up.
+        illegal: bool, the step was void.
+    """
+
+    reward: Tensor
+    terminated: Tensor
+    truncated: Tensor
+    illegal: Tensor
+
+
+class _Look(NamedTuple):
+    """Reusable entries of one packed forward: which rows it covered, where each block's chain is."""
+
+    rows: Tensor  # (m,) int64
+    place: Tensor  # (m, B) int64
+    entries: Any
+
+
+class NextBlockCore:
+    """M concurrent episodes.
+
+    Args:
+        backbone: frozen, order-robust; its device is the core's.
+        data: images to reveal (mode "teacher"); labels alone are drawn uniformly in mode "generate".
+        num_envs: M.
+        config: mode, budgets, reward, sampling.
+        seed: sub-environment i behaves like a single environment of seed + i.
+        track_losses: compute context losses even if the reward does not need them.
+
+    Raises:
+        ValueError: if data and backbone do not fit or a budget exceeds the number of blocks.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        data: TokenSet,
+        num_envs: int,
+        config: CoreConfig,
+        seed: int = 0,
+        track_losses: bool = False,
+    ) -> None:
+        geometry = backbone.geometry
+        if num_envs < 1:
+            raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+        if config.budgets[-1] > geometry.num_blocks:
+            raise ValueError(
+                f"budgets={config.budgets} exceed the {geometry.num_blocks} blocks of the image; "
+                f"use budgets up to {geometry.num_blocks}"
+            )
+        check_fits(backbone, data)
+        self.backbone, self.data, self.config, self.geometry = backbone, data, config, geometry
+        self.num_envs = num_envs
+        self.device = backbone_device(backbone)
+        self.reward = Reward(config.reward, geometry)
+        self._context_losses = config.mode == "teacher" and (track_losses or config.reward.form == "future_loss")
+        self._budgets = torch.tensor(config.budgets, device=self.device)
+        self._data_tokens, self._data_labels = data.tokens.to(self.device), data.labels.to(self.device)
+        self._block_tokens = geometry.block_tokens.to(self.device)
+        m, b = num_envs, geometry.num_blocks
+        zeros = torch.zeros(m, dtype=torch.int64, device=self.device)
+        self.seeds = torch.arange(m, device=self.device) + seed
+        self.episode = zeros - 1
+        self.step_count = zeros.clone()
+        self.image_index = zeros.clone()
+        self.labels = zeros.clone()
+        self.tokens = torch.zeros(m, geometry.num_tokens, dtype=torch.int64, device=self.device)
+        self.visible = torch.zeros(m, b, dtype=torch.bool, device=self.device)
+        self.reveal_step = torch.full((m, b), -1, dtype=torch.int64, device=self.device)
+        self.reveal_rank = torch.full((m, b), -1, dtype=torch.int64, device=self.device)
+        self.losses = torch.zeros(m, b, device=self.device)
+        self.start_losses = torch.zeros(m, b, device=self.device)
+        self.hidden = torch.zeros(m, b, backbone.hidden_size, device=self.device)
+        self.entropy = torch.zeros(m, b, device=self.device)
+        self.prefix: Any = backbone.start(self.labels)
+        guided = config.mode == "generate" and config.sampling.guidance != 1
+        self._dropped = torch.full_like(zeros, backbone.num_classes)
+        self.unconditional: Any = backbone.start(self._dropped) if guided else None
+        self._looks: list[_Look] = []
+
+    # ------------------------------------------------------------------ what a policy may see
+
+    @property
+    def multi(self) -> bool:
+        """Whether actions are ranked lists with a budget index instead of single blocks."""
+        return self.config.budgets != (1,)
+
+    @property
+    def largest_budget(self) -> int:
+        """K, the length of the ranked list of an action."""
+        return self.config.budgets[-1]
+
+    @property
+    def hidden_count(self) -> Tensor:
+        """(M,) int64: hidden blocks."""
+        return (~self.visible).sum(-1)
+
+    def budget_mask(self) -> Tensor:
+        """(M, number of budgets) bool: a budget is legal up to the hidden blocks; the smallest always is."""
+        mask = self._budgets <= self.hidden_count[:, None]
+        mask[:, 0] = True
+        return mask
+
+    def observation(self, rows: Tensor | None = None) -> TensorDict:
+        """What a policy sees, batch (M,) or (len(rows),); no hidden token has any influence on it.
+
+        Keys: hidden (B, D) float32, entropy (B,) float32 nats, visible (B,) bool, label () int64,
+        fraction (1,) float32, action_mask (B,) bool; with several budgets budget_mask (n,) bool.
+        """
+        parts = {
+            "hidden": self.hidden,
+            "entropy": self.entropy,
+            "visible": self.visible,
+            "label": self.labels,
+            "fraction": self.visible.float().mean(-1, keepdim=True),
+            "action_mask": ~self.visible,
+        }
+        if self.multi:
+            parts["budget_mask"] = self.budget_mask()
+        if rows is not None:
+            return TensorDict({k: v[rows] for k, v in parts.items()}, batch_size=[len(rows)])
+        return TensorDict({k: v.clone() for k, v in parts.items()}, batch_size=[self.num_envs])
+
+    # ------------------------------------------------------------------ episodes
+
+    def seed(self, seeds: Tensor | int) -> None:
+        """Start every sub-environment's history again: its next reset is episode 0 of its seed."""
+        if isinstance(seeds, int):
+            seeds = torch.arange(self.num_envs) + seeds
+        self.seeds = seeds.to(self.device)
+        self.episode = torch.full_like(self.episode, -1)
+
+    @torch.no_grad()
+    def reset(self, rows: Tensor | None = None, index: Tensor | int | None = None) -> None:
+        """Begin new episodes.
+
+        Args:
+            rows: (m,) int64 sub-environments; None is all.
+            index: () or (m,) images of the data set; None draws them from (seed, episode).
+
+        Raises:
+            ValueError: if an index lies outside the data set.
+        """
+        rows = torch.arange(self.num_envs, device=self.device) if rows is None else rows.to(self.device)
+        self._begin(rows, index)
+        self._looks = [] if len(rows) == self.num_envs else self._looks
+        self._look(rows)
+        self.start_losses[rows] = self.losses[rows]
+
+    def _begin(self, rows: Tensor, index: Tensor | int | None) -> None:
+        if not len(rows):
+            return
+        self.episode[rows] += 1
+        key = (Stream.IMAGE, self.seeds[rows], self.episode[rows])
+        if self.config.mode == "generate":
+            self.labels[rows] = keyed_index(key, self.backbone.num_classes, self.device)
+            self.image_index[rows] = -1
+            self.tokens[rows] = 0
+            if index is not None:
+                self.labels[rows] = self._data_labels[self._checked_index(index, rows)]
+        else:
+            chosen = keyed_index(key, len(self.data), self.device)
+            if index is not None:
+                chosen = self._checked_index(index, rows)
+            self.image_index[rows] = chosen
+            self.tokens[rows], self.labels[rows] = self._data_tokens[chosen], self._data_labels[chosen]
+        self.set_labels(rows, self.labels[rows])
+        self.visible[rows] = False
+        self.step_count[rows] = 0
+        self.reveal_step[rows] = -1
+        self.reveal_rank[rows] = -1
+
+    def set_labels(self, rows: Tensor, labels: Tensor) -> None:
+        """Condition some episodes on class labels; only before anything is revealed."""
+        self.labels[rows] = labels
+        whole = len(rows) == self.num_envs
+        started = self.backbone.start(labels)
+        self.prefix = started if whole else self.prefix.put(rows, started)
+        if self.unconditional is not None:
+            started = self.backbone.start(self._dropped[rows])
+            self.unconditional = started if whole else self.unconditional.put(rows, started)
+
+    def _checked_index(self, index: Tensor | int, rows: Tensor) -> Tensor:
+        chosen = torch.as_tensor(index, dtype=torch.int64, device=self.device).expand(len(rows))
+        if ((chosen < 0) | (chosen >= len(self.data))).any():
+            raise ValueError(
+                f"index={chosen.tolist()} lies outside the {len(self.data)} images of "
+                f"{self.data.name}/{self.data.split}; use 0 to {len(self.data) - 1}"
+            )
+        return chosen
+
+    @torch.no_grad()
+    def step(self, actions: Tensor, restart: Tensor | None = None) -> Transition:
+        """Reveal blocks. Finished episodes ignore their action: nothing happens and nothing is paid.
+
+        Args:
+            actions: (M,) int64 block, or (M, K + 1) int64: a ranked list and the index of the budget.
+            restart: (M,) bool, episodes that begin anew instead; their action is ignored (NEXT_STEP).
+
+        Raises:
+            ValueError: if the shape or dtype is wrong, or with `strict` if an action is illegal.
+        """
+        restart = torch.zeros_like(self.visible[:, 0]) if restart is None else restart.to(self.device)
+        blocks, count, legal = self.read_actions(actions)
+        idle = restart | self.visible.all(-1)
+        illegal = ~legal & ~idle
+        if self.config.strict and illegal.any():
+            row = int(illegal.nonzero()[0, 0])
+            raise ValueError(
+                f"action {actions[row].tolist()} of sub-environment {row} is illegal: blocks must be hidden, "
+                f"distinct and in 0..{self.geometry.num_blocks - 1}, the budget legal; hidden now: "
+                f"{(~self.visible[row]).nonzero().flatten().tolist()}"
+            )
+        count = torch.where(idle | illegal, 0, count)
+        blocks = torch.where(torch.arange(blocks.shape[1], device=self.device) < count[:, None], blocks, 0)
+        before, revealed = self.losses.clone(), self._mark(blocks, count)
+        if self.config.mode == "teacher" and self.config.reward.form == "charged" and not self._context_losses:
+            losses, _ = self.backbone.context_loss(self.prefix, self.tokens, blocks)
+            counted = torch.arange(blocks.shape[1], device=self.device) < count[:, None]
+            before = torch.zeros_like(before).scatter_add(1, blocks, torch.where(counted, losses.loss, 0.0))
+        if self.config.mode == "generate":
+            self._draw(blocks, count)
+        self._append(blocks, count)
+        self._record(blocks, count)
+        self.step_count += (~idle).long()
+        self._looks = []
+        self._begin(restart.nonzero().flatten(), None)
+        looking = (~self.visible.all(-1)).nonzero().flatten()
+        self._look(looking)
+        self.start_losses = torch.where(restart[:, None], self.losses, self.start_losses)
+        terminated = self.visible.all(-1)
+        truncated = (self.step_count >= 2 * self.geometry.num_blocks) & ~terminated
+        if self.config.mode == "teacher":
+            reward = self.reward(before, self.losses, revealed, self.visible)
+        else:
+            reward = self._hindsight_return(terminated & (count > 0))
+        reward = torch.where(illegal, ILLEGAL_REWARD, reward)
+        return Transition(torch.where(idle, 0.0, reward), terminated, truncated, illegal)
+
+    # ------------------------------------------------------------------ parts of a step
+
+    def read_actions(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Ranked blocks (M, K), how many of them count (M,), and whether the action is legal (M,) bool."""
+        expected = (self.num_envs, self.largest_budget + 1) if self.multi else (self.num_envs,)
+        if actions.is_floating_point() or actions.dtype == torch.bool:
+            raise ValueError(f"action must be int64, got {actions.dtype}; return block indices, not scores")
+        if tuple(actions.shape) != expected:
+            raise ValueError(f"action must have shape {expected}, got {tuple(actions.shape)}")
+        actions = actions.to(self.device, torch.int64)
+        if not self.multi:
+            blocks, count = actions[:, None], torch.ones_like(actions)
+            legal = torch.ones_like(actions, dtype=torch.bool)
+        else:
+            blocks, chosen = actions[:, :-1], actions[:, -1]
+            inside = (chosen >= 0) & (chosen < len(self._budgets))
+            safe = chosen.clamp(0, len(self._budgets) - 1)
+            legal = inside & self.budget_mask().gather(1, safe[:, None])[:, 0]
+            count = torch.minimum(self._budgets[safe], self.hidden_count)
+        counted = torch.arange(blocks.shape[1], device=self.device) < count[:, None]
+        in_range = (blocks >= 0) & (blocks < self.geometry.num_blocks)
+        safe_blocks = torch.where(in_range, blocks, 0)
+        named = torch.zeros_like(self.losses).scatter_add(1, safe_blocks, (counted & in_range).float())
+        legal &= (in_range | ~counted).all(-1) & (named <= (~self.visible).float()).all(-1)
+        return safe_blocks, count, legal
+
+    def _mark(self, blocks: Tensor, count: Tensor) -> Tensor:
+        """(M, B) bool: the first `count` of the listed blocks."""
+        counted = torch.arange(blocks.shape[1], device=self.device) < count[:, None]
+        marks = torch.zeros_like(self.losses).scatter_add(1, blocks, counted.float())
+        return marks > 0
+
+    def _draw(self, blocks: Tensor, count: Tensor) -> None:
+        """Sample the tokens of the chosen blocks with numbers keyed by (seed, episode, step, token)."""
+        positions = self._block_tokens[blocks]  # (M, K, p*p)
+        key = (self.seeds, self.episode, self.step_count)
+        uniforms = keyed_uniform((Stream.TOKEN, *(k[:, None, None] for k in key), positions), self.device)
+        drawn = self.backbone.decode(self.prefix, blocks, uniforms, self.config.sampling, self.unconditional)
+        counted = (torch.arange(blocks.shape[1], device=self.device) < count[:, None])[..., None]
+        index = torch.where(counted, positions, self.geometry.num_tokens).flatten(1)
+        padded = torch.cat([self.tokens, self.tokens[:, :1]], dim=1)
+        self.tokens = padded.scatter(1, index, drawn.flatten(1))[:, :-1]
+
+    def _append(self, blocks: Tensor, count: Tensor) -> None:
+        """Append the revealed blocks to the prefix, reusing the first block's chain entries."""
+        widest = int(count.max())
+        if not widest:
+            return
+        blocks = blocks[:, :widest]
+        first = self._first_entries(blocks[:, 0])
+        self.prefix = self.backbone.extend(self.prefix, self.tokens, blocks, count, first)
+        if self.unconditional is not None:
+            self.unconditional = self.backbone.extend(self.unconditional, self.tokens, blocks, count)
+
+    def _first_entries(self, block: Tensor) -> Any:
+        """Chain entries of one block per row, gathered from the looks that computed them."""
+        if not self._looks:
+            return None
+        if len(self._looks) == 1 and len(self._looks[0].rows) == self.num_envs:
+            look = self._looks[0]
+            return look.entries.chain(look.place.gather(1, block[:, None])[:, 0])
+        chosen = None
+        for look in self._looks:  # in order: a later look at the same row is the valid one
+            part = look.entries.chain(look.place.gather(1, block[look.rows][:, None])[:, 0])
+            chosen = part.spread(look.rows, self.num_envs, chosen)
+        return chosen
+
+    def _record(self, blocks: Tensor, count: Tensor) -> None:
+        """Mark blocks as visible and remember when and in which rank they were revealed."""
+        counted = torch.arange(blocks.shape[1], device=self.device) < count[:, None]
+        rows, ranks = counted.nonzero(as_tuple=True)
+        chosen = blocks[rows, ranks]
+        self.visible[rows, chosen] = True
+        self.reveal_step[rows, chosen] = self.step_count[rows]
+        self.reveal_rank[rows, chosen] = ranks
+
+    def _look(self, rows: Tensor) -> None:
+        """Refresh what is known of hidden blocks: observation parts, and in mode "teacher" their losses."""
+        total = self.geometry.num_blocks
+        finished = torch.ones(self.num_envs, dtype=torch.bool, device=self.device)
+        finished[rows] = False
+        finished &= self.visible.all(-1)
+        self.hidden[finished], self.entropy[finished], self.losses[finished] = 0.0, 0.0, 0.0
+        if not len(rows):
+            return
+        widest = int(self.hidden_count[rows].max())
+        blocks = self.visible[rows].long().argsort(dim=1, stable=True)[:, :widest]  # hidden blocks first
+        is_hidden = ~self.visible[rows].gather(1, blocks)
+        prefix = self.prefix if len(rows) == self.num_envs else self.prefix.select(rows)
+        if self._context_losses:
+            now, entries = self.backbone.context_loss(prefix, self.tokens[rows], blocks)
+            place = torch.zeros_like(self.visible[rows], dtype=torch.int64)
+            place = place.scatter(1, blocks, torch.arange(widest, device=self.device).expand_as(blocks))
+            self._looks.append(_Look(rows, place, entries))
+            hidden, entropy = now.hidden, now.entropy
+            losses = now.loss.new_zeros(len(rows), total)
+            self.losses[rows] = losses.scatter(1, blocks, torch.where(is_hidden, now.loss, 0.0))
+        else:
+            hidden, entropy = self.backbone.observe(prefix, blocks)
+        shown = torch.zeros_like(self.hidden[rows])
+        index = blocks[..., None].expand_as(hidden)
+        self.hidden[rows] = shown.scatter(1, index, torch.where(is_hidden[..., None], hidden, 0.0))
+        blank = torch.zeros_like(self.entropy[rows])
+        self.entropy[rows] = blank.scatter(1, blocks, torch.where(is_hidden, entropy, 0.0))
+
+    def _hindsight_return(self, finished: Tensor) -> Tensor:
+        """Whole return of images that were just finished, by replaying them with their tokens known."""
+        reward = torch.zeros(self.num_envs, device=self.device)
+        rows = finished.nonzero().flatten()
+        if not self.config.hindsight or not len(rows):
+            return reward
+        reward[rows] = replay_return(
+            self.backbone,
+            self.data,
+            self.tokens[rows],
+            self.labels[rows],
+            self.reveal_step[rows],
+            self.reveal_rank[rows],
+            self.config.reward,
+        )
+        return reward
+
+
+def replay_return(
+    backbone: Backbone,
+    data: TokenSet,
+    tokens: Tensor,
+    labels: Tensor,
+    reveal_step: Tensor,
+    reveal_rank: Tensor,
+    reward: RewardConfig,
+) -> Tensor:
+    """Return of finished images under the order in which they were revealed.
+
+    Args:
+        backbone: scores the blocks.
+        data: any token set of the same shape.
+        tokens: (m, N) int64, finished images.
+        labels: (m,) int64.
+        reveal_step: (m, B) int64, the step that revealed each block; void steps are skipped numbers.
+        reveal_rank: (m, B) int64, its place in the action of that step.
+        reward: what is paid for.
+
+    Returns:
+        (m,) float32, nats per image token; every planner step that revealed something is charged.
+    """
+    images = TokenSet(
+        data.name, "replay", tokens.cpu(), labels.cpu(), data.height, data.width, data.vocab_size, data.num_classes
+    )
+    sizes = torch.nn.functional.one_hot(reveal_step).sum(1)  # (m, steps)
+    largest = int(sizes.max())
+    config = CoreConfig(budgets=tuple(range(1, largest + 1)), reward=reward)
+    core = NextBlockCore(backbone, images, len(tokens), config)
+    core.reset(index=torch.arange(len(tokens)))
+    total = torch.zeros(len(tokens), device=core.device)
+    places = torch.arange(largest, device=core.device)
+    for step in range(sizes.shape[1]):
+        count = sizes[:, step]
+        acting = (count > 0) & ~core.visible.all(-1)
+        rank = torch.where(reveal_step == step, reveal_rank, largest)
+        blocks = rank.argsort(dim=1, stable=True)[:, :largest]
+        # a row without a step here is given a void action: its reward is dropped below
+        blocks = torch.where((places < count[:, None]), blocks, 0)
+        actions = torch.cat([blocks, (count - 1).clamp_min(0)[:, None]], 1) if core.multi else blocks[:, 0]
+        if core.multi:
+            actions = torch.where(acting[:, None], actions, -1)
+        else:
+            actions = torch.where(acting, actions, -1)
+        total += torch.where(acting, core.step(actions).reward, 0.0)
+    return total
+
+
+def check_fits(backbone: Backbone, data: TokenSet) -> None:
+    """Raise ValueError if the token set is not what the backbone was made for."""
+    geometry = backbone.geometry
+    have = (data.height, data.width, data.vocab_size, data.num_classes)
+    want = (geometry.height, geometry.width, backbone.vocab_size, backbone.num_classes)
+    if have != want:
+        raise ValueError(
+            f"data {data.name!r} (height, width, vocab_size, num_classes) = {have} does not fit the backbone's {want}; "
+            "choose the data set that the backbone was trained on"
+        )
+
+
+def backbone_device(backbone: Backbone) -> torch.device:
+    """Device of a backbone's parameters; the CPU for one without any."""
+    if isinstance(backbone, torch.nn.Module):
+        for parameter in backbone.parameters():
+            return parameter.device
+    return torch.device("cpu")

@@ -1,0 +1,112 @@
+"""The single Gymnasium environment."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+
+from orderrl.envs.build import build_core
+from orderrl.envs.render import frame
+from orderrl.envs.spaces import action_space, flat_mask, observation_space, to_numpy
+
+
+class NextBlockEnv(gym.Env[dict[str, Any], Any]):
+    """Choose the order in which a frozen image generator reveals the blocks of an image.
+
+    ## Description
+    An image is a grid of tokens cut into B square blocks, all hidden at first. Every step reveals one or
+    several blocks: their true tokens (mode "teacher") or tokens that the backbone draws (mode "generate").
+    A good order makes what is still hidden easy to predict.
+
+    ## Action Space
+    `Discrete(B)` if `budgets == (1,)`: the block to reveal. Otherwise `MultiDiscrete([B] * K + [n])` with K the
+    largest budget and n their number: a ranked list of blocks and the index of the budget k; entries past k
+    are ignored. A budget is legal if it does not exceed the hidden blocks; if none is, the smallest is legal
+    and cut short. Masks: `info["action_mask"]` (int8), `env.action_masks()` (flat, bool).
+
+    ## Observation Space
+    A `Dict`: `hidden` (B, D) float32, the backbone's hidden state at the first query of each hidden block (zero
+    where visible); `entropy` (B,) float32, entropy of that query's prediction, nats; `visible` (B,) int8; `label`;
+    `fraction` (1,) float32, revealed share; `action_mask` (B,) int8; with several budgets `budget_mask` (n,) int8.
+    No hidden token influences any of them.
+
+    ## Rewards
+    Nats per image token. Objective "likelihood": U(a|S) = 1/N sum over still hidden blocks of the drop of their
+    loss. Objective "context": U(a|S) * (1 - revealed share after the step). Minus `step_cost` / N for every step.
+    Mode "generate": 0 until the last step, which returns the whole return in hindsight. An illegal action
+    reveals nothing and costs 0.1; with `strict=True` it raises `ValueError`.
+
+    ## Starting State
+    Everything hidden; the image (or label) is drawn from (seed, episode). `reset(options={"index": i})` takes
+    image i of the data set.
+
+    ## Episode End
+    Terminated when all blocks are visible, truncated after 2 * B steps.
+
+    ## Arguments
+    - `backbone`: name, path or `Backbone` object ("digits").
+    - `data`, `split`: data set by name or a `TokenSet` ("digits", "planner").
+    - `mode`: "teacher" or "generate".
+    - `budgets`: numbers of blocks that a step may reveal, ascending ((1,)).
+    - `objective`: "context" or "likelihood"; `form`: "future_loss" or "charged"; `weight`: "uniform" or "far" with
+      `sigma` in blocks; `step_cost` in nats per image.
+    - `sampling`: a `Sampling` for mode "generate".
+    - `strict`: raise on illegal actions.
+    - `seed`: used by resets without a seed; `device`: where the backbone runs.
+    - `render_mode`: None or "rgb_array": the partial image beside the order as a heat map.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 4}
+
+    def __init__(self, render_mode: str | None = None, **arguments: Any) -> None:
+        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
+            raise ValueError(f"render_mode={render_mode!r} is unknown; choose 'rgb_array' or None")
+        self.render_mode = render_mode
+        self._seeded = "seed" in arguments
+        self.core = build_core(1, **arguments)
+        budgets = self.core.config.budgets
+        self.observation_space = observation_space(self.core.backbone, budgets)
+        self.action_space = action_space(self.core.backbone, budgets)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Begin an episode; `options={"index": i}` chooses the image."""
+        super().reset(seed=seed)
+        if seed is None and not self._seeded:
+            seed = int(self.np_random.integers(2**31))
+        if seed is not None:
+            self.core.seed(seed)
+            self._seeded = True
+        self.core.reset(index=(options or {}).get("index"))
+        return self._observation(), self._info(False)
+
+    def step(self, action: Any) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+        """Reveal the blocks of an action."""
+        row = torch.as_tensor(np.asarray(action))[None]
+        reward, terminated, truncated, illegal = self.core.step(row)
+        return self._observation(), reward.item(), terminated.item(), truncated.item(), self._info(illegal.item())
+
+    def action_masks(self) -> np.ndarray:
+        """Flat bool mask of legal entries: (B,), or (K * B + number of budgets,)."""
+        return flat_mask(self.core.observation(), self.core.largest_budget)[0].cpu().numpy()
+
+    def render(self) -> np.ndarray | None:  # type: ignore[override]
+        """(h, w, 3) uint8: the partial image with hidden blocks grey, beside the order as a heat map."""
+        if self.render_mode is None:
+            return None
+        core = self.core
+        return frame(core.data, core.geometry, core.tokens[0], core.visible[0], core.reveal_step[0])
+
+    def _observation(self) -> dict[str, Any]:
+        parts = {key: value[0] for key, value in to_numpy(self.core.observation()).items()}
+        parts["label"] = np.int64(parts["label"])
+        return parts
+
+    def _info(self, illegal: bool) -> dict[str, Any]:
+        observation = to_numpy(self.core.observation())
+        masks = {key: observation[key][0] for key in ("action_mask", "budget_mask") if key in observation}
+        return {**masks, "illegal": bool(illegal)}

@@ -1,0 +1,56 @@
+"""Pictures of partly revealed images and of the order of reveal."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from torch import Tensor
+from torch.nn import functional as F
+
+from orderrl.data import TokenSet
+from orderrl.geometry import BlockGrid
+
+GREY = 127
+
+
+def partial_images(data: TokenSet, geometry: BlockGrid, tokens: Tensor, visible: Tensor) -> Tensor:
+    """Decode images with their hidden blocks grey.
+
+    Args:
+        data: decodes tokens to pixels.
+        geometry: the block grid.
+        tokens: (..., N) int64; hidden ones are not shown.
+        visible: (..., B) bool.
+
+    Returns:
+        (..., 3, h, w) uint8.
+    """
+    shown = visible[..., geometry.token_block.to(visible.device)]
+    images = data.images(torch.where(shown, tokens, 0).cpu())
+    mask = shown.cpu().unflatten(-1, (geometry.height, geometry.width))
+    scale = images.shape[-1] // geometry.width
+    mask = mask.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+    return torch.where(mask.unsqueeze(-3), images, GREY)
+
+
+def order_image(geometry: BlockGrid, reveal_step: Tensor, height: int, width: int) -> Tensor:
+    """Heat map of the reveal step of each block, hidden blocks grey: reveal_step (B,) -> (3, height, width) uint8."""
+    steps = reveal_step.cpu().float()
+    colours = torch.from_numpy(colormaps["viridis"]((steps / max(float(steps.max()), 1.0)).clamp(0, 1).numpy()))
+    colours = (colours[:, :3] * 255).round().to(torch.uint8)
+    colours[steps < 0] = GREY
+    blocks = colours.T.view(1, 3, geometry.rows, geometry.columns).float()
+    return F.interpolate(blocks, size=(height, width), mode="nearest")[0].to(torch.uint8)
+
+
+def frame(
+    data: TokenSet, geometry: BlockGrid, tokens: Tensor, visible: Tensor, reveal_step: Tensor, scale: int = 16
+) -> np.ndarray:
+    """Partial image beside the heat map of its order, (h, w, 3) uint8, each token `scale` pixels wide."""
+    image = partial_images(data, geometry, tokens, visible)
+    height, width = image.shape[-2] * scale, image.shape[-1] * scale
+    large = image.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+    gap = torch.full((3, height, scale // 2), 255, dtype=torch.uint8)
+    order = order_image(geometry, reveal_step, height, width)
+    return torch.cat([large, gap, order], dim=-1).permute(1, 2, 0).numpy()

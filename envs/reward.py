@@ -1,0 +1,116 @@
+"""What a reveal is worth: the two objectives and their forms (design, section 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from orderrl.geometry import BlockGrid
+from orderrl.oracle import WEIGHTS, distance_weights
+
+OBJECTIVES = ("context", "likelihood")
+FORMS = ("future_loss", "charged")
+ILLEGAL_REWARD = -0.1
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """What the environment pays for.
+
+    Attributes:
+        objective: "context" pays U(a|S) * (1 - |S + a| / B): useful context first (fact 2);
+            "likelihood" pays U(a|S): short code length under the parallel block sampler (fact 1).
+        form: "future_loss" pays U itself; "charged" pays -1/N times the losses of the revealed blocks,
+            which differs from U by a potential and needs only their chains (likelihood, uniform weight).
+        weight: "uniform" or "far" (Algorithm 2 of the plan).
+        sigma: reach of "far", in blocks.
+        step_cost: cost of a planner step, nats per image.
+    """
+
+    objective: str = "context"
+    form: str = "future_loss"
+    weight: str = "uniform"
+    sigma: float = 1.5
+    step_cost: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("objective", OBJECTIVES), ("form", FORMS), ("weight", WEIGHTS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}")
+        if not self.sigma > 0:
+            raise ValueError(f"sigma must be positive (in blocks), got {self.sigma}")
+        if not self.step_cost >= 0:
+            raise ValueError(f"step_cost must be at least 0 nats per image, got {self.step_cost}")
+        if self.form == "charged" and (self.objective != "likelihood" or self.weight != "uniform"):
+            raise ValueError(
+                "form='charged' equals the utility up to a potential only for objective='likelihood' and "
+                f"weight='uniform', got objective={self.objective!r}, weight={self.weight!r}"
+            )
+
+
+def future_loss_reduction(before: Tensor, after: Tensor, hidden: Tensor, weights: Tensor | None = None) -> Tensor:
+    """U(a | S) * N: what a reveal lowers the losses of the blocks that stay hidden by.
+
+    Args:
+        before: (M, B) block losses given S, nats.
+        after: (M, B) block losses given S and a, nats.
+        hidden: (M, B) bool, hidden after the reveal.
+        weights: (M, B) w(b, a); None is 1.
+
+    Returns:
+        (M,) nats per image.
+    """
+    drop = torch.where(hidden, before - after, 0.0)
+    return (drop if weights is None else drop * weights).sum(-1)
+
+
+def set_weights(pair_weights: Tensor, revealed: Tensor) -> Tensor:
+    """w(b, a) of a revealed set: the weight to its nearest member.
+
+    Args:
+        pair_weights: (B, B), growing with distance.
+        revealed: (M, B) bool, the members of a.
+
+    Returns:
+        (M, B): the smallest weight over the members; 1 where nothing was revealed.
+    """
+    masked = torch.where(revealed[:, :, None], pair_weights.to(revealed.device), torch.inf)  # (M, a, b)
+    return masked.amin(1).nan_to_num(posinf=1.0)
+
+
+class Reward:
+    """Reward of a batch of reveals.
+
+    Args:
+        config: what is paid for.
+        geometry: the block grid.
+    """
+
+    def __init__(self, config: RewardConfig, geometry: BlockGrid) -> None:
+        self.config = config
+        self.geometry = geometry
+        self.pair_weights = distance_weights(geometry, config.weight, config.sigma)
+
+    def __call__(self, before: Tensor, after: Tensor | None, revealed: Tensor, visible: Tensor) -> Tensor:
+        """Reward of one step.
+
+        Args:
+            before: (M, B) losses given S_t, nats; for form "charged" only those of revealed blocks are read.
+            after: (M, B) losses given S_{t+1}, nats, zero where visible; not read for form "charged".
+            revealed: (M, B) bool, the blocks of this step.
+            visible: (M, B) bool, visible after this step.
+
+        Returns:
+            (M,) float32, nats per image token.
+        """
+        if self.config.form == "charged":
+            value = -torch.where(revealed, before, 0.0).sum(-1)
+        else:
+            assert after is not None
+            weights = None if self.config.weight == "uniform" else set_weights(self.pair_weights, revealed)
+            value = future_loss_reduction(before, after, ~visible, weights)
+            if self.config.objective == "context":
+                value = value * (1 - visible.float().mean(-1))
+        return (value - self.config.step_cost) / self.geometry.num_tokens

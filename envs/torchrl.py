@@ -1,0 +1,101 @@
+"""The TorchRL environment: tensors stay on the backbone's device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.data import Binary, Bounded, Categorical, Composite, MultiCategorical, TensorSpec, Unbounded
+from torchrl.envs import EnvBase
+
+from orderrl.envs.build import build_core
+from orderrl.envs.core import NextBlockCore
+from orderrl.envs.spaces import hidden_bound
+
+
+class NextBlockTorchRLEnv(EnvBase):
+    """M environments as one batched TorchRL `EnvBase`; description and rewards as in `NextBlockEnv`.
+
+    Observation keys are those of the core: hidden, entropy, visible, label, fraction, action_mask and, with
+    several budgets, budget_mask (masks are bool). `illegal` says whether the last step was void.
+
+    Args:
+        num_envs: M.
+        privileged: add the key `context_loss` (M, B) float32, nats: the losses of hidden blocks, which
+            depend on hidden tokens. For a critic in training only; it stands in no Gymnasium space.
+        core: an existing core to wrap instead of building one from `arguments`.
+        arguments: as for `NextBlockEnv`.
+    """
+
+    batch_locked = True
+
+    def __init__(
+        self, num_envs: int = 1, privileged: bool = False, core: NextBlockCore | None = None, **arguments: Any
+    ) -> None:
+        self.core = build_core(num_envs, **arguments) if core is None else core
+        super().__init__(device=self.core.device, batch_size=[self.core.num_envs])
+        self.privileged = privileged
+        if privileged and not self.core._context_losses:
+            raise ValueError("privileged=True needs context losses: use mode='teacher' and form='future_loss'")
+        self._make_specs()
+
+    def _make_specs(self) -> None:
+        core, m, b = self.core, self.core.num_envs, self.core.geometry.num_blocks
+        bound = torch.from_numpy(hidden_bound(core.backbone)).expand(m, b, -1)
+        entropy = torch.log(torch.tensor(float(core.backbone.vocab_size))).item() * 1.001
+        specs: dict[str, TensorSpec] = {
+            "hidden": Bounded(-bound, bound, dtype=torch.float32),
+            "entropy": Bounded(0.0, entropy, (m, b), dtype=torch.float32),
+            "visible": Binary(b, (m, b), dtype=torch.bool),
+            "label": Categorical(core.backbone.num_classes, (m,)),
+            "fraction": Bounded(0.0, 1.0, (m, 1), dtype=torch.float32),
+            "action_mask": Binary(b, (m, b), dtype=torch.bool),
+            "illegal": Binary(1, (m, 1), dtype=torch.bool),
+        }
+        if core.multi:
+            n = len(core.config.budgets)
+            specs["budget_mask"] = Binary(n, (m, n), dtype=torch.bool)
+        if self.privileged:
+            specs["context_loss"] = Unbounded((m, b), dtype=torch.float32)
+        self.observation_spec = Composite(specs, shape=(m,), device=core.device)
+        if core.multi:
+            self.action_spec = MultiCategorical(
+                [b] * core.largest_budget + [len(core.config.budgets)], (m, core.largest_budget + 1)
+            )
+        else:
+            self.action_spec = Categorical(b, (m,))
+        self.reward_spec = Unbounded((m, 1), dtype=torch.float32)
+        self.done_spec = Composite(
+            {key: Binary(1, (m, 1), dtype=torch.bool) for key in ("done", "terminated", "truncated")}, shape=(m,)
+        )
+
+    def _observe(self, illegal: Tensor) -> dict[str, Tensor]:
+        parts = dict(self.core.observation().items())
+        parts["illegal"] = illegal[:, None]
+        if self.privileged:
+            parts["context_loss"] = self.core.losses.clone()
+        return parts
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDictBase:
+        rows = None
+        if tensordict is not None and "_reset" in tensordict:
+            rows = tensordict["_reset"].flatten().nonzero().flatten()
+        self.core.reset(rows, kwargs.get("index"))
+        falsehood = torch.zeros(self.core.num_envs, dtype=torch.bool, device=self.device)
+        done = {key: falsehood[:, None].clone() for key in ("done", "terminated", "truncated")}
+        return TensorDict(self._observe(falsehood) | done, batch_size=self.batch_size, device=self.device)
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        reward, terminated, truncated, illegal = self.core.step(tensordict["action"])
+        parts = self._observe(illegal) | {
+            "reward": reward[:, None],
+            "terminated": terminated[:, None],
+            "truncated": truncated[:, None],
+            "done": (terminated | truncated)[:, None],
+        }
+        return TensorDict(parts, batch_size=self.batch_size, device=self.device)
+
+    def _set_seed(self, seed: int | None) -> None:
+        self.core.seed(0 if seed is None else seed)

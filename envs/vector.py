@@ -1,0 +1,142 @@
+"""The vectorised Gymnasium environment: one batched core, no processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+from orderrl.envs.build import build_core
+from orderrl.envs.render import frame
+from orderrl.envs.spaces import action_space, flat_mask, observation_space, to_numpy
+
+
+class NextBlockVectorEnv(VectorEnv[dict[str, Any], Any, np.ndarray]):
+    """M environments in one batch; description, spaces and rewards as in `NextBlockEnv`.
+
+    Sub-environment i of seed s behaves like a single environment of seed s + i.
+
+    Args:
+        num_envs: M.
+        autoreset_mode: NEXT_STEP (default), SAME_STEP or DISABLED, as a value or its name.
+        render_mode: None or "rgb_array".
+        arguments: as for `NextBlockEnv`.
+    """
+
+    metadata: dict[str, Any] = {
+        "render_modes": ["rgb_array"],
+        "render_fps": 4,
+        "autoreset_mode": AutoresetMode.NEXT_STEP,
+    }
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
+        render_mode: str | None = None,
+        **arguments: Any,
+    ) -> None:
+        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
+            raise ValueError(f"render_mode={render_mode!r} is unknown; choose 'rgb_array' or None")
+        self.autoreset_mode = _autoreset_mode(autoreset_mode)
+        self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
+        self.render_mode = render_mode
+        self.num_envs = num_envs
+        self._seeded = "seed" in arguments
+        self.core = build_core(num_envs, **arguments)
+        budgets = self.core.config.budgets
+        self.single_observation_space = observation_space(self.core.backbone, budgets)
+        self.single_action_space = action_space(self.core.backbone, budgets)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self._done = torch.zeros(num_envs, dtype=torch.bool)
+
+    def reset(
+        self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Begin episodes; `options`: "index" chooses images, "reset_mask" (M,) bool some sub-environments."""
+        options = options or {}
+        if isinstance(seed, (list, tuple)):
+            fresh = [int(self.np_random.integers(2**31)) if s is None else s for s in seed]
+            self.core.seed(torch.tensor(fresh))
+            self._seeded = True
+        else:
+            super().reset(seed=seed)
+            if seed is None and not self._seeded:
+                seed = int(self.np_random.integers(2**31))
+            if seed is not None:
+                self.core.seed(seed)
+                self._seeded = True
+        rows = None
+        if "reset_mask" in options:
+            rows = torch.as_tensor(np.asarray(options["reset_mask"])).nonzero().flatten()
+        self.core.reset(rows, options.get("index"))
+        self._done[slice(None) if rows is None else rows] = False
+        return to_numpy(self.core.observation()), self._info(torch.zeros(self.num_envs, dtype=torch.bool))
+
+    def step(
+        self, actions: Any
+    ) -> tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Reveal the blocks of every action; finished episodes begin anew as `autoreset_mode` says."""
+        next_step = self.autoreset_mode is AutoresetMode.NEXT_STEP
+        if self.autoreset_mode is AutoresetMode.DISABLED and self._done.any():
+            raise ValueError(
+                f"sub-environments {self._done.nonzero().flatten().tolist()} are finished; with autoreset_mode="
+                "DISABLED call reset(options={'reset_mask': ...}) first"
+            )
+        restart = self._done.clone() if next_step else None
+        reward, terminated, truncated, illegal = self.core.step(torch.as_tensor(np.asarray(actions)), restart)
+        self._done = (terminated | truncated).cpu()
+        info: dict[str, Any] = {}
+        if self.autoreset_mode is AutoresetMode.SAME_STEP and self._done.any():
+            info = self._final(to_numpy(self.core.observation()), illegal)
+            self.core.reset(self._done.nonzero().flatten())
+        return (
+            to_numpy(self.core.observation()),
+            reward.double().cpu().numpy(),
+            terminated.cpu().numpy(),
+            truncated.cpu().numpy(),
+            self._info(illegal) | info,
+        )
+
+    def _final(self, observation: dict[str, np.ndarray], illegal: torch.Tensor) -> dict[str, Any]:
+        """Last observations and infos of finished episodes, as Gymnasium's SAME_STEP convention has them."""
+        finished = self._done.numpy()
+        final = np.full(self.num_envs, None, dtype=object)
+        for row in np.flatnonzero(finished):
+            final[row] = {key: value[row] for key, value in observation.items()}
+        last = self._info(illegal)
+        return {"final_obs": final, "_final_obs": finished.copy(), "final_info": last, "_final_info": finished.copy()}
+
+    def action_masks(self) -> np.ndarray:
+        """Flat bool masks of legal entries: (M, B), or (M, K * B + number of budgets)."""
+        return flat_mask(self.core.observation(), self.core.largest_budget).cpu().numpy()
+
+    def render(self) -> tuple[np.ndarray, ...] | None:
+        """One frame for every sub-environment, as in `NextBlockEnv.render`."""
+        if self.render_mode is None:
+            return None
+        core = self.core
+        return tuple(
+            frame(core.data, core.geometry, core.tokens[i], core.visible[i], core.reveal_step[i])
+            for i in range(self.num_envs)
+        )
+
+    def _info(self, illegal: torch.Tensor) -> dict[str, Any]:
+        observation = to_numpy(self.core.observation())
+        info: dict[str, Any] = {"illegal": illegal.cpu().numpy()}
+        info |= {key: observation[key] for key in ("action_mask", "budget_mask") if key in observation}
+        present = np.ones(self.num_envs, dtype=bool)
+        return info | {f"_{key}": present.copy() for key in list(info)}
+
+
+def _autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:
+    if isinstance(mode, AutoresetMode):
+        return mode
+    by_name = {m.name: m for m in AutoresetMode} | {m.value: m for m in AutoresetMode}
+    if mode not in by_name:
+        raise ValueError(f"autoreset_mode={mode!r} is unknown; choose one of {', '.join(m.name for m in AutoresetMode)}")
+    return by_name[mode]

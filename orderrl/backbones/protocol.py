@@ -1,0 +1,110 @@
+"""What OrderRL asks of a backbone."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from orderrl.backbones.sampling import Sampling
+from orderrl.geometry import BlockGrid
+
+
+class BlockLosses(NamedTuple):
+    """What one packed forward says about C hidden blocks of M states.
+
+    Attributes:
+        loss: (M, C) float32, block loss -log q(x_b | x_S, c), nats.
+        hidden: (M, C, D), final-norm hidden state of the first query of each block's chain.
+        entropy: (M, C) float32, entropy of that query's prediction, nats.
+    """
+
+    loss: Tensor
+    hidden: Tensor
+    entropy: Tensor
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """An order-robust generator whose prefix can be cached.
+
+    `prefix` is the backbone's own cache of M states; the environment only passes it on, and calls
+    `select(rows)` and `put(rows, other)` of it to work on some of the states.
+
+    Attributes:
+        geometry: the block grid.
+        vocab_size: token values.
+        num_classes: class labels; label `num_classes` is the dropped one.
+        hidden_size: D, width of hidden states.
+    """
+
+    geometry: BlockGrid
+    vocab_size: int
+    num_classes: int
+    hidden_size: int
+
+    def start(self, labels: Tensor) -> Any:
+        """Cache of the empty state: labels (M,) int64 -> prefix of M states."""
+
+    def context_loss(
+        self, prefix: Any, tokens: Tensor, blocks: Tensor, past: Any = None, whole: bool = False
+    ) -> tuple[BlockLosses, Any]:
+        """Losses of hidden blocks given only the visible context (design, section 2).
+
+        Args:
+            prefix: cache of M states.
+            tokens: (M, N) int64, the true image in raster order.
+            blocks: (M, C) int64, blocks whose chains are scored; a block may be named twice.
+            past: entries that each chain sees before its own, as `context_loss` of another block
+                returned them with `whole`: the loss is then the one given the prefix and that block.
+            whole: also encode each block's last content token, so that the entries can be a `past`.
+
+        Returns:
+            The losses, and the chains' entries for reuse in `extend` or as `past`.
+        """
+
+    def expected_gain(self, prefix: Any, blocks: Tensor, past: Any, uniforms: Tensor) -> Tensor:
+        """Expected gain of revealing a block, over the backbone's own hidden tokens (design, section 3, fact 6).
+
+        Args:
+            prefix: cache of M states.
+            blocks: (M, C) int64, the blocks whose loss is lowered.
+            past: entries of the revealed block of each chain, from `context_loss` with `whole`.
+            uniforms: (M, C, p*p) in [0, 1): the chain's earlier tokens are drawn from q(. | S + a) with them.
+
+        Returns:
+            (M, C) float32, nats: sum along the chain of KL(q(. | S + a, earlier) || q(. | S, earlier)).
+        """
+
+    def observe(self, prefix: Any, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """First queries only, no token needed: blocks (M, C) -> hidden (M, C, D), entropy (M, C) in nats."""
+
+    def extend(self, prefix: Any, tokens: Tensor, blocks: Tensor, count: Tensor, first: Any = None) -> Any:
+        """Append revealed blocks, each seeing those before it (RandAR's rule).
+
+        Args:
+            prefix: cache of M states; it may be changed in place.
+            tokens: (M, N) int64; only the revealed blocks are read.
+            blocks: (M, K) int64, in the order of the action.
+            count: (M,) int64 in [0, K], how many of them are revealed.
+            first: entries of the first block's chain from `context_loss`, to be kept, not computed again.
+
+        Returns:
+            The cache of the new states.
+        """
+
+    def decode(
+        self, prefix: Any, blocks: Tensor, uniforms: Tensor, sampling: Sampling, unconditional: Any = None
+    ) -> Tensor:
+        """Draw blocks in parallel: token by token inside, independent of each other given the prefix.
+
+        Args:
+            prefix: cache of M states.
+            blocks: (M, K) int64.
+            uniforms: (M, K, p*p) in [0, 1), one for each token.
+            sampling: temperature, top-k, top-p, guidance.
+            unconditional: cache of the same states under the dropped label, for guidance.
+
+        Returns:
+            (M, K, p*p) int64 tokens.
+        """

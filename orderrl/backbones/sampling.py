@@ -1,0 +1,74 @@
+"""Drawing tokens from logits: guidance, temperature, top-k, top-p."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn.
+
+    Attributes:
+        temperature: divides the logits; 1 leaves them.
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: keep the smallest set of tokens whose probability reaches p; 1 keeps all.
+        guidance: classifier-free guidance scale: unconditional + guidance * (conditional - unconditional);
+            1 needs no unconditional pass.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be 0 (keep all) or positive, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+        if not self.guidance >= 0:
+            raise ValueError(f"guidance must be at least 0, got {self.guidance}")
+
+
+def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Set the logits of excluded tokens to minus infinity, top-k first, then top-p on what is left.
+
+    The token that crosses the threshold p is kept (Holtzman et al., 2020), ties at rank k too.
+    """
+    if 0 < top_k < logits.shape[-1]:
+        threshold = logits.topk(top_k).values[..., -1:]
+        logits = logits.masked_fill(logits < threshold, -torch.inf)
+    if top_p < 1:
+        ordered, index = logits.sort(descending=True)
+        probability = ordered.softmax(-1)
+        beyond = probability.cumsum(-1) - probability > top_p
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, index, beyond), -torch.inf)
+    return logits
+
+
+def sample_tokens(
+    logits: Tensor, uniforms: Tensor, sampling: Sampling, unconditional: Tensor | None = None
+) -> Tensor:
+    """Draw one token per row by inverting the cumulative distribution at given uniform numbers.
+
+    Args:
+        logits: (..., vocab), conditional.
+        uniforms: (...) in [0, 1): equal numbers give equal tokens, whatever the batch.
+        sampling: temperature and filters.
+        unconditional: (..., vocab), logits under the dropped label; needed when guidance is not 1.
+
+    Returns:
+        (...) int64 tokens.
+    """
+    if unconditional is not None:
+        logits = unconditional + sampling.guidance * (logits - unconditional)
+    logits = filter_logits(logits / sampling.temperature, sampling.top_k, sampling.top_p)
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    target = uniforms.double()[..., None] * cumulative[..., -1:]
+    return torch.searchsorted(cumulative, target, right=True)[..., 0].clamp_max(logits.shape[-1] - 1)

@@ -1,0 +1,199 @@
+"""Training an order-robust backbone: the block-RAR curriculum.
+
+Block order is random, tokens inside a block stay in raster order (block form of RAR, Yu et al., 2024).
+An optional anneal moves to raster at the end; the last checkpoint of the random phase is kept beside
+the final one and is the default, because annealed weights forget random orders.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from orderrl.backbones.transformer import OrderRobustTransformer, cross_entropy
+from orderrl.data import TokenSet
+from orderrl.geometry import BlockGrid
+
+ORDERS = ("random", "raster")
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """How a backbone is trained.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: images per step.
+        learning_rate: peak of the cosine schedule.
+        warmup: steps of linear warm-up.
+        weight_decay: of AdamW, on matrices only.
+        label_dropout: share of labels replaced by the dropped label, for guidance.
+        augmentation: strength of the data set's mild augmentation; 0 is none.
+        order: "random" block orders (order-robust) or "raster" alone.
+        anneal_from: fraction of training after which the share of random orders falls linearly to 0
+            at the end; 1 never anneals.
+        ema: decay of the exponential moving average of the weights that is saved.
+        evaluate_every: steps between evaluations.
+        bf16: compute in bfloat16 where the device has it.
+        seed: of initialisation, batches, orders and augmentation.
+    """
+
+    steps: int = 2000
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    warmup: int = 100
+    weight_decay: float = 0.05
+    label_dropout: float = 0.1
+    augmentation: float = 1.0
+    order: str = "random"
+    anneal_from: float = 1.0
+    ema: float = 0.995
+    evaluate_every: int = 200
+    bf16: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.order not in ORDERS:
+            raise ValueError(f"order={self.order!r} is unknown; choose one of {', '.join(ORDERS)}")
+        for name in ("steps", "batch_size", "evaluate_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("label_dropout", "anneal_from", "ema"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+
+
+def random_share(step: int, config: PretrainConfig) -> float:
+    """Probability that an image is trained in a random block order at this step; else raster blocks."""
+    if config.order == "raster":
+        return 0.0
+    start = config.anneal_from * config.steps
+    if step < start:
+        return 1.0
+    return 1.0 - (step - start) / max(config.steps - start, 1)
+
+
+def learning_rate_factor(step: int, config: PretrainConfig) -> float:
+    """Linear warm-up, then a cosine to 2 % of the peak."""
+    if step < config.warmup:
+        return (step + 1) / config.warmup
+    progress = (step - config.warmup) / max(config.steps - config.warmup, 1)
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def block_orders(geometry: BlockGrid, count: int, share: float, generator: torch.Generator) -> Tensor:
+    """Token orders (count, N) int64: random block order with probability `share`, else raster blocks."""
+    shuffled = torch.rand(count, geometry.num_blocks, generator=generator).argsort(1)
+    raster = torch.arange(geometry.num_blocks).expand_as(shuffled)
+    chosen = torch.rand(count, 1, generator=generator) < share
+    return geometry.token_order(torch.where(chosen, shuffled, raster))
+
+
+def raster_token_orders(geometry: BlockGrid, count: int) -> Tensor:
+    """Plain raster token order for `count` images, (count, N) int64: what a raster-only model is trained on."""
+    return torch.arange(geometry.num_tokens).expand(count, -1)
+
+
+@torch.no_grad()
+def mean_loss(backbone: OrderRobustTransformer, data: TokenSet, orders: Tensor, batch_size: int = 500) -> float:
+    """Mean teacher-forced loss of a token set under given token orders (n, N), nats per token."""
+    device = next(backbone.parameters()).device
+    total = 0.0
+    for rows in torch.arange(len(data)).split(batch_size):
+        tokens, order = data.tokens[rows].to(device), orders[rows].to(device)
+        logits = backbone.teacher_forced(tokens, data.labels[rows].to(device), order)
+        total += cross_entropy(logits, tokens, order).sum().item()
+    return total / data.tokens.numel()
+
+
+def order_losses(backbone: OrderRobustTransformer, data: TokenSet, seed: int = 0, repeats: int = 4) -> dict[str, float]:
+    """Loss under random block orders (mean of several), raster blocks and plain raster tokens, nats per token."""
+    geometry = backbone.geometry
+    generator = torch.Generator().manual_seed(seed)
+    random = [mean_loss(backbone, data, block_orders(geometry, len(data), 1.0, generator)) for _ in range(repeats)]
+    return {
+        "loss_random": sum(random) / repeats,
+        "loss_raster": mean_loss(backbone, data, block_orders(geometry, len(data), 0.0, generator)),
+        "loss_token_raster": mean_loss(backbone, data, raster_token_orders(geometry, len(data))),
+    }
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def pretrain(
+    backbone: OrderRobustTransformer,
+    train: TokenSet,
+    held_out: TokenSet,
+    config: PretrainConfig,
+    augment: Callable[[Tensor, torch.Generator, float], Tensor] | None = None,
+    on_random_phase_end: Callable[[OrderRobustTransformer], None] | None = None,
+) -> Iterator[dict[str, float]]:
+    """Train in place; on return the backbone holds the averaged weights.
+
+    Args:
+        backbone: trained in place.
+        train: images to learn from.
+        held_out: images for the logged losses; never trained on.
+        config: hyper-parameters.
+        augment: the data set's augmentation, called with tokens, generator and strength.
+        on_random_phase_end: receives the averaged backbone at the last step with random orders only.
+
+    Yields:
+        One dict of metrics a step: step, loss (nats per token), learning_rate, random_share; with
+        held-out losses at every evaluation.
+    """
+    device = next(backbone.parameters()).device
+    generator = torch.Generator().manual_seed(config.seed)
+    optimizer = torch.optim.AdamW(
+        _parameter_groups(backbone, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.95)
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, config))
+    averaged = AveragedModel(backbone, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+    kept_random = False
+    for step in range(config.steps):
+        share = random_share(step, config)
+        if share < 1 and config.order == "random" and not kept_random:
+            kept_random = True
+            if on_random_phase_end is not None:
+                on_random_phase_end(averaged.module)
+        rows = torch.randint(len(train), (config.batch_size,), generator=generator)
+        tokens, labels = train.tokens[rows], train.labels[rows]
+        if augment is not None and config.augmentation > 0:
+            tokens = augment(tokens, generator, config.augmentation)
+        dropped = torch.rand(config.batch_size, generator=generator) < config.label_dropout
+        labels = torch.where(dropped, backbone.num_classes, labels)
+        if config.order == "raster":
+            order = raster_token_orders(backbone.geometry, config.batch_size)
+        else:
+            order = block_orders(backbone.geometry, config.batch_size, share, generator)
+        tokens, labels, order = tokens.to(device), labels.to(device), order.to(device)
+        backbone.train()
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+            loss = cross_entropy(backbone.teacher_forced(tokens, labels, order), tokens, order).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(backbone.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        averaged.update_parameters(backbone)
+        row = {
+            "step": step + 1,
+            "loss": loss.item(),
+            "learning_rate": schedule.get_last_lr()[0],
+            "random_share": share,
+        }
+        if (step + 1) % config.evaluate_every == 0 or step + 1 == config.steps:
+            averaged.eval()
+            row |= order_losses(averaged.module, held_out, repeats=1)
+        yield row
+    backbone.load_state_dict(averaged.module.state_dict())
+    backbone.eval()

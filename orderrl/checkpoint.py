@@ -1,0 +1,140 @@
+"""Checkpoints: safetensors files that carry their own configuration, written atomically."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+FORMAT = 1
+_PICKLE_SUFFIXES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
+_PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+
+def save_checkpoint(path: Path | str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Write tensors and the configuration that rebuilds their owner to one safetensors file.
+
+    The file is written aside and then moved into place, so ``path`` always holds a whole checkpoint.
+
+    Args:
+        path: the file; its folder is made if need be.
+        tensors: names and tensors of any device; stored as they are, on the CPU.
+        config: plain values (JSON). Its ``kind`` says what this is a checkpoint of, such as ``backbone``, ``planner``
+            or ``classifier``.
+
+    Raises:
+        ValueError: if ``path`` does not end in ``.safetensors`` or ``config`` names no kind.
+        TypeError: if ``config`` holds something that JSON cannot.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: a checkpoint's name must end in .safetensors")
+    kind = config.get("kind")
+    if not isinstance(kind, str):
+        raise ValueError(f"{path}: config['kind'] must name what is saved, such as 'planner', got {kind!r}")
+    metadata = {"format": str(FORMAT), "kind": kind, "config": json.dumps(config, sort_keys=True)}
+    # A copy each: safetensors refuses tensors that share their memory, such as tied embeddings.
+    contents = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        save_file(contents, aside, metadata=metadata)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: Path | str, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a checkpoint of the given kind.
+
+    Returns:
+        The tensors on the CPU, and the configuration.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is a pickle, truncated or damaged, not an OrderRL checkpoint, of a newer format or of
+            another kind. One line each, which says what to do.
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder, not a checkpoint" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{path}: {what}; give the path of a {kind} checkpoint (.safetensors)")
+    _refuse_pickle(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            config = _read_config(path, file.metadata() or {}, kind)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: is truncated, damaged or not a safetensors file ({error}); copy it again or make it anew"
+        ) from error
+    return tensors, config
+
+
+def load_state(module: nn.Module, tensors: Mapping[str, Tensor], path: Path | str) -> None:
+    """Load tensors into a module, all of them and nothing else.
+
+    Args:
+        module: changed in place, and only if everything fits.
+        tensors: the module's state dictionary.
+        path: where they came from, for the message.
+
+    Raises:
+        ValueError: if keys are missing, unexpected or of another shape; all of them in one line.
+    """
+    expected = module.state_dict()
+    problems = {
+        "missing": sorted(expected.keys() - tensors.keys()),
+        "unexpected": sorted(tensors.keys() - expected.keys()),
+        "of another shape": [
+            f"{name} {tuple(tensors[name].shape)} instead of {tuple(expected[name].shape)}"
+            for name in sorted(expected.keys() & tensors.keys())
+            if tensors[name].shape != expected[name].shape
+        ],
+    }
+    found = "; ".join(f"{what}: {_shorten(names)}" for what, names in problems.items() if names)
+    if found:
+        raise ValueError(
+            f"{path}: does not fit {type(module).__name__} ({found}); use the checkpoint's own configuration, "
+            "or a checkpoint made for this one"
+        )
+    module.load_state_dict(dict(tensors))
+
+
+def _refuse_pickle(path: Path) -> None:
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if path.suffix in _PICKLE_SUFFIXES or magic.startswith(_PICKLE_MAGIC):
+        raise ValueError(
+            f"{path}: is a pickle, which could run code when it is loaded; only .safetensors checkpoints are read here"
+        )
+
+
+def _read_config(path: Path, metadata: Mapping[str, str], kind: str) -> dict[str, Any]:
+    if not {"format", "kind", "config"} <= metadata.keys():
+        raise ValueError(f"{path}: was not written by OrderRL (it holds no configuration); give a {kind} checkpoint")
+    if metadata["format"] != str(FORMAT):
+        raise ValueError(
+            f"{path}: has checkpoint format {metadata['format']}, this version reads {FORMAT}; "
+            "use the OrderRL that wrote it, or make it anew"
+        )
+    if metadata["kind"] != kind:
+        raise ValueError(f"{path}: is a {metadata['kind']} checkpoint; give a {kind} checkpoint")
+    try:
+        config = json.loads(metadata["config"])
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: its configuration is damaged ({error}); make the checkpoint anew") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: its configuration is damaged (not a mapping); make the checkpoint anew")
+    return config
+
+
+def _shorten(names: list[str], limit: int = 5) -> str:
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,88 @@
+"""scikit-learn digits as token images: 8x8 tokens whose 17 grey levels are the tokens themselves."""
+
+from __future__ import annotations
+
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from torch.nn import functional as F
+
+from orderrl.data.tokens import TokenSet
+
+HEIGHT = WIDTH = 8
+LEVELS = 17
+NUM_CLASSES = 10
+SPLITS = {"backbone": 1000, "planner": 500, "test": 297}
+
+
+def _split_indices() -> dict[str, list[int]]:
+    """Stratified, fixed and disjoint: every image belongs to exactly one split."""
+    labels = load_digits().target
+    rest, test = train_test_split(
+        range(len(labels)), test_size=SPLITS["test"], stratify=labels, random_state=0
+    )
+    backbone, planner = train_test_split(
+        rest, test_size=SPLITS["planner"], stratify=labels[rest], random_state=0
+    )
+    return {"backbone": sorted(backbone), "planner": sorted(planner), "test": sorted(test)}
+
+
+def load_digits_split(split: str) -> TokenSet:
+    """One split of the 1,797 digits.
+
+    Args:
+        split: "backbone" (1,000 images), "planner" (500) or "test" (297).
+
+    Raises:
+        ValueError: if the split is unknown.
+    """
+    indices = _split_indices()
+    if split not in indices:
+        raise ValueError(f"split={split!r} is unknown; choose one of {', '.join(indices)}")
+    bunch = load_digits()
+    rows = indices[split]
+    return TokenSet(
+        name="digits",
+        split=split,
+        tokens=torch.from_numpy(bunch.data[rows]).long(),
+        labels=torch.from_numpy(bunch.target[rows]).long(),
+        height=HEIGHT,
+        width=WIDTH,
+        vocab_size=LEVELS,
+        num_classes=NUM_CLASSES,
+    )
+
+
+def augment_digits(tokens: Tensor, generator: torch.Generator, strength: float) -> Tensor:
+    """Mild augmentation: a small random rotation, scale, shear and shift of half of the images.
+
+    Args:
+        tokens: (n, 64) int64 grey levels.
+        generator: source of randomness.
+        strength: 0 is none; 1 is up to 9 degrees, 9 % scale and shear, and 0.4 pixels shift
+            (uniform).
+
+    Returns:
+        (n, 64) int64 grey levels.
+    """
+    n = len(tokens)
+    angle, scale_y, scale_x, shear, shift_y, shift_x = (
+        (2 * torch.rand(6, n, generator=generator) - 1)
+        * strength
+        * torch.tensor([0.16, 0.09, 0.09, 0.09, 0.1, 0.1])[:, None]
+    )
+    chosen = torch.rand(n, generator=generator) < 0.5
+    cos, sin = angle.cos(), angle.sin()
+    theta = torch.stack(
+        [
+            torch.stack([(1 + scale_x) * cos, shear - sin, shift_x], -1),
+            torch.stack([sin, (1 + scale_y) * cos, shift_y], -1),
+        ],
+        dim=1,
+    )
+    images = tokens.view(n, 1, HEIGHT, WIDTH).float()
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    moved = F.grid_sample(images, grid, mode="bicubic", padding_mode="zeros", align_corners=False)
+    moved = moved.round().clamp(0, LEVELS - 1).long().view(n, -1)
+    return torch.where(chosen[:, None], moved, tokens)

@@ -1,0 +1,317 @@
+"""The machinery shared by the entry points: Hydra applications with a help page and one-line errors.
+
+An entry point is a function and one line:
+
+    if __name__ == "__main__":
+        run_application("train", main)
+
+Its configuration is ``<command>.yaml`` in the package ``orderrl.configs``. That file must contain a ``defaults`` list
+that names the groups and ends in ``_self_``, and an ``output_dir``; in it and in the files of the groups every key has
+its meaning behind it, ``key: value  # meaning in a line``. Nothing about Hydra itself is set there: Hydra neither
+changes the directory nor writes files, except a sweep's ``multirun.yaml`` in ``<output_dir>/multirun/<date>_<time>``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import resources
+from typing import Any, NoReturn
+
+import hydra
+import yaml
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, ListConfig, Node, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.table import Table
+
+CONFIGS = "orderrl.configs"
+_FULL_ERROR = "HYDRA_FULL_ERROR"
+# Given to Hydra in front of the user's own arguments: stay in this directory, write nothing, log to the console.
+_HYDRA_SETTINGS = {
+    "hydra.job.chdir": "false",
+    "hydra.output_subdir": "null",
+    "hydra.run.dir": ".",
+    "hydra.sweep.dir": "${output_dir}/multirun/${now:%Y-%m-%d_%H-%M-%S}",
+    "hydra.sweep.subdir": ".",
+    "hydra/job_logging": "stdout",
+}
+
+
+def compose(command: str, overrides: Sequence[str] = (), *, config_module: str = CONFIGS) -> DictConfig:
+    """The resolved configuration that ``python -m orderrl.<command> <overrides>`` would run with.
+
+    Args:
+        command: the entry point, such as ``train``.
+        overrides: as on the command line: ``key=value``, ``group=choice``.
+        config_module: the package that holds the configuration.
+
+    Raises:
+        ValueError: in one line, for an unknown key or choice; it names the allowed ones.
+    """
+    with _loader(command, config_module) as loader:
+        config = _load(loader, command, overrides)
+    try:
+        OmegaConf.resolve(config)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{command}: {_line(error)}") from error
+    return config
+
+
+def documented_keys(command: str, overrides: Sequence[str] = (), *, config_module: str = CONFIGS) -> dict[str, str]:
+    """The one-line meaning of every key of a command.
+
+    Meanings are the comments behind ``key: value`` in the YAML files that make up the configuration.
+
+    Returns:
+        Dotted keys in the order of the configuration; the meaning is empty where a file gives none.
+    """
+    with _loader(command, config_module) as loader:
+        config = _load(loader, command, overrides)
+        meanings: dict[str, str] = {}
+        defaults = loader.compute_defaults_list(command, list(overrides), RunMode.RUN)
+        for part in defaults.defaults:
+            if part.config_path is None or part.config_path == "hydra" or part.config_path.startswith("hydra/"):
+                continue
+            text = resources.files(config_module).joinpath(f"{part.config_path}.yaml").read_text(encoding="utf-8")
+            prefix = f"{part.package}." if part.package else ""
+            meanings |= {prefix + key: meaning for key, meaning in _comments(text).items() if meaning}
+    return {key: meanings.get(key, "") for key, _ in _leaves(config)}
+
+
+def run_application(command: str, main: Callable[[DictConfig], Any], *, config_module: str = CONFIGS) -> None:
+    """Run an entry point with the configuration that the command line asks for.
+
+    Everything that Hydra offers works: ``key=value``, ``group=choice``, ``--multirun``, ``--cfg job``,
+    ``hydra/launcher=...``. ``--help`` lists the groups and explains every key. Wrong input ends the program with
+    code 2 and one line, ``error: ...``; so do ``ValueError`` and ``FileNotFoundError`` of ``main``. With
+    ``HYDRA_FULL_ERROR=1`` they show their traceback.
+
+    Args:
+        command: the name of the primary configuration, such as ``train``.
+        main: called with the resolved configuration.
+        config_module: the package that holds the configuration.
+    """
+    arguments = sys.argv[1:]
+    full_error = os.environ.get(_FULL_ERROR) == "1"
+    try:
+        if {"-h", "--help"} & set(arguments):
+            _print_help(command, list(filter(_is_override, arguments)), config_module)
+            return
+        _run_hydra(command, lambda config: _run_job(command, main, full_error, config), arguments, config_module)
+    except (HydraException, OmegaConfBaseException, ValueError, FileNotFoundError) as error:
+        if full_error:
+            raise
+        _refuse(_explain_anew(error, command, arguments, config_module))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _run_hydra(command: str, job: Callable[[DictConfig], Any], arguments: list[str], config_module: str) -> None:
+    ours = [
+        f"{key}={value}"
+        for key, value in {**_HYDRA_SETTINGS, "hydra.job.name": command}.items()
+        if not any(argument.startswith(f"{key}=") for argument in arguments)
+    ]
+    application = hydra.main(version_base="1.3", config_path=f"pkg://{config_module}", config_name=command)(job)
+    argv, setting = sys.argv, os.environ.get(_FULL_ERROR)
+    # Hydra prints errors in its own way and exits, unless it is asked for the full error; we want the exception.
+    os.environ[_FULL_ERROR] = "1"
+    # Overrides come last and together: a flag between them would end them.
+    overrides = list(filter(_is_override, arguments))
+    sys.argv = [argv[0], *(item for item in arguments if not _is_override(item)), *ours, *overrides]
+    try:
+        application()
+    finally:
+        sys.argv = argv
+        if setting is None:
+            del os.environ[_FULL_ERROR]
+        else:
+            os.environ[_FULL_ERROR] = setting
+
+
+def _run_job(command: str, main: Callable[[DictConfig], Any], full_error: bool, config: DictConfig) -> Any:
+    try:
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            raise ValueError(f"{command} needs {missing[0]}=...; see --help")
+        OmegaConf.resolve(config)
+        return main(config)
+    except (ValueError, FileNotFoundError, OmegaConfBaseException) as error:
+        if full_error:
+            raise
+        _refuse(_line(error))
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+# -- composing and explaining what went wrong -------------------------------------------------------------------------
+
+
+@contextmanager
+def _loader(command: str, config_module: str) -> Iterator[ConfigLoader]:
+    """Hydra's config loader; usable inside a running Hydra application too."""
+    outer = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_module(config_module, job_name=command, version_base="1.3"):
+            yield GlobalHydra.instance().config_loader()
+    finally:
+        GlobalHydra.instance().hydra = outer
+
+
+def _load(loader: ConfigLoader, command: str, overrides: Sequence[str]) -> DictConfig:
+    """Compose; raises ValueError with the whole story in one line."""
+    try:
+        config = loader.load_configuration(command, list(overrides), RunMode.RUN, from_shell=False)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(_explain(error, loader, command, overrides)) from error
+    with open_dict(config):
+        del config["hydra"]
+    return config
+
+
+def _explain_anew(error: Exception, command: str, arguments: Sequence[str], config_module: str) -> str:
+    if not isinstance(error, HydraException):
+        return _line(error)
+    with _loader(command, config_module) as loader:
+        return _explain(error, loader, command, list(filter(_is_override, arguments)))
+
+
+def _explain(error: Exception, loader: ConfigLoader, command: str, overrides: Sequence[str]) -> str:
+    """One line for a configuration that cannot be composed: what is unknown, and what is allowed instead."""
+    if isinstance(error, MissingConfigException):
+        group, _, choice = (error.missing_cfg_file or "").rpartition("/")
+        if not group:
+            return f"there is no command {command!r}; choose one of {', '.join(_commands(loader))}"
+        options = loader.get_group_options(group)
+        return f"{group}={choice} is unknown{_closest(choice, options)}; choose one of {', '.join(options)}"
+    if isinstance(error, OverrideParseException):
+        return f"cannot read {error.override!r}; write key=value or group=choice, special characters in quotes"
+    if ambiguous := re.match(r"Ambiguous value for argument '(.+?)=(.*)'", str(error)):
+        key, values = ambiguous.groups()
+        return f"{key}={values} gives several values; add --multirun to run with each, or write '{key}=[{values}]'"
+    unknown = re.search(r"Could not override '([^'@]+)", str(error))
+    if unknown is None:
+        return _line(error)
+    parent, _, name = unknown.group(1).rpartition(".")
+    choices = [item for item in overrides if not item.startswith("~") and _is_group(loader, item.split("=")[0])]
+    config: Any = loader.load_configuration(
+        command, [item.split(",")[0] for item in choices if item.split("=")[0] != name], RunMode.RUN, from_shell=False
+    )
+    while parent and not isinstance(OmegaConf.select(config, parent), DictConfig):
+        parent, _, name = parent.rpartition(".")
+    level = OmegaConf.select(config, parent) if parent else config
+    keys = sorted(str(key) for key in level if key != "hydra")
+    where = f"{parent}." if parent else ""
+    return (
+        f"{command} has no key {where}{name}{_closest(name, keys)}; keys {f'of {parent}' if parent else 'here'}: "
+        + (", ".join(keys))
+    )
+
+
+def _is_override(argument: str) -> bool:
+    return argument.startswith(("+", "~")) or ("=" in argument and not argument.startswith("-"))
+
+
+def _is_group(loader: ConfigLoader, name: str) -> bool:
+    return bool(loader.get_group_options(name.lstrip("+").split("@")[0]))
+
+
+def _commands(loader: ConfigLoader) -> list[str]:
+    return [name for name in loader.get_group_options("") if not name.startswith("_")]
+
+
+def _groups(loader: ConfigLoader) -> list[str]:
+    return [name for name in loader.list_groups("") if name != "hydra" and loader.get_group_options(name)]
+
+
+def _closest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
+    return f" (did you mean {' or '.join(close)}?)" if close else ""
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# -- help -------------------------------------------------------------------------------------------------------------
+
+
+def _print_help(command: str, overrides: Sequence[str], config_module: str) -> None:
+    meanings = documented_keys(command, overrides, config_module=config_module)
+    with _loader(command, config_module) as loader:
+        config = _load(loader, command, overrides)
+        used = [group for group in _groups(loader) if group in config]
+        groups = {group: loader.get_group_options(group, ObjectType.CONFIG) for group in used}
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, markup=False, width=120)
+    module = f"{config_module.rpartition('.')[0]}.{command}"
+    console.print(f"usage: python -m {module} [group=choice ...] [key=value ...] [--multirun] [--cfg job] [--help]\n")
+    if groups:
+        console.print(_table(("group", "choices"), [(name, ", ".join(names)) for name, names in groups.items()]))
+    rows = [(key, _shown(default), meanings[key]) for key, default in _leaves(config)]
+    console.print(_table(("key", "default", "meaning"), rows))
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(*titles, box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.columns[0].overflow = "fold"
+    for row in rows:
+        table.add_row(*row)
+    table.add_row()
+    return table
+
+
+def _leaves(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and unresolved values of everything that is not a non-empty mapping."""
+    for key in config:
+        node = config._get_node(key)
+        assert isinstance(node, Node)
+        name = f"{prefix}{key!s}"
+        if isinstance(node, DictConfig) and len(node) > 0 and not node._is_interpolation():
+            yield from _leaves(node, f"{name}.")
+        else:
+            plain = isinstance(node, DictConfig | ListConfig) and not node._is_interpolation()
+            yield name, OmegaConf.to_container(node) if plain else node._value()
+
+
+def _shown(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=10_000).strip()
+    return text.removesuffix("...").strip()
+
+
+def _comments(text: str) -> dict[str, str]:
+    """Trailing comments of a YAML file by dotted key; empty where there is none."""
+    lines = text.splitlines()
+    found: dict[str, str] = {}
+
+    def visit(node: yaml.Node | None, prefix: str) -> None:
+        if not isinstance(node, yaml.MappingNode):
+            return
+        for key, value in node.value:
+            name = f"{prefix}{key.value}"
+            row = key.start_mark.line
+            # The comment stands behind the value, or behind the key when the value begins on a later line.
+            end = value.end_mark if value.end_mark.line == row else key.end_mark
+            comment = re.search(r"(?:^|\s)#\s*(.*)$", lines[row][end.column :])
+            found[name] = comment.group(1).strip() if comment else ""
+            visit(value, f"{name}.")
+
+    visit(yaml.compose(text), "")
+    found.pop("defaults", None)
+    return found

@@ -1,0 +1,26 @@
+"""Label random contexts with the value of every hidden block: `python -m orderrl.label`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from orderrl.entry import run_application
+from orderrl.pipeline import announce, find_or_make_labels, open_backbone, open_labels
+from orderrl.runs import Run
+
+
+def label(config: DictConfig) -> Path:
+    """Make the labels of a config, or find them, and return their folder."""
+    backbone = open_backbone(config)
+    with Run("label", config) as run:
+        folder = find_or_make_labels(config, backbone, run=run)
+        contexts = open_labels(folder, backbone)
+        run.write_json("labels.json", {"folder": str(folder), "contexts": len(contexts)})
+        announce(f"labels: {len(contexts)} contexts in {folder}\nrun: {run.folder}")
+    return folder
+
+
+if __name__ == "__main__":
+    run_application("label", label)

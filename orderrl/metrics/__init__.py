@@ -1,0 +1,1 @@
+"""Metrics: recognisability, quality of samples, and intervals."""

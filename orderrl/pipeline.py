@@ -1,0 +1,235 @@
+"""The steps of the main job, each found in the cache or made: labels, a cloned planner, a planner improved by PPO.
+
+A step is described by plain values: everything that determines its result. The fingerprint of the description is its
+key in the cache, so nothing is made twice and nothing stale is taken.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from tensordict import TensorDict
+
+from orderrl.agents.bc import BCConfig, clone
+from orderrl.agents.ppo import PPO, PPOConfig
+from orderrl.backbones import Backbone, backbone_fingerprint, load_backbone
+from orderrl.data import TokenSet, load_split
+from orderrl.entry import compose
+from orderrl.envs.core import CoreConfig, NextBlockCore, check_fits
+from orderrl.envs.reward import RewardConfig
+from orderrl.envs.torchrl import NextBlockTorchRLEnv
+from orderrl.oracle import LabelConfig, label_contexts, random_contexts
+from orderrl.planner import OrderHead, PlannerConfig, load_planner, save_planner
+from orderrl.runs import Cache, Run, fingerprint, progress
+
+LABELS, PLANNERS, UNFINISHED = "labels", "planners", "unfinished"
+FORMAT = 1  # of what is cached; raised when the meaning of stored files changes
+
+
+def section(config: DictConfig, name: str, *without: str) -> dict[str, Any]:
+    """A config group as plain values."""
+    values = OmegaConf.to_container(config[name], resolve=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items() if key not in without}
+
+
+def open_backbone(config: DictConfig) -> Backbone:
+    """The frozen backbone of a config, checked against its data."""
+    backbone = load_backbone(config.backbone.name, device=config.device)
+    check_fits(backbone, load_split(config.data.name, "test"))
+    return backbone
+
+
+def announce(text: str) -> None:
+    """Tell the user what a step does or found."""
+    print(text, flush=True)
+
+
+# ---------------------------------------------------------------------- labels
+
+
+def label_description(config: DictConfig, backbone: Backbone, data: TokenSet, **changes: Any) -> dict[str, Any]:
+    """What determines a set of labels."""
+    labels = section(config, "labels", "batch_size") | changes
+    return {"format": FORMAT, "backbone": backbone_fingerprint(backbone), "data": data.fingerprint, "labels": labels}
+
+
+def find_or_make_labels(
+    config: DictConfig, backbone: Backbone, split: str = "planner", run: Run | None = None, **changes: Any
+) -> Path:
+    """Folder of the labels of a config: a memory-mapped TensorDict and its description.
+
+    Args:
+        config: with groups data and labels.
+        backbone: scores the blocks.
+        split: which images are labelled.
+        run: logs the progress.
+        changes: replaces values of the group labels.
+    """
+    data = load_split(config.data.name, split)
+    description = label_description(config, backbone, data, **changes)
+    cache, key = Cache(config.cache_dir), fingerprint(description)
+    found = cache.find(LABELS, key)
+    if found is not None:
+        announce(f"labels: {found} (cached)")
+        return found
+    settings = LabelConfig(**(section(config, "labels") | changes))
+    announce(f"labels: none for this config yet, labelling {settings.contexts} contexts of {data.name}/{split}")
+    contexts = random_contexts(settings, len(data), backbone.geometry.num_blocks)
+    parts = []
+    with progress(settings.contexts, "labelling", "contexts") as advance:
+        for part in label_contexts(backbone, data.tokens, data.labels, settings, contexts):
+            parts.append(TensorDict(part, batch_size=[len(part["label"])]))
+            advance(len(part["label"]))
+            if run is not None:
+                run.log({"contexts": float(sum(len(p) for p in parts))}, len(parts))
+    with cache.store(LABELS, key, description) as folder:
+        torch.cat(parts).memmap_(str(folder / "contexts"))
+    return cache.folder(LABELS, key)
+
+
+def open_labels(folder: Path, backbone: Backbone) -> TensorDict:
+    """Memory-mapped labels.
+
+    Raises:
+        ValueError: if they were made for another backbone.
+    """
+    described = json.loads((folder / "key.json").read_text(encoding="utf-8"))["description"]
+    have, want = described["backbone"], backbone_fingerprint(backbone)
+    if have != want:
+        raise ValueError(
+            f"{folder}: labels made for backbone {have} do not fit backbone {want}; make new ones with "
+            "`python -m orderrl.label`"
+        )
+    return TensorDict.load_memmap(str(folder / "contexts"))
+
+
+# ---------------------------------------------------------------------- planners
+
+
+def find_or_train_clone(config: DictConfig, backbone: Backbone, run: Run | None = None, reuse: bool = True) -> Path:
+    """Checkpoint of the planner that `agent=bc` trains."""
+    settings = BCConfig(**section(config, "agent", "name"), seed=config.seed)
+    shape = PlannerConfig.for_backbone(backbone, **section(config, "planner"))
+    labels = find_or_make_labels(config, backbone)
+    description = {
+        "format": FORMAT,
+        "agent": section(config, "agent"),
+        "planner": section(config, "planner"),
+        "labels": labels.name,
+        "seed": config.seed,
+        "backbone": backbone_fingerprint(backbone),
+        "data": config.data.name,
+        "budgets": [1],
+        "objective": "context",
+    }
+
+    def train() -> OrderHead:
+        torch.manual_seed(config.seed)
+        planner = OrderHead(shape)
+        contexts = open_labels(labels, backbone)
+        with progress(settings.steps, f"cloning ({settings.target}, R = {shape.reasoning_steps})", "steps") as advance:
+            for row in clone(planner, contexts, backbone.geometry, settings):
+                advance(note=f"loss {row['loss']:.3f}")
+                if run is not None:
+                    run.log(row, int(row["step"]))
+        return planner
+
+    return _find_or_train(config, description, train, reuse)
+
+
+def find_or_train_ppo(config: DictConfig, backbone: Backbone, run: Run | None = None, reuse: bool = True) -> Path:
+    """Checkpoint of the planner that `agent=ppo` trains; continues an interrupted run of the same config."""
+    settings = PPOConfig(**section(config, "agent", "name", "start"), seed=config.seed)
+    start = Path(config.agent.start) if config.agent.start else _clone_to_start_from(config, backbone)
+    planner, _ = load_planner(start, backbone)
+    description = {
+        "format": FORMAT,
+        "agent": section(config, "agent", "start"),
+        "planner": section(config, "planner"),
+        "start": fingerprint({k: v.double().sum().item() for k, v in planner.state_dict().items()}),
+        "env": section(config, "env"),
+        "seed": config.seed,
+        "backbone": backbone_fingerprint(backbone),
+        "data": config.data.name,
+        "budgets": list(config.env.budgets),
+        "objective": config.env.objective,
+    }
+    state_file = Path(config.cache_dir) / UNFINISHED / f"{fingerprint(description)}.pt"
+
+    def train() -> OrderHead:
+        data = load_split(config.data.name, "planner")
+        core = NextBlockCore(backbone, data, settings.num_envs, core_config(config))
+        env = NextBlockTorchRLEnv(core=core, privileged=settings.privileged_critic)
+        ppo = PPO(planner, env, settings)
+        if state_file.exists():
+            ppo.load_state_dict(torch.load(state_file, weights_only=True))
+            announce(f"ppo: continuing after round {ppo.iteration} of {settings.iterations}")
+        with progress(settings.iterations, f"ppo ({config.env.objective})", "rounds") as advance:
+            advance(ppo.iteration)
+            for row in ppo.train():
+                advance(note=f"return {row['reward']:.2f} nats, {row['planner_steps']:.1f} steps")
+                if run is not None:
+                    run.log(row, int(row["step"]))
+                if ppo.iteration % config.checkpoint_every == 0:
+                    _save_aside(ppo.state_dict(), state_file)
+        return ppo.planner
+
+    path = _find_or_train(config, description, train, reuse)
+    state_file.unlink(missing_ok=True)
+    return path
+
+
+def core_config(config: DictConfig, **changes: Any) -> CoreConfig:
+    """The environment of a config group env."""
+    values = section(config, "env")
+    budgets = tuple(values.pop("budgets"))
+    return CoreConfig(budgets=budgets, reward=RewardConfig(**values), **changes)
+
+
+def _clone_to_start_from(config: DictConfig, backbone: Backbone) -> Path:
+    """The cloned planner of the same backbone, data, labels, planner and seed."""
+    cloning = compose("train", ["agent=bc"])
+    shared = ("backbone", "data", "labels", "planner", "seed", "cache_dir", "device")
+    cloning = OmegaConf.merge(cloning, {key: config[key] for key in shared})
+    assert isinstance(cloning, DictConfig)
+    announce("ppo: starting from the cloned planner of this config")
+    return find_or_train_clone(cloning, backbone)
+
+
+def _find_or_train(config: DictConfig, description: dict[str, Any], train: Callable[[], OrderHead], reuse: bool) -> Path:
+    cache, key = Cache(config.cache_dir), fingerprint(description)
+    found = cache.find(PLANNERS, key)
+    if found is not None and reuse:
+        announce(f"planner: {found / 'planner.safetensors'} (cached; reuse=false trains again)")
+        return found / "planner.safetensors"
+    planner = train()
+    if found is not None:  # trained again on purpose: the same config gives the same planner, keep the cached one
+        return found / "planner.safetensors"
+    with cache.store(PLANNERS, key, description) as folder:
+        save_planner(folder / "planner.safetensors", planner, description)
+    announce(f"planner: {cache.folder(PLANNERS, key) / 'planner.safetensors'}")
+    return cache.folder(PLANNERS, key) / "planner.safetensors"
+
+
+def newest_planner(config: DictConfig, backbone: Backbone, agent: str) -> Path | None:
+    """The newest cached planner of an agent for this backbone and data."""
+    want = {"format": FORMAT, "backbone": backbone_fingerprint(backbone), "data": config.data.name}
+
+    def fits(description: dict[str, Any]) -> bool:
+        return description["agent"]["name"] == agent and want.items() <= description.items()
+
+    found = Cache(config.cache_dir).newest(PLANNERS, fits)
+    return None if found is None else found / "planner.safetensors"
+
+
+def _save_aside(state: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".tmp")
+    torch.save(state, aside)
+    aside.replace(path)

@@ -1,0 +1,61 @@
+"""Random numbers that depend on what they are for, not on when or in which batch they are drawn.
+
+PyTorch's generators are sequential: the i-th number of a batch depends on the batch. Here every
+draw is a hash of its key, for example (seed, episode, step, token), so a sub-environment of a
+batch sees exactly the numbers that it would see alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+_MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
+_MIX_2 = 0x94D049BB133111EB - 2**64
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+
+
+class Stream(IntEnum):
+    """What a draw is for; the first part of every key, so that no two uses share a number."""
+
+    IMAGE = 1
+    LABEL = 2
+    TOKEN = 3
+    POLICY = 4
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical (unsigned) right shift of int64."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The finaliser of SplitMix64 (Steele et al., 2014) on int64 with wrap-around."""
+    x = (x ^ _shift_right(x, 30)) * _MIX_1
+    x = (x ^ _shift_right(x, 27)) * _MIX_2
+    return x ^ _shift_right(x, 31)
+
+
+def keyed_uniform(keys: Iterable[Tensor | int], device: torch.device | str = "cpu") -> Tensor:
+    """Uniform numbers in [0, 1), one for each broadcast combination of the integer keys.
+
+    Args:
+        keys: int64 tensors or ints that broadcast against each other.
+        device: where the result lies.
+
+    Returns:
+        float64 tensor of the broadcast shape.
+    """
+    state = torch.zeros((), dtype=torch.int64, device=device)
+    for key in keys:
+        key = torch.as_tensor(key, dtype=torch.int64, device=device)
+        state = _mix(state + _mix(key + _GOLDEN) + _GOLDEN)
+    return _shift_right(state, 11).double() * 2.0**-53
+
+
+def keyed_index(keys: Iterable[Tensor | int], count: int, device: torch.device | str = "cpu") -> Tensor:
+    """Uniform int64 indices in [0, count), one for each broadcast combination of the keys."""
+    return (keyed_uniform(keys, device) * count).long().clamp_max(count - 1)
