@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,12 +18,16 @@ class RankedBlocks(Distribution):
     The order of the k blocks matters (it changes the prefix); entries past k do not. With budgets == (1,)
     an action is a single block, otherwise a ranked list of K blocks and the index of the budget.
 
+    With `repulsion` the choice is set-aware: a block that stands earlier in the list lowers the logits of those
+    that it should not be revealed together with. Zero repulsion is plain Plackett-Luce.
+
     Args:
         logits: (M, B), block logits.
         action_mask: (M, B) bool, legal blocks.
         budget_logits: (M, n); not read for budgets == (1,).
         budget_mask: (M, n) bool, legal budgets; None is all.
         budgets: numbers of blocks, ascending.
+        repulsion: (M, B, B), what block a, once listed, takes from the logit of block b; None is zero.
         entropy_samples: lists drawn for the entropy of places 2..K.
     """
 
@@ -36,12 +41,13 @@ class RankedBlocks(Distribution):
         budget_logits: Tensor | None = None,
         budget_mask: Tensor | None = None,
         budgets: tuple[int, ...] = (1,),
+        repulsion: Tensor | None = None,
         entropy_samples: int = 1,
     ) -> None:
         self.budgets = torch.tensor(budgets, device=logits.device)
         self.multi = tuple(budgets) != (1,)
         self.places = budgets[-1]
-        self.entropy_samples = entropy_samples
+        self.repulsion, self.entropy_samples = repulsion, entropy_samples
         # a finished episode has no legal block: any block may be named, nothing depends on it
         self.action_mask = action_mask | ~action_mask.any(-1, keepdim=True)
         self.logits = logits.masked_fill(~self.action_mask, _LOWEST)
@@ -57,27 +63,41 @@ class RankedBlocks(Distribution):
 
     # ------------------------------------------------------------------ acting
 
-    def _action(self, keys: Tensor, budget: Tensor | None) -> Tensor:
+    def _without(self, logits: Tensor, block: Tensor) -> Tensor:
+        """Logits (..., B) of the next place once a block (..., 1) is listed."""
+        if self.repulsion is not None:
+            rows = self.repulsion.expand(*logits.shape, -1)
+            index = block[..., None].expand(*block.shape, logits.shape[-1])
+            logits = logits - rows.gather(-2, index)[..., 0, :]
+        return logits.scatter(-1, block, _LOWEST)
+
+    def _rank(self, shape: torch.Size, noise: Callable[[Tensor], Tensor]) -> Tensor:
+        """The block of every place in turn, the largest logit plus noise: (*shape, places)."""
+        logits = self.logits.expand(*shape, -1)
+        ranked = []
+        for _ in range(self.places):
+            ranked.append((logits + noise(logits)).argmax(-1, keepdim=True))
+            logits = self._without(logits, ranked[-1])
+        return torch.cat(ranked, dim=-1)
+
+    def _action(self, shape: torch.Size, noise: Callable[[Tensor], Tensor]) -> Tensor:
+        ranked = self._rank(shape, noise)
         if not self.multi:
-            return keys.argmax(-1)
-        ranked = keys.topk(self.places, dim=-1).indices
-        assert budget is not None
-        return torch.cat([ranked, budget[..., None]], dim=-1)
+            return ranked[..., 0]
+        budget_log_probs = self.budget_log_probs.expand(*shape, -1)
+        budget = (budget_log_probs + noise(budget_log_probs)).argmax(-1, keepdim=True)
+        return torch.cat([ranked, budget], dim=-1)
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = (), generator: torch.Generator | None = None) -> Tensor:
-        """Gumbel top-k for the blocks (Kool et al., 2019), categorical for the budget; int64."""
-        shape = torch.Size(sample_shape) + self.logits.shape
-        keys = self.logits + _gumbel(shape, self.logits, generator)
-        if not self.multi:
-            return self._action(keys, None)
-        noise = _gumbel(torch.Size(sample_shape) + self.budget_log_probs.shape, self.logits, generator)
-        return self._action(keys, (self.budget_log_probs + noise).argmax(-1))
+        """Gumbel-max for every place and for the budget; int64."""
+        shape = torch.Size(sample_shape) + self.logits.shape[:-1]
+        return self._action(shape, lambda logits: _gumbel(logits, generator))
 
     @property
     def mode(self) -> Tensor:
-        """Blocks by descending logit, the most likely budget."""
-        return self._action(self.logits, self.budget_log_probs.argmax(-1) if self.multi else None)
+        """Blocks by descending logit, place by place, and the most likely budget."""
+        return self._action(self.logits.shape[:-1], torch.zeros_like)
 
     @property
     def deterministic_sample(self) -> Tensor:
@@ -95,13 +115,15 @@ class RankedBlocks(Distribution):
             block = ranked[..., place : place + 1]
             chosen.append(log_probs.gather(-1, block)[..., 0])
             entropies.append(-(log_probs.exp() * log_probs.clamp_min(-1e4)).sum(-1))
-            logits = logits.scatter(-1, block, _LOWEST)
+            logits = self._without(logits, block)
         return torch.stack(chosen, -1), torch.stack(entropies, -1)
 
     def log_prob(self, action: Tensor) -> Tensor:
-        """(M,) log-probability of actions; -1e9 or lower for illegal blocks or budgets."""
+        """(..., M) log-probability of actions, sampled ones too; -1e9 or lower for illegal blocks or budgets."""
         if not self.multi:
-            return self.logits.log_softmax(-1).gather(-1, action[..., None])[..., 0]
+            log_probs = self.logits.log_softmax(-1)
+            shape = torch.broadcast_shapes(action.shape, log_probs.shape[:-1])
+            return log_probs.expand(*shape, -1).gather(-1, action.expand(shape)[..., None])[..., 0]
         ranked, budget = action[..., :-1], action[..., -1:]
         count = torch.minimum(self.budgets[budget[..., 0]], self.legal)
         chosen, _ = self._place_log_probs(ranked, self.places)
@@ -130,8 +152,8 @@ class RankedBlocks(Distribution):
         return total
 
 
-def _gumbel(shape: torch.Size, like: Tensor, generator: torch.Generator | None) -> Tensor:
-    uniform = torch.rand(shape, generator=generator, device=like.device, dtype=torch.float64).clamp_min(1e-300)
+def _gumbel(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    uniform = torch.rand(like.shape, generator=generator, device=like.device, dtype=torch.float64).clamp_min(1e-300)
     return -(-uniform.log()).log().to(like.dtype)
 
 

@@ -14,7 +14,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from orderrl.agents.distribution import RankedBlocks
-from orderrl.agents.schedules import Schedule, fixed
+from orderrl.agents.schedules import Schedule, fixed, legal_place
 from orderrl.envs.core import NextBlockCore
 from orderrl.geometry import BlockGrid
 from orderrl.oracle import block_gains, gain_uniforms, utilities
@@ -37,7 +37,7 @@ class RankingPolicy:
         scorer: scores the blocks.
         geometry: the block grid.
         budgets: the environment's budgets.
-        schedule: chooses the budget; None is the first budget always.
+        schedule: chooses the budget, lowered where fewer blocks are left; None is the first budget always.
         spacing: strength of the penalty for blocks close to those chosen in the same step, in units of the
             scorer; 0 is none.
     """
@@ -50,7 +50,7 @@ class RankingPolicy:
         schedule: Schedule | None = None,
         spacing: float = 0.0,
     ) -> None:
-        self.scorer, self.budgets, self.schedule = scorer, budgets, schedule or fixed(0)
+        self.scorer, self.budgets, self.schedule = scorer, tuple(budgets), schedule or fixed(0)
         self.closeness = spacing * torch.exp(-(geometry.distances**2) / 2)
 
     def __call__(self, observation: TensorDictBase, generator: torch.Generator) -> Tensor:
@@ -59,7 +59,7 @@ class RankingPolicy:
         if self.budgets == (1,):
             return scores.argmax(-1)
         ranked = spaced_ranking(scores, self.closeness.to(scores), self.budgets[-1])
-        return torch.cat([ranked, self.schedule(observation)[:, None]], dim=-1)
+        return torch.cat([ranked, legal_place(self.schedule, observation)[:, None]], dim=-1)
 
 
 def spaced_ranking(scores: Tensor, closeness: Tensor, places: int) -> Tensor:
@@ -90,7 +90,7 @@ def fixed_order(order: Tensor) -> Scorer:
     rank[order] = torch.arange(len(order)).float()
 
     def score(observation: TensorDictBase, generator: torch.Generator) -> Tensor:
-        return -rank.to(observation.device or "cpu").expand(observation["visible"].shape)
+        return -rank.to(observation["visible"].device).expand(observation["visible"].shape)
 
     return score
 
@@ -165,6 +165,7 @@ class PlannerPolicy:
             budget_logits,
             observation.get("budget_mask", None),
             self.budgets,
+            self.planner.repulsion.expand(len(scores), -1, -1),
         )
         return distribution.mode if self.deterministic else distribution.sample(generator=generator)
 
@@ -192,7 +193,7 @@ class ReferencePolicy:
         if self.budgets == (1,):
             return scores.argmax(-1)
         ranked = scores.topk(self.budgets[-1], dim=-1).indices
-        return torch.cat([ranked, self.schedule(core.observation())[:, None]], dim=-1)
+        return torch.cat([ranked, legal_place(self.schedule, core.observation())[:, None]], dim=-1)
 
 
 @torch.no_grad()
@@ -248,7 +249,8 @@ class Confidence(ReferencePolicy):
         keys = (core.seeds[rows], core.episode[rows], core.step_count[rows])
         uniforms = gain_uniforms(geometry, keys, 1, core.device)[:, 0]
         noise = uniforms.gather(1, hidden[..., None].expand(-1, -1, geometry.tokens_per_block))
-        drawn = core.backbone.decode(prefix, hidden, noise, core.config.sampling)
+        unconditional = None if core.unconditional is None else core.unconditional.select(rows)
+        drawn = core.backbone.decode(prefix, hidden, noise, core.config.sampling, unconditional)
         positions = geometry.block_tokens.to(core.device)[hidden].flatten(1)
         tokens = core.tokens[rows].scatter(1, positions, drawn.flatten(1))
         losses, _ = core.backbone.context_loss(prefix, tokens, hidden)

@@ -8,6 +8,7 @@ hidden (key `context_loss`), because the true hidden tokens are most of the rewa
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.collectors import Collector
-from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.envs.utils import ExplorationType
 from torchrl.modules import ProbabilisticActor
 from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import GAE
@@ -45,6 +46,8 @@ class PPOConfig:
         entropy_coeff: weight of the entropy bonus; falls linearly to zero.
         max_grad_norm: gradient clipping.
         sharpness: factor from cloned scores to policy logits at the start.
+        spacing: at the start, what a block listed in a step takes from the logit of a block in the same place,
+            falling with distance as exp(-d^2 / 2); learnt from there on, for every pair of blocks.
         privileged_critic: let the critic see context losses of hidden blocks (training only).
         critic_warmup: rounds at the start that train the critic alone.
         seed: of episodes, actions and minibatches.
@@ -62,6 +65,7 @@ class PPOConfig:
     entropy_coeff: float = 0.01
     max_grad_norm: float = 1.0
     sharpness: float = 3.0
+    spacing: float = 3.0
     privileged_critic: bool = True
     critic_warmup: int = 2
     seed: int = 0
@@ -86,10 +90,14 @@ class _Actor(nn.Module):
         super().__init__()
         self.planner = planner
 
-    def forward(self, *parts: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, *parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         observation, leading = _flatten(parts)
         scores, budget_logits, _ = self.planner(observation)
-        return self.planner.block_logits(scores).unflatten(0, leading), budget_logits.unflatten(0, leading)
+        return (
+            self.planner.block_logits(scores).unflatten(0, leading),
+            budget_logits.unflatten(0, leading),
+            self.planner.repulsion.expand(*leading, -1, -1),
+        )
 
 
 class _Critic(nn.Module):
@@ -117,23 +125,31 @@ class PPO:
         planner: the start; a copy is trained, `planner` of this object is the current one.
         env: in mode "teacher"; with `privileged` if the config's critic sees context losses.
         config: hyper-parameters.
+
+    Raises:
+        ValueError: if the environment is not the one that the config describes.
     """
 
     def __init__(self, planner: OrderHead, env: NextBlockTorchRLEnv, config: PPOConfig) -> None:
         if config.privileged_critic and not env.privileged:
             raise ValueError("privileged_critic=True needs an environment made with privileged=True")
+        if env.core.num_envs != config.num_envs:
+            raise ValueError(f"num_envs={config.num_envs} needs as many environments, this one has {env.core.num_envs}")
         budgets = env.core.config.budgets
         torch.manual_seed(config.seed)
         self.config, self.env = config, env
-        self.planner = planner.with_budgets(len(budgets))
+        # in eval mode: with dropout the ratio of new to old probabilities would not start at 1
+        self.planner = planner.with_budgets(len(budgets)).to(env.core.device).eval()
         with torch.no_grad():
             self.planner.sharpness.fill_(config.sharpness).log_()
-        self.critic = OrderHead(replace(planner.config, privileged=config.privileged_critic, num_budgets=1))
+            self.planner.repulsion.copy_(config.spacing * torch.exp(-(env.core.geometry.distances**2) / 2))
+        critic_config = replace(planner.config, privileged=config.privileged_critic, num_budgets=1)
+        self.critic = OrderHead(critic_config).to(env.core.device).eval()
         keys = list(OBSERVATION_KEYS)
-        actor_module = TensorDictModule(_Actor(self.planner), keys, ["logits", "budget_logits"])
+        actor_module = TensorDictModule(_Actor(self.planner), keys, ["logits", "budget_logits", "repulsion"])
         parameters = {"logits": "logits", "action_mask": "action_mask"}
         if env.core.multi:
-            parameters |= {"budget_logits": "budget_logits", "budget_mask": "budget_mask"}
+            parameters |= {key: key for key in ("budget_logits", "budget_mask", "repulsion")}
         self.actor = ProbabilisticActor(
             actor_module,
             in_keys=parameters,
@@ -143,7 +159,7 @@ class PPO:
         )
         critic_keys = [*keys, "context_loss"] if config.privileged_critic else keys
         self.value = TensorDictModule(_Critic(self.critic), critic_keys, ["state_value"])
-        self.advantage = GAE(gamma=1.0, lmbda=config.gae_lambda, value_network=self.value)
+        self.advantage = GAE(gamma=1.0, lmbda=config.gae_lambda, value_network=self.value, deactivate_vmap=True)
         self.loss = ClipPPOLoss(
             self.actor,
             self.value,
@@ -167,8 +183,8 @@ class PPO:
     def train(self) -> Iterator[dict[str, float]]:
         """Rounds until `config.iterations`; yields one dict of metrics a round.
 
-        Metrics: step, frames, reward (mean return of finished episodes, nats per token), planner_steps (mean
-        per image), entropy, loss parts, value_error (share of the return's variance not explained).
+        Metrics: step, frames, reward (mean return of images finished in the round, nats per image), planner_steps
+        (mean of these images), entropy, loss parts, value_error (share of the return's variance not explained).
         """
         config, core = self.config, self.env.core
         while self.iteration < config.iterations:
@@ -200,9 +216,9 @@ class PPO:
             frames_per_batch=self.config.frames_per_batch,
             total_frames=self.config.frames_per_batch,
             exploration_type=ExplorationType.RANDOM,
+            auto_register_policy_transforms=False,
         )
-        with set_exploration_type(ExplorationType.RANDOM):
-            data = next(iter(collector))
+        data = next(iter(collector))
         collector.shutdown(close_env=False)
         data["next", "reward"] = data["next", "reward"] * self.env.core.geometry.num_tokens  # nats per image
         return data
@@ -231,12 +247,15 @@ class PPO:
         }
 
     def _summary(self, data: Any) -> dict[str, float]:
-        ended = data["next", "done"][..., 0]
+        """Metrics of a round; return and steps are those of each image's first episode, if it ended."""
+        ended = data["next", "done"][..., 0]  # (num_envs, steps)
+        first = (ended.cumsum(1) - ended.long()) == 0
+        complete = ended.any(1)
         target, value = data["value_target"], data["state_value"]
-        episodes = max(int(ended.sum()), 1)
+        returns = (data["next", "reward"][..., 0] * first).sum(1)[complete]
         return {
-            "reward": data["next", "reward"].sum().item() / episodes,
-            "planner_steps": data.numel() / episodes,
+            "return": returns.mean().item(),
+            "planner_steps": first.sum(1)[complete].float().mean().item(),
             "illegal": data["next", "illegal"].float().mean().item(),
             "value_error": ((target - value).var() / target.var()).item(),
         }

@@ -11,6 +11,11 @@ from torch import Tensor
 Schedule = Callable[[TensorDictBase], Tensor]
 
 
+def legal_place(schedule: Schedule, observation: TensorDictBase) -> Tensor:
+    """What a schedule chooses, lowered to the largest legal budget where fewer blocks are left: (M,) int64."""
+    return torch.minimum(schedule(observation), observation["budget_mask"].sum(-1) - 1)
+
+
 def fixed(place: int = 0) -> Schedule:
     """Always the budget at one place of the list: observation -> (M,) int64."""
 
@@ -28,7 +33,7 @@ def growing(budgets: tuple[int, ...], sizes: tuple[int, ...]) -> Schedule:
         sizes: blocks of each step; they must sum to B and be budgets.
 
     Raises:
-        ValueError: if a size is no budget.
+        ValueError: if a size is no budget; at the first call, if the sizes do not sum to B.
     """
     missing = sorted(set(sizes) - set(budgets))
     if missing:
@@ -37,6 +42,9 @@ def growing(budgets: tuple[int, ...], sizes: tuple[int, ...]) -> Schedule:
     places = torch.tensor([budgets.index(size) for size in sizes])
 
     def schedule(observation: TensorDictBase) -> Tensor:
+        blocks = observation["visible"].shape[-1]
+        if sum(sizes) != blocks:
+            raise ValueError(f"sizes={sizes} sum to {sum(sizes)}, the image has {blocks} blocks; give sizes that sum to it")
         visible = observation["visible"].sum(-1).contiguous()
         step = torch.searchsorted(ends.to(visible.device), visible, right=True).clamp_max(len(sizes) - 1)
         return places.to(visible.device)[step]

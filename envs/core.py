@@ -14,7 +14,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from orderrl.backbones.protocol import Backbone
+from orderrl.backbones.protocol import Backbone, backbone_device
 from orderrl.backbones.sampling import Sampling
 from orderrl.data import TokenSet
 from orderrl.envs.reward import ILLEGAL_REWARD, Reward, RewardConfig
@@ -154,6 +154,11 @@ class NextBlockCore:
         """(M,) int64: hidden blocks."""
         return (~self.visible).sum(-1)
 
+    @property
+    def finished(self) -> Tensor:
+        """(M,) bool: episodes whose image is complete or whose 2 * B steps are used up."""
+        return self.visible.all(-1) | (self.step_count >= 2 * self.geometry.num_blocks)
+
     def budget_mask(self) -> Tensor:
         """(M, number of budgets) bool: a budget is legal up to the hidden blocks; the smallest always is."""
         mask = self._budgets <= self.hidden_count[:, None]
@@ -182,31 +187,39 @@ class NextBlockCore:
 
     # ------------------------------------------------------------------ episodes
 
-    def seed(self, seeds: Tensor | int) -> None:
-        """Start every sub-environment's history again: its next reset is episode 0 of its seed."""
-        if isinstance(seeds, int):
-            seeds = torch.arange(self.num_envs) + seeds
-        self.seeds = seeds.to(self.device)
-        self.episode = torch.full_like(self.episode, -1)
+    def seed(self, seeds: Tensor | int, rows: Tensor | None = None) -> None:
+        """Start histories again: the next reset of a sub-environment is episode 0 of its seed.
+
+        Args:
+            seeds: (m,) int64, or s for s + i.
+            rows: (m,) int64 sub-environments; None is all.
+        """
+        rows = torch.arange(self.num_envs, device=self.device) if rows is None else rows.to(self.device)
+        self.seeds, self.episode = self.seeds.clone(), self.episode.clone()
+        self.seeds[rows] = rows + seeds if isinstance(seeds, int) else seeds.to(self.device)
+        self.episode[rows] = -1
 
     @torch.no_grad()
-    def reset(self, rows: Tensor | None = None, index: Tensor | int | None = None) -> None:
+    def reset(
+        self, rows: Tensor | None = None, index: Tensor | int | None = None, labels: Tensor | None = None
+    ) -> None:
         """Begin new episodes.
 
         Args:
             rows: (m,) int64 sub-environments; None is all.
             index: () or (m,) images of the data set; None draws them from (seed, episode).
+            labels: (m,) int64 classes to condition on; None takes the image's, or in mode "generate" draws them.
 
         Raises:
             ValueError: if an index lies outside the data set.
         """
         rows = torch.arange(self.num_envs, device=self.device) if rows is None else rows.to(self.device)
-        self._begin(rows, index)
+        self._begin(rows, index, labels)
         self._looks = [] if len(rows) == self.num_envs else self._looks
         self._look(rows)
         self.start_losses[rows] = self.losses[rows]
 
-    def _begin(self, rows: Tensor, index: Tensor | int | None) -> None:
+    def _begin(self, rows: Tensor, index: Tensor | int | None, labels: Tensor | None = None) -> None:
         if not len(rows):
             return
         self.episode[rows] += 1
@@ -223,24 +236,42 @@ class NextBlockCore:
                 chosen = self._checked_index(index, rows)
             self.image_index[rows] = chosen
             self.tokens[rows], self.labels[rows] = self._data_tokens[chosen], self._data_labels[chosen]
-        self.set_labels(rows, self.labels[rows])
+        if labels is not None:
+            self.labels[rows] = labels.to(self.device)
+        self._start(rows)
         self.visible[rows] = False
         self.step_count[rows] = 0
         self.reveal_step[rows] = -1
         self.reveal_rank[rows] = -1
 
-    def set_labels(self, rows: Tensor, labels: Tensor) -> None:
-        """Condition some episodes on class labels; only before anything is revealed."""
-        self.labels[rows] = labels
+    def _start(self, rows: Tensor) -> None:
+        """Empty the prefix of some episodes and condition it on their labels."""
         whole = len(rows) == self.num_envs
-        started = self.backbone.start(labels)
+        started = self.backbone.start(self.labels[rows])
         self.prefix = started if whole else self.prefix.put(rows, started)
         if self.unconditional is not None:
             started = self.backbone.start(self._dropped[rows])
             self.unconditional = started if whole else self.unconditional.put(rows, started)
 
+    @torch.no_grad()
+    def show(self, order: Tensor, length: Tensor) -> None:
+        """Put all episodes, fresh from `reset`, into given contexts without playing them.
+
+        Args:
+            order: (M, B) int64, reveal order.
+            length: (M,) int64, how many of its blocks are visible.
+        """
+        order, length = order.to(self.device), length.to(self.device)
+        self._append(order, length)
+        self._record(order, length)
+        self._looks = []
+        self._look((~self.visible.all(-1)).nonzero().flatten())
+
     def _checked_index(self, index: Tensor | int, rows: Tensor) -> Tensor:
-        chosen = torch.as_tensor(index, dtype=torch.int64, device=self.device).expand(len(rows))
+        chosen = torch.as_tensor(index, device=self.device)
+        if chosen.is_floating_point() or chosen.dtype == torch.bool or chosen.shape not in [(), rows.shape]:
+            raise ValueError(f"index must be one int64 or {len(rows)}, one for each episode that begins, got {index!r}")
+        chosen = chosen.long().expand(len(rows))
         if ((chosen < 0) | (chosen >= len(self.data))).any():
             raise ValueError(
                 f"index={chosen.tolist()} lies outside the {len(self.data)} images of "
@@ -250,18 +281,21 @@ class NextBlockCore:
 
     @torch.no_grad()
     def step(self, actions: Tensor, restart: Tensor | None = None) -> Transition:
-        """Reveal blocks. Finished episodes ignore their action: nothing happens and nothing is paid.
+        """Reveal blocks. Finished episodes (complete or truncated) ignore their action and are paid nothing.
 
         Args:
             actions: (M,) int64 block, or (M, K + 1) int64: a ranked list and the index of the budget.
             restart: (M,) bool, episodes that begin anew instead; their action is ignored (NEXT_STEP).
 
         Raises:
-            ValueError: if the shape or dtype is wrong, or with `strict` if an action is illegal.
+            ValueError: if the shape or dtype is wrong, if an episode was never begun, or with `strict` if an action
+                is illegal.
         """
+        if (self.episode < 0).any():
+            raise ValueError("step was called before reset; begin the episodes first")
         restart = torch.zeros_like(self.visible[:, 0]) if restart is None else restart.to(self.device)
         blocks, count, legal = self.read_actions(actions)
-        idle = restart | self.visible.all(-1)
+        idle = restart | self.finished
         illegal = ~legal & ~idle
         if self.config.strict and illegal.any():
             row = int(illegal.nonzero()[0, 0])
@@ -288,7 +322,7 @@ class NextBlockCore:
         self._look(looking)
         self.start_losses = torch.where(restart[:, None], self.losses, self.start_losses)
         terminated = self.visible.all(-1)
-        truncated = (self.step_count >= 2 * self.geometry.num_blocks) & ~terminated
+        truncated = self.finished & ~terminated
         if self.config.mode == "teacher":
             reward = self.reward(before, self.losses, revealed, self.visible)
         else:
@@ -478,11 +512,3 @@ def check_fits(backbone: Backbone, data: TokenSet) -> None:
             f"data {data.name!r} (height, width, vocab_size, num_classes) = {have} does not fit the backbone's {want}; "
             "choose the data set that the backbone was trained on"
         )
-
-
-def backbone_device(backbone: Backbone) -> torch.device:
-    """Device of a backbone's parameters; the CPU for one without any."""
-    if isinstance(backbone, torch.nn.Module):
-        for parameter in backbone.parameters():
-            return parameter.device
-    return torch.device("cpu")

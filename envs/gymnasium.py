@@ -88,13 +88,13 @@ class NextBlockEnv(gym.Env[dict[str, Any], Any]):
         """Reveal the blocks of an action."""
         row = torch.as_tensor(np.asarray(action))[None]
         reward, terminated, truncated, illegal = self.core.step(row)
-        return self._observation(), reward.item(), terminated.item(), truncated.item(), self._info(illegal.item())
+        return self._observation(), float(reward), bool(terminated), bool(truncated), self._info(bool(illegal))
 
     def action_masks(self) -> np.ndarray:
         """Flat bool mask of legal entries: (B,), or (K * B + number of budgets,)."""
         return flat_mask(self.core.observation(), self.core.largest_budget)[0].cpu().numpy()
 
-    def render(self) -> np.ndarray | None:  # type: ignore[override]
+    def render(self) -> np.ndarray | None:
         """(h, w, 3) uint8: the partial image with hidden blocks grey, beside the order as a heat map."""
         if self.render_mode is None:
             return None
@@ -108,5 +108,5 @@ class NextBlockEnv(gym.Env[dict[str, Any], Any]):
 
     def _info(self, illegal: bool) -> dict[str, Any]:
         observation = to_numpy(self.core.observation())
-        masks = {key: observation[key][0] for key in ("action_mask", "budget_mask") if key in observation}
-        return {**masks, "illegal": bool(illegal)}
+        info: dict[str, Any] = {k: observation[k][0] for k in ("action_mask", "budget_mask") if k in observation}
+        return info | {"illegal": illegal}

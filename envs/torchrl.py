@@ -34,7 +34,10 @@ class NextBlockTorchRLEnv(EnvBase):
     def __init__(
         self, num_envs: int = 1, privileged: bool = False, core: NextBlockCore | None = None, **arguments: Any
     ) -> None:
-        self.core = build_core(num_envs, **arguments) if core is None else core
+        if core is None:  # without a seed, one that torch.manual_seed determines
+            arguments.setdefault("seed", int(torch.randint(2**31, ())))
+            core = build_core(num_envs, **arguments)
+        self.core = core
         super().__init__(device=self.core.device, batch_size=[self.core.num_envs])
         self.privileged = privileged
         if privileged and not self.core._context_losses:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ class NextBlockVectorEnv(VectorEnv[dict[str, Any], Any, np.ndarray]):
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         self.render_mode = render_mode
         self.num_envs = num_envs
-        self._seeded = "seed" in arguments
+        self._seeded = np.full(num_envs, "seed" in arguments)
         self.core = build_core(num_envs, **arguments)
         budgets = self.core.config.budgets
         self.single_observation_space = observation_space(self.core.backbone, budgets)
@@ -55,31 +56,51 @@ class NextBlockVectorEnv(VectorEnv[dict[str, Any], Any, np.ndarray]):
         self._done = torch.zeros(num_envs, dtype=torch.bool)
 
     def reset(
-        self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Begin episodes; `options`: "index" chooses images, "reset_mask" (M,) bool some sub-environments."""
+        """Begin episodes.
+
+        Args:
+            seed: s seeds sub-environment i with s + i; of a sequence, None leaves a sub-environment's history alone.
+            options: "reset_mask" (M,) bool chooses sub-environments, which alone are seeded and begin anew; "index"
+                chooses the images of those that begin, one for all or one for each.
+        """
         options = options or {}
-        if isinstance(seed, (list, tuple)):
-            fresh = [int(self.np_random.integers(2**31)) if s is None else s for s in seed]
-            self.core.seed(torch.tensor(fresh))
-            self._seeded = True
-        else:
-            super().reset(seed=seed)
-            if seed is None and not self._seeded:
-                seed = int(self.np_random.integers(2**31))
-            if seed is not None:
-                self.core.seed(seed)
-                self._seeded = True
-        rows = None
-        if "reset_mask" in options:
-            rows = torch.as_tensor(np.asarray(options["reset_mask"])).nonzero().flatten()
+        rows = self._rows(options.get("reset_mask"))
+        super().reset(seed=seed if isinstance(seed, int) else None)
+        self._seed(seed, rows)
         self.core.reset(rows, options.get("index"))
-        self._done[slice(None) if rows is None else rows] = False
+        self._done[rows] = False
         return to_numpy(self.core.observation()), self._info(torch.zeros(self.num_envs, dtype=torch.bool))
 
-    def step(
-        self, actions: Any
-    ) -> tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+    def _rows(self, mask: Any) -> torch.Tensor:
+        """Sub-environments of a reset mask; all without one."""
+        if mask is None:
+            return torch.arange(self.num_envs)
+        mask = np.asarray(mask)
+        if mask.dtype != np.bool_ or mask.shape != (self.num_envs,) or not mask.any():
+            raise ValueError(
+                f"reset_mask must be bool of shape ({self.num_envs},) with at least one True, got {mask.tolist()}"
+            )
+        return torch.from_numpy(np.flatnonzero(mask))
+
+    def _seed(self, seed: int | Sequence[int | None] | None, rows: torch.Tensor) -> None:
+        """Start the histories of some sub-environments again, those without a seed at a drawn one if they have none."""
+        if isinstance(seed, int):
+            self.core.seed(seed, rows)
+        else:
+            seeds = [None] * self.num_envs if seed is None else list(seed)
+            if len(seeds) != self.num_envs:
+                raise ValueError(f"seed must be one number or {self.num_envs}, got {len(seeds)}")
+            for row in rows.tolist():
+                value = seeds[row]
+                if value is None and not self._seeded[row]:
+                    value = int(self.np_random.integers(2**31))
+                if value is not None:
+                    self.core.seed(torch.tensor([value]), torch.tensor([row]))
+        self._seeded[rows.numpy()] = True
+
+    def step(self, actions: Any) -> tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Reveal the blocks of every action; finished episodes begin anew as `autoreset_mode` says."""
         next_step = self.autoreset_mode is AutoresetMode.NEXT_STEP
         if self.autoreset_mode is AutoresetMode.DISABLED and self._done.any():
@@ -108,8 +129,12 @@ class NextBlockVectorEnv(VectorEnv[dict[str, Any], Any, np.ndarray]):
         final = np.full(self.num_envs, None, dtype=object)
         for row in np.flatnonzero(finished):
             final[row] = {key: value[row] for key, value in observation.items()}
-        last = self._info(illegal)
-        return {"final_obs": final, "_final_obs": finished.copy(), "final_info": last, "_final_info": finished.copy()}
+        return {
+            "final_obs": final,
+            "_final_obs": finished.copy(),
+            "final_info": self._info(illegal, finished),
+            "_final_info": finished.copy(),
+        }
 
     def action_masks(self) -> np.ndarray:
         """Flat bool masks of legal entries: (M, B), or (M, K * B + number of budgets)."""
@@ -125,12 +150,16 @@ class NextBlockVectorEnv(VectorEnv[dict[str, Any], Any, np.ndarray]):
             for i in range(self.num_envs)
         )
 
-    def _info(self, illegal: torch.Tensor) -> dict[str, Any]:
+    def _info(self, illegal: torch.Tensor, rows: np.ndarray | None = None) -> dict[str, Any]:
+        """Infos of some sub-environments, (M,) bool; the others' are zero, as Gymnasium has them."""
+        present = np.ones(self.num_envs, dtype=bool) if rows is None else rows
         observation = to_numpy(self.core.observation())
         info: dict[str, Any] = {"illegal": illegal.cpu().numpy()}
         info |= {key: observation[key] for key in ("action_mask", "budget_mask") if key in observation}
-        present = np.ones(self.num_envs, dtype=bool)
-        return info | {f"_{key}": present.copy() for key in list(info)}
+        for key, value in list(info.items()):
+            value[~present] = 0
+            info[f"_{key}"] = present.copy()
+        return info
 
 
 def _autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:
@@ -138,5 +167,6 @@ def _autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:
         return mode
     by_name = {m.name: m for m in AutoresetMode} | {m.value: m for m in AutoresetMode}
     if mode not in by_name:
-        raise ValueError(f"autoreset_mode={mode!r} is unknown; choose one of {', '.join(m.name for m in AutoresetMode)}")
+        allowed = ", ".join(m.name for m in AutoresetMode)
+        raise ValueError(f"autoreset_mode={mode!r} is unknown; choose one of {allowed}")
     return by_name[mode]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orderrl.backbones.protocol import Backbone
+from orderrl.backbones.protocol import Backbone, backbone_device
 from orderrl.backbones.sampling import Sampling
 from orderrl.geometry import BlockGrid
 from orderrl.random import Stream, keyed_uniform
@@ -226,7 +226,7 @@ def label_contexts(
         hidden (m, B, D), entropy (m, B), visible (m, B); loss (m, B) and gains (m, B, B) in nats.
     """
     image, order, length = contexts
-    device = next(iter(backbone.parameters())).device if isinstance(backbone, torch.nn.Module) else tokens.device
+    device = backbone_device(backbone)
     geometry = backbone.geometry
     starts = torch.arange(len(image))
     for value in length.unique(sorted=True).tolist():

@@ -173,7 +173,7 @@ def find_or_train_ppo(config: DictConfig, backbone: Backbone, run: Run | None = 
         with progress(settings.iterations, f"ppo ({config.env.objective})", "rounds") as advance:
             advance(ppo.iteration)
             for row in ppo.train():
-                advance(note=f"return {row['reward']:.2f} nats, {row['planner_steps']:.1f} steps")
+                advance(note=f"return {row['return']:.2f} nats, {row['planner_steps']:.1f} steps")
                 if run is not None:
                     run.log(row, int(row["step"]))
                 if ppo.iteration % config.checkpoint_every == 0:

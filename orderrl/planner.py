@@ -65,6 +65,8 @@ class PlannerConfig:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.dim % self.heads:
             raise ValueError(f"heads={self.heads} must divide dim={self.dim}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
 
     @classmethod
     def for_backbone(cls, backbone: Backbone, **shape: Any) -> PlannerConfig:
@@ -99,6 +101,8 @@ class OrderHead(nn.Module):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
         nn.init.normal_(self.label.weight, std=0.02)
+        # what a listed block takes from the others' logits in the same step; planners of one block a step leave it zero
+        self.repulsion = nn.Parameter(torch.zeros(config.num_blocks, config.num_blocks))
         self.sharpness = nn.Parameter(torch.zeros(()))  # log of the factor from scores to policy logits
 
     def _blocks(self, depth: int) -> list[nn.Module]:
@@ -143,30 +147,30 @@ class OrderHead(nn.Module):
 
     def with_budgets(self, num_budgets: int) -> OrderHead:
         """A copy with another number of budgets; the budget head starts anew (uniform) if it changes."""
-        if num_budgets == self.config.num_budgets:
-            other = OrderHead(self.config)
-            other.load_state_dict(self.state_dict())
-            return other
-        other = OrderHead(replace(self.config, num_budgets=num_budgets))
-        kept = {k: v for k, v in self.state_dict().items() if not k.startswith("budget_head.")}
-        other.load_state_dict(kept, strict=False)
-        return other
+        other = OrderHead(replace(self.config, num_budgets=num_budgets)).train(self.training)
+        same = num_budgets == self.config.num_budgets
+        kept = {k: v for k, v in self.state_dict().items() if same or not k.startswith("budget_head.")}
+        other.load_state_dict(kept, strict=same)
+        return other.to(self.position.device)
 
 
 def save_planner(path: Path, planner: OrderHead, description: dict[str, Any]) -> None:
     """Write a planner as safetensors with its config and a description (agent, budgets, backbone, data)."""
     tensors = {key: value.detach().cpu() for key, value in planner.state_dict().items()}
-    save_checkpoint(path, tensors, {"kind": "planner", "planner": asdict(planner.config), **description})
+    save_checkpoint(path, tensors, {**description, "kind": "planner", "shape": asdict(planner.config)})
 
 
 def load_planner(path: Path | str, backbone: Backbone | None = None) -> tuple[OrderHead, dict[str, Any]]:
     """Read a planner and its description.
 
     Raises:
-        ValueError: if the file is no planner or its shape does not fit the backbone.
+        ValueError: if the file is no planner, its shape is none of this version's or does not fit the backbone.
     """
     tensors, description = load_checkpoint(Path(path), "planner")
-    config = PlannerConfig(**description["planner"])
+    try:
+        config = PlannerConfig(**description["shape"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: its planner shape is none of this version's ({error}); train it anew") from error
     if backbone is not None:
         fitting = PlannerConfig.for_backbone(backbone)
         for name in ("num_blocks", "hidden_size", "num_classes"):

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from orderrl.backbones.protocol import Backbone
+from orderrl.backbones.protocol import Backbone, BlockLosses, backbone_device
 from orderrl.backbones.sampling import Sampling
 
+ALTERNATIVES = 16  # tokens tried against the one that greedy decoding chose
 
-def naive_block_losses(
-    backbone: Backbone, tokens: Tensor, labels: Tensor, revealed: Tensor, blocks: Tensor
-) -> Tensor:
+
+def naive_block_losses(backbone: Backbone, tokens: Tensor, labels: Tensor, revealed: Tensor, blocks: Tensor) -> Tensor:
     """Losses of blocks with everything recomputed and one chain at a time: the slow, obvious form.
 
     Args:
-        tokens: (M, N) int64; labels: (M,) int64; revealed: (M, t) int64 visible blocks in order;
+        backbone: scores the blocks.
+        tokens: (M, N) int64.
+        labels: (M,) int64.
+        revealed: (M, t) int64, visible blocks in order.
         blocks: (M, C) int64.
 
     Returns:
@@ -32,53 +39,140 @@ def naive_block_losses(
     return torch.stack(columns, 1)
 
 
+@dataclass(frozen=True)
+class _Sample:
+    """Random states of a backbone: `revealed` (M, t) and `hidden` (M, B - t) are the two parts of a block order."""
+
+    backbone: Backbone
+    tokens: Tensor
+    labels: Tensor
+    revealed: Tensor
+    hidden: Tensor
+    generator: torch.Generator
+    tolerance: float
+
+    def compare(self, promise: str, one: Tensor, other: Tensor) -> None:
+        difference = (one - other).abs().max().item() if one.numel() else 0.0
+        if not difference <= self.tolerance:
+            raise ValueError(f"backbone breaks '{promise}': differs by {difference:.2e}, allowed {self.tolerance:.0e}")
+
+    def prefix(self) -> Any:
+        """A new cache of the states, all blocks appended at once (`extend` may change a cache in place)."""
+        count = torch.full_like(self.labels, self.revealed.shape[1])
+        return self.backbone.extend(self.backbone.start(self.labels), self.tokens, self.revealed, count)
+
+    @cached_property
+    def packed(self) -> BlockLosses:
+        return self.backbone.context_loss(self.prefix(), self.tokens, self.hidden)[0]
+
+    def naive(self, blocks: Tensor, extra: Tensor | None = None) -> Tensor:
+        revealed = self.revealed if extra is None else torch.cat([self.revealed, extra], 1)
+        return naive_block_losses(self.backbone, self.tokens, self.labels, revealed, blocks)
+
+
+def _draw_sample(backbone: Backbone, states: int, seed: int, tolerance: float) -> _Sample:
+    generator, device = torch.Generator().manual_seed(seed), backbone_device(backbone)
+    b = backbone.geometry.num_blocks
+    visible = max(1, b // 3) if b > 1 else 0
+    tokens = torch.randint(backbone.vocab_size, (states, backbone.geometry.num_tokens), generator=generator)
+    labels = torch.randint(backbone.num_classes, (states,), generator=generator)
+    order = torch.rand(states, b, generator=generator).argsort(1).to(device)
+    parts = order[:, :visible], order[:, visible:]
+    return _Sample(backbone, tokens.to(device), labels.to(device), *parts, generator, tolerance)
+
+
+def _check_packing(sample: _Sample) -> None:
+    naive = sample.naive(sample.hidden)
+    sample.compare("packed chains over a cache equal recomputation one by one", sample.packed.loss, naive)
+
+
+def _check_observation(sample: _Sample) -> None:
+    first, entropy = sample.backbone.observe(sample.prefix(), sample.hidden)
+    sample.compare("observe equals the first query of context_loss (hidden state)", first, sample.packed.hidden)
+    sample.compare("observe equals the first query of context_loss (entropy)", entropy, sample.packed.entropy)
+
+
+def _check_leak(sample: _Sample) -> None:
+    backbone, geometry = sample.backbone, sample.backbone.geometry
+    shuffled = torch.randint(backbone.vocab_size, sample.tokens.shape, generator=sample.generator).to(sample.tokens)
+    visible = torch.zeros(len(sample.tokens), geometry.num_blocks, dtype=torch.bool, device=sample.tokens.device)
+    visible = visible.scatter(1, sample.revealed, True)[:, geometry.token_block.to(visible.device)]
+    other = torch.where(visible, sample.tokens, shuffled)
+    leak, _ = backbone.context_loss(sample.prefix(), other, sample.hidden)
+    sample.compare("hidden tokens do not change the first query (hidden state)", leak.hidden, sample.packed.hidden)
+    sample.compare("hidden tokens do not change the first query (entropy)", leak.entropy, sample.packed.entropy)
+
+
+def _check_reuse(sample: _Sample) -> None:
+    backbone, last = sample.backbone, sample.hidden[:, -1:]
+    prefix = sample.prefix()
+    for step in range(sample.hidden.shape[1] - 1):
+        block = sample.hidden[:, step : step + 1]
+        _, entries = backbone.context_loss(prefix, sample.tokens, block)
+        first = entries.chain(torch.zeros_like(sample.labels))
+        prefix = backbone.extend(prefix, sample.tokens, block, torch.ones_like(sample.labels), first)
+    reused, _ = backbone.context_loss(prefix, sample.tokens, last)
+    sample.compare("reused chain entries equal re-encoded ones", reused.loss, sample.naive(last, sample.hidden[:, :-1]))
+
+
+def _check_past(sample: _Sample) -> None:
+    if sample.hidden.shape[1] < 2:
+        return
+    prefix, one, other = sample.prefix(), sample.hidden[:, :1], sample.hidden[:, 1:2]
+    _, past = sample.backbone.context_loss(prefix, sample.tokens, one, whole=True)
+    after, _ = sample.backbone.context_loss(prefix, sample.tokens, other, past=past)
+    sample.compare("a block given as past equals the same block revealed", after.loss, sample.naive(other, one))
+
+
+def _check_select(sample: _Sample) -> None:
+    backbone, rows = sample.backbone, torch.arange(1, device=sample.labels.device)
+    count = torch.ones_like(sample.labels) * sample.revealed.shape[1]
+    count[0] = 0  # one state stays behind and is written over by its complete copy
+    prefix = backbone.extend(backbone.start(sample.labels), sample.tokens, sample.revealed, count)
+    prefix = prefix.put(rows, sample.prefix().select(rows))
+    losses, _ = backbone.context_loss(prefix, sample.tokens, sample.hidden)
+    sample.compare("states of different lengths, put and selected, equal uniform ones", losses.loss, sample.packed.loss)
+
+
+def _check_decode(sample: _Sample) -> None:
+    """Tokens that greedy decoding chose have the lowest loss, so that no token's loss can have read that token."""
+    backbone, geometry = sample.backbone, sample.backbone.geometry
+    prefix, block = sample.prefix(), sample.hidden[:, :1]
+    shape = (len(block), 1, geometry.tokens_per_block)
+    uniforms = torch.rand(shape, generator=sample.generator, dtype=torch.float64).to(block.device)
+    drawn = backbone.decode(prefix, block, uniforms, Sampling(top_k=1))
+    if drawn.shape != uniforms.shape or drawn.min() < 0 or drawn.max() >= backbone.vocab_size:
+        raise ValueError(
+            f"backbone breaks 'decode draws tokens': shape {tuple(drawn.shape)} in [{int(drawn.min())}, "
+            f"{int(drawn.max())}], want {shape} in [0, {backbone.vocab_size - 1}]"
+        )
+    positions = geometry.block_tokens.to(block.device)[block[:, 0]]
+    greedy = sample.tokens.scatter(1, positions, drawn[:, 0])
+    best = backbone.context_loss(prefix, greedy, block)[0].loss
+    for value in torch.randperm(backbone.vocab_size, generator=sample.generator)[:ALTERNATIVES].tolist():
+        other = greedy.scatter(1, positions[:, -1:], value)
+        loss = backbone.context_loss(prefix, other, block)[0].loss
+        sample.compare("greedy decoding finds the token of least loss", torch.minimum(loss, best), best)
+
+
 @torch.no_grad()
 def check_backbone(backbone: Backbone, states: int = 3, seed: int = 0, tolerance: float = 1e-4) -> None:
-    """Raise ValueError with the first broken promise: cache = recomputation, no leak, packed = one by one.
+    """Check that caches equal recomputation, packed chains single ones, and that no hidden token leaks.
 
     Args:
-        backbone: to be checked, in eval mode.
+        backbone: to be checked, in eval mode, on any device.
         states: random states.
         seed: of the random tokens and orders.
         tolerance: largest absolute difference, nats.
+
+    Raises:
+        ValueError: with the first broken promise.
     """
-    generator = torch.Generator().manual_seed(seed)
-    geometry = backbone.geometry
-    b, k = geometry.num_blocks, max(1, geometry.num_blocks // 3)
-    tokens = torch.randint(backbone.vocab_size, (states, geometry.num_tokens), generator=generator)
-    labels = torch.randint(backbone.num_classes, (states,), generator=generator)
-    order = torch.rand(states, b, generator=generator).argsort(1)
-    revealed, hidden = order[:, :k], order[:, k:]
-    count = torch.full_like(labels, k)
-    prefix = backbone.extend(backbone.start(labels), tokens, revealed, count)
-    packed, _ = backbone.context_loss(prefix, tokens, hidden)
-
-    def compare(name: str, one: Tensor, other: Tensor) -> None:
-        difference = (one - other).abs().max().item() if one.numel() else 0.0
-        if not difference <= tolerance:
-            raise ValueError(f"backbone breaks '{name}': differs by {difference:.2e}, allowed {tolerance:.0e}")
-
-    naive = naive_block_losses(backbone, tokens, labels, revealed, hidden)
-    compare("packed chains over a cache equal recomputation one by one", packed.loss, naive)
-    first, entropy = backbone.observe(prefix, hidden)
-    compare("observe equals the first query of context_loss (hidden state)", first, packed.hidden)
-    compare("observe equals the first query of context_loss (entropy)", entropy, packed.entropy)
-    shuffled = torch.randint(backbone.vocab_size, tokens.shape, generator=generator)
-    visible = torch.zeros(states, b, dtype=torch.bool).scatter(1, revealed, True)[:, geometry.token_block]
-    other = torch.where(visible, tokens, shuffled)
-    leak, _ = backbone.context_loss(prefix, other, hidden)
-    compare("hidden tokens do not change the first query", leak.hidden, packed.hidden)
-    chained = naive_block_losses(backbone, tokens, labels, order[:, : b - 1], order[:, b - 1 :])
-    prefix = backbone.start(labels)
-    for step in range(b - 1):
-        block = order[:, step : step + 1]
-        _, entries = backbone.context_loss(prefix, tokens, block)
-        first_chain = entries.chain(torch.zeros_like(labels))
-        prefix = backbone.extend(prefix, tokens, block, torch.ones_like(labels), first_chain)
-    reused, _ = backbone.context_loss(prefix, tokens, order[:, b - 1 :])
-    compare("reused chain entries equal re-encoded ones", reused.loss, chained)
-    uniforms = torch.rand(states, 1, geometry.tokens_per_block, generator=generator, dtype=torch.float64)
-    prefix = backbone.start(labels)
-    drawn = backbone.decode(prefix, order[:, :1], uniforms, Sampling())
-    if drawn.shape != uniforms.shape or drawn.min() < 0 or drawn.max() >= backbone.vocab_size:
-        raise ValueError(f"backbone breaks 'decode draws tokens': shape {tuple(drawn.shape)}, want {tuple(uniforms.shape)}")
+    sample = _draw_sample(backbone, states, seed, tolerance)
+    _check_packing(sample)
+    _check_observation(sample)
+    _check_leak(sample)
+    _check_reuse(sample)
+    _check_past(sample)
+    _check_select(sample)
+    _check_decode(sample)

@@ -30,9 +30,9 @@ def rope_table(height: int, width: int, head_dim: int, base: float = 10000.0) ->
     frequencies = base ** (-torch.arange(0, half, 2).float() / half)  # (half / 2,)
     rows = torch.arange(height).float()[:, None] * frequencies
     columns = torch.arange(width).float()[:, None] * frequencies
-    angles = torch.cat(
-        [rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)], dim=-1
-    ).flatten(0, 1)  # (H*W, half)
+    angles = torch.cat([rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)], dim=-1).flatten(
+        0, 1
+    )  # (H*W, half)
     table = torch.stack([angles.cos(), angles.sin()], dim=-1)
     return torch.cat([torch.zeros(1, half, 2), table])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from orderrl.backbones.sampling import Sampling
@@ -108,3 +109,11 @@ class Backbone(Protocol):
         Returns:
             (M, K, p*p) int64 tokens.
         """
+
+
+def backbone_device(backbone: Backbone) -> torch.device:
+    """Device of a backbone's parameters; the CPU for one without any."""
+    if isinstance(backbone, torch.nn.Module):
+        for parameter in backbone.parameters():
+            return parameter.device
+    return torch.device("cpu")

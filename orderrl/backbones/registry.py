@@ -92,7 +92,14 @@ def backbone_fingerprint(backbone: Backbone) -> str:
 
 def _from_file(path: Path) -> OrderRobustTransformer:
     tensors, description = load_checkpoint(path, "backbone")
-    backbone = OrderRobustTransformer(TransformerConfig(**description["model"]))
+    try:
+        config = TransformerConfig(**description["model"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: does not describe an OrderRobustTransformer ({error}); make the checkpoint anew with "
+            "`python -m orderrl.pretrain`"
+        ) from error
+    backbone = OrderRobustTransformer(config)
     load_state(backbone, tensors, path)
     return backbone
 

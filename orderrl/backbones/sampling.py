@@ -52,9 +52,7 @@ def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     return logits
 
 
-def sample_tokens(
-    logits: Tensor, uniforms: Tensor, sampling: Sampling, unconditional: Tensor | None = None
-) -> Tensor:
+def sample_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling, unconditional: Tensor | None = None) -> Tensor:
     """Draw one token per row by inverting the cumulative distribution at given uniform numbers.
 
     Args:
@@ -65,7 +63,14 @@ def sample_tokens(
 
     Returns:
         (...) int64 tokens.
+
+    Raises:
+        ValueError: if guidance is asked for without unconditional logits.
     """
+    if unconditional is None and sampling.guidance != 1:
+        raise ValueError(
+            f"guidance={sampling.guidance} needs the unconditional logits too; give them or use guidance=1"
+        )
     if unconditional is not None:
         logits = unconditional + sampling.guidance * (logits - unconditional)
     logits = filter_logits(logits / sampling.temperature, sampling.top_k, sampling.top_p)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -158,13 +159,14 @@ def pretrain(
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, config))
     averaged = AveragedModel(backbone, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+    mean = cast(OrderRobustTransformer, averaged.module).eval()
     kept_random = False
     for step in range(config.steps):
         share = random_share(step, config)
         if share < 1 and config.order == "random" and not kept_random:
             kept_random = True
             if on_random_phase_end is not None:
-                on_random_phase_end(averaged.module)
+                on_random_phase_end(mean)
         rows = torch.randint(len(train), (config.batch_size,), generator=generator)
         tokens, labels = train.tokens[rows], train.labels[rows]
         if augment is not None and config.augmentation > 0:
@@ -185,15 +187,14 @@ def pretrain(
         optimizer.step()
         schedule.step()
         averaged.update_parameters(backbone)
-        row = {
+        row: dict[str, float] = {
             "step": step + 1,
             "loss": loss.item(),
-            "learning_rate": schedule.get_last_lr()[0],
+            "learning_rate": float(schedule.get_last_lr()[0]),
             "random_share": share,
         }
         if (step + 1) % config.evaluate_every == 0 or step + 1 == config.steps:
-            averaged.eval()
-            row |= order_losses(averaged.module, held_out, repeats=1)
+            row |= order_losses(mean, held_out, repeats=1)
         yield row
-    backbone.load_state_dict(averaged.module.state_dict())
+    backbone.load_state_dict(mean.state_dict())
     backbone.eval()

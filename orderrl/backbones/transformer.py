@@ -11,7 +11,9 @@ Notable:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -90,8 +92,7 @@ class OrderRobustTransformer(nn.Module):
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.pos_instruct_embeddings = nn.Parameter(torch.empty(1, config.dim))
         self.layers = nn.ModuleList(
-            TransformerBlock(config.dim, config.heads, config.multiple_of, config.dropout)
-            for _ in range(config.layers)
+            TransformerBlock(config.dim, config.heads, config.multiple_of, config.dropout) for _ in range(config.layers)
         )
         self.norm = nn.RMSNorm(config.dim, eps=1e-5)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
@@ -108,6 +109,9 @@ class OrderRobustTransformer(nn.Module):
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=0.02)
         nn.init.zeros_(self.output.weight)
+
+    def _blocks(self) -> Iterator[TransformerBlock]:
+        return (cast(TransformerBlock, layer) for layer in self.layers)
 
     # ------------------------------------------------------------------ embeddings
 
@@ -145,7 +149,7 @@ class OrderRobustTransformer(nn.Module):
         x = torch.cat([start, pairs[:, :-1]], dim=1)  # the last content token predicts nothing
         start_rope = self.rope[:1].expand(len(tokens), -1, -1, -1)
         rope = torch.cat([start_rope, pair_rope[:, :-1]], dim=1)
-        for layer in self.layers:
+        for layer in self._blocks():
             x = layer(x, rope)
         return self.output(self.norm(x[:, 1::2]))
 
@@ -157,7 +161,7 @@ class OrderRobustTransformer(nn.Module):
         """Encode chains: x (M, C, T, dim) -> hidden states (M, C, T, dim) before the final norm, new entries."""
         prefix_keys, prefix_values, prefix_mask = prefix.view()
         keys, values = [], []
-        for number, layer in enumerate(self.layers):
+        for number, layer in enumerate(self._blocks()):
             query, key, value = (
                 part.permute(0, 3, 1, 2, 4) for part in layer.attention.project(layer.attention_norm(x), rope)
             )  # (M, heads, C, T, head_dim)
@@ -200,9 +204,7 @@ class OrderRobustTransformer(nn.Module):
         loss = -log_probs.gather(-1, targets[..., None]).sum((-2, -1))
         return BlockLosses(loss, queries[:, :, 0], _entropy(log_probs[:, :, 0])), entries
 
-    def expected_gain(
-        self, prefix: PrefixCache, blocks: Tensor, past: ChainEntries, uniforms: Tensor
-    ) -> Tensor:
+    def expected_gain(self, prefix: PrefixCache, blocks: Tensor, past: ChainEntries, uniforms: Tensor) -> Tensor:
         instructions, rope = self._instructions(self.block_tokens[blocks])  # (M, C, p*p, ...)
         pasts: list[ChainEntries | None] = [past, None]
         gain = instructions.new_zeros(blocks.shape)

@@ -1,0 +1,181 @@
+"""Policies by name, as the command line writes them.
+
+    raster              one block a step
+    multiscale@4        four blocks a step
+    halton@1+1+2+4+8    a growing schedule
+    random@<1.5         1, 2 or 4 blocks, by an entropy threshold in nats
+    spaced_random@4     blocks of one step keep apart
+    lookahead:4         a reference with four draws
+    PATH.safetensors    a planner with its own budget; PATH@4 its block scores with four blocks a step
+    my_module:my_policy any callable of the policy interface
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from orderrl.agents.orders import ORDERS
+from orderrl.agents.policies import (
+    SCORERS,
+    Confidence,
+    Lookahead,
+    Oracle,
+    PlannerPolicy,
+    Policy,
+    RankingPolicy,
+    ReferencePolicy,
+    Scorer,
+    fixed_order,
+    planner_scorer,
+)
+from orderrl.agents.schedules import Schedule, entropy_threshold, fixed, growing
+from orderrl.backbones.protocol import Backbone
+from orderrl.planner import load_planner
+
+REFERENCES = ("confidence", "lookahead", "oracle")
+SPACED = "spaced_"
+SPACING = 1.0
+THRESHOLD_BUDGETS = (1, 2, 4)
+
+
+@dataclass(frozen=True)
+class NamedPolicy:
+    """A policy with what a table says about it.
+
+    Attributes:
+        name: as given, or "<agent>_<target or objective>_r<R>" for a planner.
+        policy: the policy.
+        budgets: of the environment that it acts in.
+        scorer: its block scores, where it has them.
+        objective: what a planner was trained for, else None.
+        reasoning_steps: R of a planner, else None.
+        seed: training seed of a planner, else None.
+    """
+
+    name: str
+    policy: Policy | ReferencePolicy
+    budgets: tuple[int, ...]
+    scorer: Scorer | None = None
+    objective: str | None = None
+    reasoning_steps: int | None = None
+    seed: int | None = None
+
+    @property
+    def reference(self) -> bool:
+        """Whether it looks at the state behind the observation."""
+        return isinstance(self.policy, ReferencePolicy)
+
+
+def policy_names() -> list[str]:
+    """Names of all baselines and references."""
+    return [*ORDERS, *SCORERS, SPACED + "random", "fitted", *REFERENCES]
+
+
+def make_policy(
+    spec: str, backbone: Backbone, fitted: Callable[[], Tensor] | None = None, budgets: tuple[int, ...] = (1,)
+) -> NamedPolicy:
+    """Build a policy from its name.
+
+    Args:
+        spec: see the module's text.
+        backbone: gives the block grid; planners must fit it.
+        fitted: gives the fixed order (B,) fitted on planner labels; called for "fitted" alone.
+        budgets: of own policies (module:attribute).
+
+    Raises:
+        ValueError: if the name is unknown, or its schedule or checkpoint does not fit.
+    """
+    base, _, sizes = spec.partition("@")
+    if base.endswith(".safetensors"):
+        return _planner_policy(base, sizes, backbone)
+    if ":" in base and not base.startswith(REFERENCES):
+        return _own_policy(base, budgets)
+    blocks = backbone.geometry.num_blocks
+    chosen, schedule = _schedule(spec, sizes, blocks)
+    name, _, argument = base.partition(":")
+    if name in REFERENCES:
+        return NamedPolicy(spec, _reference(name, argument, chosen, schedule), chosen)
+    spaced, plain = base.startswith(SPACED), base.removeprefix(SPACED)
+    scorer = _scorer(plain, spec, backbone, fitted)
+    policy = RankingPolicy(scorer, backbone.geometry, chosen, schedule, SPACING if spaced else 0.0)
+    return NamedPolicy(spec, policy, chosen, scorer)
+
+
+def _scorer(name: str, spec: str, backbone: Backbone, fitted: Callable[[], Tensor] | None) -> Scorer:
+    if name in ORDERS:
+        return fixed_order(ORDERS[name](backbone.geometry))
+    if name in SCORERS:
+        return SCORERS[name]
+    if name == "fitted" and fitted is not None:
+        return fixed_order(fitted())
+    raise ValueError(
+        f"policy {spec!r} is unknown; choose one of {', '.join(policy_names())} (NAME@k reveals k blocks a step), "
+        "a planner's .safetensors file or module:attribute"
+    )
+
+
+def _schedule(spec: str, sizes: str, blocks: int) -> tuple[tuple[int, ...], Schedule]:
+    """Budgets and schedule of the part behind '@'."""
+    if not sizes:
+        return (1,), fixed(0)
+    try:
+        if sizes.startswith("<"):
+            return THRESHOLD_BUDGETS, entropy_threshold(THRESHOLD_BUDGETS, float(sizes[1:]))
+        steps = tuple(int(size) for size in sizes.split("+"))
+    except ValueError:
+        raise ValueError(
+            f"policy {spec!r}: {sizes!r} is no schedule; write @4, @1+1+2+4+8 or @<1.5 (entropy threshold, nats)"
+        ) from None
+    if min(steps) < 1 or max(steps) > blocks:
+        raise ValueError(f"policy {spec!r}: a step must reveal between 1 and {blocks} blocks")
+    if len(steps) == 1:
+        return steps, fixed(0)
+    if sum(steps) != blocks:
+        raise ValueError(f"policy {spec!r}: the steps must sum to the {blocks} blocks, they sum to {sum(steps)}")
+    budgets = tuple(sorted(set(steps)))
+    return budgets, growing(budgets, steps)
+
+
+def _reference(name: str, argument: str, budgets: tuple[int, ...], schedule: Schedule) -> ReferencePolicy:
+    if name == "lookahead":
+        return Lookahead(int(argument or 1), budgets, schedule)
+    return {"oracle": Oracle, "confidence": Confidence}[name](budgets, schedule)
+
+
+def _planner_policy(path: str, sizes: str, backbone: Backbone) -> NamedPolicy:
+    spaced, file = path.startswith(SPACED), path.removeprefix(SPACED)
+    planner, description = load_planner(Path(file), backbone)
+    agent = description["agent"]
+    what = agent["target"] if agent["name"] == "bc" else description["objective"]
+    reasoning = planner.config.reasoning_steps
+    named = NamedPolicy(
+        f"{agent['name']}_{what}_r{reasoning}",
+        PlannerPolicy(planner, tuple(description["budgets"])),
+        tuple(description["budgets"]),
+        planner_scorer(planner),
+        description["objective"],
+        reasoning,
+        description["seed"],
+    )
+    if not sizes and not spaced:
+        return named
+    budgets, schedule = _schedule(path, sizes, backbone.geometry.num_blocks)
+    policy = RankingPolicy(planner_scorer(planner), backbone.geometry, budgets, schedule, SPACING if spaced else 0.0)
+    name = f"{SPACED if spaced else ''}{named.name}{'@' + sizes if sizes else ''}"
+    return replace(named, name=name, policy=policy, budgets=budgets)
+
+
+def _own_policy(spec: str, budgets: tuple[int, ...]) -> NamedPolicy:
+    module, _, attribute = spec.partition(":")
+    try:
+        policy = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"policy {spec!r} cannot be imported: {error}; write module:attribute") from None
+    if not callable(policy):
+        raise ValueError(f"policy {spec!r} must be callable as policy(observation, generator), got {type(policy).__name__}")
+    return NamedPolicy(spec, policy, tuple(budgets))

@@ -1,0 +1,209 @@
+"""Compare planners with hand-made orders on held-out images: `python -m orderrl.evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from orderrl.agents.fitted import fit_order
+from orderrl.agents.registry import NamedPolicy, make_policy
+from orderrl.backbones import Backbone, OrderRobustTransformer, Sampling, backbone_fingerprint, load_backbone
+from orderrl.data import load_split
+from orderrl.entry import run_application
+from orderrl.metrics.comparison import comparisons
+from orderrl.metrics.evaluation import (
+    EMPTY_ROW,
+    Evaluated,
+    Protocol,
+    evaluate_policy,
+    evaluate_token_raster,
+    policy_detail,
+)
+from orderrl.metrics.quality import real_floor
+from orderrl.oracle import utilities
+from orderrl.pipeline import announce, find_or_make_labels, newest_planner, open_backbone, open_labels
+from orderrl.report import write_report
+from orderrl.runs import Run, progress, write_json
+
+AGENTS = ("bc", "ppo")
+
+
+def fitted_order(config: DictConfig, backbone: Backbone) -> Tensor:
+    """The fixed order fitted on the planner labels of a config, (B,) int64."""
+    labels = open_labels(find_or_make_labels(config, backbone), backbone)
+    utility = utilities(labels["gains"], backbone.geometry, torch.ones_like(labels["gains"][0]))
+    return fit_order(labels["visible"], utility)
+
+
+def newest_planners(config: DictConfig, backbone: Backbone) -> list[Path]:
+    """The newest checkpoint of every agent for this config's backbone and data.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    found = [path for agent in AGENTS if (path := newest_planner(config, backbone, agent)) is not None]
+    if not found:
+        raise ValueError(
+            f"no planner for backbone {config.backbone.name!r} in {config.cache_dir}; train one with "
+            "`python -m orderrl.train agent=bc`"
+        )
+    return found
+
+
+def make_protocol(config: DictConfig, backbone: Backbone) -> Protocol:
+    """What every row of the table shares."""
+    e = config.eval
+    data = load_split(config.data.name, "test")
+    real = torch.cat([part.images(part.tokens) for part in map_splits(config.data.name)])
+    states = open_labels(
+        find_or_make_labels(config, backbone, "test", contexts=e.states, kind="pointwise", samples=1, seed=config.seed),
+        backbone,
+    )
+    images = min(e.images, len(data))
+    subset = type(data)(
+        data.name, data.split, data.tokens[:images], data.labels[:images], data.height, data.width, data.vocab_size,
+        data.num_classes,
+    )  # fmt: skip
+    inside = states[states["image"] < images]
+    return Protocol(
+        backbone,
+        subset,
+        real,
+        inside,
+        e.features,
+        e.samples,
+        e.reference_images,
+        Sampling(e.temperature, e.top_k, e.top_p, e.guidance),
+        e.resamples,
+        config.seed,
+    )
+
+
+def map_splits(name: str) -> list[Any]:
+    """All splits of a data set."""
+    return [load_split(name, split) for split in ("backbone", "planner", "test")]
+
+
+def chosen_policies(config: DictConfig, backbone: Backbone) -> list[tuple[NamedPolicy, bool]]:
+    """Policies of the table, each with whether its samples are scored; all names are checked before any work."""
+    order: dict[str, Tensor] = {}
+
+    def fitted() -> Tensor:
+        if "fitted" not in order:
+            order["fitted"] = fitted_order(config, backbone)
+        return order["fitted"]
+
+    e = config.eval
+    paths: list[str] = []
+    for entry in e.planners:
+        found = newest_planners(config, backbone) if entry == "newest" else [entry]
+        paths += [str(path) for path in found]
+    for path in paths:
+        announce(f"planner: {path}")
+    named = [(make_policy(path, backbone), True) for path in paths]
+    budgets = tuple(e.get("budgets", (1,)))
+    return [(make_policy(s, backbone, fitted, budgets), s in e.sampled or ":" in s) for s in e.policies] + named
+
+
+def evaluate(config: DictConfig) -> Path:
+    """Evaluate all policies of a config and return the run folder with `results.json` and `report.html`.
+
+    Raises:
+        ValueError: if a policy or checkpoint is unknown, does not fit, or acts illegally.
+    """
+    backbone = open_backbone(config)
+    policies = chosen_policies(config, backbone)
+    protocol = make_protocol(config, backbone)
+    rows: list[Evaluated] = []
+    with Run("evaluate", config) as run:
+        with progress(len(policies) + len(config.eval.token_raster), "evaluating", "policies") as advance:
+            for named, sampled in policies:
+                rows.append(evaluate_policy(protocol, named, sampled))
+                run.log({k: v for k, v in rows[-1].row.items() if isinstance(v, float)}, len(rows))
+                advance(note=named.name)
+            for name in config.eval.token_raster:
+                own = name == "self"
+                other = backbone if own else load_backbone(name, config.device)
+                if not isinstance(other, OrderRobustTransformer):
+                    raise ValueError(f"token_raster={name!r} must be a causal transformer backbone")
+                rows.append(evaluate_token_raster(protocol, "token_raster" if own else name, other))
+                advance(note=name)
+        floor = EMPTY_ROW | {"policy": "real images", "features": protocol.features}
+        floor["frechet_distance"] = real_floor(protocol.real, protocol.features, seed=config.seed)
+        results = {
+            "protocol": describe(config, backbone, protocol),
+            "rows": [row.row for row in rows] + [floor],
+            "comparisons": comparisons(rows, protocol.resamples, config.seed),
+        }
+        write_json(run.folder / "results.json", results)
+        details = [policy_detail(protocol, row) for row in rows if _pictured(row)]
+        report = write_report(run.folder, results, details)
+        print_table(results["rows"])
+        print_comparisons(results["comparisons"])
+        announce(f"results: {run.folder / 'results.json'}\nreport: {report}")
+    return run.folder
+
+
+def _pictured(row: Evaluated) -> bool:
+    """Whether the report draws a policy: everything that reveals one block a step, and planners of one seed."""
+    first_seed = row.row["seed"] in (None, 0)
+    return row.rollout is not None and first_seed and (row.row["budgets"] == [1] or row.row["R"] is not None)
+
+
+def describe(config: DictConfig, backbone: Backbone, protocol: Protocol) -> dict[str, Any]:
+    """The protocol in plain values: on what every number was measured."""
+    return {
+        "data": f"{protocol.data.name}/{protocol.data.split}, {len(protocol.data)} images",
+        "backbone": f"{config.backbone.name} ({backbone_fingerprint(backbone)})",
+        "block_grid": f"{backbone.geometry.rows}x{backbone.geometry.columns} blocks of "
+        f"{backbone.geometry.block_size}x{backbone.geometry.block_size} tokens",
+        "calibration": f"{len(protocol.states)} shared states of random contexts of test images, hindsight oracle",
+        "references": f"oracle and lookahead on the first {protocol.reference_images} images",
+        "samples": f"{protocol.samples} per row against all {len(protocol.real)} real images of all splits",
+        "features": protocol.features,
+        "recognisability": "classifier confidence in the true class, hidden blocks grey",
+        "sampling": OmegaConf.to_container(OmegaConf.create(vars(protocol.sampling))),
+        "intervals": f"95 % paired bootstrap over images, {protocol.resamples} resamples",
+        "seed": config.seed,
+    }
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """The main columns on screen."""
+    columns = {
+        "gain_auc": ".4f",
+        "likelihood_return": ".3f",
+        "far_gain": ".3f",
+        "decode_nll": ".2f",
+        "recognisability_auc": ".3f",
+        "oracle_spearman": ".3f",
+        "steps": ".1f",
+        "frechet_distance": ".2f",
+        "accuracy": ".3f",
+    }
+    table = Table("policy", "seed", *columns, title="held-out images")
+    for row in rows:
+        cells = [format(row[key], spec) if row[key] is not None else "–" for key, spec in columns.items()]
+        table.add_row(row["policy"], "" if row["seed"] is None else str(row["seed"]), *cells)
+    console = Console()
+    console.print(table) if console.is_terminal else Console(width=160).print(table)
+
+
+def print_comparisons(entries: list[dict[str, Any]]) -> None:
+    """Planners against raster on screen; the report has all pairs."""
+    for entry in entries:
+        if entry["name"].endswith("- raster") or " at " in entry["name"]:
+            announce(
+                f"{entry['name']}: {entry['metric']} {entry['mean']:+.4f} "
+                f"[{entry['low']:+.4f}, {entry['high']:+.4f}]"
+            )
+
+
+if __name__ == "__main__":
+    run_application("evaluate", evaluate)

@@ -1,0 +1,82 @@
+"""Draw images and show the order: `python -m orderrl.generate policy=multiscale@4 label=3 n=16`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from PIL import Image
+from torchvision.utils import make_grid
+
+from orderrl.agents.registry import make_policy
+from orderrl.backbones import Sampling
+from orderrl.data import load_split
+from orderrl.entry import run_application
+from orderrl.envs.render import order_image, partial_images
+from orderrl.evaluate import fitted_order, newest_planners
+from orderrl.generation import Generated, balanced_labels, generate_images
+from orderrl.pipeline import announce, open_backbone
+from orderrl.runs import Run, progress
+
+PIXELS = 8  # of a token in the pictures
+
+
+def generate(config: DictConfig) -> Path:
+    """Generate images and return the run folder: `images.png`, `order.gif` and `tokens.safetensors`.
+
+    Raises:
+        ValueError: if the policy is unknown or a value is not allowed.
+    """
+    if config.n < 1:
+        raise ValueError(f"n must be at least 1 image, got {config.n}")
+    backbone = open_backbone(config)
+    if config.label is not None and not 0 <= config.label < backbone.num_classes:
+        raise ValueError(f"label={config.label} is no class; use 0 to {backbone.num_classes - 1} or null")
+    spec = config.policy
+    if spec == "newest":
+        spec = str(newest_planners(config, backbone)[-1])
+        announce(f"policy: {spec}")
+    named = make_policy(spec, backbone, lambda: fitted_order(config, backbone), tuple(config.budgets))
+    data = load_split(config.data.name, "test")
+    labels = balanced_labels(config.n, backbone.num_classes)
+    if config.label is not None:
+        labels = torch.full_like(labels, config.label)
+    sampling = Sampling(config.temperature, config.top_k, config.top_p, config.guidance)
+    with Run("generate", config) as run:
+        with progress(config.n, f"generating ({named.name})", "images") as advance:
+            made = generate_images(
+                backbone, data, named.policy, named.budgets, labels, sampling, config.seed, advance=advance
+            )
+        columns = max(1, round(config.n**0.5))
+        grids = []
+        for step in range(-1, int(made.reveal_step.max()) + 1):
+            visible = made.reveal_step <= step
+            images = partial_images(data, backbone.geometry, made.tokens, visible)
+            shown = make_grid(_enlarge(images), nrow=columns, padding=2, pad_value=255)
+            grids.append(Image.fromarray(shown.permute(1, 2, 0).numpy()))
+        grids[-1].save(run.folder / "images.png")
+        grids[0].save(run.folder / "order.gif", save_all=True, append_images=grids[1:] + [grids[-1]] * 4, duration=250)
+        _order_grid(made, data.height, data.width, columns, backbone).save(run.folder / "order.png")
+        steps = (made.reveal_step.amax(1) + 1).float().mean().item()
+        run.log({"images": float(config.n), "seconds": made.seconds, "planner_steps": steps}, 0)
+        announce(
+            f"{config.n} images in {made.seconds:.1f} s, {steps:.1f} planner steps each\n"
+            f"pictures: {run.folder / 'images.png'}, {run.folder / 'order.gif'}, {run.folder / 'order.png'}"
+        )
+    return run.folder
+
+
+def _enlarge(images: torch.Tensor) -> torch.Tensor:
+    return images.repeat_interleave(PIXELS, -1).repeat_interleave(PIXELS, -2)
+
+
+def _order_grid(made: Generated, height: int, width: int, columns: int, backbone: object) -> Image.Image:
+    """Heat maps of the order of every image."""
+    geometry = backbone.geometry  # type: ignore[attr-defined]
+    maps = [order_image(geometry, steps, height * PIXELS, width * PIXELS) for steps in made.reveal_step]
+    return Image.fromarray(make_grid(torch.stack(maps), nrow=columns, padding=2, pad_value=255).permute(1, 2, 0).numpy())
+
+
+if __name__ == "__main__":
+    run_application("generate", generate)

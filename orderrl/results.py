@@ -1,0 +1,34 @@
+"""The full table: every planner with several seeds, every baseline: `python -m orderrl.results`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from orderrl.entry import compose, run_application
+from orderrl.evaluate import evaluate
+from orderrl.pipeline import announce
+from orderrl.train import train
+
+SHARED = ("backbone", "data", "labels", "logger", "output_dir", "cache_dir", "device")
+
+
+def results(config: DictConfig) -> Path:
+    """Train what is not in the cache, evaluate everything, and return the run folder of the evaluation."""
+    checkpoints: list[str] = []
+    for seed in config.seeds:
+        for overrides in config.runs:
+            announce(f"\n== seed {seed}: {' '.join(overrides)}")
+            wanted = compose("train", [*overrides, f"seed={seed}"])
+            merged = OmegaConf.merge(wanted, {key: config[key] for key in SHARED})
+            assert isinstance(merged, DictConfig)
+            checkpoints.append(str(train(merged)))
+    table = OmegaConf.merge(config, {"eval": {"planners": checkpoints}})
+    assert isinstance(table, DictConfig)
+    announce("\n== evaluation")
+    return evaluate(table)
+
+
+if __name__ == "__main__":
+    run_application("results", results)

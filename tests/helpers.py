@@ -1,0 +1,71 @@
+"""Tiny backbones and images, and slow but obvious forms of what the package computes fast."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from orderrl.backbones import OrderRobustTransformer, TransformerConfig
+from orderrl.backbones.transformer import cross_entropy
+from orderrl.data import TokenSet
+
+
+@cache
+def tiny_backbone(height: int = 6, width: int = 6, block_size: int = 2, vocab_size: int = 5) -> OrderRobustTransformer:
+    """A frozen backbone with large random weights, so that every token in sight changes its losses."""
+    config = TransformerConfig(height, width, block_size, vocab_size, num_classes=3, dim=32, layers=2, heads=2)
+    backbone = OrderRobustTransformer(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.2, generator=generator)
+    return backbone.requires_grad_(False).eval()
+
+
+def tiny_images(backbone: OrderRobustTransformer, count: int = 12, seed: int = 0) -> TokenSet:
+    """Random images that fit a backbone."""
+    generator = torch.Generator().manual_seed(seed)
+    c = backbone.config
+    tokens = torch.randint(c.vocab_size, (count, c.height * c.width), generator=generator)
+    labels = torch.randint(c.num_classes, (count,), generator=generator)
+    return TokenSet("tiny", "test", tokens, labels, c.height, c.width, c.vocab_size, c.num_classes)
+
+
+def block_loss(
+    backbone: OrderRobustTransformer, tokens: Tensor, label: Tensor, visible: Iterable[int], block: int
+) -> float:
+    """l_b(S) of one image (N,) from one teacher-forced pass over the whole image, with no cache and no chains."""
+    geometry, revealed = backbone.geometry, [int(b) for b in visible]
+    rest = [b for b in range(geometry.num_blocks) if b not in revealed and b != block]
+    order = geometry.token_order(torch.tensor([[*revealed, block, *rest]]))
+    logits = backbone.teacher_forced(tokens[None], label.view(1), order)
+    start = len(revealed) * geometry.tokens_per_block
+    losses = cross_entropy(logits, tokens[None], order)[0]
+    return losses[start : start + geometry.tokens_per_block].sum().item()
+
+
+def random_steps(num_blocks: int, budgets: tuple[int, ...], seed: int) -> list[list[int]]:
+    """A random order of all blocks cut into steps of random legal budgets; the last may be cut short."""
+    source = random.Random(seed)
+    order = source.sample(range(num_blocks), num_blocks)
+    steps = []
+    while order:
+        legal = [k for k in budgets if k <= len(order)] or [budgets[0]]
+        size = source.choice(legal)
+        steps.append(order[:size])
+        order = order[size:]
+    return steps
+
+
+def as_action(step: list[int], budgets: tuple[int, ...], num_blocks: int) -> Tensor:
+    """The action that reveals some blocks: () for budgets (1,), else (K + 1,), filled up with any entries."""
+    if budgets == (1,):
+        return torch.tensor(step[0])
+    chosen = next(i for i, k in enumerate(budgets) if k >= len(step))
+    filler = [num_blocks - 1] * (budgets[-1] - len(step))
+    return torch.tensor([*step, *filler, chosen])

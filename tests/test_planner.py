@@ -1,0 +1,170 @@
+"""The planner: what it reads, how it reasons, what its heads see, saving and loading."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tensordict import TensorDict
+
+from orderrl.checkpoint import save_checkpoint
+from orderrl.planner import OrderHead, PlannerConfig, load_planner, save_planner
+from tests.agents.helpers import mid_episode, tiny_backbone, tiny_core, tiny_planner
+
+
+def observe(rows: int = 4) -> TensorDict:
+    return mid_episode(tiny_core(num_envs=rows)).observation()
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 5])
+def test_the_same_weights_run_with_any_number_of_passes(steps: int) -> None:
+    planner, observation = tiny_planner(num_budgets=3), observe()
+    scores, budget_logits, value = planner(observation, steps)
+    assert scores.shape == (4, 9) and budget_logits.shape == (4, 3) and value.shape == (4, 1)
+    assert torch.isfinite(scores).all()
+    assert not torch.allclose(scores, planner(observation, steps + 1)[0])
+    again = OrderHead(PlannerConfig(**(planner.config.__dict__ | {"reasoning_steps": steps})))
+    again.load_state_dict(planner.state_dict())
+    assert torch.equal(again.eval()(observation)[0], scores)
+
+
+def gradients(planner: OrderHead, steps: int) -> set[str]:
+    """Names of the parameters that the scores depend on."""
+    planner.zero_grad()
+    planner(observe(), steps)[0].square().sum().backward()
+    return {name for name, p in planner.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+
+
+def test_one_shot_planner_uses_neither_scratchpad_nor_core() -> None:
+    touched = gradients(tiny_planner(), 0)
+    assert not any(name == "scratchpad" or name.startswith("core.") for name in touched)
+    assert any(name.startswith("stem.") for name in touched)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_latent_reasoning_reaches_scratchpad_and_core(steps: int) -> None:
+    touched = gradients(tiny_planner(), steps)
+    assert "scratchpad" in touched and any(name.startswith("core.") for name in touched)
+
+
+def test_the_scratchpad_is_carried_and_never_decoded() -> None:
+    """Heads read block tokens; a latent changes them only through the core, and its state moves on between passes."""
+    planner, observation = tiny_planner(), observe()
+    seen: list[torch.Tensor] = []
+    planner.core.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0][:, 9:].detach()))
+    block_tokens = planner.encode(observation, 2)
+    assert block_tokens.shape == (4, 9, 16)
+    assert [latents.shape for latents in seen] == [(4, 2, 16)] * 2
+    assert torch.equal(seen[0], planner.scratchpad.expand(4, -1, -1)) and not torch.allclose(seen[0], seen[1])
+    scores = planner(observation, 2)[0]
+    assert torch.allclose(scores, planner.score_head(block_tokens)[..., 0])
+    with torch.no_grad():
+        planner.scratchpad += torch.linspace(-1, 1, 32).view(2, 16).roll(5, 1)
+    assert torch.equal(planner(observation, 0)[0], tiny_planner()(observation, 0)[0])
+    assert not torch.allclose(planner(observation, 2)[0], scores)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_rows_do_not_depend_on_their_batch(steps: int) -> None:
+    planner, observation = tiny_planner(num_budgets=2), observe(6)
+    whole = planner(observation, steps)
+    for row in range(6):
+        for all_rows, alone in zip(whole, planner(observation[row : row + 1], steps), strict=True):
+            assert torch.allclose(all_rows[row : row + 1], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("key", ["hidden", "entropy", "visible", "label", "fraction"])
+@pytest.mark.parametrize("content", [True, False])
+def test_which_parts_are_read(key: str, content: bool) -> None:
+    planner, observation = tiny_planner(content=content), observe()
+    changed = observation.clone()
+    changed[key] = observation[key].roll(1, 0) if key not in ("label", "fraction") else (observation[key] + 1) % 3
+    same = torch.equal(planner(observation, 1)[0], planner(changed, 1)[0])
+    assert same == (not content and key in ("hidden", "entropy"))
+
+
+def test_only_a_privileged_planner_reads_context_losses() -> None:
+    core = mid_episode(tiny_core())
+    observation = core.observation()
+    observation["context_loss"] = core.losses
+    changed = observation.clone()
+    changed["context_loss"] = core.losses + 1
+    for privileged in (False, True):
+        planner = tiny_planner(privileged=privileged)
+        assert torch.equal(planner(observation)[2], planner(changed)[2]) != privileged
+
+
+def test_a_new_planner_prefers_nothing() -> None:
+    scores, budget_logits, value = tiny_planner(noisy=False, num_budgets=3)(observe())
+    assert (scores == 0).all() and (budget_logits == 0).all() and (value == 0).all()
+
+
+@pytest.mark.parametrize("num_budgets", [1, 2, 3])
+def test_with_budgets_keeps_all_but_the_budget_head(num_budgets: int) -> None:
+    planner = tiny_planner(num_budgets=2, reasoning_steps=2)
+    with torch.no_grad():
+        planner.sharpness.fill_(0.7)
+    other = planner.with_budgets(num_budgets)
+    assert other.config.num_budgets == num_budgets and other.training == planner.training
+    ours, theirs = planner.state_dict(), other.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        if num_budgets == 2 or not name.startswith("budget_head."):
+            assert torch.equal(theirs[name], value), name
+        else:
+            assert (theirs[name] == 0).all(), name
+        assert theirs[name].data_ptr() != value.data_ptr()
+    observation = observe()
+    assert torch.equal(planner(observation)[0], other(observation)[0])
+
+
+def test_saving_and_loading_by_name(tmp_path: Path) -> None:
+    planner = tiny_planner(num_budgets=3, reasoning_steps=2)
+    path = tmp_path / "planner.safetensors"
+    save_planner(path, planner, {"agent": "bc", "budgets": [1, 2, 4], "shape": {"dim": 5}, "kind": "other"})
+    loaded, description = load_planner(path, tiny_backbone())
+    assert loaded.config == planner.config and not loaded.training
+    assert description["agent"] == "bc" and description["budgets"] == [1, 2, 4]
+    observation = observe()
+    for ours, theirs in zip(planner(observation), loaded(observation), strict=True):
+        assert torch.equal(ours, theirs)
+    assert load_planner(str(path))[0].config == planner.config
+
+
+def test_a_planner_for_another_backbone_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "planner.safetensors"
+    save_planner(path, tiny_planner(), {})
+    with pytest.raises(ValueError, match=r"num_blocks=9 does not fit the backbone's num_blocks=16; train one") as error:
+        load_planner(path, tiny_backbone(4, 4, 1))
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+def test_a_config_that_this_version_does_not_know_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "planner.safetensors"
+    planner = tiny_planner()
+    save_checkpoint(path, planner.state_dict(), {"kind": "planner", "shape": planner.config.__dict__ | {"depth": 3}})
+    with pytest.raises(ValueError, match=r"planner\.safetensors: .*depth") as error:
+        load_planner(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"latents": 0}, "latents must be at least 1, got 0"),
+        ({"core": 0}, "core must be at least 1, got 0"),
+        ({"reasoning_steps": -1}, "reasoning_steps must be at least 0, got -1"),
+        ({"stem": -1}, "stem must be at least 0, got -1"),
+        ({"heads": 5}, "heads=5 must divide dim=16"),
+        ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), got 1.0"),
+    ],
+)
+def test_bad_shapes_are_named(change: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_planner(**change)
+
+
+@pytest.mark.parametrize("stem", [0, 2])
+def test_any_depth(stem: int) -> None:
+    assert torch.isfinite(tiny_planner(stem=stem, core=2)(observe(), 2)[0]).all()
