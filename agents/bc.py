@@ -2,7 +2,8 @@
 
 Targets: "utility" regresses U of every candidate (default: the label's argmax is noisy, its utilities
 are less so; design, section 3, fact 5), "soft" is listwise cross-entropy to softmax(U / temperature), "label"
-is cross-entropy on the argmax (the first version of the research plan).
+is cross-entropy on the argmax (the first version of the research plan). "charged" regresses minus the block's own
+loss: what the likelihood objective charges for revealing it now (the greedy policy of the reward's other form).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from orderrl.geometry import BlockGrid
 from orderrl.oracle import WEIGHTS, distance_weights, utilities
 from orderrl.planner import OrderHead
 
-TARGETS = ("label", "soft", "utility")
+TARGETS = ("label", "soft", "utility", "charged")
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class BCConfig:
     """How a planner is cloned from labels.
 
     Attributes:
-        target: "utility", "soft" or "label".
+        target: "utility", "soft", "label" or "charged".
         steps: optimiser steps.
         batch_size: contexts per step.
         learning_rate: peak of the cosine schedule.
@@ -42,7 +43,7 @@ class BCConfig:
     """
 
     target: str = "utility"
-    steps: int = 1000
+    steps: int = 300
     batch_size: int = 256
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
@@ -71,7 +72,7 @@ def bc_loss(scores: Tensor, utility: Tensor, hidden: Tensor, target: str, temper
 
     Args:
         scores: (M, B).
-        utility: (M, B), in standard deviations.
+        utility: (M, B), the worth of each candidate, in standard deviations.
         hidden: (M, B) bool, the candidates.
         target: see `BCConfig`.
         temperature: of target "soft".
@@ -79,7 +80,7 @@ def bc_loss(scores: Tensor, utility: Tensor, hidden: Tensor, target: str, temper
     Returns:
         () mean over states (targets "label", "soft") or candidates ("utility").
     """
-    if target == "utility":
+    if target in ("utility", "charged"):
         return F.mse_loss(scores[hidden], utility[hidden])
     log_probs = scores.masked_fill(~hidden, -1e9).log_softmax(-1)
     masked = utility.masked_fill(~hidden, -torch.inf)
@@ -125,21 +126,29 @@ def clone(planner: OrderHead, labels: TensorDict, geometry: BlockGrid, config: B
     Yields:
         One dict of metrics a step: step, loss, reasoning_steps; at evaluations also chosen and regret
         (standard deviations of U).
+
+    Raises:
+        ValueError: if the labels come from a single image, so that none can be kept back.
     """
     generator = torch.Generator().manual_seed(config.seed)
     weights = distance_weights(geometry, config.weight, config.sigma)
-    labels = labels.exclude("order", "length", "loss", inplace=False)
+    labels = labels.exclude("order", "length", inplace=False)
     labels["action_mask"] = ~labels["visible"]
     labels["fraction"] = labels["visible"].float().mean(-1, keepdim=True)
-    utility = utilities(labels.pop("gains"), geometry, weights)
+    gains, losses = labels.pop("gains"), labels.pop("loss")
+    utility = -losses if config.target == "charged" else utilities(gains, geometry, weights)
     utility = utility / utility[labels["action_mask"]].std()
     images = labels["image"].unique()
-    kept_back = images[torch.randperm(len(images), generator=generator)[: max(1, int(config.held_out * len(images)))]]
+    if len(images) < 2:
+        raise ValueError(f"labels must come from at least 2 images, one is kept back; got {len(images)}")
+    held_out_images = min(max(1, int(config.held_out * len(images))), len(images) - 1)
+    kept_back = images[torch.randperm(len(images), generator=generator)[:held_out_images]]
     is_held_out = torch.isin(labels["image"], kept_back)
     held_out, held_out_utility = labels[is_held_out], utility[is_held_out]
     train, train_utility = labels[~is_held_out], utility[~is_held_out]
     optimizer = torch.optim.AdamW(planner.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, config.steps, pct_start=0.1)
+    # 0.11 and not 0.1: a warm-up of exactly one step would make OneCycleLR divide by zero
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, config.steps, pct_start=0.11)
     best, best_state = -float("inf"), copy.deepcopy(planner.state_dict())
     final = planner.config.reasoning_steps
     for step in range(config.steps):
@@ -157,7 +166,8 @@ def clone(planner: OrderHead, labels: TensorDict, geometry: BlockGrid, config: B
         row = {"step": step + 1, "loss": loss.item(), "reasoning_steps": float(reasoning)}
         if (step + 1) % config.evaluate_every == 0 or step + 1 == config.steps:
             row |= held_out_metrics(planner, held_out, held_out_utility)
-            if reasoning == final and row["chosen"] > best:
+            trained = reasoning == final or step + 1 == config.steps
+            if trained and row["chosen"] > best:
                 best, best_state = row["chosen"], copy.deepcopy(planner.state_dict())
         yield row
     planner.load_state_dict(best_state)

@@ -8,7 +8,6 @@ hidden (key `context_loss`), because the true hidden tokens are most of the rewa
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -53,19 +52,19 @@ class PPOConfig:
         seed: of episodes, actions and minibatches.
     """
 
-    iterations: int = 30
+    iterations: int = 25
     num_envs: int = 128
     frames_per_batch: int = 2048
-    epochs: int = 4
-    minibatch_size: int = 512
-    learning_rate: float = 3e-4
+    epochs: int = 3
+    minibatch_size: int = 256
+    learning_rate: float = 6e-4
     critic_learning_rate: float = 1e-3
-    gae_lambda: float = 0.95
+    gae_lambda: float = 0.9
     clip_epsilon: float = 0.2
-    entropy_coeff: float = 0.01
+    entropy_coeff: float = 0.0
     max_grad_norm: float = 1.0
-    sharpness: float = 3.0
-    spacing: float = 3.0
+    sharpness: float = 5.0
+    spacing: float = 4.0
     privileged_critic: bool = True
     critic_warmup: int = 2
     seed: int = 0
@@ -79,8 +78,14 @@ class PPOConfig:
                 f"num_envs={self.num_envs} must divide frames_per_batch={self.frames_per_batch}: every image takes "
                 "the same number of steps in a round"
             )
-        if not self.sharpness > 0:
-            raise ValueError(f"sharpness must be positive, got {self.sharpness}")
+        for name in ("learning_rate", "critic_learning_rate", "clip_epsilon", "max_grad_norm", "sharpness"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("entropy_coeff", "spacing", "critic_warmup"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not 0 <= self.gae_lambda <= 1:
+            raise ValueError(f"gae_lambda must lie in [0, 1], got {self.gae_lambda}")
 
 
 class _Actor(nn.Module):
@@ -143,7 +148,7 @@ class PPO:
         with torch.no_grad():
             self.planner.sharpness.fill_(config.sharpness).log_()
             self.planner.repulsion.copy_(config.spacing * torch.exp(-(env.core.geometry.distances**2) / 2))
-        critic_config = replace(planner.config, privileged=config.privileged_critic, num_budgets=1)
+        critic_config = replace(planner.config, privileged=config.privileged_critic, num_budgets=1, reasoning_steps=0)
         self.critic = OrderHead(critic_config).to(env.core.device).eval()
         keys = list(OBSERVATION_KEYS)
         actor_module = TensorDictModule(_Actor(self.planner), keys, ["logits", "budget_logits", "repulsion"])

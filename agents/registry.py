@@ -1,13 +1,13 @@
 """Policies by name, as the command line writes them.
 
-    raster              one block a step
-    multiscale@4        four blocks a step
-    halton@1+1+2+4+8    a growing schedule
-    random@<1.5         1, 2 or 4 blocks, by an entropy threshold in nats
-    spaced_random@4     blocks of one step keep apart
-    lookahead:4         a reference with four draws
-    PATH.safetensors    a planner with its own budget; PATH@4 its block scores with four blocks a step
-    my_module:my_policy any callable of the policy interface
+raster              one block a step
+multiscale@4        four blocks a step
+halton@1+1+2+4+8    a growing schedule
+random@<1.5         1, 2 or 4 blocks, by an entropy threshold in nats
+spaced_random@4     blocks of one step keep apart
+lookahead:4         a reference with four draws
+PATH.safetensors    a planner with its own budget; PATH@4 its block scores with four blocks a step
+my_module:my_policy any callable of the policy interface
 """
 
 from __future__ import annotations
@@ -177,5 +177,7 @@ def _own_policy(spec: str, budgets: tuple[int, ...]) -> NamedPolicy:
     except (ImportError, AttributeError) as error:
         raise ValueError(f"policy {spec!r} cannot be imported: {error}; write module:attribute") from None
     if not callable(policy):
-        raise ValueError(f"policy {spec!r} must be callable as policy(observation, generator), got {type(policy).__name__}")
+        raise ValueError(
+            f"policy {spec!r} must be callable as policy(observation, generator), got {type(policy).__name__}"
+        )
     return NamedPolicy(spec, policy, tuple(budgets))

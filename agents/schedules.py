@@ -44,7 +44,9 @@ def growing(budgets: tuple[int, ...], sizes: tuple[int, ...]) -> Schedule:
     def schedule(observation: TensorDictBase) -> Tensor:
         blocks = observation["visible"].shape[-1]
         if sum(sizes) != blocks:
-            raise ValueError(f"sizes={sizes} sum to {sum(sizes)}, the image has {blocks} blocks; give sizes that sum to it")
+            raise ValueError(
+                f"sizes={sizes} sum to {sum(sizes)}, the image has {blocks} blocks; give sizes that sum to it"
+            )
         visible = observation["visible"].sum(-1).contiguous()
         step = torch.searchsorted(ends.to(visible.device), visible, right=True).clamp_max(len(sizes) - 1)
         return places.to(visible.device)[step]

@@ -21,6 +21,7 @@ from orderrl.envs.reward import ILLEGAL_REWARD, Reward, RewardConfig
 from orderrl.random import Stream, keyed_index, keyed_uniform
 
 MODES = ("teacher", "generate")
+BUCKET = 3  # episodes in one packed forward hide numbers of blocks that differ by less than this
 
 
 @dataclass(frozen=True)
@@ -274,7 +275,7 @@ class NextBlockCore:
         chosen = chosen.long().expand(len(rows))
         if ((chosen < 0) | (chosen >= len(self.data))).any():
             raise ValueError(
-                f"index={chosen.tolist()} lies outside the {len(self.data)} images of "
+                f"index={torch.as_tensor(index).tolist()} lies outside the {len(self.data)} images of "
                 f"{self.data.name}/{self.data.split}; use 0 to {len(self.data) - 1}"
             )
         return chosen
@@ -374,15 +375,25 @@ class NextBlockCore:
         self.tokens = padded.scatter(1, index, drawn.flatten(1))[:, :-1]
 
     def _append(self, blocks: Tensor, count: Tensor) -> None:
-        """Append the revealed blocks to the prefix, reusing the first block's chain entries."""
-        widest = int(count.max())
-        if not widest:
-            return
-        blocks = blocks[:, :widest]
+        """Append the revealed blocks to the prefix, reusing the first block's chain entries.
+
+        Episodes are grouped by how many blocks they reveal, so that none is padded to another's number.
+        """
         first = self._first_entries(blocks[:, 0])
-        self.prefix = self.backbone.extend(self.prefix, self.tokens, blocks, count, first)
-        if self.unconditional is not None:
-            self.unconditional = self.backbone.extend(self.unconditional, self.tokens, blocks, count)
+        for value in count.unique().tolist():
+            if value:
+                rows = (count == value).nonzero().flatten()
+                self.prefix = self._extend(self.prefix, rows, blocks[:, :value], count, first)
+                if self.unconditional is not None:
+                    self.unconditional = self._extend(self.unconditional, rows, blocks[:, :value], count, None)
+
+    def _extend(self, prefix: Any, rows: Tensor, blocks: Tensor, count: Tensor, first: Any) -> Any:
+        """Extend the prefix of some episodes."""
+        if len(rows) == self.num_envs:
+            return self.backbone.extend(prefix, self.tokens, blocks, count, first)
+        own_first = None if first is None else first.select(rows)
+        part = self.backbone.extend(prefix.select(rows), self.tokens[rows], blocks[rows], count[rows], own_first)
+        return prefix.put(rows, part)
 
     def _first_entries(self, block: Tensor) -> Any:
         """Chain entries of one block per row, gathered from the looks that computed them."""
@@ -408,13 +419,17 @@ class NextBlockCore:
 
     def _look(self, rows: Tensor) -> None:
         """Refresh what is known of hidden blocks: observation parts, and in mode "teacher" their losses."""
-        total = self.geometry.num_blocks
         finished = torch.ones(self.num_envs, dtype=torch.bool, device=self.device)
         finished[rows] = False
         finished &= self.visible.all(-1)
         self.hidden[finished], self.entropy[finished], self.losses[finished] = 0.0, 0.0, 0.0
-        if not len(rows):
-            return
+        crowd = (self.hidden_count[rows] - 1) // BUCKET  # episodes that hide about equally many blocks look together
+        for value in crowd.unique().tolist():
+            self._look_together(rows[crowd == value])
+
+    def _look_together(self, rows: Tensor) -> None:
+        """Refresh some episodes in one packed forward, padded to the one that hides most."""
+        total = self.geometry.num_blocks
         widest = int(self.hidden_count[rows].max())
         blocks = self.visible[rows].long().argsort(dim=1, stable=True)[:, :widest]  # hidden blocks first
         is_hidden = ~self.visible[rows].gather(1, blocks)

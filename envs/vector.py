@@ -71,7 +71,9 @@ class NextBlockVectorEnv(VectorEnv[dict[str, Any], Any, np.ndarray]):
         self._seed(seed, rows)
         self.core.reset(rows, options.get("index"))
         self._done[rows] = False
-        return to_numpy(self.core.observation()), self._info(torch.zeros(self.num_envs, dtype=torch.bool))
+        begun = np.zeros(self.num_envs, dtype=bool)
+        begun[rows.numpy()] = True
+        return to_numpy(self.core.observation()), self._info(torch.zeros(self.num_envs, dtype=torch.bool), begun)
 
     def _rows(self, mask: Any) -> torch.Tensor:
         """Sub-environments of a reset mask; all without one."""
@@ -115,6 +117,7 @@ class NextBlockVectorEnv(VectorEnv[dict[str, Any], Any, np.ndarray]):
         if self.autoreset_mode is AutoresetMode.SAME_STEP and self._done.any():
             info = self._final(to_numpy(self.core.observation()), illegal)
             self.core.reset(self._done.nonzero().flatten())
+            illegal = illegal & ~self._done.to(illegal.device)  # what stands beside a new start is a reset's info
         return (
             to_numpy(self.core.observation()),
             reward.double().cpu().numpy(),
@@ -154,7 +157,7 @@ class NextBlockVectorEnv(VectorEnv[dict[str, Any], Any, np.ndarray]):
         """Infos of some sub-environments, (M,) bool; the others' are zero, as Gymnasium has them."""
         present = np.ones(self.num_envs, dtype=bool) if rows is None else rows
         observation = to_numpy(self.core.observation())
-        info: dict[str, Any] = {"illegal": illegal.cpu().numpy()}
+        info: dict[str, Any] = {"illegal": illegal.cpu().numpy().copy()}
         info |= {key: observation[key] for key in ("action_mask", "budget_mask") if key in observation}
         for key, value in list(info.items()):
             value[~present] = 0

@@ -28,6 +28,7 @@ from orderrl.planner import OrderHead, PlannerConfig, load_planner, save_planner
 from orderrl.runs import Cache, Run, fingerprint, progress
 
 LABELS, PLANNERS, UNFINISHED = "labels", "planners", "unfinished"
+START_TARGETS = {"context": "utility", "likelihood": "charged"}
 FORMAT = 1  # of what is cached; raised when the meaning of stored files changes
 
 
@@ -193,12 +194,15 @@ def core_config(config: DictConfig, **changes: Any) -> CoreConfig:
 
 
 def _clone_to_start_from(config: DictConfig, backbone: Backbone) -> Path:
-    """The cloned planner of the same backbone, data, labels, planner and seed."""
-    cloning = compose("train", ["agent=bc"])
+    """The cloned planner of the same backbone, data, labels, planner and seed.
+
+    Its target is the greedy score of the objective: the utility for context, the charged loss for likelihood.
+    """
+    cloning = compose("train", ["agent=bc", f"agent.target={START_TARGETS[config.env.objective]}"])
     shared = ("backbone", "data", "labels", "planner", "seed", "cache_dir", "device")
     cloning = OmegaConf.merge(cloning, {key: config[key] for key in shared})
     assert isinstance(cloning, DictConfig)
-    announce("ppo: starting from the cloned planner of this config")
+    announce(f"ppo: starting from the clone of this config with target {cloning.agent.target}")
     return find_or_train_clone(cloning, backbone)
 
 

@@ -46,7 +46,7 @@ class PlannerConfig:
     hidden_size: int
     num_classes: int
     num_budgets: int = 1
-    dim: int = 96
+    dim: int = 64
     stem: int = 2
     core: int = 1
     heads: int = 4
@@ -128,9 +128,7 @@ class OrderHead(nn.Module):
             x, latents = both[:, : self.config.num_blocks], both[:, self.config.num_blocks :]
         return self.norm(x)
 
-    def forward(
-        self, observation: TensorDictBase, reasoning_steps: int | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, observation: TensorDictBase, reasoning_steps: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Block scores (M, B), budget logits (M, num_budgets), value (M, 1).
 
         Args:

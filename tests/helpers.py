@@ -15,9 +15,11 @@ from orderrl.data import TokenSet
 
 
 @cache
-def tiny_backbone(height: int = 6, width: int = 6, block_size: int = 2, vocab_size: int = 5) -> OrderRobustTransformer:
+def tiny_backbone(
+    height: int = 6, width: int = 6, block_size: int = 2, vocab_size: int = 5, num_classes: int = 3
+) -> OrderRobustTransformer:
     """A frozen backbone with large random weights, so that every token in sight changes its losses."""
-    config = TransformerConfig(height, width, block_size, vocab_size, num_classes=3, dim=32, layers=2, heads=2)
+    config = TransformerConfig(height, width, block_size, vocab_size, num_classes, dim=32, layers=2, heads=2)
     backbone = OrderRobustTransformer(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -50,7 +50,9 @@ def test_distance_and_touching(grid: BlockGrid) -> None:
         assert bool(grid.touching[a, b]) == (max(rows, columns) <= 1)
 
 
-@pytest.mark.parametrize(("sizes", "message"), [((6, 8, 4), "block_size=4"), ((0, 4, 1), "height"), ((4, 4, 0), "size")])
+@pytest.mark.parametrize(
+    ("sizes", "message"), [((6, 8, 4), "block_size=4"), ((0, 4, 1), "height"), ((4, 4, 0), "size")]
+)
 def test_impossible_grids_are_refused(sizes: tuple[int, int, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         BlockGrid(*sizes)

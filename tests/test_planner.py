@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from tensordict import TensorDict
 
 from orderrl.checkpoint import save_checkpoint
 from orderrl.planner import OrderHead, PlannerConfig, load_planner, save_planner
-from tests.agents.helpers import mid_episode, tiny_backbone, tiny_core, tiny_planner
+from tests.agents.helpers import mid_episode, tiny_core, tiny_planner
+from tests.helpers import tiny_backbone
 
 
 def observe(rows: int = 4) -> TensorDict:
@@ -60,7 +62,7 @@ def test_the_scratchpad_is_carried_and_never_decoded() -> None:
     scores = planner(observation, 2)[0]
     assert torch.allclose(scores, planner.score_head(block_tokens)[..., 0])
     with torch.no_grad():
-        planner.scratchpad += torch.linspace(-1, 1, 32).view(2, 16).roll(5, 1)
+        planner.scratchpad.add_(torch.linspace(-1, 1, 32).view(2, 16).roll(5, 1))
     assert torch.equal(planner(observation, 0)[0], tiny_planner()(observation, 0)[0])
     assert not torch.allclose(planner(observation, 2)[0], scores)
 
@@ -160,7 +162,7 @@ def test_a_config_that_this_version_does_not_know_is_refused(tmp_path: Path) -> 
         ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), got 1.0"),
     ],
 )
-def test_bad_shapes_are_named(change: dict[str, float], message: str) -> None:
+def test_bad_shapes_are_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_planner(**change)
 

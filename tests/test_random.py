@@ -18,7 +18,12 @@ def test_a_draw_depends_on_its_key_and_not_on_its_batch() -> None:
 def test_streams_and_places_of_a_key_differ() -> None:
     number = torch.arange(2000)
     one = keyed_uniform((Stream.TOKEN, number, 3))
-    others = [(Stream.LABEL, number, 3), (Stream.TOKEN, 3, number), (Stream.TOKEN, number, 4), (Stream.TOKEN, number)]
+    others: list[tuple[torch.Tensor | int, ...]] = [
+        (Stream.LABEL, number, 3),
+        (Stream.TOKEN, 3, number),
+        (Stream.TOKEN, number, 4),
+        (Stream.TOKEN, number),
+    ]
     for key in others:
         other = keyed_uniform(key)
         assert (one == other).sum() <= 1
@@ -27,7 +32,7 @@ def test_streams_and_places_of_a_key_differ() -> None:
 
 def test_draws_are_uniform_and_neighbours_independent() -> None:
     draws = keyed_uniform((Stream.IMAGE, torch.arange(300)[:, None], torch.arange(100)))
-    assert 0 <= draws.min() and draws.max() < 1
+    assert draws.min() >= 0 and draws.max() < 1
     counts = torch.histc(draws.flatten(), 20, 0, 1)
     expected = draws.numel() / 20
     assert ((counts - expected) ** 2 / expected).sum() < 45  # chi-squared, 19 degrees of freedom, p = 0.0007

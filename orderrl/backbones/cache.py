@@ -30,6 +30,10 @@ class ChainEntries:
         expanded = index[None, :, None, :, None, None].expand(shape)
         return ChainEntries(self.keys.gather(3, expanded), self.values.gather(3, expanded))
 
+    def select(self, rows: Tensor) -> ChainEntries:
+        """A copy of the entries of some states: rows (K,) int64."""
+        return ChainEntries(self.keys[:, rows], self.values[:, rows])
+
     def then(self, later: ChainEntries) -> ChainEntries:
         """Append entries to every chain."""
         return ChainEntries(torch.cat([self.keys, later.keys], 4), torch.cat([self.values, later.values], 4))

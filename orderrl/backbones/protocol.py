@@ -30,7 +30,9 @@ class Backbone(Protocol):
     """An order-robust generator whose prefix can be cached.
 
     `prefix` is the backbone's own cache of M states; the environment only passes it on, and calls
-    `select(rows)` and `put(rows, other)` of it to work on some of the states.
+    `select(rows)` and `put(rows, other)` of it to work on some of the states. The entries of chains are
+    the backbone's own too; the environment and the oracle call their `chain`, `chains`, `select` and
+    `spread`, which are documented at `orderrl.backbones.cache.ChainEntries`.
 
     Attributes:
         geometry: the block grid.

@@ -115,6 +115,9 @@ def roll_out(
         policy: chooses actions; an illegal one raises if the core is strict.
         generator: the policy's source of randomness.
         index: (M,) images; None draws them.
+
+    Raises:
+        ValueError: if the policy returns anything but actions, an illegal one on a strict core, or does not finish.
     """
     start = time.perf_counter()
     core.reset(index=index)
@@ -125,6 +128,11 @@ def roll_out(
         visible.append(core.visible.clone())
         if bool(core.visible.all()):
             break
+    if not bool(core.visible.all()):
+        raise ValueError(
+            f"policy left blocks hidden after {2 * core.geometry.num_blocks} steps, its actions were illegal; reveal "
+            "only blocks of observation['action_mask']"
+        )
     seconds = time.perf_counter() - start
     return Rollout(
         torch.stack(losses),

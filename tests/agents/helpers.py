@@ -1,8 +1,7 @@
-"""Tiny backbones, images and environments for the tests of agents; nothing here is trained."""
+"""Tiny environments and planners for the tests of agents; nothing here is trained."""
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -10,35 +9,13 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from orderrl.backbones.sampling import Sampling
-from orderrl.backbones.transformer import OrderRobustTransformer, TransformerConfig
+from orderrl.backbones.transformer import OrderRobustTransformer
 from orderrl.data import TokenSet
 from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.envs.reward import RewardConfig
 from orderrl.envs.torchrl import NextBlockTorchRLEnv
 from orderrl.planner import OrderHead, PlannerConfig
-
-
-@cache
-def tiny_backbone(height: int = 6, width: int = 6, block_size: int = 2) -> OrderRobustTransformer:
-    """A backbone with large random weights, so that what is visible changes its losses."""
-    backbone = OrderRobustTransformer(
-        TransformerConfig(height, width, block_size, vocab_size=5, num_classes=3, dim=32, layers=2, heads=2)
-    )
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in backbone.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.2, generator=generator)
-    return backbone.requires_grad_(False).eval()
-
-
-def tiny_images(backbone: OrderRobustTransformer, count: int = 12, seed: int = 0) -> TokenSet:
-    """Random images that fit a backbone."""
-    generator = torch.Generator().manual_seed(seed)
-    c, n = backbone.config, backbone.geometry.num_tokens
-    tokens = torch.randint(c.vocab_size, (count, n), generator=generator)
-    labels = torch.randint(c.num_classes, (count,), generator=generator)
-    return TokenSet("tiny", "test", tokens, labels, c.height, c.width, c.vocab_size, c.num_classes)
+from tests.helpers import tiny_backbone, tiny_images
 
 
 def tiny_core(
@@ -63,7 +40,9 @@ def tiny_env(privileged: bool = False, **arguments: Any) -> NextBlockTorchRLEnv:
     return NextBlockTorchRLEnv(core=tiny_core(**arguments), privileged=privileged)
 
 
-def tiny_planner(backbone: OrderRobustTransformer | None = None, seed: int = 0, noisy: bool = True, **shape: Any) -> OrderHead:
+def tiny_planner(
+    backbone: OrderRobustTransformer | None = None, seed: int = 0, noisy: bool = True, **shape: Any
+) -> OrderHead:
     """A small planner; `noisy` draws its heads too, which start at zero, so that its choices depend on what it sees."""
     shape = {"dim": 16, "stem": 1, "heads": 2, "latents": 2} | shape
     with torch.random.fork_rng():
@@ -91,3 +70,33 @@ def random_actions(observation: TensorDict, budgets: tuple[int, ...], generator:
         return keys.argmax(-1)
     ranked = keys.argsort(-1, descending=True)[:, : budgets[-1]]
     return torch.cat([ranked, torch.zeros_like(ranked[:, :1])], -1)
+
+
+def tiny_labels(images: int = 60, each: int = 8, seed: int = 0) -> TensorDict:
+    """Contexts stored as `label_contexts` does, with utilities that a planner can see.
+
+    U of a hidden block is a known function of its entropy, its position and how much is visible.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    count, blocks = images * each, 9
+    visible = torch.rand(count, blocks, generator=generator) < 0.4
+    visible[:, :2] = False  # two candidates at least
+    entropy = torch.rand(count, blocks, generator=generator).masked_fill(visible, 0.0)
+    utility = 2 * entropy - torch.linspace(0, 1, blocks) * visible.float().mean(-1, keepdim=True)
+    gains = torch.zeros(count, blocks, blocks)
+    gains[:, range(blocks), [(b + 1) % blocks for b in range(blocks)]] = 36 * utility.masked_fill(visible, 0.0)
+    hidden = 0.1 * torch.randn(count, blocks, 32, generator=generator)
+    return TensorDict(
+        {
+            "image": torch.arange(count) % images,
+            "order": torch.rand(count, blocks, generator=generator).argsort(1),
+            "length": visible.sum(1),
+            "label": torch.randint(3, (count,), generator=generator),
+            "hidden": hidden.masked_fill(visible[..., None], 0.0),
+            "entropy": entropy,
+            "visible": visible,
+            "loss": torch.zeros(count, blocks),
+            "gains": gains,
+        },
+        batch_size=[count],
+    )

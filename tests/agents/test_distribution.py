@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import permutations
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -19,21 +20,48 @@ MASKS = {
 }
 
 
+REPULSION = 1.5 * torch.randn(5, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+class Made(NamedTuple):
+    """A distribution over five blocks, float64, and what it was made from."""
+
+    distribution: RankedBlocks
+    logits: Tensor
+    budget_logits: Tensor
+    repulsion: Tensor
+
+
 def make(
-    budgets: tuple[int, ...], mask: str, rows: int = 1, entropy_samples: int = 1, leaf: bool = False
-) -> tuple[RankedBlocks, Tensor, Tensor]:
-    """A distribution over five blocks, float64, with its block and budget logits."""
+    budgets: tuple[int, ...],
+    mask: str,
+    rows: int = 1,
+    repels: bool = False,
+    entropy_samples: int = 1,
+    leaf: bool = False,
+) -> Made:
     generator = torch.Generator().manual_seed(1)
     logits = 1.5 * torch.randn(5, generator=generator, dtype=torch.float64)
     budget_logits = torch.randn(len(budgets), generator=generator, dtype=torch.float64)
-    logits, budget_logits = logits.requires_grad_(leaf), budget_logits.requires_grad_(leaf)
+    parts = [part.clone().requires_grad_(leaf) for part in (logits, budget_logits, float(repels) * REPULSION)]
     legal = torch.tensor(MASKS[mask]).expand(rows, -1)
-    budget_mask = torch.tensor(budgets) <= legal.sum(-1, keepdim=True)
-    budget_mask[:, 0] = True
     distribution = RankedBlocks(
-        logits.expand(rows, -1), legal, budget_logits.expand(rows, -1), budget_mask, budgets, entropy_samples
+        parts[0].expand(rows, -1),
+        legal,
+        parts[1].expand(rows, -1),
+        legal_budgets(budgets, legal),
+        budgets,
+        repulsion=parts[2].expand(rows, -1, -1) if repels else None,
+        entropy_samples=entropy_samples,
     )
-    return distribution, logits, budget_logits
+    return Made(distribution, *parts)
+
+
+def legal_budgets(budgets: tuple[int, ...], mask: Tensor) -> Tensor:
+    """As in the environment: up to what is hidden; the smallest always."""
+    allowed = torch.tensor(budgets) <= mask.sum(-1, keepdim=True)
+    allowed[..., 0] = True
+    return allowed
 
 
 def all_actions(budgets: tuple[int, ...], mask: str) -> Tensor:
@@ -58,35 +86,36 @@ def key(action: Tensor, budgets: tuple[int, ...], mask: str) -> tuple[int, ...]:
     return (*blocks[: min(budgets[place], sum(MASKS[mask]))], -place)
 
 
+@pytest.mark.parametrize("repels", [False, True])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("budgets", BUDGETS)
-def test_probabilities_of_all_actions_sum_to_one(budgets: tuple[int, ...], mask: str) -> None:
-    distribution, _, _ = make(budgets, mask)
+def test_probabilities_of_all_actions_sum_to_one(budgets: tuple[int, ...], mask: str, repels: bool) -> None:
+    distribution = make(budgets, mask, repels=repels).distribution
     probabilities = distribution.log_prob(all_actions(budgets, mask)).exp()
     assert (probabilities > 0).all()
     assert torch.allclose(probabilities.sum(), torch.ones((), dtype=torch.float64), atol=1e-12)
 
 
+@pytest.mark.parametrize("repels", [False, True])
 @pytest.mark.parametrize("mask", ["all", "some"])
-def test_log_prob_is_budget_plus_plackett_luce(mask: str) -> None:
-    distribution, logits, budget_logits = make((1, 2, 4), mask)
-    weights = logits.exp() * torch.tensor(MASKS[mask])
-    place_probs = budget_logits.exp() * torch.tensor([k <= sum(MASKS[mask]) for k in (1, 2, 4)])
+def test_log_prob_is_budget_plus_plackett_luce(mask: str, repels: bool) -> None:
+    """Place by place from the definition; with repulsion every listed block lowers the logits of the later places."""
+    made = make((1, 2, 4), mask, repels=repels)
+    place_probs = made.budget_logits.exp() * torch.tensor([k <= sum(MASKS[mask]) for k in (1, 2, 4)])
     for action in all_actions((1, 2, 4), mask):
         *blocks, place = action.tolist()
-        probability, left = place_probs[place] / place_probs.sum(), weights.clone()
+        probability, weights = place_probs[place] / place_probs.sum(), made.logits.exp() * torch.tensor(MASKS[mask])
         for block in blocks[: (1, 2, 4)[place]]:
-            probability = probability * left[block] / left.sum()
-            left[block] = 0
-        assert torch.allclose(distribution.log_prob(action[None]).exp(), probability, atol=1e-12)
+            probability = probability * weights[block] / weights.sum()
+            weights = weights * (-made.repulsion[block]).exp()
+            weights[block] = 0
+        assert torch.allclose(made.distribution.log_prob(action[None]).exp(), probability, atol=1e-12)
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("budgets", BUDGETS)
+@pytest.mark.parametrize("budgets", BUDGETS[1:])
 def test_entries_past_the_budget_are_ignored(budgets: tuple[int, ...], mask: str) -> None:
-    if budgets == (1,):
-        pytest.skip("single blocks have no such entries")
-    distribution, _, _ = make(budgets, mask)
+    distribution = make(budgets, mask, repels=True).distribution
     actions = all_actions(budgets, mask)
     changed = actions.clone()
     for row in changed:
@@ -100,15 +129,16 @@ def test_entries_past_the_budget_are_ignored(budgets: tuple[int, ...], mask: str
     ids=["illegal block", "repeated block", "illegal budget"],
 )
 def test_illegal_actions_have_no_probability(action: list[int], mask: str) -> None:
-    distribution, _, _ = make((1, 2, 4), mask)
+    distribution = make((1, 2, 4), mask).distribution
     assert distribution.log_prob(torch.tensor([action])).item() <= -1e8
 
 
-@pytest.mark.parametrize("mask", ["all", "some", "two", "one"])
+@pytest.mark.parametrize("repels", [False, True])
+@pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("budgets", BUDGETS)
-def test_samples_follow_log_prob(budgets: tuple[int, ...], mask: str) -> None:
+def test_samples_follow_log_prob(budgets: tuple[int, ...], mask: str, repels: bool) -> None:
     draws = 20_000
-    distribution, _, _ = make(budgets, mask)
+    distribution = make(budgets, mask, repels=repels).distribution
     samples = distribution.sample((draws,), generator=torch.Generator().manual_seed(0))[:, 0]
     assert samples.dtype == torch.int64
     actions = all_actions(budgets, mask)
@@ -123,79 +153,89 @@ def test_samples_follow_log_prob(budgets: tuple[int, ...], mask: str) -> None:
     assert chi_square < freedom + 5 * (2 * freedom) ** 0.5
 
 
+@pytest.mark.parametrize("repels", [False, True])
 @pytest.mark.parametrize("budgets", BUDGETS)
-def test_mode_is_sorted_logits_and_the_likeliest_legal_budget(budgets: tuple[int, ...]) -> None:
-    distribution, logits, budget_logits = make(budgets, "some")
-    legal = torch.tensor(MASKS["some"])
-    ranked = logits.masked_fill(~legal, -torch.inf).argsort(descending=True)
+def test_mode_is_the_best_block_place_by_place_and_the_likeliest_legal_budget(
+    budgets: tuple[int, ...], repels: bool
+) -> None:
+    made = make(budgets, "some", repels=repels)
+    left, ranked = made.logits.masked_fill(~torch.tensor(MASKS["some"]), -torch.inf), []
+    for _ in range(min(budgets[-1], 3)):
+        ranked.append(int(left.argmax()))
+        left = left - made.repulsion[ranked[-1]]
+        left[ranked[-1]] = -torch.inf
+    mode = made.distribution.mode
+    assert torch.equal(mode, made.distribution.deterministic_sample)
     if budgets == (1,):
-        assert distribution.mode.tolist() == ranked[:1].tolist()
+        assert mode.tolist() == ranked
         return
-    fits = torch.tensor(budgets) <= 3
-    reached = min(budgets[-1], 3)
-    assert distribution.mode[0, :reached].tolist() == ranked[:reached].tolist()
-    assert distribution.mode[0, -1] == budget_logits.masked_fill(~fits, -torch.inf).argmax()
-    assert torch.equal(distribution.mode, distribution.deterministic_sample)
+    assert mode[0, : len(ranked)].tolist() == ranked
+    fits = legal_budgets(budgets, torch.tensor(MASKS["some"]))
+    assert mode[0, -1] == made.budget_logits.masked_fill(~fits, -torch.inf).argmax()
 
 
-def enumerated_entropy(budgets: tuple[int, ...], mask: str) -> tuple[Tensor, Tensor, Tensor]:
-    """-sum p log p over all actions, with its gradients."""
-    distribution, logits, budget_logits = make(budgets, mask, leaf=True)
-    log_probs = distribution.log_prob(all_actions(budgets, mask))
-    entropy = -(log_probs.exp() * log_probs).sum()
-    entropy.backward()
-    assert logits.grad is not None
-    gradient = torch.zeros_like(budget_logits) if budget_logits.grad is None else budget_logits.grad
-    return entropy.detach(), logits.grad, gradient
+def test_without_repulsion_the_mode_sorts_the_scores() -> None:
+    made = make((1, 2, 4), "all")
+    assert made.distribution.mode[0, :4].tolist() == made.logits.topk(4).indices.tolist()
+    none = RankedBlocks(made.logits[None], torch.ones(1, 5, dtype=torch.bool), torch.zeros(1, 3), None, (1, 2, 4))
+    zero = RankedBlocks(
+        made.logits[None], torch.ones(1, 5, dtype=torch.bool), torch.zeros(1, 3), None, (1, 2, 4), torch.zeros(1, 5, 5)
+    )
+    actions = all_actions((1, 2, 4), "all")
+    assert torch.equal(none.log_prob(actions), zero.log_prob(actions))
 
 
+def gradient_of(value: Tensor, made: Made) -> Tensor:
+    """A value (,) and its gradient in all that the distribution was made from, flat."""
+    gradients = torch.autograd.grad(value, made[1:], allow_unused=True, materialize_grads=True)
+    return torch.cat([value.detach()[None], *(gradient.flatten() for gradient in gradients)])
+
+
+@pytest.mark.parametrize("repels", [False, True])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("budgets", [(1,), (1, 2), (1, 2, 4)])
-def test_entropy_and_its_gradient_agree_with_enumeration(budgets: tuple[int, ...], mask: str) -> None:
+def test_entropy_and_its_gradient_agree_with_enumeration(budgets: tuple[int, ...], mask: str, repels: bool) -> None:
     """Exact for one place; for more, the mean over many drawn lists lies within five standard errors."""
-    value, gradient, budget_gradient = enumerated_entropy(budgets, mask)
-    groups, each = 40, 500
+    made = make(budgets, mask, repels=repels, leaf=True)
+    log_probs = made.distribution.log_prob(all_actions(budgets, mask))
+    expected = gradient_of(-(log_probs.exp() * log_probs).sum(), made)
+    groups, each = (1, 1) if budgets == (1,) else (40, 500)
     torch.manual_seed(0)
     found = []
-    for _ in range(1 if budgets == (1,) else groups):
-        distribution, logits, budget_logits = make(budgets, mask, entropy_samples=each, leaf=True)
-        entropy = distribution.entropy()[0]
-        entropy.backward()
-        assert logits.grad is not None
-        budget_part = torch.zeros_like(budget_logits) if budget_logits.grad is None else budget_logits.grad
-        found.append(torch.cat([entropy.detach()[None], logits.grad, budget_part]))
-    estimates, expected = torch.stack(found), torch.cat([value[None], gradient, budget_gradient])
+    for _ in range(groups):
+        made = make(budgets, mask, repels=repels, entropy_samples=each, leaf=True)
+        found.append(gradient_of(made.distribution.entropy()[0], made))
+    estimates = torch.stack(found)
     if budgets == (1,):
         assert torch.allclose(estimates[0], expected, atol=1e-12)
         return
-    error = (estimates.mean(0) - expected).abs()
-    assert (error <= 5 * estimates.std(0) / groups**0.5 + 1e-9).all()
-    assert estimates.std(0).max() / groups**0.5 < 0.02  # the comparison above means something
+    spread = estimates.std(0) / groups**0.5
+    assert ((estimates.mean(0) - expected).abs() <= 5 * spread + 1e-9).all()
+    assert spread.max() < 0.02  # so the comparison above means something
 
 
 @pytest.mark.parametrize("budgets", BUDGETS)
 def test_gradients_are_finite_under_masks(budgets: tuple[int, ...]) -> None:
-    logits = torch.randn(5, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 5, generator=generator).requires_grad_()
+    repulsion = torch.randn(5, 5, 5, generator=generator).requires_grad_()
     budget_logits = torch.zeros(5, len(budgets), requires_grad=True)
     mask = torch.tensor([*MASKS.values(), [False] * 5])  # the last row has finished
-    budget_mask = torch.tensor(budgets) <= mask.sum(-1, keepdim=True)
-    budget_mask[:, 0] = True
-    distribution = RankedBlocks(logits, mask, budget_logits, budget_mask, budgets)
-    action = distribution.sample(generator=torch.Generator().manual_seed(0))
+    distribution = RankedBlocks(logits, mask, budget_logits, legal_budgets(budgets, mask), budgets, repulsion)
+    action = distribution.sample(generator=generator)
     log_prob, entropy = distribution.log_prob(action), distribution.entropy()
     assert log_prob.shape == entropy.shape == (5,)
     assert (log_prob > -1e3).all() and torch.isfinite(entropy).all()
-    (log_prob + entropy).sum().backward()
-    assert logits.grad is not None and torch.isfinite(logits.grad).all()
-    illegal = ~mask[:-1]
-    assert (logits.grad[:-1][illegal] == 0).all()
-    if budgets != (1,):
-        assert budget_logits.grad is not None and torch.isfinite(budget_logits.grad).all()
+    gradients = torch.autograd.grad(
+        (log_prob + entropy).sum(), [logits, budget_logits, repulsion], allow_unused=True, materialize_grads=True
+    )
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+    assert (gradients[0][:-1][~mask[:-1]] == 0).all()  # illegal blocks are not learnt from
 
 
 @pytest.mark.parametrize("budgets", BUDGETS)
 def test_sampling_follows_its_generator(budgets: tuple[int, ...]) -> None:
-    distribution, _, _ = make(budgets, "all", rows=32)
+    distribution = make(budgets, "all", rows=32, repels=True).distribution
     first, second, other = (distribution.sample(generator=torch.Generator().manual_seed(s)) for s in (3, 3, 4))
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
@@ -204,26 +244,30 @@ def test_sampling_follows_its_generator(budgets: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("leading", [(3,), (2, 3), (2, 1, 3)])
 @pytest.mark.parametrize("budgets", BUDGETS)
 def test_any_leading_dimensions(budgets: tuple[int, ...], leading: tuple[int, ...]) -> None:
+    """TorchRL passes (M, T): the same numbers as flat, and shapes of samples as every distribution of PyTorch."""
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(*leading, 5, generator=generator)
     mask = torch.rand(*leading, 5, generator=generator) < 0.8
     mask[..., 0] = True
-    budget_logits = torch.randn(*leading, len(budgets), generator=generator)
-    budget_mask = torch.tensor(budgets) <= mask.sum(-1, keepdim=True)
-    budget_mask[..., 0] = True
-    whole = RankedBlocks(logits, mask, budget_logits, budget_mask, budgets)
+    logits, budget_logits = (torch.randn(*leading, n, generator=generator) for n in (5, len(budgets)))
+    repulsion = torch.randn(*leading, 5, 5, generator=generator)
+    allowed = legal_budgets(budgets, mask)
+    whole = RankedBlocks(logits, mask, budget_logits, allowed, budgets, repulsion)
+
+    def flatten(part: Tensor) -> Tensor:
+        return part.flatten(0, len(leading) - 1)
+
     flat = RankedBlocks(
-        logits.view(-1, 5), mask.view(-1, 5), budget_logits.flatten(0, -2), budget_mask.flatten(0, -2), budgets
+        flatten(logits), flatten(mask), flatten(budget_logits), flatten(allowed), budgets, flatten(repulsion)
     )
-    action = whole.sample(generator=generator)
     event = () if budgets == (1,) else (budgets[-1] + 1,)
+    action = whole.sample(generator=generator)
     assert action.shape == (*leading, *event) == whole.mode.shape
-    assert whole.sample((7,)).shape == (7, *leading, *event)
-    flat_action = action.reshape(-1, *event)
-    assert torch.equal(whole.log_prob(action).flatten(), flat.log_prob(flat_action))
+    assert torch.equal(whole.log_prob(action).flatten(), flat.log_prob(action.reshape(-1, *event)))
+    assert torch.equal(flatten(whole.mode), flat.mode)
     assert whole.entropy().shape == leading
-    first_place = RankedBlocks(logits, mask)  # one place: exact, so it can be compared
-    assert torch.allclose(first_place.entropy().flatten(), RankedBlocks(logits.view(-1, 5), mask.view(-1, 5)).entropy())
+    draws = whole.sample((7,))
+    assert draws.shape == (7, *leading, *event)
+    assert torch.equal(whole.log_prob(draws)[3], whole.log_prob(draws[3]))
 
 
 def test_missing_budget_logits_are_named() -> None:

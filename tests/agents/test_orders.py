@@ -98,6 +98,12 @@ def test_multiscale_fills_coarse_lattices_first(size: int) -> None:
     assert torch.equal(quarter // 2, path("multiscale", grid(size // 2, size // 2)))
 
 
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_multiscale_reveals_a_chequerboard_first(size: int) -> None:
+    half = path("multiscale", grid(size, size))[: size**2 // 2]
+    assert (half.sum(-1) % 2 == 0).all()
+
+
 def test_halton_spreads_its_first_blocks() -> None:
     """Each quadrant and each third gets its share of the first blocks, as low discrepancy asks."""
     order = path("halton", grid(6, 6))

@@ -47,7 +47,9 @@ def test_block_size_does_not_change_the_model(backbone: OrderRobustTransformer) 
     other = with_block_size(backbone, 6)
     assert other.geometry.num_blocks == 1
     data = tiny_images(backbone, 2)
-    whole = other.context_loss(other.start(data.labels), data.tokens, torch.zeros(2, 1, dtype=torch.int64))[0].loss[:, 0]
+    whole = other.context_loss(other.start(data.labels), data.tokens, torch.zeros(2, 1, dtype=torch.int64))[0].loss[
+        :, 0
+    ]
     order = torch.arange(36).expand(2, -1)
     logits = backbone.teacher_forced(data.tokens, data.labels, order)
     expected = -logits.log_softmax(-1).gather(-1, data.tokens[..., None]).sum((1, 2))
@@ -61,7 +63,7 @@ def test_names(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_backbone("mine") is tiny_backbone()
     with pytest.raises(ValueError, match="'mine' is registered already"):
         register_backbone("mine", tiny_backbone)
-    with pytest.raises(ValueError, match="backbone='nobody' is unknown; choose one of .*digits.*mine"):
+    with pytest.raises(ValueError, match=r"backbone='nobody' is unknown; choose one of .*digits.*mine"):
         load_backbone("nobody")
 
 

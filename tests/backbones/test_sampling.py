@@ -43,7 +43,12 @@ def test_excluded_tokens_are_never_drawn_at_the_edges() -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "name"),
-    [({"temperature": 0.0}, "temperature"), ({"top_k": -1}, "top_k"), ({"top_p": 0.0}, "top_p"), ({"guidance": -1.0}, "g")],
+    [
+        ({"temperature": 0.0}, "temperature"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"guidance": -1.0}, "g"),
+    ],
 )
 def test_impossible_settings_are_refused(wrong: dict[str, float], name: str) -> None:
     with pytest.raises(ValueError, match=name):

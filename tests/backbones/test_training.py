@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ def test_share_of_random_orders() -> None:
     config = replace(QUICK, steps=100, anneal_from=0.6)
     shares = [random_share(step, config) for step in range(100)]
     assert shares[:61] == [1.0] * 61
-    assert all(a > b for a, b in zip(shares[60:], shares[61:], strict=False))
+    assert all(a > b for a, b in pairwise(shares[60:]))
     assert shares[80] == pytest.approx(0.5) and shares[99] == pytest.approx(0.025)
     assert {random_share(step, replace(config, anneal_from=1.0)) for step in range(100)} == {1.0}
     assert {random_share(step, replace(config, order="raster")) for step in range(100)} == {0.0}
@@ -89,7 +90,9 @@ def test_orders_follow_the_share() -> None:
     assert torch.equal(raster_token_orders(grid, 2), torch.arange(36).expand(2, -1))
 
 
-@pytest.mark.parametrize(("order", "anneal_from", "calls"), [("random", 0.5, 1), ("random", 1.0, 0), ("raster", 0.5, 0)])
+@pytest.mark.parametrize(
+    ("order", "anneal_from", "calls"), [("random", 0.5, 1), ("random", 1.0, 0), ("raster", 0.5, 0)]
+)
 def test_the_last_random_checkpoint_is_handed_out(order: str, anneal_from: float, calls: int) -> None:
     """It holds the averaged weights as they were before the first step that trained on raster orders."""
     config = replace(QUICK, steps=8, order=order, anneal_from=anneal_from)
@@ -128,7 +131,9 @@ def test_labels_are_dropped_for_guidance() -> None:
     backbone = fresh()
     table = backbone.cls_embedding.embedding_table.weight
     start = table.detach().clone()
-    list(pretrain(backbone, striped(50, 0), striped(9, 1), replace(QUICK, steps=5, label_dropout=1.0, weight_decay=0.0)))
+    list(
+        pretrain(backbone, striped(50, 0), striped(9, 1), replace(QUICK, steps=5, label_dropout=1.0, weight_decay=0.0))
+    )
     moved = (table.detach() - start).abs().amax(1) > 1e-6
     assert moved.tolist() == [False, False, True]
 

@@ -152,7 +152,7 @@ def test_parallel_blocks_are_independent(shaped: OrderRobustTransformer) -> None
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 def test_sampling_frequencies_match_probabilities(guidance: float) -> None:
     """A whole block is drawn with the probability of its chain, under guidance with the guided one."""
-    backbone, draws = tiny_backbone(2, 2, 2, 2), 20000
+    backbone, draws = tiny_backbone(2, 2, 2, 2), 8000
     labels = torch.ones(draws, dtype=torch.int64)
     null = torch.full_like(labels, backbone.num_classes)
     uniforms = torch.rand(draws, 1, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -317,9 +317,7 @@ def test_randar_parity(randar: tuple[OrderRobustTransformer, dict[str, Tensor]])
 
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "end"), [("gen_seq_cfg1", 1.0), ("gen_seq_cfg4", 4.0)])
-def test_randar_greedy_parity(
-    randar: tuple[OrderRobustTransformer, dict[str, Tensor]], name: str, end: float
-) -> None:
+def test_randar_greedy_parity(randar: tuple[OrderRobustTransformer, dict[str, Tensor]], name: str, end: float) -> None:
     """Our decode and cache, one token at a time, with the published linear growth of guidance."""
     backbone, io = randar
     order, labels = io["token_order"], io["labels"]
@@ -364,7 +362,12 @@ def test_shipped_weights_keep_every_promise(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"heads": 5}, "heads=5"), ({"dropout": 1.0}, "dropout"), ({"block_size": 4}, "block_size=4"), ({"dim": 0}, "dim")],
+    [
+        ({"heads": 5}, "heads=5"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"block_size": 4}, "block_size=4"),
+        ({"dim": 0}, "dim"),
+    ],
 )
 def test_impossible_shapes_are_refused(change: dict[str, Any], message: str) -> None:
     shape: dict[str, Any] = {"height": 6, "width": 6, "block_size": 2, "vocab_size": 5, "num_classes": 3}

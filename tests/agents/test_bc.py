@@ -1,0 +1,224 @@
+"""Behaviour cloning: losses, curriculum, split, and that every target learns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from orderrl.agents import bc
+from orderrl.agents.bc import TARGETS, BCConfig, bc_loss, clone, held_out_metrics, reasoning_steps_at
+from orderrl.oracle import LabelConfig, label_contexts, random_contexts
+from orderrl.planner import OrderHead
+from tests.agents.helpers import tiny_labels, tiny_planner
+from tests.helpers import tiny_backbone, tiny_images
+
+GEOMETRY = tiny_backbone().geometry
+
+
+def train(planner: OrderHead, labels: TensorDict, **config: Any) -> list[dict[str, float]]:
+    settings = {"steps": 150, "batch_size": 64, "learning_rate": 1e-2, "evaluate_every": 25} | config
+    return list(clone(planner, labels, GEOMETRY, BCConfig(**settings)))
+
+
+def regret(planner: OrderHead, labels: TensorDict) -> float:
+    """Mean regret on given contexts, U in its standard deviations."""
+    observation = labels.exclude("gains")
+    observation["fraction"] = labels["visible"].float().mean(-1, keepdim=True)
+    utility = labels["gains"].sum(-1) / 36
+    return held_out_metrics(planner, observation, utility / utility[~labels["visible"]].std())["regret"]
+
+
+# ---------------------------------------------------------------------- losses
+
+
+@pytest.fixture
+def states() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    scores, utility = torch.randn(2, 6, 5, generator=generator)
+    hidden = torch.rand(6, 5, generator=generator) < 0.6
+    hidden[:, 0] = True
+    return scores.requires_grad_(), utility, hidden
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_losses_agree_with_their_formulas(target: str, states: tuple[Tensor, Tensor, Tensor]) -> None:
+    scores, utility, hidden = states
+    expected, candidates = 0.0, int(hidden.sum())
+    for score, value, mask in zip(scores.detach(), utility, hidden, strict=True):
+        score, value = score[mask], value[mask]
+        log_probs = score - score.exp().sum().log()
+        if target == "utility":
+            expected += ((score - value) ** 2).sum().item() / candidates
+        elif target == "label":
+            expected -= log_probs[value.argmax()].item() / 6
+        else:
+            weights = (value / 0.5).exp()
+            expected -= (weights / weights.sum() * log_probs).sum().item() / 6
+    assert bc_loss(scores, utility, hidden, target, 0.5).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_losses_ignore_visible_blocks(target: str, states: tuple[Tensor, Tensor, Tensor]) -> None:
+    scores, utility, hidden = states
+    loss = bc_loss(scores, utility, hidden, target, 0.5)
+    loss.backward()
+    assert scores.grad is not None
+    assert (scores.grad[~hidden] == 0).all() and torch.isfinite(scores.grad).all()
+    changed = bc_loss(scores + 3.0 * ~hidden, utility - 7.0 * ~hidden, hidden, target, 0.5)
+    assert torch.allclose(changed, loss)
+
+
+def test_soft_target_approaches_the_argmax_label(states: tuple[Tensor, Tensor, Tensor]) -> None:
+    cold, label = (bc_loss(*states, target, 1e-3) for target in ("soft", "label"))
+    assert torch.allclose(cold, label, atol=1e-4)
+
+
+# ---------------------------------------------------------------------- curriculum and split
+
+
+@pytest.mark.parametrize(
+    ("final", "stages"), [(0, [0]), (1, [0, 1]), (2, [0, 1, 2]), (3, [0, 1, 2, 3]), (4, [0, 1, 2, 4])]
+)
+def test_curriculum_doubles_in_equal_phases_of_the_first_half(final: int, stages: list[int]) -> None:
+    steps = [reasoning_steps_at(step, 600, final) for step in range(600)]
+    assert sorted(set(steps)) == stages and steps == sorted(steps)
+    assert set(steps[300:]) == {final}
+    assert all(steps.count(stage) == 300 // len(stages) for stage in stages[:-1])
+    assert {reasoning_steps_at(step, 5, final) for step in range(5)} <= set(stages)
+
+
+def test_training_follows_the_curriculum() -> None:
+    rows = train(tiny_planner(reasoning_steps=2, noisy=False), tiny_labels(), steps=12)
+    assert [row["reasoning_steps"] for row in rows] == [0.0] * 2 + [1.0] * 2 + [2.0] * 8
+    assert [row["step"] for row in rows] == list(range(1, 13))
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.1, 6), (0.5, 30), (0.001, 1), (0.999, 59)])
+def test_images_are_kept_back_whole(share: float, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No context of a kept-back image is trained on, and all of them are evaluated on."""
+    kept: list[Tensor] = []
+    trained: list[Tensor] = []
+    original = bc.held_out_metrics
+
+    def spy(planner: OrderHead, data: TensorDict, utility: Tensor) -> dict[str, float]:
+        kept.append(data["image"])
+        return original(planner, data, utility)
+
+    monkeypatch.setattr(bc, "held_out_metrics", spy)
+    planner = tiny_planner(noisy=False)
+    planner.register_forward_pre_hook(
+        lambda _, inputs: trained.append(inputs[0]["image"]) if planner.training else None
+    )
+    train(planner, tiny_labels(), steps=20, held_out=share, evaluate_every=20)
+    images = set(kept[0].tolist())
+    assert len(images) == expected and len(kept[0]) == 8 * expected
+    assert not images & set(torch.cat(trained).tolist())
+
+
+def test_labels_of_one_image_are_refused() -> None:
+    with pytest.raises(ValueError, match="labels must come from at least 2 images, one is kept back; got 1"):
+        train(tiny_planner(), tiny_labels(images=1))
+
+
+# ---------------------------------------------------------------------- learning
+
+
+@pytest.mark.parametrize("reasoning_steps", [0, 2])
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_target_learns(target: str, reasoning_steps: int) -> None:
+    """On images never seen the regret falls far below that of an arbitrary block."""
+    planner = tiny_planner(reasoning_steps=reasoning_steps, noisy=False)
+    unseen = tiny_labels(seed=1)
+    chance = regret(tiny_planner(), unseen)
+    rows = train(planner, tiny_labels(), target=target)
+    assert chance > 0.5
+    assert regret(planner, unseen) < 0.2 * chance
+    assert rows[-1]["loss"] < rows[0]["loss"] and not planner.training
+
+
+def test_utility_is_regressed_in_its_standard_deviations() -> None:
+    """The scores are calibrated, whatever the unit of the labels."""
+    labels = tiny_labels()
+    scaled = labels.clone()
+    scaled["gains"] = 1000 * labels["gains"]
+    scores = []
+    for data in (labels, scaled):
+        planner = tiny_planner(noisy=False)
+        train(planner, data, steps=60)
+        observation = data.exclude("gains")
+        observation["fraction"] = data["visible"].float().mean(-1, keepdim=True)
+        scores.append(planner(observation)[0].detach())
+    assert torch.allclose(scores[0], scores[1], atol=1e-2)
+    hidden = ~labels["visible"]
+    utility = (labels["gains"].sum(-1) / 36)[hidden]
+    assert ((scores[0][hidden] - utility / utility.std()) ** 2).mean() < 0.3
+
+
+def test_the_best_weights_on_kept_back_images_are_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation that likes the second best makes clone return the weights of that moment."""
+    seen: list[dict[str, Tensor]] = []
+
+    def fake(planner: OrderHead, data: TensorDict, utility: Tensor) -> dict[str, float]:
+        seen.append({k: v.clone() for k, v in planner.state_dict().items()})
+        return {"chosen": [0.0, 2.0, 1.0][len(seen) - 1], "regret": 0.0}
+
+    monkeypatch.setattr(bc, "held_out_metrics", fake)
+    planner = tiny_planner(noisy=False)
+    train(planner, tiny_labels(), steps=30, evaluate_every=10)
+    assert all(torch.equal(v, seen[1][k]) for k, v in planner.state_dict().items())
+    assert not torch.equal(seen[2]["score_head.weight"], seen[1]["score_head.weight"])
+
+
+def test_the_seed_decides_everything_and_labels_stay_as_they_are(tmp_path: Path) -> None:
+    labels = tiny_labels()
+    stored = labels.clone().memmap_(str(tmp_path / "labels"))
+    weights = []
+    for data, seed in ((labels, 0), (stored, 0), (labels, 1)):
+        planner = tiny_planner(noisy=False)
+        train(planner, data, steps=10, seed=seed)
+        weights.append(planner.score_head.weight.detach())
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert (labels == tiny_labels()).all() and (TensorDict.load_memmap(str(tmp_path / "labels")) == labels).all()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 10, 11, 20])
+@pytest.mark.parametrize("reasoning_steps", [0, 2])
+def test_any_number_of_steps_trains(steps: int, reasoning_steps: int) -> None:
+    planner = tiny_planner(noisy=False, reasoning_steps=reasoning_steps)
+    rows = train(planner, tiny_labels(), steps=steps, evaluate_every=1000)
+    assert len(rows) == steps and "regret" in rows[-1]
+    assert not (planner.score_head.weight == 0).all()  # trained weights, not the first ones
+
+
+def test_labels_of_a_backbone_train_and_leave_it_alone() -> None:
+    backbone = tiny_backbone()
+    weights = {k: v.clone() for k, v in backbone.state_dict().items()}
+    data, config = tiny_images(backbone), LabelConfig(contexts=48)
+    contexts = random_contexts(config, len(data), 9)
+    parts = list(label_contexts(backbone, data.tokens, data.labels, config, contexts))
+    labels = torch.cat([TensorDict(part, batch_size=[len(part["label"])]) for part in parts])
+    rows = train(tiny_planner(noisy=False), labels, steps=30)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert all(torch.equal(v, weights[k]) for k, v in backbone.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target": "argmax"}, "target='argmax' is unknown; choose one of label, soft, utility"),
+        ({"weight": "near"}, "weight='near' is unknown; choose one of uniform, far"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"evaluate_every": 0}, "evaluate_every must be at least 1, got 0"),
+        ({"held_out": 1.0}, r"held_out must lie in \(0, 1\), got 1.0"),
+        ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
+    ],
+)
+def test_bad_configs_are_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BCConfig(**change)

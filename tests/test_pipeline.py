@@ -1,0 +1,307 @@
+"""The main job in miniature: every command, what it keeps, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import DictConfig
+from PIL import Image
+
+from orderrl import compose, pipeline
+from orderrl.agents import ppo
+from orderrl.backbones import (
+    OrderRobustTransformer,
+    TransformerConfig,
+    backbone_fingerprint,
+    load_backbone,
+    save_backbone,
+)
+from orderrl.evaluate import evaluate
+from orderrl.generate import generate
+from orderrl.label import label
+from orderrl.metrics.comparison import code_length_at
+from orderrl.metrics.evaluation import EMPTY_ROW, Evaluated
+from orderrl.pipeline import find_or_train_ppo, newest_planner, open_backbone, open_labels
+from orderrl.planner import load_planner
+from orderrl.pretrain import pretrain_backbone
+from orderrl.train import train
+from tests.helpers import tiny_backbone
+
+BACKBONE = "tiny.safetensors"
+SMALL_LABELS = ["labels.contexts=48"]
+SMALL_PLANNER = [*SMALL_LABELS, "planner.dim=32", "planner.stem=1"]
+SMALL_BC = [*SMALL_PLANNER, "agent=bc", "agent.steps=8", "agent.evaluate_every=4"]
+SMALL_PPO = [
+    *SMALL_PLANNER,
+    "agent=ppo",
+    "agent.iterations=2",
+    "agent.num_envs=8",
+    "agent.frames_per_batch=128",
+    "agent.minibatch_size=64",
+    "agent.epochs=1",
+    "agent.critic_warmup=1",
+    "checkpoint_every=1",
+]
+SMALL_EVAL = [*SMALL_LABELS, "eval.images=12", "eval.samples=70", "eval.states=16", "eval.reference_images=4", "eval.resamples=200"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the module's runs, cache and tiny backbone lie."""
+    home = tmp_path_factory.mktemp("home")
+    save_backbone(home / BACKBONE, tiny_backbone(8, 8, vocab_size=17, num_classes=10), {})
+    return home
+
+
+def configure(home: Path, command: str, *overrides: str, cache: str = "cache") -> DictConfig:
+    """A config on the tiny backbone, with runs and cache in a folder of its own."""
+    tiny = [f"backbone.name={home / BACKBONE}"] if command != "pretrain" else []
+    return compose(command, [*tiny, *overrides, f"output_dir={home / 'runs'}", f"cache_dir={home / cache}"])
+
+
+@pytest.fixture(scope="module")
+def cloned(home: Path) -> Path:
+    return train(configure(home, "train", *SMALL_BC))
+
+
+@pytest.fixture(scope="module")
+def improved(home: Path, cloned: Path) -> Path:
+    return train(configure(home, "train", *SMALL_PPO, f"agent.start={cloned}"))
+
+
+@pytest.fixture(scope="module")
+def evaluated(home: Path, improved: Path) -> Path:
+    policies = "eval.policies=[raster,multiscale@2,multiscale@4,random,fitted,oracle,tests.test_pipeline:last_hidden]"
+    return evaluate(configure(home, "evaluate", *SMALL_EVAL, policies, "eval.sampled=[raster]"))
+
+
+def last_hidden(observation: Any, generator: torch.Generator) -> torch.Tensor:
+    """A policy of a user: the last hidden block first."""
+    places = torch.arange(observation["visible"].shape[-1])
+    return torch.where(observation["action_mask"], places, -1).argmax(-1)
+
+
+def illegal(observation: Any, generator: torch.Generator) -> torch.Tensor:
+    return torch.zeros_like(observation["label"])
+
+
+def scores(observation: Any, generator: torch.Generator) -> torch.Tensor:
+    return torch.full(observation["label"].shape, float("nan"))
+
+
+# ---------------------------------------------------------------------- what is made
+
+
+def test_labels_are_found_again(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = label(configure(home, "label", *SMALL_LABELS))
+    capsys.readouterr()
+    assert label(configure(home, "label", *SMALL_LABELS)) == first
+    assert "cached" in capsys.readouterr().out
+    assert label(configure(home, "label", *SMALL_LABELS, "labels.seed=1")) != first
+
+
+def test_a_run_folder_tells_everything(cloned: Path) -> None:
+    folder = cloned.parent
+    for name in ("config.yaml", "versions.json", "metrics.jsonl", "planner.safetensors"):
+        assert (folder / name).stat().st_size > 0, name
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 8 and all(row["loss"] > 0 for row in rows)
+
+
+def test_an_identical_config_is_not_trained_again(home: Path, cloned: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    again = train(configure(home, "train", *SMALL_BC))
+    assert "cached" in capsys.readouterr().out
+    assert again.read_bytes() == cloned.read_bytes() and again != cloned
+
+
+def test_ppo_makes_the_clone_it_needs(home: Path) -> None:
+    config = configure(home, "train", *SMALL_PPO, "seed=5", cache="other_cache")
+    made: list[DictConfig] = []
+    original = pipeline.find_or_train_clone
+
+    def remember(config: DictConfig, *args: Any, **kwargs: Any) -> Path:
+        made.append(config)
+        config.agent.steps, config.agent.evaluate_every = 4, 2
+        return original(config, *args, **kwargs)
+
+    pipeline.find_or_train_clone = remember
+    try:
+        path = find_or_train_ppo(config, open_backbone(config))
+    finally:
+        pipeline.find_or_train_clone = original
+    assert made and made[0].agent.name == "bc" and made[0].seed == 5
+    planner, description = load_planner(path)
+    assert planner.config.num_budgets == 3 and description["objective"] == "likelihood"
+
+
+def test_ppo_continues_after_an_interruption_with_the_same_result(home: Path, cloned: Path) -> None:
+    overrides = [*SMALL_PPO, f"agent.start={cloned}", "agent.iterations=3"]
+    whole = train(configure(home, "train", *overrides, cache="whole"))
+
+    class Interruption(Exception):
+        pass
+
+    def stop(config: DictConfig) -> None:
+        original = ppo.PPO.state_dict
+
+        def save_then_stop(self: Any) -> dict[str, Any]:
+            if self.iteration == 2:
+                raise Interruption
+            return original(self)
+
+        ppo.PPO.state_dict = save_then_stop  # type: ignore[method-assign]
+        try:
+            with pytest.raises(Interruption):
+                train(config)
+        finally:
+            ppo.PPO.state_dict = original  # type: ignore[method-assign]
+
+    config = configure(home, "train", *overrides, cache="cut")
+    stop(config)
+    assert list((home / "cut" / "unfinished").glob("*.pt"))
+    resumed = train(config)
+    one, other = load_planner(whole)[0].state_dict(), load_planner(resumed)[0].state_dict()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert not list((home / "cut" / "unfinished").glob("*.pt"))
+
+
+def test_the_backbone_is_untouched_by_training(home: Path, improved: Path) -> None:
+    before = tiny_backbone(8, 8, vocab_size=17, num_classes=10)
+    after = load_backbone(home / BACKBONE)
+    assert backbone_fingerprint(after) == backbone_fingerprint(before)
+    assert isinstance(after, torch.nn.Module)
+    assert not any(p.requires_grad for p in after.parameters()) and not after.training
+
+
+def test_results_have_every_column_and_null_where_a_metric_does_not_apply(evaluated: Path) -> None:
+    results = json.loads((evaluated / "results.json").read_text())
+    rows = {row["policy"]: row for row in results["rows"]}
+    assert all(set(row) == set(EMPTY_ROW) for row in rows.values())
+    assert rows["oracle"]["oracle_top1"] == 1 and rows["oracle"]["regret"] == 0
+    assert rows["oracle"]["frechet_distance"] is None and rows["raster"]["frechet_distance"] > 0
+    assert rows["multiscale@4"]["steps"] == 4 and rows["raster"]["steps"] == 16
+    assert rows["raster"]["decode_calls"] == 64 and rows["multiscale@4"]["decode_calls"] == 16
+    assert rows["digits_raster"]["gain_auc"] is None and rows["digits_raster"]["accuracy"] > 0.5
+    assert rows["real images"]["frechet_distance"] < rows["digits_raster"]["frechet_distance"]
+    assert {"bc_utility_r2", "ppo_likelihood_r2", "tests.test_pipeline:last_hidden"} <= set(rows)
+    assert rows["bc_utility_r2"]["R"] == 2 and rows["bc_utility_r2"]["seed"] == 0
+    low, high = rows["raster"]["gain_auc_ci"]
+    assert low < rows["raster"]["gain_auc"] < high
+    assert results["protocol"]["samples"].startswith("70 per row against all 1797 real images")
+    names = {entry["name"] for entry in results["comparisons"]}
+    assert {"bc_utility_r2 - raster", "ppo_likelihood_r2 - raster"} <= names
+
+
+def test_the_report_lies_beside_the_results(evaluated: Path) -> None:
+    page = (evaluated / "report.html").read_text()
+    assert "bc_utility_r2" in page and "<table" in page
+
+
+def test_own_policy_is_the_reverse_of_raster(evaluated: Path) -> None:
+    rows = {row["policy"]: row for row in json.loads((evaluated / "results.json").read_text())["rows"]}
+    assert rows["tests.test_pipeline:last_hidden"]["steps"] == 16
+    assert rows["tests.test_pipeline:last_hidden"]["gain_auc"] != rows["raster"]["gain_auc"]
+
+
+@pytest.mark.parametrize("policy", ["multiscale@4", "newest"])
+def test_generate_writes_pictures_that_open(home: Path, improved: Path, policy: str) -> None:
+    folder = generate(configure(home, "generate", f"policy={policy}", "label=3", "n=4"))
+    with Image.open(folder / "images.png") as image:
+        assert image.width > 64
+    with Image.open(folder / "order.gif") as animation:
+        assert animation.n_frames > 3
+
+
+def test_pretrain_writes_a_backbone_that_loads(home: Path) -> None:
+    small = ["backbone.model.dim=32", "backbone.model.layers=1", "backbone.training.steps=4",
+             "backbone.training.evaluate_every=2", "backbone.training.anneal_from=0.5"]  # fmt: skip
+    path = pretrain_backbone(configure(home, "pretrain", *small))
+    assert (path.parent / "backbone_final.safetensors").exists()
+    backbone = load_backbone(path)
+    assert backbone.hidden_size == 32 and backbone.geometry.num_blocks == 16
+
+
+def test_newest_planner_is_the_last_one_of_its_agent(home: Path, improved: Path) -> None:
+    config = configure(home, "evaluate")
+    path = newest_planner(config, open_backbone(config), "ppo")
+    assert path is not None and load_planner(path)[1]["agent"]["name"] == "ppo"
+
+
+def test_code_length_is_interpolated_at_equal_steps() -> None:
+    def row(steps: float, nll: float) -> Evaluated:
+        return Evaluated({}, decode_nll=torch.full((3,), nll), steps=torch.full((3,), steps))
+
+    family = [row(16, 70.0), row(8, 74.0), row(4, 80.0)]
+    at_six = code_length_at(family, 6.0)
+    assert at_six is not None and torch.allclose(at_six, torch.full((3,), 77.0))
+    assert code_length_at(family, 2.0) is None
+
+
+# ---------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("command", "overrides", "message"),
+    [
+        (train, ["agent.target=best"], r"target='best' is unknown; choose one of label, soft, utility"),
+        (train, ["backbone.name=missing"], r"backbone='missing' is unknown; choose one of .*digits"),
+        (train, ["data.name=missing"], r"data.name='missing' is unknown; choose one of digits"),
+        (evaluate, ["eval.policies=[spiral]"], r"policy 'spiral' is unknown; choose one of raster"),
+        (evaluate, ["eval.policies=[raster@5+5]"], r"must sum to the 16 blocks"),
+        (evaluate, ["eval.policies=[raster@17]"], r"between 1 and 16 blocks"),
+        (evaluate, ["eval.policies=[raster@x]"], r"is no schedule"),
+        (evaluate, ["eval.policies=[nowhere:policy]"], r"'nowhere:policy' cannot be imported"),
+        (evaluate, ["eval.policies=[tests.test_pipeline:illegal]"], r"is illegal"),
+        (evaluate, ["eval.policies=[tests.test_pipeline:scores]"], r"action must be int64"),
+        (generate, ["label=10"], r"label=10 is no class"),
+        (generate, ["n=0"], r"n must be at least 1"),
+        (generate, ["temperature=0"], r"temperature must be positive"),
+        (label, ["labels.kind=guess"], r"kind='guess' is unknown"),
+        (pretrain_backbone, ["backbone.model.block_size=3"], r"block_size=3 must divide the token grid 8x8"),
+    ],
+)
+def test_bad_values_are_refused_in_one_line(
+    home: Path, cloned: Path, command: Any, overrides: list[str], message: str
+) -> None:
+    names = {train: "train", evaluate: "evaluate", generate: "generate", label: "label", pretrain_backbone: "pretrain"}
+    small = SMALL_EVAL if command is evaluate else []
+    with pytest.raises(ValueError, match=message) as caught:
+        command(configure(home, names[command], *small, *overrides))
+    assert "\n" not in str(caught.value)
+
+
+def test_budgets_beyond_the_blocks_are_refused(home: Path, cloned: Path) -> None:
+    with pytest.raises(ValueError, match="exceed the 16 blocks"):
+        train(configure(home, "train", *SMALL_PPO, f"agent.start={cloned}", "env.budgets=[1,32]"))
+
+
+def test_labels_of_another_backbone_are_refused(home: Path) -> None:
+    folder = label(configure(home, "label", *SMALL_LABELS))
+    other = OrderRobustTransformer(TransformerConfig(8, 8, 2, 17, 10, dim=32, layers=1))
+    with pytest.raises(ValueError, match="labels made for backbone"):
+        open_labels(folder, other)
+
+
+def test_a_planner_of_another_shape_is_refused(home: Path, cloned: Path, tmp_path: Path) -> None:
+    other = OrderRobustTransformer(TransformerConfig(8, 8, 4, 17, 10, dim=32, layers=1))
+    save_backbone(tmp_path / "other.safetensors", other, {})
+    overrides = [f"backbone.name={tmp_path / 'other.safetensors'}", f"eval.planners=[{cloned}]"]
+    with pytest.raises(ValueError, match="does not fit the backbone"):
+        evaluate(configure(home, "evaluate", *SMALL_EVAL, *overrides))
+
+
+def test_evaluate_without_a_planner_says_how_to_train_one(home: Path) -> None:
+    with pytest.raises(ValueError, match=r"python -m orderrl.train agent=bc"):
+        evaluate(configure(home, "evaluate", cache="empty"))
+
+
+def test_a_truncated_planner_is_refused(home: Path, cloned: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(cloned.read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"broken.safetensors"):
+        evaluate(configure(home, "evaluate", *SMALL_EVAL, f"eval.planners=[{broken}]"))
