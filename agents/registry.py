@@ -1,13 +1,15 @@
 """Policies by name, as the command line writes them.
 
-raster              one block a step
-multiscale@4        four blocks a step
-halton@1+1+2+4+8    a growing schedule
-random@<1.5         1, 2 or 4 blocks, by an entropy threshold in nats
-spaced_random@4     blocks of one step keep apart
-lookahead:4         a reference with four draws
-PATH.safetensors    a planner with its own budget; PATH@4 its block scores with four blocks a step
-my_module:my_policy any callable of the policy interface
+    raster              one block a step
+    multiscale@4        four blocks a step
+    halton@1+1+2+4+8    a growing schedule
+    random@<1.5         1, 2 or 4 blocks, by an entropy threshold in nats
+    spaced_random@4     blocks of one step keep apart
+    lookahead:4         a reference with four draws
+    PATH.safetensors    a planner with its own budget; PATH@4 its block scores with four blocks a step
+    my_module:my_policy any callable of the policy interface
+
+`policy_names` lists the names.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def block_gains(
     kind: str = "pointwise",
     uniforms: Tensor | None = None,
     samples: int = 1,
-    max_entries: int = 16384,
+    max_entries: int = 4096,
 ) -> Tensor:
     """G[a, b] for every pair of hidden blocks of states that hide equally many.
 

@@ -75,7 +75,8 @@ def random_actions(observation: TensorDict, budgets: tuple[int, ...], generator:
 def tiny_labels(images: int = 60, each: int = 8, seed: int = 0) -> TensorDict:
     """Contexts stored as `label_contexts` does, with utilities that a planner can see.
 
-    U of a hidden block is a known function of its entropy, its position and how much is visible.
+    U of a hidden block is a known function of its entropy, its position and how much is visible; its loss is
+    another one.
     """
     generator = torch.Generator().manual_seed(seed)
     count, blocks = images * each, 9
@@ -95,7 +96,7 @@ def tiny_labels(images: int = 60, each: int = 8, seed: int = 0) -> TensorDict:
             "hidden": hidden.masked_fill(visible[..., None], 0.0),
             "entropy": entropy,
             "visible": visible,
-            "loss": torch.zeros(count, blocks),
+            "loss": (entropy + torch.linspace(1, 2, blocks)).masked_fill(visible, 0.0),
             "gains": gains,
         },
         batch_size=[count],

@@ -25,11 +25,11 @@ def train(planner: OrderHead, labels: TensorDict, **config: Any) -> list[dict[st
     return list(clone(planner, labels, GEOMETRY, BCConfig(**settings)))
 
 
-def regret(planner: OrderHead, labels: TensorDict) -> float:
-    """Mean regret on given contexts, U in its standard deviations."""
+def regret(planner: OrderHead, labels: TensorDict, target: str = "utility") -> float:
+    """Mean regret on given contexts, in standard deviations of what the target is about: U or minus the loss."""
     observation = labels.exclude("gains")
     observation["fraction"] = labels["visible"].float().mean(-1, keepdim=True)
-    utility = labels["gains"].sum(-1) / 36
+    utility = -labels["loss"] if target == "charged" else labels["gains"].sum(-1) / 36
     return held_out_metrics(planner, observation, utility / utility[~labels["visible"]].std())["regret"]
 
 
@@ -52,7 +52,7 @@ def test_losses_agree_with_their_formulas(target: str, states: tuple[Tensor, Ten
     for score, value, mask in zip(scores.detach(), utility, hidden, strict=True):
         score, value = score[mask], value[mask]
         log_probs = score - score.exp().sum().log()
-        if target == "utility":
+        if target in ("utility", "charged"):
             expected += ((score - value) ** 2).sum().item() / candidates
         elif target == "label":
             expected -= log_probs[value.argmax()].item() / 6
@@ -134,10 +134,10 @@ def test_every_target_learns(target: str, reasoning_steps: int) -> None:
     """On images never seen the regret falls far below that of an arbitrary block."""
     planner = tiny_planner(reasoning_steps=reasoning_steps, noisy=False)
     unseen = tiny_labels(seed=1)
-    chance = regret(tiny_planner(), unseen)
+    chance = regret(tiny_planner(), unseen, target)
     rows = train(planner, tiny_labels(), target=target)
     assert chance > 0.5
-    assert regret(planner, unseen) < 0.2 * chance
+    assert regret(planner, unseen, target) < 0.2 * chance
     assert rows[-1]["loss"] < rows[0]["loss"] and not planner.training
 
 
@@ -210,7 +210,7 @@ def test_labels_of_a_backbone_train_and_leave_it_alone() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"target": "argmax"}, "target='argmax' is unknown; choose one of label, soft, utility"),
+        ({"target": "argmax"}, "target='argmax' is unknown; choose one of label, soft, utility, charged"),
         ({"weight": "near"}, "weight='near' is unknown; choose one of uniform, far"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),

@@ -213,7 +213,7 @@ def test_lookahead_refuses_no_samples() -> None:
 
 @pytest.mark.parametrize("policy", [Lookahead(2), Confidence()], ids=["lookahead", "confidence"])
 def test_drawing_references_are_keyed(policy: ReferencePolicy) -> None:
-    """The same choices again, whatever the batch and the true hidden tokens; others for another seed or step."""
+    """The same choices whatever the batch and the true hidden tokens; others for another seed, episode or step."""
     core = mid_episode(tiny_core(num_envs=6, seed=5), steps=2)
     scores = all_scores(policy, core)
     assert torch.equal(scores, all_scores(policy, core))
@@ -229,8 +229,10 @@ def test_drawing_references_are_keyed(policy: ReferencePolicy) -> None:
     for step in range(2):
         changed.step((core.reveal_step == step).long().argmax(1))
     assert torch.allclose(all_scores(policy, changed), scores, atol=1e-5)
-    core.seeds += 100
-    assert not torch.allclose(all_scores(policy, core), scores, atol=1e-3)
+    for part in (core.seeds, core.episode, core.step_count):
+        part += 1
+        assert not torch.allclose(all_scores(policy, core), scores, atol=1e-3)
+        part -= 1
 
 
 def test_references_handle_rows_at_different_lengths() -> None:

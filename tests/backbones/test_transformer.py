@@ -343,7 +343,7 @@ def test_rope_table_turns_rows_then_columns() -> None:
         rope_table(2, 2, 6)
 
 
-@pytest.mark.parametrize("name", ["digits"])
+@pytest.mark.parametrize("name", ["digits", "digits_raster"])
 def test_shipped_weights_keep_every_promise(name: str) -> None:
     backbone = load_backbone(name)
     check_backbone(backbone)

@@ -401,7 +401,7 @@ def test_generated_tokens_follow_the_backbone() -> None:
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_k=1)], ids=str)
 def test_every_episode_draws_its_own_tokens(sampling: Sampling) -> None:
-    """Under one label and one order, episodes differ by their numbers alone; with top_k = 1 there is nothing to draw."""
+    """Under one label and one order, episodes differ by their numbers alone; with top_k = 1 by nothing."""
     core = make_core(2, mode="generate", sampling=sampling)
     drawn = []
     for _ in range(4):
