@@ -145,6 +145,8 @@ def _schedule(spec: str, sizes: str, blocks: int) -> tuple[tuple[int, ...], Sche
 
 def _reference(name: str, argument: str, budgets: tuple[int, ...], schedule: Schedule) -> ReferencePolicy:
     if name == "lookahead":
+        if argument and not argument.isdigit():
+            raise ValueError(f"lookahead:{argument} must name a number of draws, for example lookahead:4")
         return Lookahead(int(argument or 1), budgets, schedule)
     return {"oracle": Oracle, "confidence": Confidence}[name](budgets, schedule)
 

@@ -136,7 +136,7 @@ def evaluate(config: DictConfig) -> Path:
                 advance(note=name)
         floor = EMPTY_ROW | {"policy": "real images", "features": protocol.features}
         floor["frechet_distance"] = real_floor(protocol.real, protocol.features, seed=config.seed)
-        results = {
+        results: dict[str, Any] = {
             "protocol": describe(config, backbone, protocol),
             "rows": [row.row for row in rows] + [floor],
             "comparisons": comparisons(rows, protocol.resamples, config.seed),
@@ -200,8 +200,7 @@ def print_comparisons(entries: list[dict[str, Any]]) -> None:
     for entry in entries:
         if entry["name"].endswith("- raster") or " at " in entry["name"]:
             announce(
-                f"{entry['name']}: {entry['metric']} {entry['mean']:+.4f} "
-                f"[{entry['low']:+.4f}, {entry['high']:+.4f}]"
+                f"{entry['name']}: {entry['metric']} {entry['mean']:+.4f} [{entry['low']:+.4f}, {entry['high']:+.4f}]"
             )
 
 

@@ -16,6 +16,7 @@ from orderrl.entry import run_application
 from orderrl.envs.render import order_image, partial_images
 from orderrl.evaluate import fitted_order, newest_planners
 from orderrl.generation import Generated, balanced_labels, generate_images
+from orderrl.geometry import BlockGrid
 from orderrl.pipeline import announce, open_backbone
 from orderrl.runs import Run, progress
 
@@ -57,7 +58,7 @@ def generate(config: DictConfig) -> Path:
             grids.append(Image.fromarray(shown.permute(1, 2, 0).numpy()))
         grids[-1].save(run.folder / "images.png")
         grids[0].save(run.folder / "order.gif", save_all=True, append_images=grids[1:] + [grids[-1]] * 4, duration=250)
-        _order_grid(made, data.height, data.width, columns, backbone).save(run.folder / "order.png")
+        _order_grid(made, data.height, data.width, columns, backbone.geometry).save(run.folder / "order.png")
         steps = (made.reveal_step.amax(1) + 1).float().mean().item()
         run.log({"images": float(config.n), "seconds": made.seconds, "planner_steps": steps}, 0)
         announce(
@@ -71,11 +72,12 @@ def _enlarge(images: torch.Tensor) -> torch.Tensor:
     return images.repeat_interleave(PIXELS, -1).repeat_interleave(PIXELS, -2)
 
 
-def _order_grid(made: Generated, height: int, width: int, columns: int, backbone: object) -> Image.Image:
+def _order_grid(made: Generated, height: int, width: int, columns: int, geometry: BlockGrid) -> Image.Image:
     """Heat maps of the order of every image."""
-    geometry = backbone.geometry  # type: ignore[attr-defined]
     maps = [order_image(geometry, steps, height * PIXELS, width * PIXELS) for steps in made.reveal_step]
-    return Image.fromarray(make_grid(torch.stack(maps), nrow=columns, padding=2, pad_value=255).permute(1, 2, 0).numpy())
+    return Image.fromarray(
+        make_grid(torch.stack(maps), nrow=columns, padding=2, pad_value=255).permute(1, 2, 0).numpy()
+    )
 
 
 if __name__ == "__main__":

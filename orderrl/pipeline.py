@@ -46,6 +46,13 @@ def open_backbone(config: DictConfig) -> Backbone:
     return backbone
 
 
+def with_values(config: DictConfig, values: dict[str, Any]) -> DictConfig:
+    """A copy of a config with some sections or values replaced."""
+    merged = OmegaConf.merge(config, values)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
 def announce(text: str) -> None:
     """Tell the user what a step does or found."""
     print(text, flush=True)
@@ -90,7 +97,7 @@ def find_or_make_labels(
             if run is not None:
                 run.log({"contexts": float(sum(len(p) for p in parts))}, len(parts))
     with cache.store(LABELS, key, description) as folder:
-        torch.cat(parts).memmap_(str(folder / "contexts"))
+        TensorDict.cat(parts).memmap_(str(folder / "contexts"))
     return cache.folder(LABELS, key)
 
 
@@ -200,13 +207,13 @@ def _clone_to_start_from(config: DictConfig, backbone: Backbone) -> Path:
     """
     cloning = compose("train", ["agent=bc", f"agent.target={START_TARGETS[config.env.objective]}"])
     shared = ("backbone", "data", "labels", "planner", "seed", "cache_dir", "device")
-    cloning = OmegaConf.merge(cloning, {key: config[key] for key in shared})
-    assert isinstance(cloning, DictConfig)
     announce(f"ppo: starting from the clone of this config with target {cloning.agent.target}")
-    return find_or_train_clone(cloning, backbone)
+    return find_or_train_clone(with_values(cloning, {key: config[key] for key in shared}), backbone)
 
 
-def _find_or_train(config: DictConfig, description: dict[str, Any], train: Callable[[], OrderHead], reuse: bool) -> Path:
+def _find_or_train(
+    config: DictConfig, description: dict[str, Any], train: Callable[[], OrderHead], reuse: bool
+) -> Path:
     cache, key = Cache(config.cache_dir), fingerprint(description)
     found = cache.find(PLANNERS, key)
     if found is not None and reuse:

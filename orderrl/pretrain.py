@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -27,8 +28,8 @@ def pretrain_backbone(config: DictConfig) -> Path:
     settings = PretrainConfig(**section_of_training(config), seed=config.seed)
     torch.manual_seed(config.seed)
     shape = section(config, "backbone")["model"]
-    model = TransformerConfig(train.height, train.width, vocab_size=train.vocab_size, num_classes=train.num_classes, **shape)
-    backbone = OrderRobustTransformer(model).to(config.device)
+    shape |= {"vocab_size": train.vocab_size, "num_classes": train.num_classes}
+    backbone = OrderRobustTransformer(TransformerConfig(train.height, train.width, **shape)).to(config.device)
     with Run("pretrain", config) as run:
         chosen, final = run.folder / "backbone.safetensors", run.folder / "backbone_final.safetensors"
         description = {"data": config.data.name, "split": "backbone", "training": section_of_training(config)}
@@ -50,7 +51,7 @@ def pretrain_backbone(config: DictConfig) -> Path:
     return chosen
 
 
-def section_of_training(config: DictConfig) -> dict[str, object]:
+def section_of_training(config: DictConfig) -> dict[str, Any]:
     """The values of `backbone.training`."""
     return dict(section(config, "backbone")["training"])
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from orderrl.entry import compose, run_application
 from orderrl.evaluate import evaluate
-from orderrl.pipeline import announce
+from orderrl.pipeline import announce, with_values
 from orderrl.train import train
 
 SHARED = ("backbone", "data", "labels", "logger", "output_dir", "cache_dir", "device")
@@ -21,13 +21,9 @@ def results(config: DictConfig) -> Path:
         for overrides in config.runs:
             announce(f"\n== seed {seed}: {' '.join(overrides)}")
             wanted = compose("train", [*overrides, f"seed={seed}"])
-            merged = OmegaConf.merge(wanted, {key: config[key] for key in SHARED})
-            assert isinstance(merged, DictConfig)
-            checkpoints.append(str(train(merged)))
-    table = OmegaConf.merge(config, {"eval": {"planners": checkpoints}})
-    assert isinstance(table, DictConfig)
+            checkpoints.append(str(train(with_values(wanted, {key: config[key] for key in SHARED}))))
     announce("\n== evaluation")
-    return evaluate(table)
+    return evaluate(with_values(config, {"eval": {"planners": checkpoints}}))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,14 @@ SMALL_PPO = [
     "agent.critic_warmup=1",
     "checkpoint_every=1",
 ]
-SMALL_EVAL = [*SMALL_LABELS, "eval.images=12", "eval.samples=70", "eval.states=16", "eval.reference_images=4", "eval.resamples=200"]  # fmt: skip
+SMALL_EVAL = [
+    *SMALL_LABELS,
+    "eval.images=12",
+    "eval.samples=70",
+    "eval.states=16",
+    "eval.reference_images=4",
+    "eval.resamples=200",
+]
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +221,7 @@ def test_generate_writes_pictures_that_open(home: Path, improved: Path, policy: 
     with Image.open(folder / "images.png") as image:
         assert image.width > 64
     with Image.open(folder / "order.gif") as animation:
-        assert animation.n_frames > 3
+        assert getattr(animation, "n_frames", 1) > 3
 
 
 def test_pretrain_writes_a_backbone_that_loads(home: Path) -> None:
@@ -234,7 +241,7 @@ def test_newest_planner_is_the_last_one_of_its_agent(home: Path, improved: Path)
 
 def test_code_length_is_interpolated_at_equal_steps() -> None:
     def row(steps: float, nll: float) -> Evaluated:
-        return Evaluated({}, decode_nll=torch.full((3,), nll), steps=torch.full((3,), steps))
+        return Evaluated({}, decode_nll=torch.full((3,), nll), steps=torch.full((3,), float(steps)))
 
     family = [row(16, 70.0), row(8, 74.0), row(4, 80.0)]
     at_six = code_length_at(family, 6.0)

@@ -19,12 +19,8 @@ SPLITS = {"backbone": 1000, "planner": 500, "test": 297}
 def _split_indices() -> dict[str, list[int]]:
     """Stratified, fixed and disjoint: every image belongs to exactly one split."""
     labels = load_digits().target
-    rest, test = train_test_split(
-        range(len(labels)), test_size=SPLITS["test"], stratify=labels, random_state=0
-    )
-    backbone, planner = train_test_split(
-        rest, test_size=SPLITS["planner"], stratify=labels[rest], random_state=0
-    )
+    rest, test = train_test_split(range(len(labels)), test_size=SPLITS["test"], stratify=labels, random_state=0)
+    backbone, planner = train_test_split(rest, test_size=SPLITS["planner"], stratify=labels[rest], random_state=0)
     return {"backbone": sorted(backbone), "planner": sorted(planner), "test": sorted(test)}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -37,10 +38,8 @@ def code_length_at(rows: Sequence[Evaluated], steps: float) -> Tensor | None:
     Returns:
         (n,) nats per image, linear between the two nearest schedules; None if steps lie outside them.
     """
-    known = sorted(
-        (float(row.steps.mean()), row.decode_nll) for row in rows if row.steps is not None and row.decode_nll is not None
-    )  # fmt: skip
-    for (fewer, low), (more, high) in zip(known, known[1:], strict=False):
+    known = [(float(r.steps.mean()), r.decode_nll) for r in rows if r.steps is not None and r.decode_nll is not None]
+    for (fewer, low), (more, high) in pairwise(sorted(known, key=lambda point: point[0])):
         if fewer <= steps <= more:
             share = (steps - fewer) / (more - fewer) if more > fewer else 0.0
             return (1 - share) * low + share * high
