@@ -43,7 +43,7 @@ class BCConfig:
     """
 
     target: str = "utility"
-    steps: int = 200
+    steps: int = 400
     batch_size: int = 256
     learning_rate: float = 1e-3
     weight_decay: float = 0.05

@@ -52,7 +52,7 @@ class PPOConfig:
         seed: of episodes, actions and minibatches.
     """
 
-    iterations: int = 25
+    iterations: int = 12
     num_envs: int = 128
     frames_per_batch: int = 2048
     epochs: int = 3

@@ -45,6 +45,7 @@ def save_checkpoint(path: Path | str, tensors: Mapping[str, Tensor], config: Map
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         save_file(contents, aside, metadata=metadata)
+        aside.chmod(0o644)  # safetensors writes files that others cannot read
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)

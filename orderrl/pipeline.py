@@ -28,7 +28,6 @@ from orderrl.planner import OrderHead, PlannerConfig, load_planner, save_planner
 from orderrl.runs import Cache, Run, fingerprint, progress
 
 LABELS, PLANNERS, UNFINISHED = "labels", "planners", "unfinished"
-START_TARGETS = {"context": "utility", "likelihood": "charged"}
 FORMAT = 1  # of what is cached; raised when the meaning of stored files changes
 
 
@@ -153,12 +152,12 @@ def find_or_train_clone(config: DictConfig, backbone: Backbone, run: Run | None 
 
 def find_or_train_ppo(config: DictConfig, backbone: Backbone, run: Run | None = None, reuse: bool = True) -> Path:
     """Checkpoint of the planner that `agent=ppo` trains; continues an interrupted run of the same config."""
-    settings = PPOConfig(**section(config, "agent", "name", "start"), seed=config.seed)
+    settings = PPOConfig(**section(config, "agent", "name", "start", "start_target"), seed=config.seed)
     start = Path(config.agent.start) if config.agent.start else _clone_to_start_from(config, backbone)
     planner, _ = load_planner(start, backbone)
     description = {
         "format": FORMAT,
-        "agent": section(config, "agent", "start"),
+        "agent": section(config, "agent", "start", "start_target"),
         "planner": section(config, "planner"),
         "start": fingerprint({k: v.double().sum().item() for k, v in planner.state_dict().items()}),
         "env": section(config, "env"),
@@ -201,11 +200,8 @@ def core_config(config: DictConfig, **changes: Any) -> CoreConfig:
 
 
 def _clone_to_start_from(config: DictConfig, backbone: Backbone) -> Path:
-    """The cloned planner of the same backbone, data, labels, planner and seed.
-
-    Its target is the greedy score of the objective: the utility for context, the charged loss for likelihood.
-    """
-    cloning = compose("train", ["agent=bc", f"agent.target={START_TARGETS[config.env.objective]}"])
+    """The cloned planner of the same backbone, data, labels, planner and seed."""
+    cloning = compose("train", ["agent=bc", f"agent.target={config.agent.start_target}"])
     shared = ("backbone", "data", "labels", "planner", "seed", "cache_dir", "device")
     announce(f"ppo: starting from the clone of this config with target {cloning.agent.target}")
     return find_or_train_clone(with_values(cloning, {key: config[key] for key in shared}), backbone)

@@ -132,3 +132,8 @@ def test_load_state_names_all_that_does_not_fit_and_changes_nothing(path: Path) 
         assert part in message
     assert "\n" not in message
     assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
+
+
+def test_others_can_read_a_checkpoint(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "a.safetensors", {"x": torch.zeros(1)}, {"kind": "planner"})
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o044 == 0o044
