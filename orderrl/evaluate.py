@@ -29,6 +29,7 @@ from orderrl.metrics.quality import real_floor
 from orderrl.oracle import utilities
 from orderrl.pipeline import announce, find_or_make_labels, newest_planner, open_backbone, open_labels
 from orderrl.report import write_report
+from orderrl.report.markdown import markdown_comparisons, markdown_table
 from orderrl.runs import Run, progress, write_json
 
 AGENTS = ("bc", "ppo")
@@ -144,6 +145,8 @@ def evaluate(config: DictConfig) -> Path:
         write_json(run.folder / "results.json", results)
         details = [policy_detail(protocol, row) for row in rows if _pictured(row)]
         report = write_report(run.folder, results, details)
+        tables = markdown_table(results["rows"]) + "\n" + markdown_comparisons(results["comparisons"])
+        (run.folder / "results.md").write_text(tables, encoding="utf-8")
         print_table(results["rows"])
         print_comparisons(results["comparisons"])
         announce(f"results: {run.folder / 'results.json'}\nreport: {report}")

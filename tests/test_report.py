@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from orderrl.report import PolicyDetail, figures, write_report
+from orderrl.report import PolicyDetail, figures, markdown, write_report
 from orderrl.report.page import COLUMNS, summary
 
 VOID = {"meta", "img", "br", "link", "input", "hr", "wbr"}
@@ -247,3 +247,17 @@ def test_maps_share_one_colour_scale() -> None:
 def test_bad_input_is_named(call: Callable[..., object], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         call(tmp_path)
+
+
+def test_markdown_joins_seeds_and_shows_null_as_dash() -> None:
+    row = dict.fromkeys(markdown.COLUMNS) | {"policy": "planner", "seed": 0, "gain_auc": 0.1}
+    text = markdown.markdown_table([row, row | {"seed": 1, "gain_auc": 0.3}, row | {"policy": "raster", "seed": None}])
+    planner, raster = text.splitlines()[2:]
+    assert planner.startswith("| planner | 2 | 0.2000 ± 0.1414 | – |")
+    assert raster.startswith("| raster | – | 0.1000 |")
+
+
+def test_markdown_marks_intervals_that_exclude_zero() -> None:
+    entry = {"name": "a - b", "metric": "decode_nll", "mean": -0.5, "low": -0.9, "high": -0.1}
+    assert "**-0.50**" in markdown.markdown_comparisons([entry])
+    assert "**" not in markdown.markdown_comparisons([entry | {"high": 0.1}]).splitlines()[2]

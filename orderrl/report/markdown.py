@@ -1,0 +1,54 @@
+"""The table as Markdown, for a README: seeds of a planner in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import mean, stdev
+from typing import Any
+
+COLUMNS = {
+    "gain_auc": ("gain AUC ↑", 4),
+    "decode_nll": ("decode_nll ↓ (nats/image)", 2),
+    "steps": ("steps", 1),
+    "far_gain": ("far gain", 3),
+    "recognisability_auc": ("recognisability ↑", 3),
+    "oracle_spearman": ("Spearman", 3),
+    "regret": ("regret ↓", 4),
+    "frechet_distance": ("Fréchet ↓", 2),
+    "accuracy": ("accuracy ↑", 3),
+}
+
+
+def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows of `results.json` as a Markdown table.
+
+    Rows of one policy (training seeds) become one line: mean ± standard deviation over seeds.
+    """
+    names = list(dict.fromkeys(row["policy"] for row in rows))
+    lines = ["| policy | seeds | " + " | ".join(title for title, _ in COLUMNS.values()) + " |"]
+    lines.append("|---|---|" + "---|" * len(COLUMNS))
+    for name in names:
+        group = [row for row in rows if row["policy"] == name]
+        cells = [_cell([row[key] for row in group], digits) for key, (_, digits) in COLUMNS.items()]
+        lines.append(f"| {name} | {len(group) if group[0]['seed'] is not None else '–'} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def markdown_comparisons(entries: Sequence[dict[str, Any]]) -> str:
+    """Paired comparisons as a Markdown table; bold where the interval excludes zero."""
+    lines = ["| pair | metric | mean difference | 95 % interval |", "|---|---|---|---|"]
+    for entry in entries:
+        digits = COLUMNS.get(entry["metric"], ("", 4))[1]
+        excluded = entry["low"] > 0 or entry["high"] < 0
+        value = f"{entry['mean']:+.{digits}f}"
+        interval = f"{entry['low']:+.{digits}f} to {entry['high']:+.{digits}f}"
+        lines.append(f"| {entry['name']} | {entry['metric']} | {f'**{value}**' if excluded else value} | {interval} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(values: Sequence[float | None], digits: int) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    spread = f" ± {stdev(known):.{digits}f}" if len(known) > 1 else ""
+    return f"{mean(known):.{digits}f}{spread}"
