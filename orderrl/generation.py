@@ -42,7 +42,7 @@ def generate_images(
     labels: Tensor,
     sampling: Sampling | None = None,
     seed: int = 0,
-    batch_size: int = 128,
+    batch_size: int = 500,
     advance: Callable[[float], None] | None = None,
 ) -> Generated:
     """Generate one image for each label.
