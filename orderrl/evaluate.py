@@ -172,7 +172,7 @@ def describe(config: DictConfig, backbone: Backbone, protocol: Protocol) -> dict
         "features": protocol.features,
         "recognisability": "classifier confidence in the true class, hidden blocks grey",
         "sampling": OmegaConf.to_container(OmegaConf.create(vars(protocol.sampling))),
-        "seconds_per_image": "of sampling in batches of 500 where samples are scored, else of the rollout",
+        "seconds_per_image": "of sampling in batches of 250 where samples are scored, else of the rollout",
         "intervals": f"95 % paired bootstrap over images, {protocol.resamples} resamples",
         "seed": config.seed,
     }

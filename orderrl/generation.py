@@ -42,7 +42,7 @@ def generate_images(
     labels: Tensor,
     sampling: Sampling | None = None,
     seed: int = 0,
-    batch_size: int = 500,
+    batch_size: int = 250,
     advance: Callable[[float], None] | None = None,
 ) -> Generated:
     """Generate one image for each label.
