@@ -377,9 +377,11 @@ class NextBlockCore:
     def _append(self, blocks: Tensor, count: Tensor) -> None:
         """Append the revealed blocks to the prefix, reusing the first block's chain entries.
 
-        Episodes are grouped by how many blocks they reveal, so that none is padded to another's number.
+        Episodes are grouped by how many blocks they reveal, so that none is padded to another's number. An image that
+        becomes complete needs no prefix any more.
         """
         first = self._first_entries(blocks[:, 0])
+        count = torch.where(count < self.hidden_count, count, 0)
         for value in count.unique().tolist():
             if value:
                 rows = (count == value).nonzero().flatten()
