@@ -188,8 +188,9 @@ class PPO:
     def train(self) -> Iterator[dict[str, float]]:
         """Rounds until `config.iterations`; yields one dict of metrics a round.
 
-        Metrics: step, frames, reward (mean return of images finished in the round, nats per image), planner_steps
-        (mean of these images), entropy, loss parts, value_error (share of the return's variance not explained).
+        Metrics: step, frames, return (of each image's first episode, nats per image), planner_steps (of the same),
+        illegal (share of void steps), value_error (share of the value target's variance not explained), entropy,
+        clip_fraction and the parts of the loss.
         """
         config, core = self.config, self.env.core
         while self.iteration < config.iterations:

@@ -24,7 +24,7 @@ PIXELS = 8  # of a token in the pictures
 
 
 def generate(config: DictConfig) -> Path:
-    """Generate images and return the run folder: `images.png`, `order.gif` and `tokens.safetensors`.
+    """Generate images and return the run folder: `images.png`, `order.gif` and `order.png`.
 
     Raises:
         ValueError: if the policy is unknown or a value is not allowed.

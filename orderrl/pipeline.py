@@ -7,6 +7,7 @@ key in the cache, so nothing is made twice and nothing stale is taken.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -216,8 +217,8 @@ def _find_or_train(
         announce(f"planner: {found / 'planner.safetensors'} (cached; reuse=false trains again)")
         return found / "planner.safetensors"
     planner = train()
-    if found is not None:  # trained again on purpose: the same config gives the same planner, keep the cached one
-        return found / "planner.safetensors"
+    if found is not None:  # trained again on purpose; the old one goes only now that there is a new one
+        shutil.rmtree(found)
     with cache.store(PLANNERS, key, description) as folder:
         save_planner(folder / "planner.safetensors", planner, description)
     announce(f"planner: {cache.folder(PLANNERS, key) / 'planner.safetensors'}")

@@ -126,6 +126,17 @@ def test_an_identical_config_is_not_trained_again(home: Path, cloned: Path, caps
     assert again.read_bytes() == cloned.read_bytes() and again != cloned
 
 
+def test_reuse_false_replaces_the_cached_planner(home: Path) -> None:
+    config = configure(home, "train", *SMALL_BC, "seed=7", cache="again")
+    train(config)
+    (entry,) = (home / "again" / "planners").glob("*/key.json")
+    before = json.loads(entry.read_text())["created"]
+    config.reuse = False
+    train(config)
+    assert json.loads(entry.read_text())["created"] > before
+    assert list((home / "again" / "planners").glob("*/key.json")) == [entry]
+
+
 def test_ppo_makes_the_clone_it_needs(home: Path) -> None:
     config = configure(home, "train", *SMALL_PPO, "seed=5", cache="other_cache")
     made: list[DictConfig] = []
