@@ -14,7 +14,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from orderrl.backbones.protocol import Backbone, backbone_device
+from orderrl.backbones.protocol import Backbone, backbone_device, check_fits
 from orderrl.backbones.sampling import Sampling
 from orderrl.data import TokenSet
 from orderrl.envs.reward import ILLEGAL_REWARD, Reward, RewardConfig
@@ -129,7 +129,6 @@ class NextBlockCore:
         self.reveal_step = torch.full((m, b), -1, dtype=torch.int64, device=self.device)
         self.reveal_rank = torch.full((m, b), -1, dtype=torch.int64, device=self.device)
         self.losses = torch.zeros(m, b, device=self.device)
-        self.start_losses = torch.zeros(m, b, device=self.device)
         self.hidden = torch.zeros(m, b, backbone.hidden_size, device=self.device)
         self.entropy = torch.zeros(m, b, device=self.device)
         self.prefix: Any = backbone.start(self.labels)
@@ -166,8 +165,8 @@ class NextBlockCore:
         mask[:, 0] = True
         return mask
 
-    def observation(self, rows: Tensor | None = None) -> TensorDict:
-        """What a policy sees, batch (M,) or (len(rows),); no hidden token has any influence on it.
+    def observation(self) -> TensorDict:
+        """What a policy sees, batch (M,); no hidden token has any influence on it.
 
         Keys: hidden (B, D) float32, entropy (B,) float32 nats, visible (B,) bool, label () int64,
         fraction (1,) float32, action_mask (B,) bool; with several budgets budget_mask (n,) bool.
@@ -182,8 +181,6 @@ class NextBlockCore:
         }
         if self.multi:
             parts["budget_mask"] = self.budget_mask()
-        if rows is not None:
-            return TensorDict({k: v[rows] for k, v in parts.items()}, batch_size=[len(rows)])
         return TensorDict({k: v.clone() for k, v in parts.items()}, batch_size=[self.num_envs])
 
     # ------------------------------------------------------------------ episodes
@@ -218,7 +215,6 @@ class NextBlockCore:
         self._begin(rows, index, labels)
         self._looks = [] if len(rows) == self.num_envs else self._looks
         self._look(rows)
-        self.start_losses[rows] = self.losses[rows]
 
     def _begin(self, rows: Tensor, index: Tensor | int | None, labels: Tensor | None = None) -> None:
         if not len(rows):
@@ -319,9 +315,7 @@ class NextBlockCore:
         self.step_count += (~idle).long()
         self._looks = []
         self._begin(restart.nonzero().flatten(), None)
-        looking = (~self.visible.all(-1)).nonzero().flatten()
-        self._look(looking)
-        self.start_losses = torch.where(restart[:, None], self.losses, self.start_losses)
+        self._look((~self.visible.all(-1)).nonzero().flatten())
         terminated = self.visible.all(-1)
         truncated = self.finished & ~terminated
         if self.config.mode == "teacher":
@@ -517,15 +511,3 @@ def replay_return(
             actions = torch.where(acting, actions, -1)
         total += torch.where(acting, core.step(actions).reward, 0.0)
     return total
-
-
-def check_fits(backbone: Backbone, data: TokenSet) -> None:
-    """Raise ValueError if the token set is not what the backbone was made for."""
-    geometry = backbone.geometry
-    have = (data.height, data.width, data.vocab_size, data.num_classes)
-    want = (geometry.height, geometry.width, backbone.vocab_size, backbone.num_classes)
-    if have != want:
-        raise ValueError(
-            f"data {data.name!r} (height, width, vocab_size, num_classes) = {have} does not fit the backbone's {want}; "
-            "choose the data set that the backbone was trained on"
-        )

@@ -9,9 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from orderrl.data import TokenSet
+from orderrl.data.pictures import HIDDEN_GREY, hide_blocks
 from orderrl.geometry import BlockGrid
-
-GREY = 127
 
 
 def partial_images(data: TokenSet, geometry: BlockGrid, tokens: Tensor, visible: Tensor) -> Tensor:
@@ -27,11 +26,7 @@ def partial_images(data: TokenSet, geometry: BlockGrid, tokens: Tensor, visible:
         (..., 3, h, w) uint8.
     """
     shown = visible[..., geometry.token_block.to(visible.device)]
-    images = data.images(torch.where(shown, tokens, 0).cpu())
-    mask = shown.cpu().unflatten(-1, (geometry.height, geometry.width))
-    scale = images.shape[-1] // geometry.width
-    mask = mask.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
-    return torch.where(mask.unsqueeze(-3), images, GREY)
+    return hide_blocks(data.images(torch.where(shown, tokens, 0).cpu()), visible.cpu(), geometry)
 
 
 def order_image(geometry: BlockGrid, reveal_step: Tensor, height: int, width: int) -> Tensor:
@@ -39,7 +34,7 @@ def order_image(geometry: BlockGrid, reveal_step: Tensor, height: int, width: in
     steps = reveal_step.cpu().float()
     colours = torch.from_numpy(colormaps["viridis"]((steps / max(float(steps.max()), 1.0)).clamp(0, 1).numpy()))
     colours = (colours[:, :3] * 255).round().to(torch.uint8)
-    colours[steps < 0] = GREY
+    colours[steps < 0] = HIDDEN_GREY
     blocks = colours.T.view(1, 3, geometry.rows, geometry.columns).float()
     return F.interpolate(blocks, size=(height, width), mode="nearest")[0].to(torch.uint8)
 

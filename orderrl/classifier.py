@@ -19,9 +19,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from orderrl.checkpoint import load_checkpoint, load_state, save_checkpoint
 from orderrl.data import TokenSet, augment_digits, load_split
+from orderrl.data.pictures import HIDDEN_GREY, hide_blocks
 from orderrl.geometry import BlockGrid
 
-HIDDEN_GREY = 128
 """Pixel value of hidden blocks: grey level 8 of 16, as `TokenSet.images` renders it."""
 
 NUM_FEATURES = 64
@@ -68,33 +68,6 @@ class DigitsClassifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Class logits: uint8 (n, 3, 8, 8) -> (n, 10) float32. Raises as `features` does."""
         return self.head(self.dropout(self.features(images)))
-
-
-def hide_blocks(images: Tensor, visible: Tensor, geometry: BlockGrid) -> Tensor:
-    """Fill hidden blocks with grey.
-
-    Args:
-        images: (..., C, height, width) uint8 pixels; height and width are multiples of the grid of blocks.
-        visible: (..., B) bool, True where a block is revealed; broadcasts against the images.
-        geometry: the block grid.
-
-    Returns:
-        (..., C, height, width) uint8, `HIDDEN_GREY` where a block is hidden.
-
-    Raises:
-        ValueError: if visible has not B entries or the blocks do not divide the pixels.
-    """
-    height, width = images.shape[-2:]
-    if visible.shape[-1] != geometry.num_blocks:
-        raise ValueError(f"visible must have B={geometry.num_blocks} entries an image, got {visible.shape[-1]}")
-    if height % geometry.rows or width % geometry.columns:
-        raise ValueError(
-            f"images of {height}x{width} pixels can't be cut into {geometry.rows}x{geometry.columns} blocks; "
-            "height and width must be multiples of these"
-        )
-    mask = visible.unflatten(-1, (geometry.rows, geometry.columns))
-    mask = mask.repeat_interleave(height // geometry.rows, -2).repeat_interleave(width // geometry.columns, -1)
-    return torch.where(mask.unsqueeze(-3), images, HIDDEN_GREY)
 
 
 def random_visible(count: int, geometry: BlockGrid, generator: torch.Generator) -> Tensor:

@@ -61,7 +61,7 @@ def make_protocol(config: DictConfig, backbone: Backbone) -> Protocol:
     """What every row of the table shares."""
     e = config.eval
     data = load_split(config.data.name, "test")
-    real = torch.cat([part.images(part.tokens) for part in map_splits(config.data.name)])
+    real = torch.cat([part.images(part.tokens) for part in all_splits(config.data.name)])
     states = open_labels(
         find_or_make_labels(config, backbone, "test", contexts=e.states, kind="pointwise", samples=1, seed=config.seed),
         backbone,
@@ -86,7 +86,7 @@ def make_protocol(config: DictConfig, backbone: Backbone) -> Protocol:
     )
 
 
-def map_splits(name: str) -> list[Any]:
+def all_splits(name: str) -> list[Any]:
     """All splits of a data set."""
     return [load_split(name, split) for split in ("backbone", "planner", "test")]
 

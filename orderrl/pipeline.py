@@ -19,9 +19,11 @@ from tensordict import TensorDict
 from orderrl.agents.bc import BCConfig, clone
 from orderrl.agents.ppo import PPO, PPOConfig
 from orderrl.backbones import Backbone, backbone_fingerprint, load_backbone
+from orderrl.backbones.protocol import check_fits
+from orderrl.backbones.registry import weights_fingerprint
 from orderrl.data import TokenSet, load_split
 from orderrl.entry import compose
-from orderrl.envs.core import CoreConfig, NextBlockCore, check_fits
+from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.envs.reward import RewardConfig
 from orderrl.envs.torchrl import NextBlockTorchRLEnv
 from orderrl.oracle import LabelConfig, label_contexts, random_contexts
@@ -95,7 +97,7 @@ def find_or_make_labels(
             parts.append(TensorDict(part, batch_size=[len(part["label"])]))
             advance(len(part["label"]))
             if run is not None:
-                run.log({"contexts": float(sum(len(p) for p in parts))}, len(parts))
+                run.log({"mean_gain": part["gains"].mean().item()}, len(parts))
     with cache.store(LABELS, key, description) as folder:
         TensorDict.cat(parts).memmap_(str(folder / "contexts"))
     return cache.folder(LABELS, key)
@@ -160,7 +162,7 @@ def find_or_train_ppo(config: DictConfig, backbone: Backbone, run: Run | None = 
         "format": FORMAT,
         "agent": section(config, "agent", "start", "start_target"),
         "planner": section(config, "planner"),
-        "start": fingerprint({k: v.double().sum().item() for k, v in planner.state_dict().items()}),
+        "start": weights_fingerprint(planner),
         "env": section(config, "env"),
         "seed": config.seed,
         "backbone": backbone_fingerprint(backbone),
@@ -193,11 +195,11 @@ def find_or_train_ppo(config: DictConfig, backbone: Backbone, run: Run | None = 
     return path
 
 
-def core_config(config: DictConfig, **changes: Any) -> CoreConfig:
+def core_config(config: DictConfig) -> CoreConfig:
     """The environment of a config group env."""
     values = section(config, "env")
     budgets = tuple(values.pop("budgets"))
-    return CoreConfig(budgets=budgets, reward=RewardConfig(**values), **changes)
+    return CoreConfig(budgets=budgets, reward=RewardConfig(**values))
 
 
 def _clone_to_start_from(config: DictConfig, backbone: Backbone) -> Path:

@@ -18,7 +18,7 @@ from tensordict import TensorDictBase
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from orderrl.backbones.protocol import Backbone
+from orderrl.backbones.protocol import Backbone, backbone_device
 from orderrl.checkpoint import load_checkpoint, load_state, save_checkpoint
 
 
@@ -180,4 +180,6 @@ def load_planner(path: Path | str, backbone: Backbone | None = None) -> tuple[Or
                 )
     planner = OrderHead(config)
     load_state(planner, tensors, Path(path))
+    if backbone is not None:
+        planner.to(backbone_device(backbone))
     return planner.eval(), description

@@ -7,16 +7,15 @@ import pytest
 import torch
 
 from orderrl.classifier import (
-    HIDDEN_GREY,
     DigitsClassifier,
     classifier_accuracy,
-    hide_blocks,
     load_classifier,
     random_visible,
     save_classifier,
     train_classifier,
 )
 from orderrl.data import load_split
+from orderrl.data.pictures import HIDDEN_GREY, hide_blocks
 from orderrl.geometry import BlockGrid
 
 GRID = BlockGrid(8, 8, 2)

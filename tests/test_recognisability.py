@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from orderrl.classifier import hide_blocks, load_classifier
+from orderrl.classifier import load_classifier
 from orderrl.data import load_split
+from orderrl.data.pictures import hide_blocks
 from orderrl.geometry import BlockGrid
 from orderrl.metrics.recognisability import area_over_fraction, progressive_recognisability
 

@@ -208,7 +208,9 @@ def test_figures_lie_beside_the_page(folder: Path) -> None:
 
 
 def test_page_without_pictures_or_baselines_is_written(tmp_path: Path) -> None:
-    Page(write_report(tmp_path, {"protocol": {}, "rows": []}, []).read_text(encoding="utf-8"))
+    text = write_report(tmp_path, {"protocol": {}, "rows": []}, []).read_text(encoding="utf-8")
+    Page(text)
+    assert "No learned planner was evaluated." in text
 
 
 def test_strips_keep_every_pixel() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from orderrl.backbones.sampling import Sampling
+from orderrl.data import TokenSet
 from orderrl.geometry import BlockGrid
 
 
@@ -119,3 +120,15 @@ def backbone_device(backbone: Backbone) -> torch.device:
         for parameter in backbone.parameters():
             return parameter.device
     return torch.device("cpu")
+
+
+def check_fits(backbone: Backbone, data: TokenSet) -> None:
+    """Raise ValueError if the token set is not what the backbone was made for."""
+    geometry = backbone.geometry
+    have = (data.height, data.width, data.vocab_size, data.num_classes)
+    want = (geometry.height, geometry.width, backbone.vocab_size, backbone.num_classes)
+    if have != want:
+        raise ValueError(
+            f"data {data.name!r} (height, width, vocab_size, num_classes) = {have} does not fit the backbone's {want}; "
+            "choose the data set that the backbone was trained on"
+        )

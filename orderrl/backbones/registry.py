@@ -75,19 +75,24 @@ def with_block_size(backbone: OrderRobustTransformer, block_size: int) -> OrderR
     return other.eval().requires_grad_(False)
 
 
+def weights_fingerprint(module: torch.nn.Module) -> str:
+    """Hash of a module's state dict: names and bytes."""
+    digest = hashlib.sha256()
+    for key, value in sorted(module.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def backbone_fingerprint(backbone: Backbone) -> str:
-    """Hash of a backbone's shape and weights; labels and planners remember it.
+    """Hash of a backbone's block grid and weights; labels and planners remember it.
 
     Raises:
         TypeError: if the backbone has no state dict to hash.
     """
     if not isinstance(backbone, torch.nn.Module):
         raise TypeError(f"backbone of type {type(backbone).__name__} must be a torch.nn.Module to be fingerprinted")
-    digest = hashlib.sha256(repr(backbone.geometry).encode())
-    for key, value in sorted(backbone.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return hashlib.sha256(f"{backbone.geometry}:{weights_fingerprint(backbone)}".encode()).hexdigest()[:16]
 
 
 def _from_file(path: Path) -> OrderRobustTransformer:

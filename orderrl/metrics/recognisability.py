@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from orderrl.classifier import hide_blocks
+from orderrl.data.pictures import hide_blocks
 from orderrl.geometry import BlockGrid
 
 

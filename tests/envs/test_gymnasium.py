@@ -16,6 +16,7 @@ import torch
 from gymnasium.utils.env_checker import check_env
 
 from orderrl.backbones import Sampling
+from orderrl.data.pictures import HIDDEN_GREY
 from orderrl.envs import NextBlockEnv
 from tests.envs.helpers import arguments, make_core, play_single
 from tests.helpers import as_action, random_steps, tiny_backbone
@@ -191,8 +192,8 @@ def test_render() -> None:
         if block in order:
             assert (cell == grey[position // 6, position % 6]).all()
         else:
-            assert (cell == 127).all()
-            assert (heat[row : row + scale, column : column + scale] == 127).all()
+            assert (cell == HIDDEN_GREY).all()
+            assert (heat[row : row + scale, column : column + scale] == HIDDEN_GREY).all()
     colours = {tuple(heat[int(r) * 2 * scale, int(c) * 2 * scale]) for r, c in env.core.geometry.centres[order]}
     assert len(colours) == 3  # one for each step
     assert NextBlockEnv(**arguments()).render() is None
