@@ -99,7 +99,7 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor], path: Path | st
             if tensors[name].shape != expected[name].shape
         ],
     }
-    found = "; ".join(f"{what}: {_shorten(names)}" for what, names in problems.items() if names)
+    found = "; ".join(f"{what}: {shorten(names)}" for what, names in problems.items() if names)
     if found:
         raise ValueError(
             f"{path}: does not fit {type(module).__name__} ({found}); use the checkpoint's own configuration, "
@@ -136,6 +136,6 @@ def _read_config(path: Path, metadata: Mapping[str, str], kind: str) -> dict[str
     return config
 
 
-def _shorten(names: list[str], limit: int = 5) -> str:
+def shorten(names: list[str], limit: int = 5) -> str:
     rest = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

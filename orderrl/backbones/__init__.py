@@ -1,28 +1,36 @@
-"""Backbones: the protocol, the order-robust transformer, loading and checking."""
+"""Backbones: the protocol, the published families, loading and checking."""
 
+from orderrl.backbones.arpg import ARPG
 from orderrl.backbones.check import check_backbone
+from orderrl.backbones.llamagen import RasterTransformer, TransformerConfig
 from orderrl.backbones.protocol import Backbone, BlockLosses
 from orderrl.backbones.registry import (
     backbone_fingerprint,
     backbone_names,
+    build_backbone,
     load_backbone,
+    published_names,
     register_backbone,
     save_backbone,
     with_block_size,
 )
 from orderrl.backbones.sampling import Sampling
-from orderrl.backbones.transformer import OrderRobustTransformer, TransformerConfig
+from orderrl.backbones.transformer import OrderRobustTransformer
 
 __all__ = [
+    "ARPG",
     "Backbone",
     "BlockLosses",
     "OrderRobustTransformer",
+    "RasterTransformer",
     "Sampling",
     "TransformerConfig",
     "backbone_fingerprint",
     "backbone_names",
+    "build_backbone",
     "check_backbone",
     "load_backbone",
+    "published_names",
     "register_backbone",
     "save_backbone",
     "with_block_size",

@@ -45,19 +45,25 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 
 def chain_attention(
-    query: Tensor, own_key: Tensor, own_value: Tensor, prefix_key: Tensor, prefix_value: Tensor, prefix_mask: Tensor
+    query: Tensor,
+    own_key: Tensor,
+    own_value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    prefix_mask: Tensor,
+    causal: bool = True,
 ) -> Tensor:
-    """Causal attention of many chains over one shared prefix, as a single softmax.
+    """Attention of many chains over one shared prefix, as a single softmax.
 
     Args:
-        query: (M, heads, C, T, head_dim), the T new entries of C chains of M states.
-        own_key, own_value: (M, heads, C, P + T, head_dim): the chain's P earlier entries, then its new ones.
+        query: (M, heads, C, T, head_dim), T queries of C chains of M states.
+        own_key, own_value: (M, heads, C, S, head_dim), the chain's own entries, aligned at their ends with the queries.
         prefix_key, prefix_value: (M, heads, L, head_dim), shared by the chains of a state.
         prefix_mask: (M, L) bool, True where the prefix entry exists.
+        causal: query i sees own entries up to and including S - T + i; off, all of them.
 
     Returns:
-        (M, heads, C, T, head_dim). Entry i of a chain sees the valid prefix, the P earlier entries
-        and the new entries up to and including i.
+        (M, heads, C, T, head_dim). Every query sees the valid prefix.
     """
     chains, new = query.shape[2:4]
     total = own_key.shape[3]
@@ -65,9 +71,10 @@ def chain_attention(
     to_prefix = query.flatten(2, 3) @ prefix_key.mT  # (M, heads, C*T, L)
     to_prefix = to_prefix.masked_fill_(~prefix_mask[:, None, None], -torch.inf)
     to_own = query @ own_key.mT  # (M, heads, C, T, P + T)
-    future = torch.ones(new, total, dtype=torch.bool, device=query.device).triu(total - new + 1)
-    to_own = to_own.masked_fill_(future, -torch.inf).flatten(2, 3)
-    weights = torch.cat([to_prefix, to_own], dim=-1).softmax(-1)
+    if causal:
+        future = torch.ones(new, total, dtype=torch.bool, device=query.device).triu(total - new + 1)
+        to_own = to_own.masked_fill_(future, -torch.inf)
+    weights = torch.cat([to_prefix, to_own.flatten(2, 3)], dim=-1).softmax(-1)
     from_prefix, from_own = weights.split([prefix_key.shape[2], total], dim=-1)
     return (from_prefix @ prefix_value).unflatten(2, (chains, new)) + from_own.unflatten(2, (chains, new)) @ own_value
 

@@ -40,12 +40,14 @@ class Backbone(Protocol):
         vocab_size: token values.
         num_classes: class labels; label `num_classes` is the dropped one.
         hidden_size: D, width of hidden states.
+        order_robust: whether blocks can be drawn in any order; if not, there is nothing to label or to learn.
     """
 
     geometry: BlockGrid
     vocab_size: int
     num_classes: int
     hidden_size: int
+    order_robust: bool
 
     def start(self, labels: Tensor) -> Any:
         """Cache of the empty state: labels (M,) int64 -> prefix of M states."""

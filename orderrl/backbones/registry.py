@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from orderrl.backbones.arpg import ARPG
+from orderrl.backbones.llamagen import RasterTransformer, TransformerConfig
+from orderrl.backbones.loading import load_weights
+from orderrl.backbones.presets import PRESETS
 from orderrl.backbones.protocol import Backbone
-from orderrl.backbones.transformer import OrderRobustTransformer, TransformerConfig
+from orderrl.backbones.transformer import OrderRobustTransformer
 from orderrl.checkpoint import load_checkpoint, load_state, save_checkpoint
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
+TrainableBackbone = OrderRobustTransformer | RasterTransformer | ARPG
+_FAMILIES: dict[str, tuple[type[TrainableBackbone], type[TransformerConfig]]] = {
+    "llamagen": (RasterTransformer, TransformerConfig),
+    "randar": (OrderRobustTransformer, TransformerConfig),
+    "arpg": (ARPG, TransformerConfig),
+}
 _REGISTRY: dict[str, Callable[[], Backbone]] = {}
 
 
@@ -34,44 +44,115 @@ def backbone_names() -> list[str]:
     return sorted(_REGISTRY)
 
 
-def load_backbone(name_or_path: str | Path, device: torch.device | str | None = None) -> Backbone:
+def load_backbone(
+    name_or_path: str | Path,
+    path: str | Path | None = None,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    shape: Mapping[str, Any] | None = None,
+) -> Backbone:
     """A frozen backbone: eval mode, no gradients.
 
     Args:
-        name_or_path: a registered name or a checkpoint file written by `python -m orderrl.pretrain`.
+        name_or_path: a registered name, a checkpoint that `python -m orderrl.pretrain` wrote, or a published model
+            (`published_names`), which needs `path`.
+        path: weights of a published model: .safetensors (also the index of shards), .pt, .pth, or
+            `hf://OWNER/NAME[@REVISION]/FILE`.
         device: where it runs; None is the CPU.
+        dtype: of the parameters: float32, bfloat16 or float16.
+        shape: values of a published model's configuration to replace, such as block_size.
 
     Raises:
-        ValueError: if the name is unknown, or the file is not a whole checkpoint of a backbone.
+        ValueError: if the name is unknown, the weights are missing, damaged or of another model.
+        FileNotFoundError: if there is no such file.
     """
     name = str(name_or_path)
-    if name in _REGISTRY:
+    if name in PRESETS:
+        if path is None:
+            raise ValueError(
+                f"backbone {name!r} needs weights: give path=FILE or path=hf://OWNER/NAME/FILE; the authors' are at "
+                f"{PRESETS[name].weights}"
+            )
+        backbone: Backbone = build_backbone(name, dtype=dtype, shape=shape)
+        load_weights(_module(backbone), path)
+    elif path is not None or shape:
+        raise ValueError(f"path and shape belong to published models, {name!r} is none of {', '.join(PRESETS)}")
+    elif name in _REGISTRY:
         backbone = _REGISTRY[name]()
     elif name.endswith(".safetensors") or Path(name).exists():
         backbone = _from_file(Path(name))
     else:
         raise ValueError(
-            f"backbone={name!r} is unknown; choose one of {', '.join(backbone_names())} or give the path of a "
-            ".safetensors checkpoint"
+            f"backbone={name!r} is unknown; choose one of {', '.join(backbone_names() + published_names())} or give "
+            "the path of a .safetensors checkpoint"
         )
     if isinstance(backbone, torch.nn.Module):
         backbone.eval().requires_grad_(False)
+        _cast(backbone, as_dtype(dtype))
         if device is not None:
             backbone.to(device)
     return backbone
 
 
-def save_backbone(path: Path, backbone: OrderRobustTransformer, description: dict[str, Any]) -> None:
-    """Write a backbone as safetensors with its config and a description of its training."""
+def build_backbone(
+    name: str, *, dtype: torch.dtype | str = torch.float32, shape: Mapping[str, Any] | None = None
+) -> TrainableBackbone:
+    """A published model with random weights, on the current default device.
+
+    Args:
+        name: of `published_names`.
+        dtype: of the parameters.
+        shape: values of the configuration to replace.
+
+    Raises:
+        ValueError: if the name or a value is unknown.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"backbone={name!r} is no published model; choose one of {', '.join(PRESETS)}")
+    preset = PRESETS[name]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(as_dtype(dtype))
+    try:
+        return _construct(preset.family, preset.shape | dict(shape or {}), name)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def published_names() -> list[str]:
+    """Names of published models."""
+    return list(PRESETS)
+
+
+def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """A floating dtype by name.
+
+    Raises:
+        ValueError: if it is none of float32, bfloat16, float16.
+    """
+    allowed = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if isinstance(dtype, torch.dtype) and dtype in allowed.values():
+        return dtype
+    if dtype not in allowed:
+        raise ValueError(f"dtype={dtype!r} is unknown; choose one of {', '.join(allowed)}")
+    return allowed[str(dtype)]
+
+
+def save_backbone(path: Path, backbone: TrainableBackbone, description: dict[str, Any]) -> None:
+    """Write a backbone as safetensors with its family, its config and a description of its training."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in backbone.state_dict().items()}
-    save_checkpoint(path, tensors, {"kind": "backbone", "model": backbone.config.to_dict(), **description})
+    family = next(name for name, (model, _) in _FAMILIES.items() if type(backbone) is model)
+    config = {"kind": "backbone", "family": family, "model": backbone.config.to_dict(), **description}
+    save_checkpoint(path, tensors, config)
 
 
-def with_block_size(backbone: OrderRobustTransformer, block_size: int) -> OrderRobustTransformer:
+def with_block_size(backbone: TrainableBackbone, block_size: int) -> TrainableBackbone:
     """The same weights on another block grid; block_size = the grid's side is plain raster token order."""
-    other = OrderRobustTransformer(replace(backbone.config, block_size=block_size))
+    other = type(backbone)(replace(backbone.config, block_size=block_size))  # type: ignore[arg-type]
     other.load_state_dict(backbone.state_dict())
-    other.to(next(backbone.parameters()).device)
+    parameter = next(backbone.parameters())
+    _cast(other, parameter.dtype)
+    other.to(parameter.device)
     return other.eval().requires_grad_(False)
 
 
@@ -95,18 +176,30 @@ def backbone_fingerprint(backbone: Backbone) -> str:
     return hashlib.sha256(f"{backbone.geometry}:{weights_fingerprint(backbone)}".encode()).hexdigest()[:16]
 
 
-def _from_file(path: Path) -> OrderRobustTransformer:
+def _from_file(path: Path) -> TrainableBackbone:
     tensors, description = load_checkpoint(path, "backbone")
-    try:
-        config = TransformerConfig(**description["model"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}: does not describe an OrderRobustTransformer ({error}); make the checkpoint anew with "
-            "`python -m orderrl.pretrain`"
-        ) from error
-    backbone = OrderRobustTransformer(config)
+    backbone = _construct(description.get("family", "randar"), description.get("model"), path)
     load_state(backbone, tensors, path)
     return backbone
+
+
+def _construct(family: str, shape: Any, where: str | Path) -> TrainableBackbone:
+    try:
+        model, config = _FAMILIES[family]
+        return model(config(**shape))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{where}: does not describe a backbone ({type(error).__name__}: {error})") from error
+
+
+def _module(backbone: Backbone) -> torch.nn.Module:
+    assert isinstance(backbone, torch.nn.Module)
+    return backbone
+
+
+def _cast(module: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Parameters alone: rotary tables stay in float32."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 for _name in ("digits", "digits_raster"):

@@ -1,4 +1,4 @@
-"""Drawing tokens from logits: guidance, temperature, top-k, top-p."""
+"""Drawing tokens from logits: guidance and its schedules, temperature, top-k, top-p."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+SCHEDULES = ("constant", "linear")
 
 
 @dataclass(frozen=True)
@@ -18,12 +20,18 @@ class Sampling:
         top_p: keep the smallest set of tokens whose probability reaches p; 1 keeps all.
         guidance: classifier-free guidance scale: unconditional + guidance * (conditional - unconditional);
             1 needs no unconditional pass.
+        guidance_schedule: "constant", or "linear": the scale rises from 1 with the share of visible tokens
+            (RandAR, ARPG, MAR).
+        guidance_interval: tokens with more than this many + 1 before them are drawn without guidance (LlamaGen);
+            -1 guides all.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     guidance: float = 1.0
+    guidance_schedule: str = "constant"
+    guidance_interval: int = -1
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
@@ -34,6 +42,28 @@ class Sampling:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
         if not self.guidance >= 0:
             raise ValueError(f"guidance must be at least 0, got {self.guidance}")
+        if self.guidance_schedule not in SCHEDULES:
+            raise ValueError(
+                f"guidance_schedule={self.guidance_schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}"
+            )
+        if self.guidance_interval < -1:
+            raise ValueError(f"guidance_interval must be -1 (always) or at least 0, got {self.guidance_interval}")
+
+    def scale(self, decided: Tensor, total: int) -> Tensor:
+        """Guidance scale of tokens about to be drawn.
+
+        Args:
+            decided: int64 of any shape, tokens drawn before the step.
+            total: N, tokens of the image.
+
+        Returns:
+            float32 of that shape; 1 is no guidance.
+        """
+        share = decided / total if self.guidance_schedule == "linear" else torch.ones_like(decided).float()
+        scale = 1 + (self.guidance - 1) * share.float()
+        if self.guidance_interval < 0:
+            return scale
+        return torch.where(decided > self.guidance_interval + 1, 1.0, scale)
 
 
 def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -52,27 +82,39 @@ def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     return logits
 
 
-def sample_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling, unconditional: Tensor | None = None) -> Tensor:
-    """Draw one token per row by inverting the cumulative distribution at given uniform numbers.
+def guide(logits: Tensor, unconditional: Tensor | None, scale: Tensor, sampling: Sampling) -> Tensor:
+    """Classifier-free guidance: unconditional + scale * (conditional - unconditional).
 
     Args:
         logits: (..., vocab), conditional.
-        uniforms: (...) in [0, 1): equal numbers give equal tokens, whatever the batch.
-        sampling: temperature and filters.
-        unconditional: (..., vocab), logits under the dropped label; needed when guidance is not 1.
-
-    Returns:
-        (...) int64 tokens.
+        unconditional: (..., vocab), under the dropped label; needed when guidance is not 1.
+        scale: broadcasts to (...), as `Sampling.scale` gives it; where it is 1 the logits stay as they are.
+        sampling: names the guidance in the error.
 
     Raises:
         ValueError: if guidance is asked for without unconditional logits.
     """
-    if unconditional is None and sampling.guidance != 1:
-        raise ValueError(
-            f"guidance={sampling.guidance} needs the unconditional logits too; give them or use guidance=1"
-        )
-    if unconditional is not None:
-        logits = unconditional + sampling.guidance * (logits - unconditional)
+    if unconditional is None:
+        if sampling.guidance != 1:
+            raise ValueError(
+                f"guidance={sampling.guidance} needs the unconditional logits too; give them or use guidance=1"
+            )
+        return logits
+    scale = scale[..., None]
+    return torch.where(scale == 1, logits, unconditional + scale * (logits - unconditional))
+
+
+def sample_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
+    """Draw one token per row by inverting the cumulative distribution at given uniform numbers.
+
+    Args:
+        logits: (..., vocab).
+        uniforms: (...) in [0, 1): equal numbers give equal tokens, whatever the batch.
+        sampling: temperature and filters.
+
+    Returns:
+        (...) int64 tokens.
+    """
     logits = filter_logits(logits / sampling.temperature, sampling.top_k, sampling.top_p)
     cumulative = logits.double().softmax(-1).cumsum(-1)
     target = uniforms.double()[..., None] * cumulative[..., -1:]

@@ -307,7 +307,7 @@ def randar() -> tuple[OrderRobustTransformer, dict[str, Tensor]]:
 def test_randar_parity(randar: tuple[OrderRobustTransformer, dict[str, Tensor]]) -> None:
     backbone, io = randar
     assert torch.allclose(backbone.rope, io["freqs_cis"], atol=1e-6)
-    instructions, _ = backbone._instructions(io["token_order"])
+    instructions, _ = backbone.instructions(io["token_order"])
     assert torch.allclose(instructions, io["position_instruction_tokens"], atol=1e-4)
     logits = backbone.teacher_forced(io["idx"], io["labels"], io["token_order"])
     assert torch.allclose(logits, io["token_logits"], atol=1e-4)

@@ -1,0 +1,276 @@
+"""ARPG (Li et al., 2025): a two-pass decoder in which queries never enter the cache.
+
+Notable:
+- The first pass (self decoder) runs over [class, x1, x2, ...] in any order and gives *one* pair of keys and values,
+  shared by all layers of the second pass. The second pass (cross decoder) turns a mask token at a target position
+  into a prediction; queries see keys only, never each other.
+- So a hidden block costs its queries and, inside the block, its earlier tokens; with blocks of one token the prefix is
+  only read. Parameter names are the published ones.
+- Context losses and the block sampler use the causal form with a mask across blocks. The published sampler, whose
+  tokens of one iteration see each other in both directions, is `orderrl.backbones.published.sample_arpg`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from orderrl.backbones.cache import ChainEntries, PrefixCache
+from orderrl.backbones.chains import ChainBackbone, Drawn
+from orderrl.backbones.layers import FeedForward, chain_attention, rope_table, rotate
+from orderrl.backbones.llamagen import TransformerConfig
+from orderrl.geometry import BlockGrid
+
+
+class _SelfAttention(nn.Module):
+    """Projections of a layer of the first pass."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(dim, dim, bias=False)
+        self.to_v = nn.Linear(dim, dim, bias=False)
+        self.proj = nn.Linear(dim, dim, bias=False)
+
+
+class _CrossAttention(nn.Module):
+    """Projections of a layer of the second pass; keys and values are shared."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.proj = nn.Linear(dim, dim, bias=False)
+
+
+class _Layer(nn.Module):
+    """Pre-norm attention and feed-forward with residual connections."""
+
+    def __init__(self, attention: nn.Module, config: TransformerConfig) -> None:
+        super().__init__()
+        self.attn_norm = nn.RMSNorm(config.dim, eps=1e-5)
+        self.attn = attention
+        self.ffn_norm = nn.RMSNorm(config.dim, eps=1e-5)
+        self.ffn = FeedForward(config.dim, config.multiple_of)
+
+    def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """Residual connections after attention: x and mixed (..., dim)."""
+        x = x + cast(nn.Linear, self.attn.proj)(mixed)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class _Decoder(nn.Module):
+    """Both passes and the shared keys and values between them."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        half = config.layers // 2
+        self.self_dec = nn.ModuleList(_Layer(_SelfAttention(config.dim), config) for _ in range(half))
+        self.norm = nn.RMSNorm(config.dim, eps=1e-5)
+        self.to_k = nn.Linear(config.dim, config.dim, bias=False)
+        self.to_v = nn.Linear(config.dim, config.dim, bias=False)
+        self.cross_dec = nn.ModuleList(_Layer(_CrossAttention(config.dim), config) for _ in range(half))
+
+
+class ARPG(nn.Module, ChainBackbone):
+    """Two-pass decoder for any token order.
+
+    It satisfies `orderrl.backbones.Backbone`; the methods are documented there. A cache entry of a token holds the keys
+    and values of every layer of the first pass and, behind them, the shared pair.
+
+    Raises:
+        ValueError: if the number of layers is odd: both passes have half of them.
+    """
+
+    order_robust = True
+    entries_per_token = 1
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        if config.layers % 2:
+            raise ValueError(f"layers={config.layers} must be even: half of them belong to each pass")
+        self.config = config
+        self.geometry = BlockGrid(config.height, config.width, config.block_size)
+        self.vocab_size, self.num_classes, self.hidden_size = config.vocab_size, config.num_classes, config.dim
+        # rows: tokens, mask, classes, dropped class, one that nothing uses
+        self.embeddings = nn.Embedding(config.vocab_size + config.num_classes + 3, config.dim)
+        self.layers = _Decoder(config)
+        self.norm = nn.RMSNorm(config.dim, eps=1e-5)
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        rope = rope_table(config.height, config.width, config.dim // config.heads)
+        self.register_buffer("rope", rope, persistent=False)
+        self.register_buffer("block_tokens", self.geometry.block_tokens, persistent=False)
+        self.rope: Tensor
+        self.block_tokens: Tensor
+        self.dropout = nn.Dropout(config.dropout)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal(0, 0.02) for every matrix and a zero output matrix."""
+        for parameter in self.parameters():
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=0.02)
+        nn.init.zeros_(self.head.weight)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.head(hidden)
+
+    # ------------------------------------------------------------------ embeddings and heads
+
+    def embed_class(self, labels: Tensor) -> Tensor:
+        """(...) int64, num_classes is the dropped label -> (..., dim)."""
+        return self.embeddings(self.vocab_size + 1 + labels)
+
+    def _mask_queries(self, shape: torch.Size) -> Tensor:
+        return self.embeddings.weight[self.vocab_size].expand(*shape, -1)
+
+    def _heads(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
+        """(M, C, T, dim) -> (M, heads, C, T, head_dim), rotated if positions are given."""
+        split = x.unflatten(-1, (self.config.heads, -1))
+        return (split if rope is None else rotate(split, rope)).permute(0, 3, 1, 2, 4)
+
+    # ------------------------------------------------------------------ both passes
+
+    def encode(
+        self, x: Tensor, rope: Tensor, prefix: PrefixCache, past: ChainEntries | None = None, causal: bool = True
+    ) -> ChainEntries:
+        """First pass over chains of contents.
+
+        Args:
+            x: (M, C, T, dim) embeddings.
+            rope: (M, C, T, head_dim / 2, 2) rotations.
+            prefix: cache of M states.
+            past: entries that each chain sees before its own.
+            causal: contents of a chain see their predecessors; off, they see each other.
+
+        Returns:
+            Entries of half the layers and, last, the pair that the second pass reads.
+        """
+        prefix_keys, prefix_values, prefix_mask = prefix.view()
+        keys, values = [], []
+        for number, layer in enumerate(cast(list[_Layer], self.layers.self_dec)):
+            attention = cast(_SelfAttention, layer.attn)
+            normed = layer.attn_norm(x)
+            query, key = self._heads(attention.to_q(normed), rope), self._heads(attention.to_k(normed), rope)
+            value = self._heads(attention.to_v(normed))
+            keys.append(key)
+            values.append(value)
+            if past is not None:
+                key = torch.cat([past.keys[number], key], dim=3)
+                value = torch.cat([past.values[number], value], dim=3)
+            mixed = chain_attention(query, key, value, prefix_keys[number], prefix_values[number], prefix_mask, causal)
+            x = layer.finish(x, mixed.permute(0, 2, 3, 1, 4).flatten(-2))
+        normed = self.layers.norm(x)
+        keys.append(self._heads(self.layers.to_k(normed), rope))
+        values.append(self._heads(self.layers.to_v(normed)))
+        return ChainEntries(torch.stack(keys), torch.stack(values))
+
+    def predict(
+        self, positions: Tensor, prefix: PrefixCache, own: ChainEntries, causal: bool = True
+    ) -> Tensor:
+        """Second pass: hidden states that predict raster positions (M, C, T), (M, C, T, dim) after the final norm.
+
+        Args:
+            positions: (M, C, T) int64.
+            prefix: cache of M states.
+            own: entries of the chains; query i sees all but the last T - 1 - i of them. They may be empty.
+            causal: off, every query sees all of `own`.
+        """
+        prefix_keys, prefix_values, prefix_mask = prefix.view()
+        rope = self.rope[positions + 1]
+        x = self._mask_queries(positions.shape)
+        key, value = own.keys[-1], own.values[-1]
+        for layer in cast(list[_Layer], self.layers.cross_dec):
+            query = self._heads(cast(_CrossAttention, layer.attn).to_q(layer.attn_norm(x)), rope)
+            mixed = chain_attention(query, key, value, prefix_keys[-1], prefix_values[-1], prefix_mask, causal)
+            x = layer.finish(x, mixed.permute(0, 2, 3, 1, 4).flatten(-2))
+        return self.norm(x)
+
+    # ------------------------------------------------------------------ training
+
+    def teacher_forced(self, tokens: Tensor, labels: Tensor, token_order: Tensor) -> Tensor:
+        """Logits of every token given its predecessors in an order.
+
+        Args:
+            tokens: (M, N) int64, raster order.
+            labels: (M,) int64; num_classes is the dropped label.
+            token_order: (M, N) int64, raster positions in the order of generation.
+
+        Returns:
+            (M, N, vocab) logits, in the order of generation.
+        """
+        contents = self.embeddings(tokens.gather(1, token_order)[:, :-1])
+        x = self.dropout(torch.cat([self.embed_class(labels)[:, None], contents], dim=1))  # (M, N, dim)
+        target_rope = self.rope[token_order + 1]
+        rope = torch.cat([self.rope[:1].expand(len(x), 1, -1, -1), target_rope[:, :-1]], dim=1)
+        for layer in cast(list[_Layer], self.layers.self_dec):
+            attention = cast(_SelfAttention, layer.attn)
+            normed = layer.attn_norm(x)
+            mixed = self._causal(
+                self._rotated(attention.to_q(normed), rope),
+                self._rotated(attention.to_k(normed), rope),
+                attention.to_v(normed).unflatten(-1, (self.config.heads, -1)),
+            )
+            x = layer.finish(x, mixed)
+        normed = self.layers.norm(x)
+        key = self._rotated(self.layers.to_k(normed), rope)
+        value = self.layers.to_v(normed).unflatten(-1, (self.config.heads, -1))
+        query = self._mask_queries(token_order.shape)
+        for layer in cast(list[_Layer], self.layers.cross_dec):
+            projected = cast(_CrossAttention, layer.attn).to_q(layer.attn_norm(query))
+            query = layer.finish(query, self._causal(self._rotated(projected, target_rope), key, value))
+        return self.logits(self.norm(query))
+
+    def _rotated(self, x: Tensor, rope: Tensor) -> Tensor:
+        """(M, S, dim) -> (M, S, heads, head_dim)."""
+        return rotate(x.unflatten(-1, (self.config.heads, -1)), rope)
+
+    @staticmethod
+    def _causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Causal attention over (M, S, heads, head_dim) -> (M, S, dim)."""
+        parts = (part.transpose(1, 2) for part in (query, key, value))
+        return rearrange(F.scaled_dot_product_attention(*parts, is_causal=True), "m h s d -> m s (h d)")
+
+    # ------------------------------------------------------------------ chains over a prefix
+
+    def start(self, labels: Tensor) -> PrefixCache:
+        c = self.config
+        shape = (c.layers // 2 + 1, len(labels), c.heads, self.geometry.num_tokens + 2, c.dim // c.heads)
+        keys = self.head.weight.new_zeros(shape)
+        empty = PrefixCache(keys, torch.zeros_like(keys), torch.zeros_like(labels))
+        x = self.embed_class(labels)[:, None, None]
+        rope = self.rope[:1].expand(len(labels), 1, -1, -1, -1)
+        return empty.append(self.encode(x, rope, empty), torch.ones_like(labels))
+
+    def _teach(
+        self, prefix: PrefixCache, positions: Tensor, tokens: Tensor, past: ChainEntries | None, whole: bool
+    ) -> tuple[Tensor, ChainEntries]:
+        known = positions.shape[2] - (0 if whole else 1)  # the last token predicts nothing
+        entries = self._embed_and_encode(prefix, positions[:, :, :known], tokens[:, :, :known], past)
+        own = entries if past is None else past.then(entries)
+        if whole:
+            own = ChainEntries(own.keys[..., :-1, :], own.values[..., :-1, :])
+        return self.predict(positions, prefix, own), entries
+
+    def _embed_and_encode(
+        self, prefix: PrefixCache, positions: Tensor, tokens: Tensor, past: ChainEntries | None = None
+    ) -> ChainEntries:
+        return self.encode(self.embeddings(tokens), self.rope[positions + 1], prefix, past)
+
+    def _continue(
+        self, prefix: PrefixCache, position: Tensor, drawn: Drawn | None, past: ChainEntries | None
+    ) -> tuple[Tensor, ChainEntries]:
+        if drawn is None:
+            drawn = Drawn(*(position.new_zeros(*position.shape, 0),) * 2)
+        else:
+            drawn = Drawn(drawn.position[..., None], drawn.token[..., None])
+        entries = self._embed_and_encode(prefix, drawn.position, drawn.token, past)
+        own = entries if past is None else past.then(entries)
+        return self.predict(position[..., None], prefix, own)[:, :, 0], entries
+
+    def _contents(self, prefix: PrefixCache, positions: Tensor, tokens: Tensor, skip: int) -> ChainEntries:
+        return self._embed_and_encode(prefix, positions[:, None, skip:], tokens[:, None, skip:])

@@ -1,0 +1,270 @@
+"""The LlamaGen family (Sun et al., 2024): a causal transformer over discrete tokens, and its raster-order model.
+
+Notable:
+- Parameter names are the published ones, so published checkpoints load as they are.
+- The raster model is a backbone of a single block, the whole image, inside which the order is raster: it is the
+  baseline that every order is compared with, and the start for order-robust fine-tuning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from orderrl.backbones.cache import ChainEntries, PrefixCache
+from orderrl.backbones.chains import entropy
+from orderrl.backbones.layers import TransformerBlock, chain_attention, rope_table
+from orderrl.backbones.protocol import BlockLosses
+from orderrl.backbones.sampling import Sampling, guide, sample_tokens
+from orderrl.geometry import BlockGrid
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Shape of a transformer of the LlamaGen family.
+
+    Attributes:
+        height, width: token grid.
+        block_size: tokens along a side of a block.
+        vocab_size: token values.
+        num_classes: class labels; one more row is the dropped label.
+        dim, layers, heads: width, depth and attention heads.
+        multiple_of: the feed-forward width is rounded up to a multiple of this.
+        dropout: dropout rate in training.
+    """
+
+    height: int
+    width: int
+    block_size: int
+    vocab_size: int
+    num_classes: int
+    dim: int = 128
+    layers: int = 4
+    heads: int = 4
+    multiple_of: int = 32
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        BlockGrid(self.height, self.width, self.block_size)
+        for name in ("vocab_size", "num_classes", "dim", "layers", "heads", "multiple_of"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.dim % self.heads:
+            raise ValueError(f"heads={self.heads} must divide dim={self.dim}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+
+    def to_dict(self) -> dict[str, int | float]:
+        """Plain values, as stored in checkpoints."""
+        return asdict(self)
+
+
+class ClassEmbedding(nn.Module):
+    """Label table; the last row is the dropped label used for classifier-free guidance."""
+
+    def __init__(self, num_classes: int, dim: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, dim)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return self.embedding_table(labels)
+
+
+class CausalTransformer(nn.Module):
+    """Embeddings, layers and output of the family; subclasses say what the sequence is."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.geometry = BlockGrid(config.height, config.width, config.block_size)
+        self.vocab_size, self.num_classes, self.hidden_size = config.vocab_size, config.num_classes, config.dim
+        self.cls_embedding = ClassEmbedding(config.num_classes, config.dim)
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(
+            TransformerBlock(config.dim, config.heads, config.multiple_of, config.dropout) for _ in range(config.layers)
+        )
+        self.norm = nn.RMSNorm(config.dim, eps=1e-5)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        rope = rope_table(config.height, config.width, config.dim // config.heads)
+        self.register_buffer("rope", rope, persistent=False)
+        self.register_buffer("block_tokens", self.geometry.block_tokens, persistent=False)
+        self.rope: Tensor
+        self.block_tokens: Tensor
+
+    def reset_parameters(self) -> None:
+        """Normal(0, 0.02) for every matrix, as in LlamaGen, and a zero output matrix."""
+        for parameter in self.parameters():
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=0.02)
+        nn.init.zeros_(self.output.weight)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) after the final norm -> (..., vocab)."""
+        return self.output(hidden)
+
+    def _blocks(self) -> Iterator[TransformerBlock]:
+        return (cast(TransformerBlock, layer) for layer in self.layers)
+
+    def _forward(self, x: Tensor, rope: Tensor) -> Tensor:
+        """Teacher-forced pass over whole sequences (M, S, dim), final norm included."""
+        for layer in self._blocks():
+            x = layer(x, rope)
+        return self.norm(x)
+
+    def encode(
+        self, x: Tensor, rope: Tensor, prefix: PrefixCache, past: ChainEntries | None = None
+    ) -> tuple[Tensor, ChainEntries]:
+        """Encode chains: x (M, C, T, dim) -> hidden states (M, C, T, dim) before the final norm, new entries."""
+        prefix_keys, prefix_values, prefix_mask = prefix.view()
+        keys, values = [], []
+        for number, layer in enumerate(self._blocks()):
+            query, key, value = (
+                part.permute(0, 3, 1, 2, 4) for part in layer.attention.project(layer.attention_norm(x), rope)
+            )  # (M, heads, C, T, head_dim)
+            keys.append(key)
+            values.append(value)
+            if past is not None:
+                key = torch.cat([past.keys[number], key], dim=3)
+                value = torch.cat([past.values[number], value], dim=3)
+            mixed = chain_attention(query, key, value, prefix_keys[number], prefix_values[number], prefix_mask)
+            x = x + layer.attention.wo(mixed.permute(0, 2, 3, 1, 4).flatten(-2))
+            x = x + layer.feed_forward(layer.ffn_norm(x))
+        return x, ChainEntries(torch.stack(keys), torch.stack(values))
+
+    def empty(self, states: int, slots: int) -> PrefixCache:
+        """A cache without entries."""
+        c = self.config
+        keys = self.tok_embeddings.weight.new_zeros(c.layers, states, c.heads, slots + 1, c.dim // c.heads)
+        length = torch.zeros(states, dtype=torch.int64, device=keys.device)
+        return PrefixCache(keys, torch.zeros_like(keys), length)
+
+
+@dataclass(frozen=True)
+class RasterState:
+    """Prefix of M images that are drawn as one block: nothing, or everything.
+
+    Attributes:
+        labels: (M,) int64.
+    """
+
+    labels: Tensor
+
+    def select(self, rows: Tensor) -> RasterState:
+        """A copy of some states."""
+        return RasterState(self.labels[rows])
+
+    def put(self, rows: Tensor, other: RasterState) -> RasterState:
+        """Overwrite some states: the inverse of `select`."""
+        labels = self.labels.clone()
+        labels[rows] = other.labels
+        return RasterState(labels)
+
+
+class RasterTransformer(CausalTransformer):
+    """LlamaGen: the sequence [class, x1, x2, ...] in raster order; entry i predicts token i + 1.
+
+    It satisfies `orderrl.backbones.Backbone` on a grid of one block, so `decode` is the published sampler with its
+    key-value cache. It is not order-robust: there is no order to choose.
+    """
+
+    order_robust = False
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config)
+        if not config.block_size == config.height == config.width:
+            raise ValueError(
+                f"block_size={config.block_size} must be the side of the square token grid "
+                f"{config.height}x{config.width}: a raster model draws the image as one block"
+            )
+        self.reset_parameters()
+
+    def teacher_forced(self, tokens: Tensor, labels: Tensor, token_order: Tensor | None = None) -> Tensor:
+        """Logits of every token given its predecessors: tokens (M, N), labels (M,) -> (M, N, vocab), raster order.
+
+        Raises:
+            ValueError: if a token order is given and is not raster, the only one that the model knows.
+        """
+        if token_order is not None and bool((token_order != torch.arange(tokens.shape[1]).to(tokens)).any()):
+            raise ValueError("token_order must be raster: a raster model knows no other")
+        return self.logits(self._forward(self._sequence(tokens[:, :-1], labels), self._sequence_rope(len(tokens))))
+
+    def _sequence(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        return torch.cat([self.cls_embedding(labels)[:, None], self.tok_embeddings(tokens)], dim=1)
+
+    def _sequence_rope(self, states: int) -> Tensor:
+        return self.rope[:-1].expand(states, -1, -1, -1)
+
+    def start(self, labels: Tensor) -> RasterState:
+        return RasterState(labels)
+
+    def context_loss(
+        self, prefix: RasterState, tokens: Tensor, blocks: Tensor, past: Any = None, whole: bool = False
+    ) -> tuple[BlockLosses, ChainEntries]:
+        chains = blocks.shape[1]
+        labels = prefix.labels.repeat_interleave(chains)
+        tokens = tokens.repeat_interleave(chains, 0)
+        x = self._sequence(tokens[:, :-1], labels)
+        queries = self._forward(x, self._sequence_rope(len(x))).unflatten(0, (-1, chains))  # (M, C, N, dim)
+        log_probs = self.logits(queries).float().log_softmax(-1)
+        loss = -log_probs.gather(-1, tokens.unflatten(0, (-1, chains))[..., None]).sum((-2, -1))
+        nothing = x.new_zeros(0, len(prefix.labels), 1, chains, 0, 1)
+        return BlockLosses(loss, queries[:, :, 0].float(), entropy(log_probs[:, :, 0])), ChainEntries(nothing, nothing)
+
+    def expected_gain(self, prefix: RasterState, blocks: Tensor, past: Any, uniforms: Tensor) -> Tensor:
+        raise ValueError("a raster model draws the image as one block, so no block can inform another")
+
+    def observe(self, prefix: RasterState, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        hidden, _ = self.encode(
+            self.cls_embedding(prefix.labels)[:, None, None],
+            self.rope[:1].expand(len(blocks), 1, -1, -1, -1),
+            self.empty(len(blocks), 0),
+        )
+        hidden = self.norm(hidden[:, 0]).expand(-1, blocks.shape[1], -1)
+        return hidden.float(), entropy(self.logits(hidden).float().log_softmax(-1))
+
+    def extend(self, prefix: RasterState, tokens: Tensor, blocks: Tensor, count: Tensor, first: Any = None) -> Any:
+        return prefix  # a complete image needs no prefix
+
+    def decode(
+        self,
+        prefix: RasterState,
+        blocks: Tensor,
+        uniforms: Tensor,
+        sampling: Sampling,
+        unconditional: RasterState | None = None,
+    ) -> Tensor:
+        steps = self.decode_steps(prefix.labels, uniforms[:, 0], sampling, unconditional is not None)
+        return torch.stack([token for token, _ in steps], dim=-1)[:, None]
+
+    def decode_steps(
+        self, labels: Tensor, uniforms: Tensor, sampling: Sampling, guided: bool
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Draw images token by token with a key-value cache.
+
+        Args:
+            labels: (M,) int64.
+            uniforms: (M, N) in [0, 1), one for each token.
+            sampling: temperature, top-k, top-p, guidance.
+            guided: also run every image under the dropped label; needed for guidance.
+
+        Yields:
+            The tokens (M,) int64 and the guided logits (M, vocab) that they were drawn from.
+        """
+        sides = [labels, torch.full_like(labels, self.num_classes)] if guided else [labels]
+        both = torch.cat(sides)
+        cache = self.empty(len(both), self.geometry.num_tokens)
+        x = self.cls_embedding(both)
+        for i in range(self.geometry.num_tokens):
+            rope = self.rope[i].expand(len(both), 1, 1, -1, -1)
+            hidden, entries = self.encode(x[:, None, None], rope, cache)
+            cache = cache.append(entries, torch.ones_like(both))
+            parts = self.logits(self.norm(hidden[:, 0, 0])).float().chunk(len(sides))
+            scale = sampling.scale(torch.full_like(labels, i), self.geometry.num_tokens)
+            logits = guide(parts[0], parts[1] if guided else None, scale, sampling)
+            token = sample_tokens(logits, uniforms[:, i], sampling)
+            yield token, logits
+            x = self.tok_embeddings(token).repeat(len(sides), 1)

@@ -1,0 +1,187 @@
+"""Reading published weights: safetensors, weights-only pickles, hub names, shards, and the nesting that files use."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download, list_repo_files
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from orderrl.checkpoint import shorten
+
+HUB = "hf://"
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+# What published files wrap a state dict in; averaged weights come first, they are what the papers evaluate.
+NESTINGS = ("model_ema", "ema", "model", "module", "state_dict")
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
+
+
+def local_path(path: str | Path) -> Path:
+    """A file on this machine; hub names are downloaded, or found in the hub's cache.
+
+    Args:
+        path: a file, or `hf://OWNER/NAME[@REVISION]/FILE`.
+
+    Raises:
+        ValueError: if the hub name is malformed or can't be had.
+        FileNotFoundError: if there is no such file.
+    """
+    text = str(path)
+    if not text.startswith(HUB):
+        if not Path(path).is_file():
+            what = "is a folder" if Path(path).is_dir() else "does not exist"
+            raise FileNotFoundError(f"{path}: {what}; give a .safetensors or .pt file, or {HUB}OWNER/NAME/FILE")
+        return Path(path)
+    parsed = re.fullmatch(r"hf://([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?", text)
+    if parsed is None:
+        raise ValueError(f"{text} is no hub name; write {HUB}OWNER/NAME[@REVISION]/FILE")
+    repository, revision, file = parsed.groups()
+    try:
+        if file is None:
+            files = [name for name in list_repo_files(repository, revision=revision) if _is_weights(name)]
+            raise ValueError(f"{text} names no file; choose one of {', '.join(files)}")
+        return Path(hf_hub_download(repository, file, revision=revision))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise ValueError(f"{text} can't be had from the hub: {error}") from error
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith((".safetensors", *PICKLES))
+
+
+def read_state(path: str | Path, weights: str | None = None) -> dict[str, Tensor]:
+    """The state dict in a file; tensors are mapped from it, not copied.
+
+    Args:
+        path: .safetensors, .pt, .pth, .bin or .ckpt, or a hub name.
+        weights: which of several nested state dicts; None takes the first of `NESTINGS` that is there.
+
+    Raises:
+        ValueError: if the file is damaged, wants to run code, or holds no state dict; one line that says which.
+        FileNotFoundError: if there is no such file.
+    """
+    state: dict[str, Tensor] = {}
+    for part in read_shards(path, weights):
+        state |= part
+    return state
+
+
+def read_shards(path: str | Path, weights: str | None = None) -> Iterator[dict[str, Tensor]]:
+    """The state dict of a file, or of the shards that a `*.safetensors.index.json` names, one after the other.
+
+    Arguments and errors as for `read_state`.
+    """
+    if str(path).endswith(".index.json"):
+        index = local_path(path)
+        try:
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{index}: is no index of shards ({error})") from error
+        for shard in shards:
+            yield from read_shards(f"{str(path).rpartition('/')[0]}/{shard}" if "/" in str(path) else shard, weights)
+        return
+    file = local_path(path)
+    if file.suffix in PICKLES:
+        yield clean_names(unwrap(_read_pickle(file), file, weights))
+    elif file.suffix == ".safetensors":
+        yield clean_names(_read_safetensors(file))
+    else:
+        raise ValueError(f"{file}: must end in .safetensors, {', '.join(PICKLES)} or .safetensors.index.json")
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except SafetensorError as error:
+        raise ValueError(f"{path}: is truncated, damaged or not a safetensors file ({error}); copy it again") from error
+
+
+def _read_pickle(path: Path) -> object:
+    """A pickle of tensors and plain containers, nothing else."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"(?:GLOBAL|global) ([\w.]+)", str(error))
+        what = f" ({wanted.group(1)})" if wanted else ""
+        raise ValueError(
+            f"{path}: holds more than tensors{what}, and reading that could run code; save its state dict alone, with "
+            "torch.save(checkpoint['model'], ...) or safetensors, where the file is trusted"
+        ) from error
+    except (RuntimeError, EOFError, ValueError) as error:
+        if "mmap" in str(error):  # the format before torch 1.6, which can't be mapped
+            return torch.load(path, map_location="cpu", weights_only=True)
+        raise ValueError(f"{path}: is truncated, damaged or no PyTorch file ({error}); copy it again") from error
+
+
+def unwrap(contents: object, path: Path, weights: str | None = None) -> dict[str, Tensor]:
+    """The state dict inside what a file holds.
+
+    Raises:
+        ValueError: if there is none, or not the one asked for.
+    """
+    if not isinstance(contents, Mapping):
+        raise ValueError(f"{path}: holds a {type(contents).__name__}, not a state dict")
+    nested = [name for name in NESTINGS if isinstance(contents.get(name), Mapping)]
+    if weights is not None and weights not in nested:
+        raise ValueError(f"{path}: has no weights={weights!r}; choose one of {', '.join(nested) or 'none'}")
+    chosen = weights or (nested[0] if nested else None)
+    if chosen is not None:
+        return unwrap(contents[chosen], path)
+    tensors = {str(name): value for name, value in contents.items() if isinstance(value, Tensor)}
+    others = [str(name) for name in contents if str(name) not in tensors]
+    if not tensors or others:
+        raise ValueError(f"{path}: is no state dict, it holds {shorten(sorted(map(str, contents)))}")
+    return tensors
+
+
+def clean_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names without the prefixes of FSDP, torch.compile, activation checkpointing, and of DDP where all have it."""
+    cleaned = {_WRAPPERS.sub("", name): value for name, value in state.items()}
+    while cleaned and all(name.startswith("module.") for name in cleaned):
+        cleaned = {name.removeprefix("module."): value for name, value in cleaned.items()}
+    return cleaned
+
+
+def load_weights(
+    module: nn.Module, path: str | Path, weights: str | None = None, ignore: tuple[str, ...] = ()
+) -> nn.Module:
+    """Fill a module from a file, in the module's own dtype, shard by shard.
+
+    Args:
+        module: on any device but meta; changed in place.
+        path: as for `read_state`.
+        weights: as for `read_state`.
+        ignore: names in the file that the module has no use for (rotary tables and masks that are computed here).
+
+    Raises:
+        ValueError: if keys are missing, unexpected or of another shape; all of them in one line, and nothing that
+            did fit is used.
+        FileNotFoundError: if there is no such file.
+    """
+    expected = module.state_dict()
+    found: set[str] = set()
+    unexpected, misshaped = [], []
+    for shard in read_shards(path, weights):
+        for name, value in shard.items():
+            if name in ignore:
+                continue
+            if name not in expected:
+                unexpected.append(name)
+            elif value.shape != expected[name].shape:
+                misshaped.append(f"{name} {tuple(value.shape)} instead of {tuple(expected[name].shape)}")
+            else:
+                expected[name].copy_(value)
+            found.add(name)
+    problems = {"missing": sorted(expected.keys() - found), "unexpected": unexpected, "of another shape": misshaped}
+    listed = "; ".join(f"{what}: {shorten(names)}" for what, names in problems.items() if names)
+    if listed:
+        raise ValueError(f"{path}: does not fit {type(module).__name__} ({listed}); choose the model it was made for")
+    return module
