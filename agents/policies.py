@@ -251,7 +251,6 @@ class Confidence(ReferencePolicy):
         noise = uniforms.gather(1, hidden[..., None].expand(-1, -1, geometry.tokens_per_block))
         unconditional = None if core.unconditional is None else core.unconditional.select(rows)
         drawn = core.backbone.decode(prefix, hidden, noise, core.config.sampling, unconditional)
-        positions = geometry.block_tokens.to(core.device)[hidden].flatten(1)
-        tokens = core.tokens[rows].scatter(1, positions, drawn.flatten(1))
+        tokens = geometry.write(core.tokens[rows], hidden, drawn)
         losses, _ = core.backbone.context_loss(prefix, tokens, hidden)
         return torch.zeros_like(core.losses[rows]).scatter(1, hidden, -losses.loss)

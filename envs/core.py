@@ -7,7 +7,7 @@ context loss already computed) and makes one packed forward over the chains of t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -124,7 +124,7 @@ class NextBlockCore:
         self.step_count = zeros.clone()
         self.image_index = zeros.clone()
         self.labels = zeros.clone()
-        self.tokens = torch.zeros(m, geometry.num_tokens, dtype=torch.int64, device=self.device)
+        self.tokens = self._data_tokens.new_zeros(m, *self._data_tokens.shape[1:])
         self.visible = torch.zeros(m, b, dtype=torch.bool, device=self.device)
         self.reveal_step = torch.full((m, b), -1, dtype=torch.int64, device=self.device)
         self.reveal_rank = torch.full((m, b), -1, dtype=torch.int64, device=self.device)
@@ -363,10 +363,9 @@ class NextBlockCore:
         key = (self.seeds, self.episode, self.step_count)
         uniforms = keyed_uniform((Stream.TOKEN, *(k[:, None, None] for k in key), positions), self.device)
         drawn = self.backbone.decode(self.prefix, blocks, uniforms, self.config.sampling, self.unconditional)
-        counted = (torch.arange(blocks.shape[1], device=self.device) < count[:, None])[..., None]
-        index = torch.where(counted, positions, self.geometry.num_tokens).flatten(1)
-        padded = torch.cat([self.tokens, self.tokens[:, :1]], dim=1)
-        self.tokens = padded.scatter(1, index, drawn.flatten(1))[:, :-1]
+        counted = torch.arange(blocks.shape[1], device=self.device) < count[:, None]
+        rows, ranks = counted.nonzero(as_tuple=True)
+        self.tokens[rows[:, None], positions[rows, ranks]] = drawn[rows, ranks]
 
     def _append(self, blocks: Tensor, count: Tensor) -> None:
         """Append the revealed blocks to the prefix, reusing the first block's chain entries.
@@ -487,9 +486,7 @@ def replay_return(
     Returns:
         (m,) float32, nats per image token; every planner step that revealed something is charged.
     """
-    images = TokenSet(
-        data.name, "replay", tokens.cpu(), labels.cpu(), data.height, data.width, data.vocab_size, data.num_classes
-    )
+    images = replace(data, split="replay", tokens=tokens.cpu(), labels=labels.cpu(), identity=None)
     sizes = torch.nn.functional.one_hot(reveal_step).sum(1)  # (m, steps)
     largest = int(sizes.max())
     config = CoreConfig(budgets=tuple(range(1, largest + 1)), reward=reward)

@@ -19,13 +19,14 @@ def partial_images(data: TokenSet, geometry: BlockGrid, tokens: Tensor, visible:
     Args:
         data: decodes tokens to pixels.
         geometry: the block grid.
-        tokens: (..., N) int64; hidden ones are not shown.
+        tokens: (..., N) int64, or (..., N, C) float32; hidden ones are not shown.
         visible: (..., B) bool.
 
     Returns:
         (..., 3, h, w) uint8.
     """
     shown = visible[..., geometry.token_block.to(visible.device)]
+    shown = shown.view(shown.shape + (1,) * (tokens.ndim - shown.ndim))
     return hide_blocks(data.images(torch.where(shown, tokens, 0).cpu()), visible.cpu(), geometry)
 
 

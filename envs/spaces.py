@@ -17,7 +17,13 @@ _SLACK = 1e-3  # relative, for rounding
 
 
 def hidden_bound(backbone: Backbone) -> np.ndarray:
-    """Largest absolute value of each channel of a hidden state, (D,) float32: sqrt(D) times the final norm's weight."""
+    """Largest absolute value of each channel of a hidden state, (D,) float32.
+
+    What the backbone says, or sqrt(D) times the weight of its final RMSNorm.
+    """
+    if hasattr(backbone, "hidden_bound"):
+        stated: np.ndarray = backbone.hidden_bound.cpu().float().numpy()
+        return stated * (1 + _SLACK) + _SLACK
     bound = np.full(backbone.hidden_size, math.sqrt(backbone.hidden_size), dtype=np.float32)
     norm = getattr(backbone, "norm", None)
     if isinstance(norm, torch.nn.RMSNorm) and norm.weight is not None:
@@ -25,14 +31,19 @@ def hidden_bound(backbone: Backbone) -> np.ndarray:
     return bound * (1 + _SLACK) + _SLACK
 
 
+def entropy_bounds(backbone: Backbone) -> tuple[float, float]:
+    """Range of the entropy channel: what the backbone says, or 0 to the logarithm of the vocabulary."""
+    low, high = getattr(backbone, "entropy_bounds", None) or (0.0, math.log(backbone.vocab_size))
+    return low, high * (1 + _SLACK)
+
+
 def observation_space(backbone: Backbone, budgets: tuple[int, ...]) -> spaces.Dict:
     """Space of a single observation."""
     b = backbone.geometry.num_blocks
     bound = np.broadcast_to(hidden_bound(backbone), (b, backbone.hidden_size))
-    largest_entropy = math.log(backbone.vocab_size) * (1 + _SLACK)
     parts: dict[str, spaces.Space[Any]] = {
         "hidden": spaces.Box(-bound, bound, dtype=np.float32),
-        "entropy": spaces.Box(0.0, largest_entropy, (b,), np.float32),
+        "entropy": spaces.Box(*entropy_bounds(backbone), (b,), np.float32),
         "visible": spaces.MultiBinary(b),
         "label": spaces.Discrete(backbone.num_classes),
         "fraction": spaces.Box(0.0, 1.0, (1,), np.float32),

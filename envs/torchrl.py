@@ -12,7 +12,7 @@ from torchrl.envs import EnvBase
 
 from orderrl.envs.build import build_core
 from orderrl.envs.core import NextBlockCore
-from orderrl.envs.spaces import hidden_bound
+from orderrl.envs.spaces import entropy_bounds, hidden_bound
 
 
 class NextBlockTorchRLEnv(EnvBase):
@@ -47,10 +47,9 @@ class NextBlockTorchRLEnv(EnvBase):
     def _make_specs(self) -> None:
         core, m, b = self.core, self.core.num_envs, self.core.geometry.num_blocks
         bound = torch.from_numpy(hidden_bound(core.backbone)).expand(m, b, -1)
-        entropy = torch.log(torch.tensor(float(core.backbone.vocab_size))).item() * 1.001
         specs: dict[str, TensorSpec] = {
             "hidden": Bounded(-bound, bound, dtype=torch.float32),
-            "entropy": Bounded(0.0, entropy, (m, b), dtype=torch.float32),
+            "entropy": Bounded(*entropy_bounds(core.backbone), (m, b), dtype=torch.float32),
             "visible": Binary(b, (m, b), dtype=torch.bool),
             "label": Categorical(core.backbone.num_classes, (m,)),
             "fraction": Bounded(0.0, 1.0, (m, 1), dtype=torch.float32),

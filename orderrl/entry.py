@@ -197,7 +197,7 @@ def _explain(error: Exception, loader: ConfigLoader, command: str, overrides: Se
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
         if not group:
             return f"there is no command {command!r}; choose one of {', '.join(_commands(loader))}"
-        options = loader.get_group_options(group)
+        options = _choices(loader, group)
         return f"{group}={choice} is unknown{_closest(choice, options)}; choose one of {', '.join(options)}"
     if isinstance(error, OverrideParseException):
         return f"cannot read {error.override!r}; write key=value or group=choice, special characters in quotes"
@@ -231,6 +231,11 @@ def _is_group(loader: ConfigLoader, name: str) -> bool:
     return bool(loader.get_group_options(name.lstrip("+").split("@")[0]))
 
 
+def _choices(loader: ConfigLoader, group: str) -> list[str]:
+    """What a group offers; files with a leading underscore are parts of others."""
+    return [name for name in loader.get_group_options(group, ObjectType.CONFIG) if not name.startswith("_")]
+
+
 def _commands(loader: ConfigLoader) -> list[str]:
     return [name for name in loader.get_group_options("") if not name.startswith("_")]
 
@@ -256,7 +261,7 @@ def _print_help(command: str, overrides: Sequence[str], config_module: str) -> N
     with _loader(command, config_module) as loader:
         config = _load(loader, command, overrides)
         used = [group for group in _groups(loader) if group in config]
-        groups = {group: loader.get_group_options(group, ObjectType.CONFIG) for group in used}
+        groups = {group: _choices(loader, group) for group in used}
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console = Console(highlight=False, markup=False, width=120)

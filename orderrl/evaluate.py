@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from orderrl.agents.fitted import fit_order
 from orderrl.agents.registry import NamedPolicy, make_policy
-from orderrl.backbones import Backbone, OrderRobustTransformer, Sampling, backbone_fingerprint, load_backbone
+from orderrl.backbones import Backbone, Sampling, backbone_fingerprint, load_backbone
+from orderrl.backbones.registry import TrainableBackbone
 from orderrl.data import load_split
 from orderrl.entry import run_application
 from orderrl.metrics.comparison import comparisons
@@ -61,16 +63,15 @@ def make_protocol(config: DictConfig, backbone: Backbone) -> Protocol:
     """What every row of the table shares."""
     e = config.eval
     data = load_split(config.data.name, "test")
-    real = torch.cat([part.images(part.tokens) for part in all_splits(config.data.name)])
+    real = torch.zeros(0, 3, data.height, data.width, dtype=torch.uint8)
+    if e.features is not None:
+        real = torch.cat([part.images(part.tokens) for part in all_splits(config.data.name)])
     states = open_labels(
         find_or_make_labels(config, backbone, "test", contexts=e.states, kind="pointwise", samples=1, seed=config.seed),
         backbone,
     )
     images = min(e.images, len(data))
-    subset = type(data)(
-        data.name, data.split, data.tokens[:images], data.labels[:images], data.height, data.width, data.vocab_size,
-        data.num_classes,
-    )  # fmt: skip
+    subset = replace(data, tokens=data.tokens[:images], labels=data.labels[:images])
     inside = states[states["image"] < images]
     return Protocol(
         backbone,
@@ -130,13 +131,14 @@ def evaluate(config: DictConfig) -> Path:
                 advance(note=named.name)
             for name in config.eval.token_raster:
                 own = name == "self"
-                other = backbone if own else load_backbone(name, config.device)
-                if not isinstance(other, OrderRobustTransformer):
-                    raise ValueError(f"token_raster={name!r} must be a causal transformer backbone")
+                other = backbone if own else load_backbone(name, device=config.device)
+                if not isinstance(other, TrainableBackbone):
+                    raise ValueError(f"token_raster={name!r} must be a causal backbone of this package")
                 rows.append(evaluate_token_raster(protocol, "token_raster" if own else name, other))
                 advance(note=name)
         floor = EMPTY_ROW | {"policy": "real images", "features": protocol.features}
-        floor["frechet_distance"] = real_floor(protocol.real, protocol.features, seed=config.seed)
+        if protocol.features is not None:
+            floor["frechet_distance"] = real_floor(protocol.real, protocol.features, seed=config.seed)
         results: dict[str, Any] = {
             "protocol": describe(config, backbone, protocol),
             "rows": [row.row for row in rows] + [floor],
@@ -168,7 +170,9 @@ def describe(config: DictConfig, backbone: Backbone, protocol: Protocol) -> dict
         f"{backbone.geometry.block_size}x{backbone.geometry.block_size} tokens",
         "calibration": f"{len(protocol.states)} shared states of random contexts of test images, hindsight oracle",
         "references": f"oracle and lookahead on the first {protocol.reference_images} images",
-        "samples": f"{protocol.samples} per row against all {len(protocol.real)} real images of all splits",
+        "samples": f"{protocol.samples} per row against all {len(protocol.real)} real images of all splits"
+        if protocol.features
+        else None,
         "features": protocol.features,
         "recognisability": "classifier confidence in the true class, hidden blocks grey",
         "sampling": OmegaConf.to_container(OmegaConf.create(vars(protocol.sampling))),

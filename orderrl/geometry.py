@@ -106,6 +106,18 @@ class BlockGrid:
         p = self.block_size
         return rearrange(blocks, "... (r c) (p q) -> ... (r p c q)", r=self.rows, p=p, q=p)
 
+    def write(self, tokens: Tensor, blocks: Tensor, values: Tensor) -> Tensor:
+        """A copy of images with some blocks replaced.
+
+        Args:
+            tokens: (M, N), or (M, N, C) if tokens are continuous.
+            blocks: (M, K) int64.
+            values: (M, K, p*p), or (M, K, p*p, C).
+        """
+        positions = self.block_tokens.to(tokens.device)[blocks].flatten(1)
+        values = values.flatten(1, 2)
+        return tokens.scatter(1, positions.view(positions.shape + (1,) * (values.ndim - 2)).expand_as(values), values)
+
     def token_order(self, block_order: Tensor) -> Tensor:
         """Token order of a block order: (..., B) -> (..., N) int64, raster inside each block."""
         return self.block_tokens.to(block_order.device)[block_order].flatten(-2)

@@ -123,7 +123,7 @@ def _pair_gains(
         assert uniforms is not None
         noise = _rows(uniforms, hidden)
         drawn = backbone.decode(prefix, hidden, noise, Sampling())
-        tokens = _write(backbone.geometry, tokens, hidden, drawn)
+        tokens = backbone.geometry.write(tokens, hidden, drawn)
     now, entries = backbone.context_loss(prefix, tokens, hidden, whole=True)
     past = entries.chains(candidate.expand(len(hidden), -1))
     targets = hidden[:, target]
@@ -138,12 +138,6 @@ def _pair_gains(
 def _rows(uniforms: Tensor, index: Tensor) -> Tensor:
     """uniforms (M, R, p*p), index (M, C) -> (M, C, p*p)."""
     return uniforms.gather(1, index[..., None].expand(-1, -1, uniforms.shape[-1]))
-
-
-def _write(geometry: BlockGrid, tokens: Tensor, blocks: Tensor, values: Tensor) -> Tensor:
-    """A copy of tokens (M, N) with some blocks (M, C) replaced by values (M, C, p*p)."""
-    positions = geometry.block_tokens.to(tokens.device)[blocks]
-    return tokens.scatter(1, positions.flatten(1), values.flatten(1))
 
 
 def gain_uniforms(geometry: BlockGrid, keys: tuple[Tensor | int, ...], samples: int, device: torch.device) -> Tensor:

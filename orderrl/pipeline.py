@@ -42,10 +42,41 @@ def section(config: DictConfig, name: str, *without: str) -> dict[str, Any]:
 
 
 def open_backbone(config: DictConfig) -> Backbone:
-    """The frozen backbone of a config, checked against its data."""
-    backbone = load_backbone(config.backbone.name, device=config.device)
+    """The frozen backbone of a config, checked against its data.
+
+    Raises:
+        ValueError: if the config names none, or it can't be loaded or doesn't fit the data.
+    """
+    chosen = config.backbone
+    if chosen.name is None:
+        raise ValueError(
+            f"backbone.name is not set; train a backbone with `python -m orderrl.pretrain data={config.data.name} ...` "
+            "and give backbone.name=PATH"
+        )
+    backbone = load_backbone(
+        chosen.name,
+        chosen.get("path"),
+        device=config.device,
+        dtype=chosen.get("dtype", "float32"),
+        shape=chosen.get("shape"),
+    )
     check_fits(backbone, load_split(config.data.name, "test"))
     return backbone
+
+
+def require_order_robust(config: DictConfig, backbone: Backbone, what: str) -> None:
+    """Refuse what needs an order to choose.
+
+    Raises:
+        ValueError: if the backbone knows raster order only; with the command that makes it order-robust.
+    """
+    if not backbone.order_robust:
+        path = config.backbone.get("path")
+        raise ValueError(
+            f"{what} needs an order-robust backbone, and {config.backbone.name!r} draws in raster order only; make it "
+            f"order-robust with `python -m orderrl.pretrain backbone={config.backbone.name} backbone.path={path} "
+            f"data={config.data.name.partition(':')[0]}` and use the checkpoint as backbone.name"
+        )
 
 
 def with_values(config: DictConfig, values: dict[str, Any]) -> DictConfig:
@@ -81,6 +112,7 @@ def find_or_make_labels(
         run: logs the progress.
         changes: replaces values of the group labels.
     """
+    require_order_robust(config, backbone, "label")
     data = load_split(config.data.name, split)
     description = label_description(config, backbone, data, **changes)
     cache, key = Cache(config.cache_dir), fingerprint(description)
@@ -124,6 +156,7 @@ def open_labels(folder: Path, backbone: Backbone) -> TensorDict:
 
 def find_or_train_clone(config: DictConfig, backbone: Backbone, run: Run | None = None, reuse: bool = True) -> Path:
     """Checkpoint of the planner that `agent=bc` trains."""
+    require_order_robust(config, backbone, "agent=bc")
     settings = BCConfig(**section(config, "agent", "name"), seed=config.seed)
     shape = PlannerConfig.for_backbone(backbone, **section(config, "planner"))
     labels = find_or_make_labels(config, backbone)
@@ -155,6 +188,7 @@ def find_or_train_clone(config: DictConfig, backbone: Backbone, run: Run | None 
 
 def find_or_train_ppo(config: DictConfig, backbone: Backbone, run: Run | None = None, reuse: bool = True) -> Path:
     """Checkpoint of the planner that `agent=ppo` trains; continues an interrupted run of the same config."""
+    require_order_robust(config, backbone, "agent=ppo")
     settings = PPOConfig(**section(config, "agent", "name", "start", "start_target"), seed=config.seed)
     start = Path(config.agent.start) if config.agent.start else _clone_to_start_from(config, backbone)
     planner, _ = load_planner(start, backbone)

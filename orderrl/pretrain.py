@@ -1,4 +1,7 @@
-"""Train a backbone with the block-RAR curriculum: `python -m orderrl.pretrain backbone=digits`."""
+"""Train a backbone with the block-RAR curriculum: `python -m orderrl.pretrain backbone=digits`.
+
+A published backbone continues from its weights: `backbone=llamagen_b backbone.path=...` becomes order-robust.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,23 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from orderrl.backbones import OrderRobustTransformer, TransformerConfig, save_backbone
+from orderrl.backbones import (
+    OrderRobustTransformer,
+    RasterTransformer,
+    build_backbone,
+    published_names,
+    save_backbone,
+)
+from orderrl.backbones.loading import load_weights
+from orderrl.backbones.protocol import check_fits
+from orderrl.backbones.registry import TrainableBackbone, new_backbone
 from orderrl.backbones.training import PretrainConfig, order_losses, pretrain
-from orderrl.data import augment_digits, load_split
+from orderrl.data import TokenSet, augment_digits, augment_patches, load_split
 from orderrl.entry import run_application
 from orderrl.pipeline import announce, section
 from orderrl.runs import Run, progress
 
-AUGMENTATIONS = {"digits": augment_digits}
+AUGMENTATIONS = {"digits": augment_digits, "digits_patches": augment_patches}
 
 
 def pretrain_backbone(config: DictConfig) -> Path:
@@ -23,18 +35,19 @@ def pretrain_backbone(config: DictConfig) -> Path:
 
     The run folder holds `backbone.safetensors`, the last checkpoint of the random phase, and with an anneal also
     `backbone_final.safetensors`.
+
+    Raises:
+        ValueError: if a value of the config is not allowed, or the weights to start from don't fit.
     """
     train, held_out, test = (load_split(config.data.name, split) for split in ("backbone", "planner", "test"))
     settings = PretrainConfig(**section_of_training(config), seed=config.seed)
     torch.manual_seed(config.seed)
-    shape = section(config, "backbone")["model"]
-    shape |= {"vocab_size": train.vocab_size, "num_classes": train.num_classes}
-    backbone = OrderRobustTransformer(TransformerConfig(train.height, train.width, **shape)).to(config.device)
+    backbone = backbone_to_train(config, train).to(config.device)
     with Run("pretrain", config) as run:
         chosen, final = run.folder / "backbone.safetensors", run.folder / "backbone_final.safetensors"
         description = {"data": config.data.name, "split": "backbone", "training": section_of_training(config)}
 
-        def keep(averaged: OrderRobustTransformer) -> None:
+        def keep(averaged: TrainableBackbone) -> None:
             save_backbone(chosen, averaged, description)
 
         with progress(settings.steps, f"pretraining ({settings.order} order)", "steps") as advance:
@@ -46,9 +59,37 @@ def pretrain_backbone(config: DictConfig) -> Path:
         save_backbone(final if chosen.exists() else chosen, backbone, description | {"test": losses})
         run.write_json("results.json", {"split": "test", "images": len(test), **losses})
         for name, value in losses.items():
-            announce(f"{name}: {value:.4f} nats per token on {len(test)} test images")
+            unit = "nats" if backbone.vocab_size else "DiffLoss units"
+            announce(f"{name}: {value:.4f} {unit} per token on {len(test)} test images")
         announce(f"backbone: {chosen}\nrun: {run.folder}")
     return chosen
+
+
+def backbone_to_train(config: DictConfig, data: TokenSet) -> TrainableBackbone:
+    """A backbone to begin with: the shape of the config's `model`, or a published model with its weights if it has a path.
+
+    A raster model gets instruction tokens, so that any order can be learnt.
+
+    Raises:
+        ValueError: if it doesn't fit the data, or its weights don't fit it.
+    """
+    chosen = config.backbone
+    if chosen.name not in published_names():
+        shape = section(config, "backbone")["model"] | {"height": data.height, "width": data.width}
+        if chosen.family == "mar":
+            shape |= {"vae_embed_dim": data.token_dim, "class_num": data.num_classes}
+        else:
+            shape |= {"vocab_size": data.vocab_size, "num_classes": data.num_classes}
+        backbone = new_backbone(chosen.family, shape)
+        check_fits(backbone, data)
+        return backbone
+    backbone = build_backbone(chosen.name, shape=section(config, "backbone")["shape"])
+    check_fits(backbone, data)
+    if chosen.path is not None:
+        load_weights(backbone, chosen.path)
+    if isinstance(backbone, RasterTransformer):
+        return OrderRobustTransformer.from_raster(backbone, chosen.order_robust_block_size)
+    return backbone
 
 
 def section_of_training(config: DictConfig) -> dict[str, Any]:

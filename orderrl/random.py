@@ -25,6 +25,7 @@ class Stream(IntEnum):
     LABEL = 2
     TOKEN = 3
     POLICY = 4
+    NOISE = 5
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
@@ -59,3 +60,15 @@ def keyed_uniform(keys: Iterable[Tensor | int], device: torch.device | str = "cp
 def keyed_index(keys: Iterable[Tensor | int], count: int, device: torch.device | str = "cpu") -> Tensor:
     """Uniform int64 indices in [0, count), one for each broadcast combination of the keys."""
     return (keyed_uniform(keys, device) * count).long().clamp_max(count - 1)
+
+
+def keyed_normal(keys: Iterable[Tensor | int], device: torch.device | str = "cpu") -> Tensor:
+    """Standard normal numbers, one for each broadcast combination of the keys; float64."""
+    return torch.special.ndtri(keyed_uniform(keys, device).clamp_min(2.0**-54))
+
+
+def mix_content(values: Tensor) -> Tensor:
+    """A key for each row of float32 values (M, ...): int64 (M,), equal for equal rows whatever the batch."""
+    bits = values.float().contiguous().view(torch.int32).flatten(1).long()
+    weights = _mix(torch.arange(1, bits.shape[1] + 1, device=bits.device) * _GOLDEN) | 1
+    return (bits * weights).sum(1)

@@ -82,6 +82,11 @@ class ChainBackbone:
 
     # ------------------------------------------------------------------ the protocol
 
+    @property
+    def draws_per_block(self) -> int:
+        """Sequential draws that a block takes: token by token."""
+        return self.geometry.tokens_per_block
+
     def context_loss(
         self,
         prefix: PrefixCache,

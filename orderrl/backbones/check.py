@@ -70,11 +70,19 @@ class _Sample:
         return naive_block_losses(self.backbone, self.tokens, self.labels, revealed, blocks)
 
 
+def _random_tokens(backbone: Backbone, states: int, generator: torch.Generator) -> Tensor:
+    """Tokens (M, N) int64; continuous ones (M, N, C) float32."""
+    if backbone.vocab_size:
+        return torch.randint(backbone.vocab_size, (states, backbone.geometry.num_tokens), generator=generator)
+    channels = getattr(backbone, "token_dim")  # noqa: B009 - only backbones of continuous tokens have it
+    return torch.randn(states, backbone.geometry.num_tokens, channels, generator=generator)
+
+
 def _draw_sample(backbone: Backbone, states: int, seed: int, tolerance: float) -> _Sample:
     generator, device = torch.Generator().manual_seed(seed), backbone_device(backbone)
     b = backbone.geometry.num_blocks
     visible = max(1, b // 3) if b > 1 else 0
-    tokens = torch.randint(backbone.vocab_size, (states, backbone.geometry.num_tokens), generator=generator)
+    tokens = _random_tokens(backbone, states, generator)
     labels = torch.randint(backbone.num_classes, (states,), generator=generator)
     order = torch.rand(states, b, generator=generator).argsort(1).to(device)
     parts = order[:, :visible], order[:, visible:]
@@ -94,10 +102,10 @@ def _check_observation(sample: _Sample) -> None:
 
 def _check_leak(sample: _Sample) -> None:
     backbone, geometry = sample.backbone, sample.backbone.geometry
-    shuffled = torch.randint(backbone.vocab_size, sample.tokens.shape, generator=sample.generator).to(sample.tokens)
+    shuffled = _random_tokens(backbone, len(sample.tokens), sample.generator).to(sample.tokens)
     visible = torch.zeros(len(sample.tokens), geometry.num_blocks, dtype=torch.bool, device=sample.tokens.device)
     visible = visible.scatter(1, sample.revealed, True)[:, geometry.token_block.to(visible.device)]
-    other = torch.where(visible, sample.tokens, shuffled)
+    other = torch.where(visible.view(visible.shape + (1,) * (shuffled.ndim - 2)), sample.tokens, shuffled)
     leak, _ = backbone.context_loss(sample.prefix(), other, sample.hidden)
     sample.compare("hidden tokens do not change the first query (hidden state)", leak.hidden, sample.packed.hidden)
     sample.compare("hidden tokens do not change the first query (entropy)", leak.entropy, sample.packed.entropy)
@@ -140,6 +148,13 @@ def _check_decode(sample: _Sample) -> None:
     prefix, block = sample.prefix(), sample.hidden[:, :1]
     shape = (len(block), 1, geometry.tokens_per_block)
     uniforms = torch.rand(shape, generator=sample.generator, dtype=torch.float64).to(block.device)
+    if not backbone.vocab_size:
+        drawn = backbone.decode(prefix, block, uniforms, Sampling())
+        if drawn.shape[:-1] != uniforms.shape or not bool(drawn.isfinite().all()):
+            raise ValueError(f"backbone breaks 'decode draws tokens': shape {tuple(drawn.shape)}, or not finite")
+        again = backbone.decode(prefix, block, uniforms, Sampling())
+        sample.compare("equal numbers draw equal tokens", drawn, again)
+        return
     drawn = backbone.decode(prefix, block, uniforms, Sampling(top_k=1))
     if drawn.shape != uniforms.shape or drawn.min() < 0 or drawn.max() >= backbone.vocab_size:
         raise ValueError(

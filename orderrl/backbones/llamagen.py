@@ -198,6 +198,11 @@ class RasterTransformer(CausalTransformer):
     def _sequence_rope(self, states: int) -> Tensor:
         return self.rope[:-1].expand(states, -1, -1, -1)
 
+    @property
+    def draws_per_block(self) -> int:
+        """Sequential draws that the one block takes: token by token."""
+        return self.geometry.num_tokens
+
     def start(self, labels: Tensor) -> RasterState:
         return RasterState(labels)
 

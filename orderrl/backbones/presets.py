@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from orderrl.backbones.llamagen import TransformerConfig
+from orderrl.backbones.mar import MAR_CONFIGS
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Preset:
     """
 
     family: str
-    shape: dict[str, int]
+    shape: Mapping[str, int | float]
     parameters: str
     weights: str
 
@@ -53,6 +54,11 @@ def _arpg(size: str, parameters: str, file: str) -> Preset:
     return Preset("arpg", _SIZES[size] | _IMAGENET | _grid(16, 4), parameters, f"hf://hp-l33/ARPG/{file}")
 
 
+def _mar(name: str, parameters: str) -> Preset:
+    shape = MAR_CONFIGS[name].to_dict() | {"block_size": 4}
+    return Preset("mar", shape, parameters, f"the links of github.com/LTH14/mar ({name}, checkpoint-last.pth)")
+
+
 _LLAMAGEN_PARAMETERS = {"b": "111M", "l": "343M", "xl": "775M", "xxl": "1.4B", "3b": "3.1B"}
 PRESETS: dict[str, Preset] = {
     **{f"llamagen_{size}": _llamagen(size, 16, count) for size, count in _LLAMAGEN_PARAMETERS.items()},
@@ -62,9 +68,7 @@ PRESETS: dict[str, Preset] = {
     "arpg_l": _arpg("l", "320M", "arpg_300m.pt"),
     "arpg_xl": _arpg("xl", "719M", "arpg_700m.pt"),
     "arpg_xxl": _arpg("xxl", "1.3B", "arpg_1b.pt"),
+    "mar_b": _mar("MAR-B", "208M"),
+    "mar_l": _mar("MAR-L", "479M"),
+    "mar_h": _mar("MAR-H", "943M"),
 }
-
-
-def preset_config(preset: Preset, **shape: int) -> TransformerConfig:
-    """The configuration of a preset, with some values replaced."""
-    return TransformerConfig(**(preset.shape | shape))

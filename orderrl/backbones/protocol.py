@@ -37,9 +37,10 @@ class Backbone(Protocol):
 
     Attributes:
         geometry: the block grid.
-        vocab_size: token values.
+        vocab_size: token values; 0 if tokens are continuous, (M, N, C) float32 wherever (M, N) int64 stands below.
         num_classes: class labels; label `num_classes` is the dropped one.
         hidden_size: D, width of hidden states.
+        draws_per_block: sequential draws that a block takes: p*p token by token, 1 if its tokens are drawn together.
         order_robust: whether blocks can be drawn in any order; if not, there is nothing to label or to learn.
     """
 
@@ -47,6 +48,7 @@ class Backbone(Protocol):
     vocab_size: int
     num_classes: int
     hidden_size: int
+    draws_per_block: int
     order_robust: bool
 
     def start(self, labels: Tensor) -> Any:
@@ -127,10 +129,12 @@ def backbone_device(backbone: Backbone) -> torch.device:
 def check_fits(backbone: Backbone, data: TokenSet) -> None:
     """Raise ValueError if the token set is not what the backbone was made for."""
     geometry = backbone.geometry
-    have = (data.height, data.width, data.vocab_size, data.num_classes)
-    want = (geometry.height, geometry.width, backbone.vocab_size, backbone.num_classes)
+    have = (data.height, data.width, data.vocab_size, data.token_dim, data.num_classes)
+    channels = getattr(backbone, "token_dim", 0)
+    want = (geometry.height, geometry.width, backbone.vocab_size, channels, backbone.num_classes)
     if have != want:
         raise ValueError(
-            f"data {data.name!r} (height, width, vocab_size, num_classes) = {have} does not fit the backbone's {want}; "
+            f"data {data.name!r} (height, width, vocab_size, token_dim, num_classes) = {have} does not fit the "
+            f"backbone's {want}; "
             "choose the data set that the backbone was trained on"
         )

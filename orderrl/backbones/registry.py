@@ -13,17 +13,19 @@ import torch
 from orderrl.backbones.arpg import ARPG
 from orderrl.backbones.llamagen import RasterTransformer, TransformerConfig
 from orderrl.backbones.loading import load_weights
+from orderrl.backbones.masked import MaskedConfig, MaskedTransformer
 from orderrl.backbones.presets import PRESETS
 from orderrl.backbones.protocol import Backbone
 from orderrl.backbones.transformer import OrderRobustTransformer
 from orderrl.checkpoint import load_checkpoint, load_state, save_checkpoint
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
-TrainableBackbone = OrderRobustTransformer | RasterTransformer | ARPG
-_FAMILIES: dict[str, tuple[type[TrainableBackbone], type[TransformerConfig]]] = {
+TrainableBackbone = OrderRobustTransformer | RasterTransformer | ARPG | MaskedTransformer
+_FAMILIES: dict[str, tuple[type[Any], type[Any]]] = {
     "llamagen": (RasterTransformer, TransformerConfig),
     "randar": (OrderRobustTransformer, TransformerConfig),
     "arpg": (ARPG, TransformerConfig),
+    "mar": (MaskedTransformer, MaskedConfig),
 }
 _REGISTRY: dict[str, Callable[[], Backbone]] = {}
 
@@ -114,7 +116,7 @@ def build_backbone(
     before = torch.get_default_dtype()
     torch.set_default_dtype(as_dtype(dtype))
     try:
-        return _construct(preset.family, preset.shape | dict(shape or {}), name)
+        return new_backbone(preset.family, {**preset.shape, **(shape or {})})
     finally:
         torch.set_default_dtype(before)
 
@@ -178,17 +180,31 @@ def backbone_fingerprint(backbone: Backbone) -> str:
 
 def _from_file(path: Path) -> TrainableBackbone:
     tensors, description = load_checkpoint(path, "backbone")
-    backbone = _construct(description.get("family", "randar"), description.get("model"), path)
+    try:
+        backbone = new_backbone(description.get("family", "randar"), description["model"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: does not describe a backbone ({type(error).__name__}: {error})") from error
     load_state(backbone, tensors, path)
     return backbone
 
 
-def _construct(family: str, shape: Any, where: str | Path) -> TrainableBackbone:
+def new_backbone(family: str, shape: Mapping[str, Any]) -> TrainableBackbone:
+    """An untrained backbone.
+
+    Args:
+        family: "llamagen", "randar", "arpg" or "mar".
+        shape: arguments of the family's configuration.
+
+    Raises:
+        ValueError: if the family or an argument is unknown, or a value is not allowed.
+    """
+    if family not in _FAMILIES:
+        raise ValueError(f"family={family!r} is unknown; choose one of {', '.join(_FAMILIES)}")
+    model, config = _FAMILIES[family]
     try:
-        model, config = _FAMILIES[family]
         return model(config(**shape))
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{where}: does not describe a backbone ({type(error).__name__}: {error})") from error
+    except TypeError as error:
+        raise ValueError(f"shape of a {family} backbone: {error}") from error
 
 
 def _module(backbone: Backbone) -> torch.nn.Module:

@@ -16,11 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from orderrl.backbones.transformer import OrderRobustTransformer, cross_entropy
+from orderrl.backbones.masked import MaskedTransformer
+from orderrl.backbones.registry import TrainableBackbone
+from orderrl.backbones.transformer import cross_entropy
 from orderrl.data import TokenSet
 from orderrl.geometry import BlockGrid
 
 ORDERS = ("random", "raster")
+MAX_LOGITS = 2**26  # in one evaluation forward
 
 
 @dataclass(frozen=True)
@@ -101,27 +104,50 @@ def raster_token_orders(geometry: BlockGrid, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def mean_loss(backbone: OrderRobustTransformer, data: TokenSet, orders: Tensor, batch_size: int = 500) -> float:
-    """Mean teacher-forced loss of a token set under given token orders (n, N), nats per token."""
+def mean_loss(
+    backbone: TrainableBackbone, data: TokenSet, orders: Tensor, batch_size: int | None = None
+) -> float:
+    """Mean teacher-forced loss of a token set under given token orders (n, N), nats (or DiffLoss units) per token.
+
+    `batch_size` images are scored at once; None takes what a bounded number of logits allows.
+    """
     device = next(backbone.parameters()).device
+    batch_size = batch_size or min(500, max(1, MAX_LOGITS // (orders.shape[1] * max(backbone.vocab_size, 1024))))
     total = 0.0
     for rows in torch.arange(len(data)).split(batch_size):
         tokens, order = data.tokens[rows].to(device), orders[rows].to(device)
-        logits = backbone.teacher_forced(tokens, data.labels[rows].to(device), order)
-        total += cross_entropy(logits, tokens, order).sum().item()
-    return total / data.tokens.numel()
+        labels = data.labels[rows].to(device)
+        if isinstance(backbone, MaskedTransformer):
+            total += backbone.mean_loss(tokens, labels, order) * order.numel()
+        else:
+            total += cross_entropy(backbone.teacher_forced(tokens, labels, order), tokens, order).sum().item()
+    return total / orders.numel()
 
 
-def order_losses(backbone: OrderRobustTransformer, data: TokenSet, seed: int = 0, repeats: int = 4) -> dict[str, float]:
-    """Loss under random block orders (mean of several), raster blocks and plain raster tokens, nats per token."""
+def order_losses(backbone: TrainableBackbone, data: TokenSet, seed: int = 0, repeats: int = 4) -> dict[str, float]:
+    """Loss under random block orders (mean of several), raster blocks and plain raster tokens, nats per token.
+
+    A masked model draws the tokens of a block together, so it has no plain raster tokens.
+    """
     geometry = backbone.geometry
     generator = torch.Generator().manual_seed(seed)
     random = [mean_loss(backbone, data, block_orders(geometry, len(data), 1.0, generator)) for _ in range(repeats)]
-    return {
+    losses = {
         "loss_random": sum(random) / repeats,
         "loss_raster": mean_loss(backbone, data, block_orders(geometry, len(data), 0.0, generator)),
-        "loss_token_raster": mean_loss(backbone, data, raster_token_orders(geometry, len(data))),
     }
+    if not isinstance(backbone, MaskedTransformer):
+        losses["loss_token_raster"] = mean_loss(backbone, data, raster_token_orders(geometry, len(data)))
+    return losses
+
+
+def training_loss(
+    backbone: TrainableBackbone, tokens: Tensor, labels: Tensor, token_order: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Mean loss per token of a batch, scalar: cross-entropy in the order, or a masked model's diffusion loss."""
+    if isinstance(backbone, MaskedTransformer):
+        return backbone.training_loss(tokens, labels, token_order, generator)
+    return cross_entropy(backbone.teacher_forced(tokens, labels, token_order), tokens, token_order).mean()
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
@@ -131,12 +157,12 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, o
 
 
 def pretrain(
-    backbone: OrderRobustTransformer,
+    backbone: TrainableBackbone,
     train: TokenSet,
     held_out: TokenSet,
     config: PretrainConfig,
     augment: Callable[[Tensor, torch.Generator, float], Tensor] | None = None,
-    on_random_phase_end: Callable[[OrderRobustTransformer], None] | None = None,
+    on_random_phase_end: Callable[[TrainableBackbone], None] | None = None,
 ) -> Iterator[dict[str, float]]:
     """Train in place; on return the backbone holds the averaged weights.
 
@@ -159,7 +185,7 @@ def pretrain(
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, config))
     averaged = AveragedModel(backbone, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
-    mean = cast(OrderRobustTransformer, averaged.module).eval()
+    mean = cast(TrainableBackbone, averaged.module).eval()
     kept_random = False
     for step in range(config.steps):
         share = random_share(step, config)
@@ -180,7 +206,7 @@ def pretrain(
         tokens, labels, order = tokens.to(device), labels.to(device), order.to(device)
         backbone.train()
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-            loss = cross_entropy(backbone.teacher_forced(tokens, labels, order), tokens, order).mean()
+            loss = training_loss(backbone, tokens, labels, order, generator)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(backbone.parameters(), 1.0)

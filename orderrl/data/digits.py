@@ -1,8 +1,13 @@
-"""scikit-learn digits as token images: 8x8 tokens whose 17 grey levels are the tokens themselves."""
+"""scikit-learn digits as token images.
+
+`digits`: 8x8 tokens whose 17 grey levels are the tokens themselves. `digits_patches`: 4x4 continuous tokens, each the
+2x2 grey levels of a patch in [-1, 1], for masked models.
+"""
 
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
@@ -13,6 +18,7 @@ from orderrl.data.tokens import TokenSet
 HEIGHT = WIDTH = 8
 LEVELS = 17
 NUM_CLASSES = 10
+PATCH = 2
 SPLITS = {"backbone": 1000, "planner": 500, "test": 297}
 
 
@@ -48,6 +54,46 @@ def load_digits_split(split: str) -> TokenSet:
         vocab_size=LEVELS,
         num_classes=NUM_CLASSES,
     )
+
+
+def load_patches_split(split: str) -> TokenSet:
+    """One split of the digits as continuous tokens, (n, 16, 4) float32 in [-1, 1]; splits as in `load_digits_split`."""
+    digits = load_digits_split(split)
+    return TokenSet(
+        name="digits_patches",
+        split=split,
+        tokens=_to_patches(digits.tokens),
+        labels=digits.labels,
+        height=HEIGHT // PATCH,
+        width=WIDTH // PATCH,
+        vocab_size=0,
+        num_classes=NUM_CLASSES,
+        token_dim=PATCH**2,
+        decoder=patches_to_images,
+    )
+
+
+def _to_patches(levels: Tensor) -> Tensor:
+    """Grey levels (n, 64) -> (n, 16, 4) float32 in [-1, 1]."""
+    scaled = levels.float() / (LEVELS - 1) * 2 - 1
+    return rearrange(scaled, "n (r p c q) -> n (r c) (p q)", r=HEIGHT // PATCH, p=PATCH, c=WIDTH // PATCH)
+
+
+def _to_levels(patches: Tensor) -> Tensor:
+    """The inverse of `_to_patches`, rounded to the nearest level: (n, 16, 4) -> (n, 64) int64."""
+    scaled = rearrange(patches, "n (r c) (p q) -> n (r p c q)", r=HEIGHT // PATCH, p=PATCH)
+    return ((scaled + 1) / 2 * (LEVELS - 1)).round().clamp(0, LEVELS - 1).long()
+
+
+def patches_to_images(patches: Tensor) -> Tensor:
+    """Continuous tokens (n, 16, 4) -> (n, 3, 8, 8) uint8, every pixel at the nearest grey level."""
+    grey = _to_levels(patches).view(-1, 1, HEIGHT, WIDTH).float() * (255 / (LEVELS - 1))
+    return grey.round().to(torch.uint8).expand(-1, 3, -1, -1)
+
+
+def augment_patches(patches: Tensor, generator: torch.Generator, strength: float) -> Tensor:
+    """`augment_digits` of continuous tokens (n, 16, 4)."""
+    return _to_patches(augment_digits(_to_levels(patches), generator, strength))
 
 
 def augment_digits(tokens: Tensor, generator: torch.Generator, strength: float) -> Tensor:

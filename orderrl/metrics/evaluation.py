@@ -12,9 +12,11 @@ from torch import Tensor
 
 from orderrl.agents.policies import ReferencePolicy, all_scores
 from orderrl.agents.registry import NamedPolicy
-from orderrl.backbones import Backbone, OrderRobustTransformer, Sampling, with_block_size
+from orderrl.backbones import Backbone, Sampling, with_block_size
+from orderrl.backbones.protocol import check_fits
+from orderrl.backbones.registry import TrainableBackbone
 from orderrl.backbones.training import mean_loss, raster_token_orders
-from orderrl.classifier import load_classifier
+from orderrl.classifier import CLASSIFIERS, load_classifier
 from orderrl.data import TokenSet
 from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.envs.render import partial_images
@@ -39,6 +41,7 @@ EMPTY_ROW: dict[str, Any] = dict.fromkeys(
         "likelihood_return",
         "far_gain",
         "decode_nll",
+        "decode_loss",
         "recognisability_auc",
         "oracle_top1",
         "oracle_spearman",
@@ -63,7 +66,7 @@ class Protocol:
         data: the test images.
         real: (n, 3, H, W) uint8, reference images of the Fréchet distance.
         states: labelled contexts of test images, for calibration.
-        features: feature extractor.
+        features: feature extractor; None scores no samples.
         samples: generated images per row; 0 is none.
         reference_images: images for references that need much computation.
         sampling: how tokens are drawn.
@@ -75,7 +78,7 @@ class Protocol:
     data: TokenSet
     real: Tensor
     states: TensorDict
-    features: str
+    features: str | None
     samples: int
     reference_images: int
     sampling: Sampling
@@ -130,13 +133,13 @@ def evaluate_policy(
         "gain_auc_ci": [interval.low, interval.high],
         "likelihood_return": rollout.likelihood_return.mean().item(),
         "far_gain": rollout.far_gain,
-        "decode_nll": rollout.decode_nll.mean().item(),
+        "decode_nll" if p.backbone.vocab_size else "decode_loss": rollout.decode_nll.mean().item(),
         "recognisability_auc": _recognisability(p, rollout),
         "oracle_top1": agreement.top1,
         "oracle_spearman": agreement.spearman,
         "regret": agreement.regret,
         "steps": rollout.steps.mean().item(),
-        "decode_calls": rollout.steps.mean().item() * p.backbone.geometry.tokens_per_block,
+        "decode_calls": rollout.steps.mean().item() * p.backbone.draws_per_block,
         "seconds_per_image": rollout.seconds / images,
     }
     if sampled and p.samples and not expensive:
@@ -149,7 +152,7 @@ def evaluate_policy(
 
 
 def evaluate_token_raster(
-    protocol: Protocol, name: str, backbone: OrderRobustTransformer, advance: Callable[[float], None] | None = None
+    protocol: Protocol, name: str, backbone: TrainableBackbone, advance: Callable[[float], None] | None = None
 ) -> Evaluated:
     """Row of a backbone in plain raster token order: its code length and its samples.
 
@@ -158,6 +161,7 @@ def evaluate_token_raster(
     geometry = backbone.geometry
     if geometry.height != geometry.width:
         raise ValueError(f"token_raster needs a square token grid, got {geometry.height}x{geometry.width}")
+    check_fits(backbone, protocol.data)
     loss = mean_loss(backbone, protocol.data, raster_token_orders(geometry, len(protocol.data)))
     row = EMPTY_ROW | {"policy": name, "decode_nll": loss * geometry.num_tokens, "steps": float(geometry.num_tokens)}
     row["decode_calls"] = float(geometry.num_tokens)
@@ -176,6 +180,8 @@ def evaluate_token_raster(
 
 
 def _quality(p: Protocol, made: Generated) -> dict[str, Any]:
+    if p.features is None:
+        return {"seconds_per_image": made.seconds / len(made.tokens)}
     images = p.data.images(made.tokens)
     return {
         "frechet_distance": frechet_distance(images, p.real, p.features),
@@ -207,7 +213,10 @@ def _calibration(p: Protocol, named: NamedPolicy) -> Calibration:
     return calibrate(first.cpu(), None if scores is None else scores.cpu().float(), utility, hidden)
 
 
-def _recognisability(p: Protocol, rollout: Rollout) -> float:
+def _recognisability(p: Protocol, rollout: Rollout) -> float | None:
+    """None for data sets without a classifier of their own."""
+    if p.data.name not in CLASSIFIERS:
+        return None
     classifier = load_classifier(p.data.name)
     result = progressive_recognisability(
         classifier, rollout.geometry, p.data.images(rollout.tokens.cpu()), rollout.labels.cpu(), rollout.visible.cpu()

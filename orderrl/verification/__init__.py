@@ -1,0 +1,1 @@
+"""Agreement with published implementations, number by number."""

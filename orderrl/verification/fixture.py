@@ -1,0 +1,111 @@
+"""Recorded numbers of a published implementation, and how far ours may lie from them."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+DEFAULT_TOLERANCE = 1e-4  # float32
+
+
+@dataclass(frozen=True)
+class Fixture:
+    """What one run of a published implementation got and gave.
+
+    Attributes:
+        path: the safetensors file; the JSON lies beside it under the same name.
+        description: the whole JSON: source, config, meaning of every tensor, numerics.
+        weights: the complete state dict under its published keys.
+        inputs: recorded inputs by name.
+        outputs: recorded outputs by name.
+    """
+
+    path: Path
+    description: dict[str, Any]
+    weights: dict[str, Tensor]
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+
+    @property
+    def constructor(self) -> str:
+        """Name of the published model class, as recorded."""
+        return str(self.description["config"]["constructor"])
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of the published constructor."""
+        return dict(self.description["config"]["arguments"])
+
+    @property
+    def files(self) -> list[str]:
+        """Published source files that the fixture was made with; they tell models of one class name apart."""
+        return [str(name) for name in self.description["source"]["files"]]
+
+    def meaning(self, name: str) -> str:
+        """What a recorded tensor is, with the arguments of the call that gave it."""
+        return str(self.description["io"][name]["meaning"])
+
+    def argument(self, name: str, key: str, default: float | None = None) -> float:
+        """A number that the meaning of an output names, such as `cfg_scale 3.0`.
+
+        Raises:
+            ValueError: if it names none and there is no default.
+        """
+        found = re.search(rf"\b{key}\b\s*=?\s*(-?\d+(?:\.\d+)?(?:e-?\d+)?)", self.meaning(name))
+        if found is None and default is None:
+            raise ValueError(f"{self.path}: the meaning of {name!r} does not state {key}")
+        return float(found.group(1)) if found else float(default)  # type: ignore[arg-type]
+
+    def tolerance(self, name: str) -> float:
+        """Largest absolute difference that is rounding: 0 for indices, else what `numerics` states for the output."""
+        if not self.outputs[name].is_floating_point():
+            return 0.0
+        numerics = self.description.get("numerics", {})
+        stated = {key.removeprefix("suggested_tolerance").lstrip("_"): value for key, value in numerics.items()}
+        for key, value in stated.items():
+            if key and isinstance(value, int | float) and _concerns(key, name):
+                return float(value)
+        general = stated.get("", DEFAULT_TOLERANCE)
+        return float(general)
+
+
+def _concerns(key: str, name: str) -> bool:
+    """Whether the tolerance `suggested_tolerance_<key>` speaks of an output: by its name or its kind."""
+    if key.endswith("_outputs"):
+        return name.startswith(key.removesuffix("outputs"))
+    return key == name or name.endswith(f"_{key}") or name.startswith(f"{key}_")
+
+
+def load_fixture(path: str | Path) -> Fixture:
+    """Read a fixture.
+
+    Raises:
+        ValueError: if a file is missing, broken, or not a fixture.
+    """
+    path = Path(path)
+    beside = path.with_suffix(".json")
+    for file in (path, beside):
+        if not file.is_file():
+            raise ValueError(f"{file} does not exist; a fixture is NAME.safetensors with NAME.json beside it")
+    try:
+        tensors = load_file(path)
+        description = json.loads(beside.read_text(encoding="utf-8"))
+        roles = {name: entry["role"] for name, entry in description["io"].items()}
+        _ = description["config"]["arguments"], description["config"]["constructor"], description["source"]["files"]
+    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a fixture ({type(error).__name__}: {error})") from error
+    absent = [name for name in roles if f"io/{name}" not in tensors]
+    if absent:
+        raise ValueError(f"{path}: {', '.join(absent)} is described but not recorded")
+    weights = {key.removeprefix("weights/"): value for key, value in tensors.items() if key.startswith("weights/")}
+    io = {role: {name: tensors[f"io/{name}"] for name in roles if roles[name] == role} for role in ("input", "output")}
+    return Fixture(path, description, weights, io["input"], io["output"])
+
