@@ -40,6 +40,7 @@ from orderrl.backbones.protocol import Backbone
 from orderrl.planner import load_planner
 
 REFERENCES = ("confidence", "lookahead", "oracle")
+NEED_PROBABILITIES = ("lookahead", "confidence")
 SPACED = "spaced_"
 SPACING = 1.0
 THRESHOLD_BUDGETS = (1, 2, 4)
@@ -97,6 +98,11 @@ def make_policy(
         return _planner_policy(base, sizes, backbone)
     if ":" in base and not base.startswith(REFERENCES):
         return _own_policy(base, budgets)
+    if base.partition(":")[0] in NEED_PROBABILITIES and not backbone.vocab_size:
+        raise ValueError(
+            f"policy {spec!r} needs token probabilities, which a backbone of continuous tokens does not have; "
+            "choose another policy"
+        )
     blocks = backbone.geometry.num_blocks
     chosen, schedule = _schedule(spec, sizes, blocks)
     name, _, argument = base.partition(":")

@@ -10,11 +10,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
+from tensordict import TensorDict
 from torch import Tensor
 
 from orderrl.agents.fitted import fit_order
 from orderrl.agents.registry import NamedPolicy, make_policy
 from orderrl.backbones import Backbone, Sampling, backbone_fingerprint, load_backbone
+from orderrl.backbones.masked import MaskedTransformer
 from orderrl.backbones.registry import TrainableBackbone
 from orderrl.data import load_split
 from orderrl.entry import run_application
@@ -66,25 +68,27 @@ def make_protocol(config: DictConfig, backbone: Backbone) -> Protocol:
     real = torch.zeros(0, 3, data.height, data.width, dtype=torch.uint8)
     if e.features is not None:
         real = torch.cat([part.images(part.tokens) for part in all_splits(config.data.name)])
-    states = open_labels(
-        find_or_make_labels(config, backbone, "test", contexts=e.states, kind="pointwise", samples=1, seed=config.seed),
-        backbone,
-    )
     images = min(e.images, len(data))
     subset = replace(data, tokens=data.tokens[:images], labels=data.labels[:images])
-    inside = states[states["image"] < images]
     return Protocol(
         backbone,
         subset,
         real,
-        inside,
+        _shared_states(config, backbone, images) if backbone.order_robust else None,
         e.features,
         e.samples,
         e.reference_images,
-        Sampling(e.temperature, e.top_k, e.top_p, e.guidance),
+        sampling_of(e),
         e.resamples,
         config.seed,
     )
+
+
+def _shared_states(config: DictConfig, backbone: Backbone, images: int) -> TensorDict:
+    """Labelled random contexts of the first test images, for calibration."""
+    wanted = {"contexts": config.eval.states, "kind": "pointwise", "samples": 1, "seed": config.seed}
+    states = open_labels(find_or_make_labels(config, backbone, "test", **wanted), backbone)
+    return states[states["image"] < images]
 
 
 def all_splits(name: str) -> list[Any]:
@@ -102,6 +106,9 @@ def chosen_policies(config: DictConfig, backbone: Backbone) -> list[tuple[NamedP
         return order["fitted"]
 
     e = config.eval
+    if not backbone.order_robust:
+        announce(f"{config.backbone.name} draws in raster order only: no policy to compare, its raster row stands alone")
+        return []
     paths: list[str] = []
     for entry in e.planners:
         found = newest_planners(config, backbone) if entry == "newest" else [entry]
@@ -123,13 +130,14 @@ def evaluate(config: DictConfig) -> Path:
     policies = chosen_policies(config, backbone)
     protocol = make_protocol(config, backbone)
     rows: list[Evaluated] = []
+    raster = list(config.eval.token_raster) if backbone.order_robust else ["self"]
     with Run("evaluate", config) as run:
-        with progress(len(policies) + len(config.eval.token_raster), "evaluating", "policies") as advance:
+        with progress(len(policies) + len(raster), "evaluating", "policies") as advance:
             for named, sampled in policies:
                 rows.append(evaluate_policy(protocol, named, sampled))
                 run.log({k: v for k, v in rows[-1].row.items() if isinstance(v, float)}, len(rows))
                 advance(note=named.name)
-            for name in config.eval.token_raster:
+            for name in raster:
                 own = name == "self"
                 other = backbone if own else load_backbone(name, device=config.device)
                 if not isinstance(other, TrainableBackbone):
@@ -168,18 +176,32 @@ def describe(config: DictConfig, backbone: Backbone, protocol: Protocol) -> dict
         "backbone": f"{config.backbone.name} ({backbone_fingerprint(backbone)})",
         "block_grid": f"{backbone.geometry.rows}x{backbone.geometry.columns} blocks of "
         f"{backbone.geometry.block_size}x{backbone.geometry.block_size} tokens",
-        "calibration": f"{len(protocol.states)} shared states of random contexts of test images, hindsight oracle",
+        "calibration": None
+        if protocol.states is None
+        else f"{len(protocol.states)} shared states of random contexts of test images, hindsight oracle",
         "references": f"oracle and lookahead on the first {protocol.reference_images} images",
         "samples": f"{protocol.samples} per row against all {len(protocol.real)} real images of all splits"
         if protocol.features
         else None,
         "features": protocol.features,
         "recognisability": "classifier confidence in the true class, hidden blocks grey",
+        "losses": _loss_unit(backbone, protocol),
         "sampling": OmegaConf.to_container(OmegaConf.create(vars(protocol.sampling))),
         "seconds_per_image": "of sampling in batches of 250 where samples are scored, else of the rollout",
         "intervals": f"95 % paired bootstrap over images, {protocol.resamples} resamples",
         "seed": config.seed,
     }
+
+
+def _loss_unit(backbone: Backbone, protocol: Protocol) -> str:
+    """The unit of every loss and gain; for masked models also how much a loss moves with its noises."""
+    if not isinstance(backbone, MaskedTransformer):
+        return "nats"
+    some = protocol.data.tokens[:64].to(protocol.device), protocol.data.labels[:64].to(protocol.device)
+    return (
+        f"DiffLoss units, mean of {backbone.config.loss_draws} draws at fixed times; standard deviation over draws "
+        f"{backbone.loss_noise(*some):.1%} of a block's loss"
+    )
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
@@ -189,12 +211,14 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         "likelihood_return": ".3f",
         "far_gain": ".3f",
         "decode_nll": ".2f",
+        "decode_loss": ".3f",
         "recognisability_auc": ".3f",
         "oracle_spearman": ".3f",
         "steps": ".1f",
         "frechet_distance": ".2f",
         "accuracy": ".3f",
     }
+    columns = {key: spec for key, spec in columns.items() if any(row[key] is not None for row in rows)}
     table = Table("policy", "seed", *columns, title="held-out images")
     for row in rows:
         cells = [format(row[key], spec) if row[key] is not None else "–" for key, spec in columns.items()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,17 +11,17 @@ from PIL import Image
 from torchvision.utils import make_grid
 
 from orderrl.agents.registry import make_policy
-from orderrl.backbones import Sampling
 from orderrl.data import load_split
 from orderrl.entry import run_application
 from orderrl.envs.render import order_image, partial_images
 from orderrl.evaluate import fitted_order, newest_planners
-from orderrl.generation import Generated, balanced_labels, generate_images
+from orderrl.generation import Generated, balanced_labels, generate_images, generate_published
 from orderrl.geometry import BlockGrid
-from orderrl.pipeline import announce, open_backbone
+from orderrl.pipeline import announce, open_backbone, sampling_of
 from orderrl.runs import Run, progress
 
-PIXELS = 8  # of a token in the pictures
+SMALLEST_SIDE = 64  # of an image in the pictures, pixels
+PUBLISHED = "published"  # the policy that is the model's own sampler
 
 
 def generate(config: DictConfig) -> Path:
@@ -38,27 +39,33 @@ def generate(config: DictConfig) -> Path:
     if spec == "newest":
         spec = str(newest_planners(config, backbone)[-1])
         announce(f"policy: {spec}")
-    named = make_policy(spec, backbone, lambda: fitted_order(config, backbone), tuple(config.budgets))
     data = load_split(config.data.name, "test")
     labels = balanced_labels(config.n, backbone.num_classes)
     if config.label is not None:
         labels = torch.full_like(labels, config.label)
-    sampling = Sampling(config.temperature, config.top_k, config.top_p, config.guidance)
+    sampling = sampling_of(config)
+    geometry = backbone.geometry
+    if spec == PUBLISHED:
+        geometry = BlockGrid(geometry.height, geometry.width, 1)  # its pictures show single tokens
+        draw = partial(generate_published, backbone, labels, config.steps, sampling, config.seed)
+    else:
+        named = make_policy(spec, backbone, lambda: fitted_order(config, backbone), tuple(config.budgets))
+        draw = partial(
+            generate_images, backbone, data, named.policy, named.budgets, labels, sampling, config.seed
+        )
     with Run("generate", config) as run:
-        with progress(config.n, f"generating ({named.name})", "images") as advance:
-            made = generate_images(
-                backbone, data, named.policy, named.budgets, labels, sampling, config.seed, advance=advance
-            )
+        with progress(config.n, f"generating ({spec})", "images") as advance:
+            made = draw(advance=advance)
         columns = max(1, round(config.n**0.5))
         grids = []
         for step in range(-1, int(made.reveal_step.max()) + 1):
             visible = made.reveal_step <= step
-            images = partial_images(data, backbone.geometry, made.tokens, visible)
-            shown = make_grid(_enlarge(images), nrow=columns, padding=2, pad_value=255)
+            images = _enlarge(partial_images(data, geometry, made.tokens, visible))
+            shown = make_grid(images, nrow=columns, padding=2, pad_value=255)
             grids.append(Image.fromarray(shown.permute(1, 2, 0).numpy()))
         grids[-1].save(run.folder / "images.png")
         grids[0].save(run.folder / "order.gif", save_all=True, append_images=grids[1:] + [grids[-1]] * 4, duration=250)
-        _order_grid(made, data.height, data.width, columns, backbone.geometry).save(run.folder / "order.png")
+        _order_grid(made, *images.shape[-2:], columns, geometry).save(run.folder / "order.png")
         steps = (made.reveal_step.amax(1) + 1).float().mean().item()
         run.log({"images": float(config.n), "seconds": made.seconds, "planner_steps": steps}, 0)
         announce(
@@ -69,12 +76,13 @@ def generate(config: DictConfig) -> Path:
 
 
 def _enlarge(images: torch.Tensor) -> torch.Tensor:
-    return images.repeat_interleave(PIXELS, -1).repeat_interleave(PIXELS, -2)
+    factor = max(1, SMALLEST_SIDE // images.shape[-1])
+    return images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
 
 
 def _order_grid(made: Generated, height: int, width: int, columns: int, geometry: BlockGrid) -> Image.Image:
     """Heat maps of the order of every image."""
-    maps = [order_image(geometry, steps, height * PIXELS, width * PIXELS) for steps in made.reveal_step]
+    maps = [order_image(geometry, steps, height, width) for steps in made.reveal_step]
     return Image.fromarray(
         make_grid(torch.stack(maps), nrow=columns, padding=2, pad_value=255).permute(1, 2, 0).numpy()
     )

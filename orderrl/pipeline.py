@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tensordict import TensorDict
 
 from orderrl.agents.bc import BCConfig, clone
 from orderrl.agents.ppo import PPO, PPOConfig
-from orderrl.backbones import Backbone, backbone_fingerprint, load_backbone
+from orderrl.backbones import Backbone, Sampling, backbone_fingerprint, load_backbone
 from orderrl.backbones.protocol import check_fits
 from orderrl.backbones.registry import weights_fingerprint
 from orderrl.data import TokenSet, load_split
@@ -62,6 +63,11 @@ def open_backbone(config: DictConfig) -> Backbone:
     )
     check_fits(backbone, load_split(config.data.name, "test"))
     return backbone
+
+
+def sampling_of(config: DictConfig) -> Sampling:
+    """How tokens are drawn, from a config that has the keys of `Sampling`."""
+    return Sampling(**{field.name: config[field.name] for field in fields(Sampling)})
 
 
 def require_order_robust(config: DictConfig, backbone: Backbone, what: str) -> None:
@@ -121,6 +127,11 @@ def find_or_make_labels(
         announce(f"labels: {found} (cached)")
         return found
     settings = LabelConfig(**(section(config, "labels") | changes))
+    if settings.kind != "pointwise" and not backbone.vocab_size:
+        raise ValueError(
+            f"labels.kind={settings.kind!r} needs token probabilities, which a backbone of continuous tokens does not "
+            "have; use labels=pointwise"
+        )
     announce(f"labels: none for this config yet, labelling {settings.contexts} contexts of {data.name}/{split}")
     contexts = random_contexts(settings, len(data), backbone.geometry.num_blocks)
     parts = []

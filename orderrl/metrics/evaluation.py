@@ -13,7 +13,7 @@ from torch import Tensor
 from orderrl.agents.policies import ReferencePolicy, all_scores
 from orderrl.agents.registry import NamedPolicy
 from orderrl.backbones import Backbone, Sampling, with_block_size
-from orderrl.backbones.protocol import check_fits
+from orderrl.backbones.protocol import backbone_device, check_fits
 from orderrl.backbones.registry import TrainableBackbone
 from orderrl.backbones.training import mean_loss, raster_token_orders
 from orderrl.classifier import CLASSIFIERS, load_classifier
@@ -65,7 +65,7 @@ class Protocol:
         backbone: frozen.
         data: the test images.
         real: (n, 3, H, W) uint8, reference images of the Fréchet distance.
-        states: labelled contexts of test images, for calibration.
+        states: labelled contexts of test images, for calibration; None where there is no order to choose.
         features: feature extractor; None scores no samples.
         samples: generated images per row; 0 is none.
         reference_images: images for references that need much computation.
@@ -77,13 +77,18 @@ class Protocol:
     backbone: Backbone
     data: TokenSet
     real: Tensor
-    states: TensorDict
+    states: TensorDict | None
     features: str | None
     samples: int
     reference_images: int
     sampling: Sampling
     resamples: int
     seed: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone runs."""
+        return backbone_device(self.backbone)
 
 
 @dataclass(frozen=True)
@@ -194,6 +199,7 @@ def _quality(p: Protocol, made: Generated) -> dict[str, Any]:
 def _calibration(p: Protocol, named: NamedPolicy) -> Calibration:
     """Agreement with the oracle on the shared states, in the policy's own kind of environment."""
     states = p.states
+    assert states is not None  # policies are evaluated on order-robust backbones only
     core = NextBlockCore(p.backbone, p.data, len(states), CoreConfig(budgets=named.budgets, strict=True), p.seed)
     core.reset(index=states["image"])
     core.show(states["order"], states["length"])
