@@ -43,11 +43,11 @@ def order_image(geometry: BlockGrid, reveal_step: Tensor, height: int, width: in
 def frame(
     data: TokenSet, geometry: BlockGrid, tokens: Tensor, visible: Tensor, reveal_step: Tensor, side: int = 128
 ) -> np.ndarray:
-    """Partial image beside the heat map of its order, (h, w, 3) uint8, small images enlarged to at least `side` pixels."""
+    """Partial image beside the heat map of its order, (h, w, 3) uint8; small images are enlarged to about `side`."""
     image = partial_images(data, geometry, tokens, visible)
     scale = max(1, side // image.shape[-1])
     height, width = image.shape[-2] * scale, image.shape[-1] * scale
     large = image.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
-    gap = torch.full((3, height, side // 16), 255, dtype=torch.uint8)
+    gap = torch.full((3, height, max(4, scale // 2)), 255, dtype=torch.uint8)
     order = order_image(geometry, reveal_step, height, width)
     return torch.cat([large, gap, order], dim=-1).permute(1, 2, 0).numpy()

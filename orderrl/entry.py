@@ -142,7 +142,7 @@ def _run_hydra(command: str, job: Callable[[DictConfig], Any], arguments: list[s
 
 def _run_job(command: str, main: Callable[[DictConfig], Any], full_error: bool, config: DictConfig) -> Any:
     try:
-        missing = sorted(OmegaConf.missing_keys(config))
+        missing = _missing_keys(config)
         if missing:
             raise ValueError(f"{command} needs {missing[0]}=...; see --help")
         OmegaConf.resolve(config)
@@ -151,6 +151,11 @@ def _run_job(command: str, main: Callable[[DictConfig], Any], full_error: bool, 
         if full_error:
             raise
         _refuse(_line(error))
+
+
+def _missing_keys(config: DictConfig) -> list[str]:
+    """Keys that the user must give, also where another key is made of them."""
+    return [key for key, value in _leaves(config) if value == "???"]
 
 
 def _refuse(message: str) -> NoReturn:

@@ -67,7 +67,7 @@ def make_protocol(config: DictConfig, backbone: Backbone) -> Protocol:
     data = load_split(config.data.name, "test")
     real = torch.zeros(0, 3, data.height, data.width, dtype=torch.uint8)
     if e.features is not None:
-        real = torch.cat([part.images(part.tokens) for part in all_splits(config.data.name)])
+        real = torch.cat([part.images(part.tokens[: e.real_images]) for part in all_splits(config.data.name)])
     images = min(e.images, len(data))
     subset = replace(data, tokens=data.tokens[:images], labels=data.labels[:images])
     return Protocol(
@@ -180,7 +180,7 @@ def describe(config: DictConfig, backbone: Backbone, protocol: Protocol) -> dict
         if protocol.states is None
         else f"{len(protocol.states)} shared states of random contexts of test images, hindsight oracle",
         "references": f"oracle and lookahead on the first {protocol.reference_images} images",
-        "samples": f"{protocol.samples} per row against all {len(protocol.real)} real images of all splits"
+        "samples": f"{protocol.samples} per row against {len(protocol.real)} real images of all splits"
         if protocol.features
         else None,
         "features": protocol.features,

@@ -24,8 +24,9 @@ from orderrl.backbones.registry import TrainableBackbone, new_backbone
 from orderrl.backbones.training import PretrainConfig, order_losses, pretrain
 from orderrl.data import TokenSet, augment_digits, augment_patches, load_split
 from orderrl.entry import run_application
-from orderrl.pipeline import announce, section
+from orderrl.pipeline import announce, section, with_values
 from orderrl.runs import Run, progress
+from orderrl.tokenize import find_or_make_tokens
 
 AUGMENTATIONS = {"digits": augment_digits, "digits_patches": augment_patches}
 
@@ -39,6 +40,8 @@ def pretrain_backbone(config: DictConfig) -> Path:
     Raises:
         ValueError: if a value of the config is not allowed, or the weights to start from don't fit.
     """
+    if config.data.name == "folder":  # images become tokens first, with a tokeniser that is trained if need be
+        config = with_values(config, {"data": {"name": f"tokens:{find_or_make_tokens(config)}"}})
     train, held_out, test = (load_split(config.data.name, split) for split in ("backbone", "planner", "test"))
     settings = PretrainConfig(**section_of_training(config), seed=config.seed)
     torch.manual_seed(config.seed)

@@ -298,10 +298,9 @@ def test_every_command_composes_and_every_key_has_a_meaning(command: str) -> Non
 
 
 def test_every_choice_of_every_group_composes_and_is_explained() -> None:
-    for path in sorted(CONFIGS.glob("*/*.yaml")):
+    groups = {command: set(compose(command)) for command in COMMANDS}
+    for path in sorted(CONFIGS.glob("*/[!_]*.yaml")):
         group, choice = path.parent.name, path.stem
-        for command in COMMANDS:
-            if group not in compose(command):
-                continue
-            keys = documented_keys(command, [f"{group}={choice}"])
-            assert [key for key, meaning in keys.items() if not meaning] == [], (command, group, choice)
+        command = next(command for command in COMMANDS if group in groups[command])  # all compose it alike
+        keys = documented_keys(command, [f"{group}={choice}"])
+        assert [key for key, meaning in keys.items() if not meaning] == [], (command, group, choice)

@@ -1,19 +1,41 @@
 """Data sets as token images, by name."""
 
-from orderrl.data.digits import augment_digits, load_digits_split
+from orderrl.data.digits import augment_digits, augment_patches, load_digits_split, load_patches_split
+from orderrl.data.shards import load_token_set
 from orderrl.data.tokens import TokenSet
 
-__all__ = ["TokenSet", "augment_digits", "load_digits_split", "load_split"]
+__all__ = [
+    "TokenSet",
+    "augment_digits",
+    "augment_patches",
+    "load_digits_split",
+    "load_patches_split",
+    "load_split",
+    "load_token_set",
+]
 
-_LOADERS = {"digits": load_digits_split}
+_LOADERS = {"digits": load_digits_split, "digits_patches": load_patches_split}
+_ON_DISK = "tokens:"
 
 
 def load_split(name: str, split: str) -> TokenSet:
     """Load one split of a data set by name.
 
+    Args:
+        name: "digits", "digits_patches", or "tokens:FOLDER" for a token set that `python -m orderrl.tokenize` wrote.
+        split: "backbone", "planner" or "test".
+
     Raises:
-        ValueError: if the data set or its split is unknown.
+        ValueError: if the data set or its split is unknown, or a token set on disk is not whole.
+        FileNotFoundError: if there is no token set in the folder.
     """
+    if name.startswith(_ON_DISK):
+        return load_token_set(name.removeprefix(_ON_DISK), split)
+    if name == "folder":
+        raise ValueError(
+            "data=folder holds images, not tokens; make tokens with `python -m orderrl.tokenize data=folder "
+            "data.root=... output=FOLDER` and use data=tokens data.path=FOLDER"
+        )
     if name not in _LOADERS:
-        raise ValueError(f"data.name={name!r} is unknown; choose one of {', '.join(_LOADERS)}")
+        raise ValueError(f"data.name={name!r} is unknown; choose one of {', '.join(_LOADERS)}, {_ON_DISK}FOLDER")
     return _LOADERS[name](split)

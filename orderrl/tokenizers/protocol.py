@@ -1,0 +1,34 @@
+"""What the rest of the package asks of a tokeniser."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Images to tokens and back; discrete (a codebook) or continuous.
+
+    Attributes:
+        name: what it is called in files and messages.
+        downsampling: pixels along a side of a token.
+        vocab_size: number of token values; None for continuous tokens.
+        token_dim: length of the vector that a token stands for.
+    """
+
+    name: str
+    downsampling: int
+    vocab_size: Any  # int, or None for continuous tokens
+    token_dim: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits that determine shape and weights."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        """(n, 3, H, W) uint8 or in [-1, 1] -> tokens (n, N) int64, or (n, N, token_dim) if continuous; raster order."""
+
+    def decode(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Tokens of a grid (rows, columns) -> (n, 3, H, W) uint8."""

@@ -1,0 +1,103 @@
+"""Tokenisers by name or path."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orderrl.backbones.loading import read_state
+from orderrl.checkpoint import load_checkpoint, load_state, save_checkpoint
+from orderrl.tokenizers import kl, vq
+from orderrl.tokenizers.kl import KLConfig, KLTokenizer
+from orderrl.tokenizers.layers import StackConfig
+from orderrl.tokenizers.vq import VQConfig, VQTokenizer
+
+_CH_MULT_8 = StackConfig(ch_mult=(1, 2, 2, 4))
+PRESETS: dict[str, VQConfig | KLConfig] = {
+    "vq16": VQConfig(),
+    "vq8": VQConfig(encoder=_CH_MULT_8, decoder=_CH_MULT_8),
+    "kl16": KLConfig(),
+}
+_PUBLISHED = {"vq16": "vq_ds16_c2i.pt of LlamaGen", "vq8": "vq_ds8_c2i.pt of LlamaGen", "kl16": "kl16.ckpt of MAR"}
+
+
+def build_tokenizer(config: VQConfig | KLConfig, name: str) -> VQTokenizer | KLTokenizer:
+    """A tokeniser of the given shape with fresh weights."""
+    return VQTokenizer(config, name) if isinstance(config, VQConfig) else KLTokenizer(config, name)
+
+
+def load_weights(tokenizer: VQTokenizer | KLTokenizer, state: Mapping[str, Tensor], path: Path | str) -> None:
+    """Load a published state dict, every key of it but those that only training uses.
+
+    Raises:
+        ValueError: if keys are missing, unexpected or of another shape.
+    """
+    used = vq.used_weights(state) if isinstance(tokenizer, VQTokenizer) else kl.used_weights(state)
+    load_state(tokenizer, used, path)
+
+
+def load_tokenizer(
+    name: str | Path, path: str | Path | None = None, device: torch.device | str | None = None
+) -> VQTokenizer | KLTokenizer:
+    """A frozen tokeniser: eval mode, no gradients.
+
+    Args:
+        name: vq16, vq8 or kl16, with the path of the published weights; small, with the path of a tokeniser written by
+            `python -m orderrl.pretrain_tokenizer`; or that path alone.
+        path: the weights: .safetensors, .pt, .pth or .ckpt, or a hub name for published ones (`hf://OWNER/NAME/FILE`).
+        device: where it runs; None is the CPU.
+
+    Raises:
+        ValueError: if the name is unknown, needs a path, or the file does not fit.
+        FileNotFoundError: if there is no such file.
+    """
+    name = str(name)
+    if name in PRESETS:
+        tokenizer = _published(name, path)
+    elif path is None and (name.endswith(".safetensors") or Path(name).exists()):
+        tokenizer = _own(Path(name))
+    elif name == "small":
+        if path is None:
+            raise ValueError(
+                "tokenizer=small needs tokenizer.path=FILE.safetensors; make one with "
+                "`python -m orderrl.pretrain_tokenizer data=folder data.root=...`"
+            )
+        tokenizer = _own(Path(path))
+    else:
+        raise ValueError(
+            f"tokenizer={name!r} is unknown; choose one of {', '.join(PRESETS)}, small, or give the path of a "
+            ".safetensors file written by pretrain_tokenizer"
+        )
+    tokenizer.eval().requires_grad_(False)
+    return tokenizer if device is None else tokenizer.to(device)
+
+
+def save_tokenizer(path: Path | str, tokenizer: VQTokenizer, description: Mapping[str, Any]) -> None:
+    """Write a tokeniser as safetensors with its config and a description of its training."""
+    described = {"kind": "tokenizer", "name": tokenizer.name, "model": tokenizer.config.to_dict(), **description}
+    save_checkpoint(path, tokenizer.state_dict(), described)
+
+
+def _published(name: str, path: str | Path | None) -> VQTokenizer | KLTokenizer:
+    if path is None:
+        raise ValueError(f"tokenizer={name} needs tokenizer.path=FILE, the published weights ({_PUBLISHED[name]})")
+    tokenizer = build_tokenizer(PRESETS[name], name)
+    load_weights(tokenizer, read_state(path), path)
+    return tokenizer
+
+
+def _own(path: Path) -> VQTokenizer:
+    tensors, description = load_checkpoint(path, "tokenizer")
+    try:
+        tokenizer = VQTokenizer(VQConfig(**description["model"]), description["name"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: does not describe a VQ tokeniser ({error}); make it anew with "
+            "`python -m orderrl.pretrain_tokenizer`"
+        ) from error
+    load_state(tokenizer, tensors, path)
+    return tokenizer

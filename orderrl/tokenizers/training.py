@@ -1,0 +1,236 @@
+"""Training a small VQ tokeniser on plain reconstruction.
+
+The objective of VQ-VAE (van den Oord et al., 2017): reconstruction, codebook and commitment loss, with the
+straight-through gradient; no discriminator and no perceptual loss. Codes that no position has chosen for a while start
+anew at latents of the current batch (random restarts; Dhariwal et al., 2020). The averaged weights are kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from orderrl.tokenizers.layers import to_unit_range
+from orderrl.tokenizers.vq import VQTokenizer
+
+RECONSTRUCTIONS = ("l1", "l2")
+
+
+@dataclass(frozen=True)
+class TokenizerTrainingConfig:
+    """How a tokeniser is trained.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: images per step.
+        learning_rate: peak of the cosine schedule.
+        warmup: steps of linear warm-up.
+        weight_decay: of AdamW, on matrices except the codebook.
+        reconstruction: "l1" or "l2", per pixel and channel in [-1, 1].
+        codebook: weight of the codebook loss, which moves codes to their latents.
+        commitment: weight of the commitment loss, which moves latents to their codes.
+        flips: mirror half of the images.
+        restart_every: steps after which codes that were not chosen since start anew.
+        restart_until: fraction of training after which codes are left alone.
+        ema: decay of the exponential moving average of the weights that is saved.
+        evaluate_every: steps between evaluations.
+        held_out_images: images of an evaluation during training, at most.
+        seed: of initialisation, batches and restarts.
+    """
+
+    steps: int = 2000
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    warmup: int = 100
+    weight_decay: float = 1e-4
+    reconstruction: str = "l2"
+    codebook: float = 1.0
+    commitment: float = 0.25
+    flips: bool = True
+    restart_every: int = 50
+    restart_until: float = 0.7
+    ema: float = 0.99
+    evaluate_every: int = 500
+    held_out_images: int = 500
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.reconstruction not in RECONSTRUCTIONS:
+            raise ValueError(
+                f"reconstruction={self.reconstruction!r} is unknown; choose one of {', '.join(RECONSTRUCTIONS)}"
+            )
+        for name in ("steps", "batch_size", "restart_every", "evaluate_every", "held_out_images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("codebook", "commitment", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("restart_until", "ema"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+
+
+def tokenizer_losses(tokenizer: VQTokenizer, images: Tensor, reconstruction: str) -> tuple[dict[str, Tensor], Tensor]:
+    """Terms of the objective, and what a restart needs.
+
+    Args:
+        tokenizer: gets gradients.
+        images: (n, 3, H, W) in [-1, 1].
+        reconstruction: "l1" or "l2".
+
+    Returns:
+        Scalars "reconstruction", "codebook" and "commitment", and the latents (n, h, w, e) as they were compared.
+    """
+    latents = tokenizer.latents(images)
+    codes, indices = tokenizer.quantise(latents)
+    x = tokenizer.quantize.normalised(latents.movedim(1, -1))
+    chosen = tokenizer.quantize.lookup(indices)
+    distance = F.l1_loss if reconstruction == "l1" else F.mse_loss
+    losses = {
+        "reconstruction": distance(tokenizer.pixels(codes), images),
+        "codebook": F.mse_loss(chosen, x.detach()),
+        "commitment": F.mse_loss(x, chosen.detach()),
+    }
+    return losses, x.detach()
+
+
+@torch.no_grad()
+def restart_codes(tokenizer: VQTokenizer, unused: Tensor, latents: Tensor, generator: torch.Generator) -> int:
+    """Move unused codes to random latents.
+
+    Args:
+        tokenizer: changed in place.
+        unused: (V,) bool.
+        latents: (..., e) to draw from.
+        generator: source of randomness, on the CPU.
+
+    Returns:
+        How many codes moved.
+    """
+    count = int(unused.sum())
+    flat = latents.flatten(0, -2)
+    chosen = torch.randint(len(flat), (count,), generator=generator).to(flat.device)
+    tokenizer.quantize.embedding.weight[unused] = flat[chosen]
+    return count
+
+
+@torch.no_grad()
+def reconstruction_quality(tokenizer: VQTokenizer, batches: Iterable[Tensor]) -> dict[str, float]:
+    """How well 8-bit reconstructions agree with the images, and how much of the codebook they use.
+
+    Args:
+        tokenizer: in eval mode.
+        batches: (n, 3, H, W) uint8 each.
+
+    Returns:
+        images; psnr (dB, mean over images); l1 (mean absolute error, pixel values in [0, 1]); usage (share of codes
+        that occur); perplexity (exponential of the entropy of the codes' frequencies).
+    """
+    counts = torch.zeros(tokenizer.vocab_size, dtype=torch.int64)
+    psnr: list[Tensor] = []
+    l1: list[Tensor] = []
+    device = tokenizer.quant_conv.weight.device
+    for images in batches:
+        tokens = tokenizer.encode(images.to(device))
+        grid = (images.shape[2] // tokenizer.downsampling, images.shape[3] // tokenizer.downsampling)
+        error = (tokenizer.decode(tokens, grid).cpu().float() - images.cpu().float()) / 255
+        mse = error.pow(2).mean((1, 2, 3)).clamp_min(1e-10)
+        psnr.append(-10 * mse.log10())
+        l1.append(error.abs().mean((1, 2, 3)))
+        counts += tokens.cpu().flatten().bincount(minlength=tokenizer.vocab_size)
+    share = counts / counts.sum()
+    entropy = -torch.special.xlogy(share, share).sum()
+    return {
+        "images": sum(len(part) for part in psnr),
+        "psnr": torch.cat(psnr).mean().item(),
+        "l1": torch.cat(l1).mean().item(),
+        "usage": (counts > 0).double().mean().item(),
+        "perplexity": entropy.exp().item(),
+    }
+
+
+def train_tokenizer(
+    tokenizer: VQTokenizer,
+    draw: Callable[[int, torch.Generator], Tensor],
+    held_out: Callable[[], Iterable[Tensor]],
+    config: TokenizerTrainingConfig,
+) -> Iterator[dict[str, float]]:
+    """Train in place; on return the tokeniser holds the averaged weights.
+
+    Args:
+        tokenizer: trained in place.
+        draw: gives a random batch (n, 3, H, W) uint8 of n training images.
+        held_out: gives batches (n, 3, H, W) uint8 for the logged quality; never trained on.
+        config: hyper-parameters.
+
+    Yields:
+        One dict of metrics a step: step, loss and its terms, learning_rate, restarted; with held_out_psnr (dB),
+        held_out_l1, held_out_usage and held_out_perplexity at every evaluation.
+    """
+    device = tokenizer.quant_conv.weight.device
+    generator = torch.Generator().manual_seed(config.seed)
+    optimizer = torch.optim.AdamW(_groups(tokenizer, config), lr=config.learning_rate, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate_factor(step, config))
+    averaged = AveragedModel(tokenizer, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+    mean = cast(VQTokenizer, averaged.module).eval()
+    chosen = torch.zeros(tokenizer.vocab_size, dtype=torch.bool, device=device)
+    tokenizer.train()
+    for step in range(config.steps):
+        images = to_unit_range(draw(config.batch_size, generator)).to(device)
+        if config.flips:
+            mirrored = torch.rand(len(images), 1, 1, 1, generator=generator).to(device) < 0.5
+            images = torch.where(mirrored, images.flip(-1), images)
+        losses, latents = tokenizer_losses(tokenizer, images, config.reconstruction)
+        loss = (
+            losses["reconstruction"] + config.codebook * losses["codebook"] + config.commitment * losses["commitment"]
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)
+        chosen[tokenizer.quantize.nearest(latents).flatten()] = True
+        optimizer.step()
+        schedule.step()
+        restarted = 0
+        if (step + 1) % config.restart_every == 0 or step == 0:  # the first batch spreads the codes over its latents
+            if step < config.restart_until * config.steps:
+                restarted = restart_codes(tokenizer, ~chosen, latents, generator)
+            chosen.zero_()
+        averaged.update_parameters(tokenizer)
+        row = {
+            "step": step + 1,
+            "loss": loss.item(),
+            **{f"loss_{name}": value.item() for name, value in losses.items()},
+            "learning_rate": float(schedule.get_last_lr()[0]),
+            "restarted": float(restarted),
+        }
+        if (step + 1) % config.evaluate_every == 0 or step + 1 == config.steps:
+            quality = reconstruction_quality(mean, held_out())
+            row |= {f"held_out_{name}": value for name, value in quality.items() if name != "images"}
+        yield row
+    tokenizer.load_state_dict(mean.state_dict())
+    tokenizer.eval()
+
+
+def _groups(tokenizer: VQTokenizer, config: TokenizerTrainingConfig) -> list[dict[str, object]]:
+    codes = tokenizer.quantize.embedding.weight
+    matrices = [p for p in tokenizer.parameters() if p.ndim > 1 and p is not codes]
+    vectors = [p for p in tokenizer.parameters() if p.ndim <= 1]
+    return [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": [*vectors, codes], "weight_decay": 0.0},
+    ]
+
+
+def _learning_rate_factor(step: int, config: TokenizerTrainingConfig) -> float:
+    """Linear warm-up, then a cosine to 2 % of the peak."""
+    if step < config.warmup:
+        return (step + 1) / config.warmup
+    progress = (step - config.warmup) / max(config.steps - config.warmup, 1)
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))

@@ -1,0 +1,92 @@
+"""From an image folder to a token set by the commands."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from orderrl.data import load_split
+from orderrl.entry import compose
+from orderrl.pretrain_tokenizer import pretrain_tokenizer
+from orderrl.tokenize import find_or_make_tokens, tokenize
+from orderrl.tokenizers import load_tokenizer
+from tests.tokenizers.helpers import image_folder, save_tiny_vq
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAINING = [
+    *("tokenizer.training.steps=2", "tokenizer.training.batch_size=4", "tokenizer.training.evaluate_every=1"),
+    *("tokenizer.model.codebook_size=16", "tokenizer.model.z_channels=32"),
+]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> list[str]:
+    root = image_folder(tmp_path / "images", per_class=10)
+    return [f"data.root={root}", "data.image_size=8"]
+
+
+@pytest.fixture
+def trained(tmp_path: Path, data: list[str]) -> Path:
+    """A tokeniser trained for two steps."""
+    return pretrain_tokenizer(compose("pretrain_tokenizer", [*data, *TRAINING, f"output_dir={tmp_path / 'runs'}"]))
+
+
+def test_the_commands_lead_from_images_to_a_token_set(tmp_path: Path, data: list[str], trained: Path) -> None:
+    assert {"results.json", "metrics.jsonl", "config.yaml"} <= {path.name for path in trained.parent.iterdir()}
+    call = [sys.executable, "-m", "orderrl.tokenize", "data=folder", *data, "tokenizer=small"]
+    call += [f"tokenizer.path={trained}", f"output={tmp_path / 'set'}", "data.flips=true"]
+    answer = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    assert "images/s" in answer.stdout and "backbone 14, planner 4, test 2" in answer.stdout
+    config = compose("pretrain", ["data=tokens", f"data.path={tmp_path / 'set'}"])
+    sizes = {split: len(load_split(config.data.name, split)) for split in ("backbone", "planner", "test")}
+    assert sizes == {"backbone": 28, "planner": 4, "test": 2}
+    test = load_split(config.data.name, "test")
+    assert torch.equal(test.images(test.tokens), load_tokenizer(trained).decode(test.tokens, (2, 2)))
+
+
+def test_tokens_of_a_config_are_made_once_with_their_tokeniser(tmp_path: Path, data: list[str]) -> None:
+    where = [f"cache_dir={tmp_path / 'cache'}", f"output_dir={tmp_path / 'runs'}"]
+    config = compose("pretrain_tokenizer", [*data, *TRAINING, where[1], f"+{where[0]}"])
+    folder = find_or_make_tokens(config)
+    runs = list((tmp_path / "runs" / "pretrain_tokenizer").iterdir())
+    assert find_or_make_tokens(config) == folder and len(load_split(f"tokens:{folder}", "backbone")) == 14
+    assert list((tmp_path / "runs" / "pretrain_tokenizer").iterdir()) == runs and len(runs) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["tokenizer=small"], r"needs tokenizer\.path=FILE"),
+        (["tokenizer=none"], "tokenizer='none' is unknown"),
+        (["data=digits", "tokenizer=small", "tokenizer.path={path}"], "data=digits is no image folder"),
+        (["data.root={root}", "data.image_size=7", "tokenizer=small", "tokenizer.path={path}"], "multiples of 2"),
+    ],
+)
+def test_what_cannot_be_tokenised_is_refused(tmp_path: Path, changes: list[str], message: str) -> None:
+    names = {"path": save_tiny_vq(tmp_path / "t.safetensors"), "root": image_folder(tmp_path / "images")}
+    overrides = [f"output={tmp_path / 'set'}", *(change.format(**names) for change in changes)]
+    with pytest.raises(ValueError, match=message):
+        tokenize(compose("tokenize", overrides))
+
+
+def test_published_tokenisers_are_not_trained(data: list[str]) -> None:
+    with pytest.raises(ValueError, match="train tokenizer=small"):
+        pretrain_tokenizer(compose("pretrain_tokenizer", [*data, "tokenizer=vq16", "tokenizer.path=x.pt"]))
+
+
+def test_a_folder_of_broken_files_is_refused(tmp_path: Path, data: list[str]) -> None:
+    for path in (tmp_path / "images").glob("*/*.png"):
+        path.write_text("broken")
+    overrides = [*data, *TRAINING, f"output_dir={tmp_path / 'runs'}"]
+    with pytest.raises(ValueError, match="cannot be read as an image"):
+        pretrain_tokenizer(compose("pretrain_tokenizer", overrides))
+    with pytest.raises(ValueError, match="hardly any file can be read"):
+        pretrain_tokenizer(compose("pretrain_tokenizer", [*overrides, "data.skip_broken=true"]))
+
+
+def test_an_image_size_that_the_tokeniser_cannot_halve_is_refused(tmp_path: Path, data: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"data\.image_size=9 must be a multiple of 4"):
+        pretrain_tokenizer(compose("pretrain_tokenizer", [*data, *TRAINING, "data.image_size=9"]))
