@@ -137,7 +137,7 @@ def clone(planner: OrderHead, labels: TensorDict, geometry: BlockGrid, config: B
     labels["fraction"] = labels["visible"].float().mean(-1, keepdim=True)
     gains, losses = labels.pop("gains"), labels.pop("loss")
     utility = -losses if config.target == "charged" else utilities(gains, geometry, weights)
-    utility = utility / utility[labels["action_mask"]].std()
+    utility = utility / utility[labels["action_mask"]].std().clamp_min(1e-12)  # a backbone may see no difference
     images = labels["image"].unique()
     if len(images) < 2:
         raise ValueError(f"labels must come from at least 2 images, one is kept back; got {len(images)}")

@@ -136,6 +136,7 @@ def _read_config(path: Path, metadata: Mapping[str, str], kind: str) -> dict[str
     return config
 
 
-def shorten(names: list[str], limit: int = 5) -> str:
+def shorten(names: list[str], limit: int = 20) -> str:
+    """The first names of a list in one line, and how many more there are."""
     rest = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

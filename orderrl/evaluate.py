@@ -15,7 +15,7 @@ from torch import Tensor
 
 from orderrl.agents.fitted import fit_order
 from orderrl.agents.registry import NamedPolicy, make_policy
-from orderrl.backbones import Backbone, Sampling, backbone_fingerprint, load_backbone
+from orderrl.backbones import Backbone, backbone_fingerprint, load_backbone
 from orderrl.backbones.masked import MaskedTransformer
 from orderrl.backbones.registry import TrainableBackbone
 from orderrl.data import load_split
@@ -31,7 +31,14 @@ from orderrl.metrics.evaluation import (
 )
 from orderrl.metrics.quality import real_floor
 from orderrl.oracle import utilities
-from orderrl.pipeline import announce, find_or_make_labels, newest_planner, open_backbone, open_labels
+from orderrl.pipeline import (
+    announce,
+    find_or_make_labels,
+    newest_planner,
+    open_backbone,
+    open_labels,
+    sampling_of,
+)
 from orderrl.report import write_report
 from orderrl.report.markdown import markdown_comparisons, markdown_table
 from orderrl.runs import Run, progress, write_json
@@ -107,7 +114,9 @@ def chosen_policies(config: DictConfig, backbone: Backbone) -> list[tuple[NamedP
 
     e = config.eval
     if not backbone.order_robust:
-        announce(f"{config.backbone.name} draws in raster order only: no policy to compare, its raster row stands alone")
+        announce(
+            f"{config.backbone.name} draws in raster order only: no policy to compare, its raster row stands alone"
+        )
         return []
     paths: list[str] = []
     for entry in e.planners:
@@ -144,12 +153,13 @@ def evaluate(config: DictConfig) -> Path:
                     raise ValueError(f"token_raster={name!r} must be a causal backbone of this package")
                 rows.append(evaluate_token_raster(protocol, "token_raster" if own else name, other))
                 advance(note=name)
-        floor = EMPTY_ROW | {"policy": "real images", "features": protocol.features}
+        floor = []
         if protocol.features is not None:
-            floor["frechet_distance"] = real_floor(protocol.real, protocol.features, seed=config.seed)
+            distance = real_floor(protocol.real, protocol.features, seed=config.seed)
+            floor = [EMPTY_ROW | {"policy": "real images", "features": protocol.features, "frechet_distance": distance}]
         results: dict[str, Any] = {
             "protocol": describe(config, backbone, protocol),
-            "rows": [row.row for row in rows] + [floor],
+            "rows": [row.row for row in rows] + floor,
             "comparisons": comparisons(rows, protocol.resamples, config.seed),
         }
         write_json(run.folder / "results.json", results)

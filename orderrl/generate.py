@@ -50,9 +50,7 @@ def generate(config: DictConfig) -> Path:
         draw = partial(generate_published, backbone, labels, config.steps, sampling, config.seed)
     else:
         named = make_policy(spec, backbone, lambda: fitted_order(config, backbone), tuple(config.budgets))
-        draw = partial(
-            generate_images, backbone, data, named.policy, named.budgets, labels, sampling, config.seed
-        )
+        draw = partial(generate_images, backbone, data, named.policy, named.budgets, labels, sampling, config.seed)
     with Run("generate", config) as run:
         with progress(config.n, f"generating ({spec})", "images") as advance:
             made = draw(advance=advance)
@@ -65,7 +63,7 @@ def generate(config: DictConfig) -> Path:
             grids.append(Image.fromarray(shown.permute(1, 2, 0).numpy()))
         grids[-1].save(run.folder / "images.png")
         grids[0].save(run.folder / "order.gif", save_all=True, append_images=grids[1:] + [grids[-1]] * 4, duration=250)
-        _order_grid(made, *images.shape[-2:], columns, geometry).save(run.folder / "order.png")
+        _order_grid(made, images.shape[-2], images.shape[-1], columns, geometry).save(run.folder / "order.png")
         steps = (made.reveal_step.amax(1) + 1).float().mean().item()
         run.log({"images": float(config.n), "seconds": made.seconds, "planner_steps": steps}, 0)
         announce(

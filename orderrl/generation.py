@@ -136,7 +136,9 @@ def _published_causal(
     """Samples of a causal model and their token order (M, N)."""
     linear = sampling.guidance_schedule == "linear"
     if isinstance(backbone, RasterTransformer):
-        return llamagen_sampler(backbone, labels, uniforms, sampling), torch.arange(order.shape[1]).to(order).expand_as(order)
+        return llamagen_sampler(backbone, labels, uniforms, sampling), torch.arange(order.shape[1]).to(order).expand_as(
+            order
+        )
     if isinstance(backbone, OrderRobustTransformer):
         guidance = (1.0 if linear else sampling.guidance, sampling.guidance)
         return randar_sampler(backbone, labels, order, uniforms, steps, guidance, sampling), order

@@ -86,10 +86,16 @@ def require_order_robust(config: DictConfig, backbone: Backbone, what: str) -> N
 
 
 def with_values(config: DictConfig, values: dict[str, Any]) -> DictConfig:
-    """A copy of a config with some sections or values replaced."""
-    merged = OmegaConf.merge(config, values)
-    assert isinstance(merged, DictConfig)
-    return merged
+    """A copy of a config with some values replaced; a section that is a config itself replaces the whole section."""
+    changed = config.copy()
+    OmegaConf.set_struct(changed, False)
+    for key, value in values.items():
+        if isinstance(value, DictConfig) or key not in changed:
+            changed[key] = value
+        else:
+            OmegaConf.update(changed, key, value, merge=True)
+    OmegaConf.set_struct(changed, True)
+    return changed
 
 
 def announce(text: str) -> None:

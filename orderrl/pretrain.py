@@ -69,7 +69,7 @@ def pretrain_backbone(config: DictConfig) -> Path:
 
 
 def backbone_to_train(config: DictConfig, data: TokenSet) -> TrainableBackbone:
-    """A backbone to begin with: the shape of the config's `model`, or a published model with its weights if it has a path.
+    """A backbone to begin with: the shape of the config's `model`, or a published model with the weights of its path.
 
     A raster model gets instruction tokens, so that any order can be learnt.
 

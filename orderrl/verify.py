@@ -28,7 +28,9 @@ def verify(path: str, allow_missing: bool = False) -> bool:
     table = Table("output", "shape", "largest difference", "tolerance", "", title=f"{path} ({fixture.constructor})")
     for row in rows:
         found = row.remark if row.difference is None else f"{row.difference:.2e}"
-        table.add_row(row.name, "x".join(map(str, row.shape)), found, f"{row.tolerance:.0e}", _verdict(row, allow_missing))
+        table.add_row(
+            row.name, "x".join(map(str, row.shape)), found, f"{row.tolerance:.0e}", _verdict(row, allow_missing)
+        )
     console = Console(highlight=False)
     (console if console.is_terminal else Console(highlight=False, width=120)).print(table)
     missing = [row.name for row in rows if row.remark == "no counterpart"]

@@ -28,7 +28,7 @@ from orderrl.metrics.evaluation import EMPTY_ROW, Evaluated
 from orderrl.pipeline import find_or_train_ppo, newest_planner, open_backbone, open_labels
 from orderrl.planner import load_planner
 from orderrl.pretrain import pretrain_backbone
-from orderrl.train import train
+from orderrl.train import AGENTS, train
 from tests.helpers import tiny_backbone
 
 BACKBONE = "tiny.safetensors"
@@ -188,12 +188,18 @@ def test_ppo_continues_after_an_interruption_with_the_same_result(home: Path, cl
     assert not list((home / "cut" / "unfinished").glob("*.pt"))
 
 
-def test_the_backbone_is_untouched_by_training(home: Path, improved: Path) -> None:
-    before = tiny_backbone(8, 8, vocab_size=17, num_classes=10)
-    after = load_backbone(home / BACKBONE)
-    assert backbone_fingerprint(after) == backbone_fingerprint(before)
-    assert isinstance(after, torch.nn.Module)
-    assert not any(p.requires_grad for p in after.parameters()) and not after.training
+@pytest.mark.parametrize("overrides", [SMALL_BC, SMALL_PPO], ids=["bc", "ppo"])
+def test_no_training_changes_a_byte_of_the_backbone(home: Path, cloned: Path, overrides: list[str]) -> None:
+    start = [f"agent.start={cloned}"] if overrides is SMALL_PPO else []
+    config = configure(home, "train", *overrides, *start, cache="frozen")
+    backbone = open_backbone(config)
+    assert isinstance(backbone, torch.nn.Module)
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    AGENTS[config.agent.name](config, backbone, None, False)
+    after = backbone.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before) and before.keys() == after.keys()
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in backbone.parameters())
+    assert not backbone.training
 
 
 def test_results_have_every_column_and_null_where_a_metric_does_not_apply(evaluated: Path) -> None:

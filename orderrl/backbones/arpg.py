@@ -12,7 +12,6 @@ Notable:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -169,9 +168,7 @@ class ARPG(nn.Module, ChainBackbone):
         values.append(self._heads(self.layers.to_v(normed)))
         return ChainEntries(torch.stack(keys), torch.stack(values))
 
-    def predict(
-        self, positions: Tensor, prefix: PrefixCache, own: ChainEntries, causal: bool = True
-    ) -> Tensor:
+    def predict(self, positions: Tensor, prefix: PrefixCache, own: ChainEntries, causal: bool = True) -> Tensor:
         """Second pass: hidden states that predict raster positions (M, C, T), (M, C, T, dim) after the final norm.
 
         Args:
@@ -232,8 +229,8 @@ class ARPG(nn.Module, ChainBackbone):
     @staticmethod
     def _causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Causal attention over (M, S, heads, head_dim) -> (M, S, dim)."""
-        parts = (part.transpose(1, 2) for part in (query, key, value))
-        return rearrange(F.scaled_dot_product_attention(*parts, is_causal=True), "m h s d -> m s (h d)")
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+        return rearrange(F.scaled_dot_product_attention(query, key, value, is_causal=True), "m h s d -> m s (h d)")
 
     # ------------------------------------------------------------------ chains over a prefix
 

@@ -70,7 +70,7 @@ class _Sample:
         return naive_block_losses(self.backbone, self.tokens, self.labels, revealed, blocks)
 
 
-def _random_tokens(backbone: Backbone, states: int, generator: torch.Generator) -> Tensor:
+def random_tokens(backbone: Backbone, states: int, generator: torch.Generator) -> Tensor:
     """Tokens (M, N) int64; continuous ones (M, N, C) float32."""
     if backbone.vocab_size:
         return torch.randint(backbone.vocab_size, (states, backbone.geometry.num_tokens), generator=generator)
@@ -82,7 +82,7 @@ def _draw_sample(backbone: Backbone, states: int, seed: int, tolerance: float) -
     generator, device = torch.Generator().manual_seed(seed), backbone_device(backbone)
     b = backbone.geometry.num_blocks
     visible = max(1, b // 3) if b > 1 else 0
-    tokens = _random_tokens(backbone, states, generator)
+    tokens = random_tokens(backbone, states, generator)
     labels = torch.randint(backbone.num_classes, (states,), generator=generator)
     order = torch.rand(states, b, generator=generator).argsort(1).to(device)
     parts = order[:, :visible], order[:, visible:]
@@ -102,7 +102,7 @@ def _check_observation(sample: _Sample) -> None:
 
 def _check_leak(sample: _Sample) -> None:
     backbone, geometry = sample.backbone, sample.backbone.geometry
-    shuffled = _random_tokens(backbone, len(sample.tokens), sample.generator).to(sample.tokens)
+    shuffled = random_tokens(backbone, len(sample.tokens), sample.generator).to(sample.tokens)
     visible = torch.zeros(len(sample.tokens), geometry.num_blocks, dtype=torch.bool, device=sample.tokens.device)
     visible = visible.scatter(1, sample.revealed, True)[:, geometry.token_block.to(visible.device)]
     other = torch.where(visible.view(visible.shape + (1,) * (shuffled.ndim - 2)), sample.tokens, shuffled)

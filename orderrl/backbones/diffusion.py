@@ -284,7 +284,9 @@ class DenoisingNetwork(nn.Module):
             x = block(x, y)
         return self.final_layer(x, y)
 
-    def guided(self, x: Tensor, t: Tensor, conditions: Tensor, unconditional: Tensor, guidance: float | Tensor) -> Tensor:
+    def guided(
+        self, x: Tensor, t: Tensor, conditions: Tensor, unconditional: Tensor, guidance: float | Tensor
+    ) -> Tensor:
         """Output (2, ..., 2C) under both conditions for the same x, each with the guided noise in place of its own.
 
         Guided noise = unconditional + guidance * (conditional - unconditional); variance values are not mixed.

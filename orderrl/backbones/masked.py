@@ -3,8 +3,8 @@
 Notable:
 - There is no prefix cache: a state is its visible tokens, and one pass over it scores all hidden blocks at once. The
   tokens of a block are predicted together, not one after another.
-- There are no nats. A block's loss is the sum of its tokens' diffusion losses (Li et al., 2024) at fixed times, averaged
-  over `loss_draws` noises; the noise is keyed by (image, position, draw), so it never depends on call or batch.
+- There are no nats. A block's loss is the sum of its tokens' diffusion losses (Li et al., 2024) at fixed times,
+  averaged over `loss_draws` noises, which are keyed by (image, position, draw) and never depend on call or batch.
 - The entropy channel is the log-variance of a few tokens drawn from the model with few steps. What needs probabilities
   (label kinds kl and expected, lookahead, top-k, top-p) is refused by name.
 """
@@ -74,9 +74,7 @@ class MaskedState:
 
     def reveal(self, tokens: Tensor, shown: Tensor) -> MaskedState:
         """New states that also see the tokens (M, N, C) where shown (M, N)."""
-        return MaskedState(
-            torch.where(shown[..., None], tokens, self.tokens), self.visible | shown, self.labels
-        )
+        return MaskedState(torch.where(shown[..., None], tokens, self.tokens), self.visible | shown, self.labels)
 
 
 @dataclass(frozen=True)
@@ -147,7 +145,9 @@ class MaskedTransformer(MAR):
         """(D,), largest absolute value of each channel of a condition: a layer norm's output plus an embedding."""
         norm: Any = self.decoder_norm
         return (
-            self.hidden_size**0.5 * norm.weight.abs() + norm.bias.abs() + self.diffusion_pos_embed_learned.abs().amax((0, 1))
+            self.hidden_size**0.5 * norm.weight.abs()
+            + norm.bias.abs()
+            + self.diffusion_pos_embed_learned.abs().amax((0, 1))
         ).detach()
 
     # ------------------------------------------------------------------ states
@@ -194,7 +194,7 @@ class MaskedTransformer(MAR):
         return BlockLosses(loss.float(), hidden, spread), MaskedChains(blocks)
 
     def _conditions_after(self, prefix: MaskedState, tokens: Tensor, positions: Tensor, revealed: Tensor) -> Tensor:
-        """Conditions (M, C, p*p, D) of chains that also see a revealed block (M, C); each such state is encoded once."""
+        """Conditions (M, C, p*p, D) of chains that also see a revealed block (M, C); equal states are encoded once."""
         rows = torch.arange(len(revealed), device=revealed.device)[:, None].expand_as(revealed)
         pairs, place = torch.unique(rows * self.geometry.num_blocks + revealed, return_inverse=True)
         row, block = pairs // self.geometry.num_blocks, pairs % self.geometry.num_blocks
@@ -230,7 +230,8 @@ class MaskedTransformer(MAR):
             t = torch.full(x.shape[:-1], step, device=z.device)
             output = net(x, process.timestep_map[t], condition.expand(-1, -1, x.shape[2], -1))
             x = process.step(output, x, t, noise(step + 1))
-        spread = x.float().var(2, unbiased=self.config.entropy_samples > 1).clamp_min(1e-6).log().mean(-1)
+        variance = (x - x.mean(2, keepdim=True)).float().square().mean(2)  # (M, C, channels)
+        spread = variance.clamp_min(1e-6).log().mean(-1)
         return z.float().mean(2), spread.clamp(LOWEST_LOG_VARIANCE, HIGHEST_LOG_VARIANCE)
 
     def observe(self, prefix: MaskedState, blocks: Tensor) -> tuple[Tensor, Tensor]:

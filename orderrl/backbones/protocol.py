@@ -48,8 +48,11 @@ class Backbone(Protocol):
     vocab_size: int
     num_classes: int
     hidden_size: int
-    draws_per_block: int
     order_robust: bool
+
+    @property
+    def draws_per_block(self) -> int:
+        """Sequential draws that a block takes."""
 
     def start(self, labels: Tensor) -> Any:
         """Cache of the empty state: labels (M,) int64 -> prefix of M states."""

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,6 +21,7 @@ from orderrl.checkpoint import load_checkpoint, load_state, save_checkpoint
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 TrainableBackbone = OrderRobustTransformer | RasterTransformer | ARPG | MaskedTransformer
+Model = TypeVar("Model", bound=TrainableBackbone)
 _FAMILIES: dict[str, tuple[type[Any], type[Any]]] = {
     "llamagen": (RasterTransformer, TransformerConfig),
     "randar": (OrderRobustTransformer, TransformerConfig),
@@ -148,14 +149,15 @@ def save_backbone(path: Path, backbone: TrainableBackbone, description: dict[str
     save_checkpoint(path, tensors, config)
 
 
-def with_block_size(backbone: TrainableBackbone, block_size: int) -> TrainableBackbone:
+def with_block_size(backbone: Model, block_size: int) -> Model:
     """The same weights on another block grid; block_size = the grid's side is plain raster token order."""
-    other = type(backbone)(replace(backbone.config, block_size=block_size))  # type: ignore[arg-type]
+    other: Any = type(backbone)(replace(backbone.config, block_size=block_size))  # type: ignore[arg-type]
     other.load_state_dict(backbone.state_dict())
     parameter = next(backbone.parameters())
     _cast(other, parameter.dtype)
     other.to(parameter.device)
-    return other.eval().requires_grad_(False)
+    frozen: Model = other.eval().requires_grad_(False)
+    return frozen
 
 
 def weights_fingerprint(module: torch.nn.Module) -> str:

@@ -104,9 +104,7 @@ def raster_token_orders(geometry: BlockGrid, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def mean_loss(
-    backbone: TrainableBackbone, data: TokenSet, orders: Tensor, batch_size: int | None = None
-) -> float:
+def mean_loss(backbone: TrainableBackbone, data: TokenSet, orders: Tensor, batch_size: int | None = None) -> float:
     """Mean teacher-forced loss of a token set under given token orders (n, N), nats (or DiffLoss units) per token.
 
     `batch_size` images are scored at once; None takes what a bounded number of logits allows.

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -108,4 +107,3 @@ def load_fixture(path: str | Path) -> Fixture:
     weights = {key.removeprefix("weights/"): value for key, value in tensors.items() if key.startswith("weights/")}
     io = {role: {name: tensors[f"io/{name}"] for name in roles if roles[name] == role} for role in ("input", "output")}
     return Fixture(path, description, weights, io["input"], io["output"])
-

@@ -34,9 +34,7 @@ def replay(fixture: Fixture) -> dict[str, Tensor]:
             drawn = llamagen_sampler(model, labels, torch.zeros(tokens.shape), sampling)
             outputs[name], outputs[f"{name}_logits"] = drawn.tokens, drawn.logits
     if "filter_probs" in fixture.outputs:
-        temperature, top_k, top_p = (
-            fixture.argument("filter_probs", key) for key in ("temperature", "top_k", "top_p")
-        )
+        temperature, top_k, top_p = (fixture.argument("filter_probs", key) for key in ("temperature", "top_k", "top_p"))
         filtered = filter_logits(inputs["filter_logits"] / temperature, int(top_k), top_p)
         outputs["filter_probs"] = filtered.softmax(-1)
     return outputs

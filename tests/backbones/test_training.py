@@ -99,7 +99,12 @@ def test_the_last_random_checkpoint_is_handed_out(order: str, anneal_from: float
     kept: list[torch.Tensor] = []
     backbone, seen = fresh(), []
     train = pretrain(
-        backbone, striped(50, 0), striped(20, 1), config, None, lambda b: kept.append(b.output.weight.detach().clone())
+        backbone,
+        striped(50, 0),
+        striped(20, 1),
+        config,
+        None,
+        lambda b: kept.append(b.get_parameter("output.weight").detach().clone()),
     )
     for row in train:
         seen.append((row["random_share"], len(kept)))

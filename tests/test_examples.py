@@ -1,0 +1,141 @@
+"""The commands of the example pages, run in order on tiny files of the same layout."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from orderrl.backbones import load_backbone, registry
+from orderrl.backbones.registry import new_backbone
+from orderrl.data import load_split
+from orderrl.entry import compose
+from orderrl.oracle import LabelConfig, label_contexts, random_contexts
+from orderrl.tokenizers import PRESETS, build_tokenizer
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+CLASSES, SIDE = 3, 4
+SHAPE = {"height": SIDE, "width": SIDE, "num_classes": CLASSES, "dim": 16, "layers": 2, "heads": 2, "multiple_of": 16}
+FUNCTIONS = {"pretrain": "pretrain_backbone"}  # where the function is not called like the command
+
+# What makes every command small; the rest is as on the page.
+SMALL: dict[str, list[str]] = {
+    "tokenize": ["data.image_size=64", "batch_size=4"],
+    "label": ["labels.contexts=16"],
+    "train": ["labels.contexts=16", "agent.steps=4"],
+    "evaluate": [
+        "labels.contexts=16", "eval.images=2", "eval.states=4", "eval.reference_images=2", "eval.resamples=20",
+        "eval.policies=[raster,random,oracle]",
+    ],
+    "generate": ["n=2", "labels.contexts=16", "steps=5"],
+    "pretrain": ["backbone.training.steps=2", "backbone.training.batch_size=2", "backbone.training.warmup=1"],
+}  # fmt: skip
+PPO_SMALL = ["labels.contexts=16", "agent.num_envs=4", "agent.frames_per_batch=16", "agent.iterations=1"]
+
+
+def commands(page: str) -> list[list[str]]:
+    """Every `python -m orderrl.…` line of a page's shell blocks."""
+    blocks = re.findall(r"```sh\n(.*?)```", (EXAMPLES / page).read_text(encoding="utf-8"), re.DOTALL)
+    lines = [shlex.split(line) for block in blocks for line in block.splitlines() if line.startswith("python -m")]
+    return [[line[2].removeprefix("orderrl."), *line[3:]] for line in lines]
+
+
+def small(command: str, arguments: list[str]) -> list[str]:
+    """The page's arguments with everything large replaced."""
+    changes = PPO_SMALL if "agent=ppo" in arguments else SMALL[command]
+    model = next((item.removeprefix("backbone=") for item in arguments if item.startswith("backbone=")), None)
+    if model is not None:
+        block = SIDE if model.startswith("llamagen") else 2
+        changes = [*changes, f"backbone.shape={SHAPE | {'block_size': block}}".replace("'", "")]
+    if model is not None and model.startswith("llamagen"):
+        changes = [*changes, "backbone.order_robust_block_size=2"]
+    changes = [*changes, "device=cpu"]
+    kept = [item for item in arguments if item.split("=")[0] not in {change.split("=")[0] for change in changes}]
+    return [*kept, *changes]
+
+
+@pytest.fixture
+def layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Folders and weights as the page names them: ImageNet, the tokeniser, RandAR and LlamaGen."""
+    pixels = np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 2)):
+        for label in range(CLASSES):
+            folder = tmp_path / "imagenet" / split / f"n{label:08d}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                array = pixels.integers(0, 256, (70, 80, 3), dtype=np.uint8)
+                Image.fromarray(array).save(folder / f"{split}_{i}.JPEG", format="JPEG")
+    torch.manual_seed(0)
+    torch.save({"model": build_tokenizer(PRESETS["vq16"], "vq16").state_dict()}, tmp_path / "vq_ds16_c2i.pt")
+    vocabulary: dict[str, Any] = {"vocab_size": 16384}
+    randar = new_backbone("randar", SHAPE | vocabulary | {"block_size": 1})
+    torch.nn.init.normal_(randar.output.weight)  # type: ignore[union-attr, arg-type]
+    save_file(randar.state_dict(), tmp_path / "randar_xl.safetensors")
+    llamagen = new_backbone("llamagen", SHAPE | vocabulary | {"block_size": SIDE})
+    torch.save({"model": llamagen.state_dict()}, tmp_path / "c2i_B_256.pt")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ORDERRL_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_imagenet_with_randar_xl(layout: Path) -> None:
+    ran, result = [], Path()
+    for command, *arguments in commands("imagenet_randar_xl.md"):
+        arguments = small(command, arguments)
+        if "agent=ppo" in arguments:  # from the small clone, not from one of the page's size
+            arguments.append(f"agent.start={result}")
+        config = compose(command, arguments)
+        result = getattr(import_module(f"orderrl.{command}"), FUNCTIONS.get(command, command))(config)
+        assert Path(result).exists()
+        ran.append(command)
+    assert ran == ["tokenize", "label", "train", "train", "evaluate", "generate", "generate", "pretrain"]
+    assert len(list(layout.glob("runs/generate/*/images.png"))) == 2
+    assert list(layout.glob("runs/evaluate/*/report.html"))
+
+
+@pytest.mark.slow
+def test_raster_only_backbones_are_refused_with_the_command(layout: Path) -> None:
+    from orderrl.label import label
+    from orderrl.tokenize import tokenize
+
+    tokenize(compose("tokenize", small("tokenize", commands("imagenet_randar_xl.md")[0][1:])))
+    arguments = ["backbone=llamagen_b", "backbone.path=c2i_B_256.pt", "data=tokens", "data.path=imagenet_tokens"]
+    with pytest.raises(ValueError, match=r"make it order-robust with `python -m orderrl.pretrain backbone=llamagen_b"):
+        label(compose("label", small("label", arguments)))
+
+
+def test_an_own_backbone_keeps_the_promises_and_trains_a_planner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worked example: checked, registered, labelled and played in the environment."""
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    spec = importlib.util.spec_from_file_location("own_backbone", EXAMPLES / "own_backbone.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "own_backbone", module)
+    spec.loader.exec_module(module)
+    module.main()
+    env = gymnasium.make("orderrl:orderrl/NextBlock-v0", backbone="masked_tokens", split="planner")
+    _, info = env.reset(seed=0)
+    ended, total = False, 0.0
+    while not ended:
+        _, reward, ended, _, info = env.step(int(info["action_mask"].argmax()))
+        total += float(reward)
+    assert np.isfinite(total)
+    data = load_split("digits", "planner")
+    settings = LabelConfig(contexts=8)
+    contexts = random_contexts(settings, len(data), 16)
+    backbone = load_backbone("masked_tokens")
+    parts = list(label_contexts(backbone, data.tokens, data.labels, settings, contexts))
+    assert sum(len(part["gains"]) for part in parts) == 8
+    assert all(part["gains"].isfinite().all() for part in parts)
