@@ -53,8 +53,8 @@ def measure(name: str) -> str:
     count = sum(parameter.numel() for parameter in backbone.parameters())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return (
-        f"{name:12} {count / 1e6:7.1f} M parameters  built in {building:5.1f} s  "
-        f"context loss of {grid.num_blocks - half} blocks {scoring:6.2f} s  image {drawing:6.1f} s  peak {peak:5.2f} GiB"
+        f"{name:12} {count / 1e6:7.1f} M parameters  built in {building:5.1f} s  image {drawing:6.1f} s  "
+        f"context loss of {grid.num_blocks - half} blocks {scoring:6.2f} s  peak {peak:5.2f} GiB"
     )
 
 
