@@ -16,7 +16,6 @@ from orderrl.agents import ppo
 from orderrl.backbones import (
     OrderRobustTransformer,
     TransformerConfig,
-    backbone_fingerprint,
     load_backbone,
     save_backbone,
 )
