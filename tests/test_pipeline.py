@@ -20,6 +20,7 @@ from orderrl.backbones import (
     load_backbone,
     save_backbone,
 )
+from orderrl.backbones.registry import weights_fingerprint
 from orderrl.evaluate import evaluate
 from orderrl.generate import generate
 from orderrl.label import label
@@ -135,6 +136,23 @@ def test_reuse_false_replaces_the_cached_planner(home: Path) -> None:
     train(config)
     assert json.loads(entry.read_text())["created"] > before
     assert list((home / "again" / "planners").glob("*/key.json")) == [entry]
+
+
+def test_ppo_starts_from_the_schedule_it_needs(home: Path) -> None:
+    """The schedule is searched for PPO's own environment, kept, and improved with its own sharpness and repulsion."""
+    small = ["agent.search.episodes=8", "agent.search.moves=10", "agent.search.epochs=1", "agent.imitation.steps=3"]
+    shape = ["planner.dim=32", "planner.stem=1", "env=likelihood"]
+    schedule = train(configure(home, "train", *shape, "agent=schedule", *small, cache="scheduled"))
+    planner, description = load_planner(schedule)
+    assert planner.config.num_budgets == 3 and description["budgets"] == [1, 2, 4]
+    own = ["agent.sharpness=null", "agent.spacing=null"]
+    improved = train(configure(home, "train", *shape, *SMALL_PPO, *own, f"agent.start={schedule}", cache="scheduled"))
+    assert load_planner(improved)[1]["start"] == weights_fingerprint(planner)
+
+
+def test_a_schedule_is_refused_for_context(home: Path) -> None:
+    with pytest.raises(ValueError, match="env=likelihood"):
+        train(configure(home, "train", "agent=schedule", "env=context"))
 
 
 def test_ppo_makes_the_clone_it_needs(home: Path) -> None:
