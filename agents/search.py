@@ -131,12 +131,12 @@ class MeanLosses(nn.Module):
 
     def __init__(self, num_blocks: int, width: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(num_blocks, width), nn.GELU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, num_blocks)
-        )
+        self.hidden = nn.Sequential(nn.Linear(num_blocks, width), nn.GELU(), nn.Linear(width, width), nn.GELU())
+        self.output = nn.Linear(width, num_blocks)
+        nn.init.zeros_(self.output.weight)
 
     def forward(self, visible: Tensor) -> Tensor:
-        return self.layers(visible.float() * 2 - 1)
+        return self.output(self.hidden(visible.float() * 2 - 1))
 
 
 def fit_mean_losses(visible: Tensor, loss: Tensor, config: SearchConfig) -> MeanLosses:
@@ -144,10 +144,9 @@ def fit_mean_losses(visible: Tensor, loss: Tensor, config: SearchConfig) -> Mean
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = MeanLosses(visible.shape[1], config.width)
-    nn.init.zeros_(model.layers[-1].weight)
     hidden = ~visible
     with torch.no_grad():
-        model.layers[-1].bias.copy_((loss * hidden).sum(0) / hidden.sum(0))
+        model.output.bias.copy_((loss * hidden).sum(0) / hidden.sum(0))
     generator = torch.Generator().manual_seed(config.seed)
     batches = [rows for _ in range(config.epochs) for rows in torch.randperm(len(loss), generator=generator).split(512)]
     optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=1e-3)
