@@ -139,7 +139,7 @@ def test_reuse_false_replaces_the_cached_planner(home: Path) -> None:
 
 
 def test_ppo_starts_from_the_schedule_it_needs(home: Path) -> None:
-    """The schedule is searched for PPO's own environment, kept, and improved with its own sharpness and repulsion."""
+    """A schedule is a checkpoint like a clone, and is improved with its own sharpness and repulsion."""
     small = ["agent.search.episodes=8", "agent.search.moves=10", "agent.search.epochs=1", "agent.imitation.steps=3"]
     shape = ["planner.dim=32", "planner.stem=1", "env=likelihood"]
     schedule = train(configure(home, "train", *shape, "agent=schedule", *small, cache="scheduled"))
@@ -148,6 +148,23 @@ def test_ppo_starts_from_the_schedule_it_needs(home: Path) -> None:
     own = ["agent.sharpness=null", "agent.spacing=null"]
     improved = train(configure(home, "train", *shape, *SMALL_PPO, *own, f"agent.start={schedule}", cache="scheduled"))
     assert load_planner(improved)[1]["start"] == weights_fingerprint(planner)
+
+
+def test_start_target_schedule_searches_in_the_environment_of_ppo(home: Path) -> None:
+    config = configure(home, "train", *SMALL_PPO, "env.step_cost=0.7", "agent.start_target=schedule", "seed=3")
+    made: list[DictConfig] = []
+
+    def remember(config: DictConfig, backbone: Any) -> Path:
+        made.append(config)
+        raise KeyboardInterrupt
+
+    original, pipeline.find_or_train_schedule = pipeline.find_or_train_schedule, remember  # type: ignore[assignment]
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            find_or_train_ppo(config, open_backbone(config))
+    finally:
+        pipeline.find_or_train_schedule = original
+    assert made[0].agent.name == "schedule" and made[0].seed == 3 and made[0].env.step_cost == 0.7
 
 
 def test_a_schedule_is_refused_for_context(home: Path) -> None:
