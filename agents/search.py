@@ -27,7 +27,7 @@ class SearchConfig:
 
     Attributes:
         episodes: random orders that are played; images take turns.
-        refinements: how often the schedules found are played, half as many episodes, and searched again.
+        refinements: how often the schedules found are played, a seventh as many episodes, and searched again.
         width: of the two hidden layers of the loss model.
         epochs: passes over the recorded states.
         learning_rate: peak of the loss model's.
@@ -37,12 +37,12 @@ class SearchConfig:
         seed: of orders, weights and moves.
     """
 
-    episodes: int = 2000
-    refinements: int = 3
+    episodes: int = 3500
+    refinements: int = 8
     width: int = 256
     epochs: int = 6
     learning_rate: float = 2e-3
-    chains: int = 32
+    chains: int = 16
     moves: int = 2000
     temperature: float = 1.0
     seed: int = 0
@@ -80,7 +80,7 @@ def search_schedule(
         model = fit_mean_losses(visible, excess + start, config)
         order, step, cost = anneal(model, blocks, budgets, step_cost, config, generator)
         if refinement < config.refinements:
-            turns = torch.arange(config.episodes // 2) % config.chains
+            turns = torch.arange(-(-config.episodes // 7)) % config.chains
             played = record_losses(backbone, data, order[turns], step[turns])
             visible, excess = torch.cat([visible, played[0]]), torch.cat([excess, played[1]])
     best = int(cost.argmin())
