@@ -34,7 +34,9 @@ class PPOConfig:
 
     Attributes:
         iterations: rounds of collecting and learning.
-        num_envs: images in parallel.
+        num_envs: episodes in parallel.
+        group_size: episodes in parallel that play the same image; with 2 or more, the mean advantage of the others at
+            the same step is taken from each (leave-one-out baseline: what the image itself is worth cancels).
         frames_per_batch: environment steps of a round, over all images.
         epochs: passes over a round.
         minibatch_size: frames of a gradient step.
@@ -44,9 +46,10 @@ class PPOConfig:
         clip_epsilon: of the probability ratio.
         entropy_coeff: weight of the entropy bonus; falls linearly to zero.
         max_grad_norm: gradient clipping.
-        sharpness: factor from cloned scores to policy logits at the start.
+        sharpness: factor from cloned scores to policy logits at the start; None keeps the start's own.
         spacing: at the start, what a block listed in a step takes from the logit of a block in the same place,
-            falling with distance as exp(-d^2 / 2); learnt from there on, for every pair of blocks.
+            falling with distance as exp(-d^2 / 2); learnt from there on, for every pair of blocks; None keeps the
+            start's own.
         privileged_critic: let the critic see context losses of hidden blocks (training only).
         critic_warmup: rounds at the start that train the critic alone.
         seed: of episodes, actions and minibatches.
@@ -54,6 +57,7 @@ class PPOConfig:
 
     iterations: int = 12
     num_envs: int = 128
+    group_size: int = 1
     frames_per_batch: int = 2048
     epochs: int = 3
     minibatch_size: int = 256
@@ -63,14 +67,14 @@ class PPOConfig:
     clip_epsilon: float = 0.2
     entropy_coeff: float = 0.0
     max_grad_norm: float = 1.0
-    sharpness: float = 5.0
-    spacing: float = 4.0
+    sharpness: float | None = 5.0
+    spacing: float | None = 4.0
     privileged_critic: bool = True
     critic_warmup: int = 2
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "num_envs", "frames_per_batch", "epochs", "minibatch_size"):
+        for name in ("iterations", "num_envs", "group_size", "frames_per_batch", "epochs", "minibatch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.frames_per_batch % self.num_envs:
@@ -78,12 +82,16 @@ class PPOConfig:
                 f"num_envs={self.num_envs} must divide frames_per_batch={self.frames_per_batch}: every image takes "
                 "the same number of steps in a round"
             )
+        if self.num_envs % self.group_size:
+            raise ValueError(f"group_size={self.group_size} must divide num_envs={self.num_envs}")
         for name in ("learning_rate", "critic_learning_rate", "clip_epsilon", "max_grad_norm", "sharpness"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
         for name in ("entropy_coeff", "spacing", "critic_warmup"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name} must be at least 0, got {value}")
         if not 0 <= self.gae_lambda <= 1:
             raise ValueError(f"gae_lambda must lie in [0, 1], got {self.gae_lambda}")
 
@@ -123,6 +131,32 @@ def _flatten(parts: tuple[Tensor, ...]) -> tuple[dict[str, Tensor], torch.Size]:
     return {key: part.flatten(0, len(leading) - 1) for key, part in zip(keys, parts, strict=False)}, leading
 
 
+def leave_one_out_mean(values: Tensor, done: Tensor, group_size: int) -> Tensor:
+    """Mean over the other episodes of a group at the same step of the same episode; 0 where no other got that far.
+
+    Sub-environments of a group play the same images in the same sequence, each at its own pace.
+
+    Args:
+        values: (M, T).
+        done: (M, T) bool, whether an episode ends with that step.
+        group_size: G; sub-environments g G .. g G + G - 1 are a group.
+
+    Returns:
+        (M, T); it does not depend on the row's own values in that episode.
+    """
+    count, length = values.shape
+    time = torch.arange(length, device=values.device).expand_as(done)
+    episode = done.cumsum(1) - done.long()
+    begins = torch.cat([torch.ones_like(done[:, :1]), done[:, :-1]], 1)
+    step = time - torch.where(begins, time, 0).cummax(1).values
+    group = torch.arange(count, device=values.device)[:, None] // group_size
+    place = ((group * length + episode) * length + step).flatten()
+    size = count // group_size * length**2
+    total = values.new_zeros(size).index_add(0, place, values.flatten())[place].view_as(values)
+    number = values.new_zeros(size).index_add(0, place, torch.ones_like(values).flatten())[place].view_as(values)
+    return (total - values) / (number - 1).clamp_min(1)
+
+
 class PPO:
     """A planner being improved on an environment.
 
@@ -146,8 +180,10 @@ class PPO:
         # in eval mode: with dropout the ratio of new to old probabilities would not start at 1
         self.planner = planner.with_budgets(len(budgets)).to(env.core.device).eval()
         with torch.no_grad():
-            self.planner.sharpness.fill_(config.sharpness).log_()
-            self.planner.repulsion.copy_(config.spacing * torch.exp(-(env.core.geometry.distances**2) / 2))
+            if config.sharpness is not None:
+                self.planner.sharpness.fill_(config.sharpness).log_()
+            if config.spacing is not None:
+                self.planner.repulsion.copy_(config.spacing * torch.exp(-(env.core.geometry.distances**2) / 2))
         critic_config = replace(planner.config, privileged=config.privileged_critic, num_budgets=1, reasoning_steps=0)
         self.critic = OrderHead(critic_config).to(env.core.device).eval()
         keys = list(OBSERVATION_KEYS)
@@ -196,12 +232,11 @@ class PPO:
         while self.iteration < config.iterations:
             # every round is keyed by its number, so a resumed run sees what an uninterrupted one sees
             torch.manual_seed(config.seed * 1_000_003 + self.iteration)
-            core.seed(self._round_seed())
+            core.seed(self._round_seeds())
             progress = self.iteration / config.iterations
             self._anneal(progress)
             data = self._collect()
-            with torch.no_grad():
-                self.advantage(data)
+            self._estimate(data)
             row = self._summary(data)
             frames = data.reshape(-1)
             warming = self.iteration < config.critic_warmup
@@ -211,8 +246,18 @@ class PPO:
             self.iteration += 1
             yield {"step": self.iteration, "frames": self.iteration * config.frames_per_batch} | row
 
-    def _round_seed(self) -> int:
-        return (self.config.seed * 100_003 + self.iteration) * self.env.core.num_envs
+    def _round_seeds(self) -> Tensor:
+        """(num_envs,) seeds of a round; a seed draws the images, so those of a group share it."""
+        members = torch.arange(self.config.num_envs) // self.config.group_size * self.config.group_size
+        return (self.config.seed * 100_003 + self.iteration) * self.config.num_envs + members
+
+    @torch.no_grad()
+    def _estimate(self, data: Any) -> None:
+        """Write advantages and value targets."""
+        self.advantage(data)
+        if self.config.group_size > 1:
+            others = leave_one_out_mean(data["advantage"][..., 0], data["next", "done"][..., 0], self.config.group_size)
+            data["advantage"] -= others[..., None]
 
     def _collect(self) -> Any:
         """One round of sampled episodes, batch (num_envs, steps)."""

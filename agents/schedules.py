@@ -30,16 +30,17 @@ def growing(budgets: tuple[int, ...], sizes: tuple[int, ...]) -> Schedule:
 
     Args:
         budgets: the environment's budgets.
-        sizes: blocks of each step; they must sum to B and be budgets.
+        sizes: blocks of each step; they must sum to B and be budgets; the last may be less than any (cut short).
 
     Raises:
         ValueError: if a size is no budget; at the first call, if the sizes do not sum to B.
     """
-    missing = sorted(set(sizes) - set(budgets))
+    named = (*sizes[:-1], max(sizes[-1], min(budgets))) if sizes else ()
+    missing = sorted(set(named) - set(budgets))
     if missing:
         raise ValueError(f"sizes={sizes} name {missing}, which are not among budgets={budgets}")
     ends = torch.tensor(sizes).cumsum(0)
-    places = torch.tensor([budgets.index(size) for size in sizes])
+    places = torch.tensor([budgets.index(size) for size in named])
 
     def schedule(observation: TensorDictBase) -> Tensor:
         blocks = observation["visible"].shape[-1]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
 
 from orderrl.agents.bc import BCConfig, clone
+from orderrl.agents.imitation import ImitationConfig, imitate
 from orderrl.agents.ppo import PPO, PPOConfig
+from orderrl.agents.search import SearchConfig, search_schedule
 from orderrl.backbones import Backbone, Sampling, backbone_fingerprint, load_backbone
-from orderrl.backbones.protocol import check_fits
+from orderrl.backbones.protocol import backbone_device, check_fits
 from orderrl.backbones.registry import weights_fingerprint
 from orderrl.data import TokenSet, load_split
 from orderrl.entry import compose
@@ -31,6 +33,7 @@ from orderrl.oracle import LabelConfig, label_contexts, random_contexts
 from orderrl.planner import OrderHead, PlannerConfig, load_planner, save_planner
 from orderrl.runs import Cache, Run, fingerprint, progress
 
+CHEAPEST = RewardConfig(objective="likelihood", form="charged")  # needs no context losses
 LABELS, PLANNERS, UNFINISHED = "labels", "planners", "unfinished"
 FORMAT = 1  # of what is cached; raised when the meaning of stored files changes
 
@@ -203,6 +206,46 @@ def find_or_train_clone(config: DictConfig, backbone: Backbone, run: Run | None 
     return _find_or_train(config, description, train, reuse)
 
 
+def find_or_train_schedule(config: DictConfig, backbone: Backbone, run: Run | None = None, reuse: bool = True) -> Path:
+    """Checkpoint of the planner that `agent=schedule` trains: it imitates the best fixed schedule found."""
+    search = SearchConfig(**section(config.agent, "search"), seed=config.seed)
+    settings = ImitationConfig(**section(config.agent, "imitation"), seed=config.seed)
+    environment = core_config(config)
+    if environment.reward.objective != "likelihood":
+        raise ValueError(
+            f"agent=schedule searches for objective='likelihood', got env.objective={environment.reward.objective!r}; "
+            "use env=likelihood"
+        )
+    shape = PlannerConfig.for_backbone(backbone, **section(config, "planner"), num_budgets=len(environment.budgets))
+    description = {
+        "format": FORMAT,
+        "agent": section(config, "agent"),
+        "planner": section(config, "planner"),
+        "env": section(config, "env"),
+        "seed": config.seed,
+        "backbone": backbone_fingerprint(backbone),
+        "data": config.data.name,
+        "budgets": list(environment.budgets),
+        "objective": environment.reward.objective,
+    }
+
+    def train() -> OrderHead:
+        data = load_split(config.data.name, "planner")
+        announce(f"schedule: searching on {search.episodes} random orders of {data.name}/{data.split}")
+        policy = search_schedule(backbone, data, environment.budgets, environment.reward.step_cost, search)
+        torch.manual_seed(config.seed)
+        planner = OrderHead(shape).to(backbone_device(backbone))
+        core = NextBlockCore(backbone, data, settings.num_envs, replace(environment, reward=CHEAPEST))
+        with progress(settings.steps, f"imitating the schedule (R = {shape.reasoning_steps})", "steps") as advance:
+            for row in imitate(planner, core, policy, settings):
+                advance(note=f"agreement {row['agreement']:.2f}")
+                if run is not None:
+                    run.log(row, int(row["step"]))
+        return planner
+
+    return _find_or_train(config, description, train, reuse)
+
+
 def find_or_train_ppo(config: DictConfig, backbone: Backbone, run: Run | None = None, reuse: bool = True) -> Path:
     """Checkpoint of the planner that `agent=ppo` trains; continues an interrupted run of the same config."""
     require_order_robust(config, backbone, "agent=ppo")
@@ -254,7 +297,12 @@ def core_config(config: DictConfig) -> CoreConfig:
 
 
 def _clone_to_start_from(config: DictConfig, backbone: Backbone) -> Path:
-    """The cloned planner of the same backbone, data, labels, planner and seed."""
+    """The planner that `start_target` names, of the same backbone, data, labels, planner and seed."""
+    if config.agent.start_target == "schedule":
+        searching = compose("train", ["agent=schedule"])
+        shared = ("backbone", "data", "env", "planner", "seed", "cache_dir", "device")
+        announce("ppo: starting from the fixed schedule of this config")
+        return find_or_train_schedule(with_values(searching, {key: config[key] for key in shared}), backbone)
     cloning = compose("train", ["agent=bc", f"agent.target={config.agent.start_target}"])
     shared = ("backbone", "data", "labels", "planner", "seed", "cache_dir", "device")
     announce(f"ppo: starting from the clone of this config with target {cloning.agent.target}")

@@ -8,10 +8,10 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from orderrl.entry import run_application
-from orderrl.pipeline import announce, find_or_train_clone, find_or_train_ppo, open_backbone
+from orderrl.pipeline import announce, find_or_train_clone, find_or_train_ppo, find_or_train_schedule, open_backbone
 from orderrl.runs import Run
 
-AGENTS = {"bc": find_or_train_clone, "ppo": find_or_train_ppo}
+AGENTS = {"bc": find_or_train_clone, "ppo": find_or_train_ppo, "schedule": find_or_train_schedule}
 
 
 def train(config: DictConfig) -> Path:

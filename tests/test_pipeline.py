@@ -19,6 +19,7 @@ from orderrl.backbones import (
     load_backbone,
     save_backbone,
 )
+from orderrl.backbones.registry import weights_fingerprint
 from orderrl.evaluate import evaluate
 from orderrl.generate import generate
 from orderrl.label import label
@@ -136,6 +137,40 @@ def test_reuse_false_replaces_the_cached_planner(home: Path) -> None:
     assert list((home / "again" / "planners").glob("*/key.json")) == [entry]
 
 
+def test_ppo_starts_from_the_schedule_it_needs(home: Path) -> None:
+    """A schedule is a checkpoint like a clone, and is improved with its own sharpness and repulsion."""
+    small = ["agent.search.episodes=8", "agent.search.moves=10", "agent.search.epochs=1", "agent.imitation.steps=3"]
+    shape = ["planner.dim=32", "planner.stem=1", "env=likelihood"]
+    schedule = train(configure(home, "train", *shape, "agent=schedule", *small, cache="scheduled"))
+    planner, description = load_planner(schedule)
+    assert planner.config.num_budgets == 3 and description["budgets"] == [1, 2, 4]
+    own = ["agent.sharpness=null", "agent.spacing=null"]
+    improved = train(configure(home, "train", *shape, *SMALL_PPO, *own, f"agent.start={schedule}", cache="scheduled"))
+    assert load_planner(improved)[1]["start"] == weights_fingerprint(planner)
+
+
+def test_start_target_schedule_searches_in_the_environment_of_ppo(home: Path) -> None:
+    config = configure(home, "train", *SMALL_PPO, "env.step_cost=0.7", "agent.start_target=schedule", "seed=3")
+    made: list[DictConfig] = []
+
+    def remember(config: DictConfig, backbone: Any) -> Path:
+        made.append(config)
+        raise KeyboardInterrupt
+
+    original, pipeline.find_or_train_schedule = pipeline.find_or_train_schedule, remember  # type: ignore[assignment]
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            find_or_train_ppo(config, open_backbone(config))
+    finally:
+        pipeline.find_or_train_schedule = original
+    assert made[0].agent.name == "schedule" and made[0].seed == 3 and made[0].env.step_cost == 0.7
+
+
+def test_a_schedule_is_refused_for_context(home: Path) -> None:
+    with pytest.raises(ValueError, match="env=likelihood"):
+        train(configure(home, "train", "agent=schedule", "env=context"))
+
+
 def test_ppo_makes_the_clone_it_needs(home: Path) -> None:
     config = configure(home, "train", *SMALL_PPO, "seed=5", cache="other_cache")
     made: list[DictConfig] = []
@@ -215,7 +250,7 @@ def test_results_have_every_column_and_null_where_a_metric_does_not_apply(evalua
     assert rows["bc_utility_r2"]["R"] == 2 and rows["bc_utility_r2"]["seed"] == 0
     low, high = rows["raster"]["gain_auc_ci"]
     assert low < rows["raster"]["gain_auc"] < high
-    assert results["protocol"]["samples"].startswith("70 per row against all 1797 real images")
+    assert results["protocol"]["samples"].startswith("70 per row against 1797 real images")
     names = {entry["name"] for entry in results["comparisons"]}
     assert {"bc_utility_r2 - raster", "ppo_likelihood_r2 - raster"} <= names
 

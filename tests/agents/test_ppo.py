@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from orderrl.agents.policies import PlannerPolicy
-from orderrl.agents.ppo import PPO, PPOConfig
+from orderrl.agents.ppo import PPO, PPOConfig, leave_one_out_mean
 from orderrl.metrics.planning import roll_out
 from orderrl.planner import OrderHead
 from tests.agents.helpers import tiny_core, tiny_env, tiny_planner
@@ -285,3 +285,64 @@ def test_a_round_runs_without_warnings() -> None:
 def test_bad_configs_are_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PPOConfig(**(SMALL | change))
+
+
+# ---------------------------------------------------------------------- groups
+
+
+def test_leave_one_out_means_by_hand() -> None:
+    """Two groups of two; episodes of a group are compared step by step however fast each is played."""
+    values = torch.tensor([[1.0, 2, 3, 4], [10.0, 20, 30, 40], [5.0, 6, 7, 8], [50.0, 60, 70, 80]])
+    done = torch.tensor([[0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1], [1, 0, 0, 1]]).bool()
+    expected = torch.tensor([[10.0, 20, 40, 0], [1, 2, 0, 3], [50, 0, 0, 0], [5, 0, 0, 0]])
+    assert torch.equal(leave_one_out_mean(values, done, 2), expected)
+
+
+@pytest.mark.parametrize("budgets", [(1,), (1, 2, 4)])
+def test_a_group_plays_the_same_images_and_its_baseline_ignores_the_own_actions(budgets: tuple[int, ...]) -> None:
+    ppo = make_ppo(tiny_planner(noisy=False), budgets, group_size=4)
+    ppo.env.core.seed(ppo._round_seeds())
+    data = ppo._collect()
+    done = data["next", "done"][..., 0]
+    starts = data["fraction"][..., 0] == 0
+    images = [row[first].tolist() for row, first in zip(data["context_loss"].sum(-1), starts, strict=True)]
+    for group in (images[:4], images[4:]):
+        for other in group[1:]:
+            both = min(len(group[0]), len(other))
+            assert group[0][:both] == pytest.approx(other[:both], rel=1e-4)
+    assert images[0][0] != pytest.approx(images[4][0], rel=1e-4)
+    values = torch.randn(done.shape)
+    before = leave_one_out_mean(values, done, 4)
+    values[1] += 100
+    after = leave_one_out_mean(values, done, 4)
+    assert torch.allclose(before[1], after[1], atol=1e-4)  # not of its own
+    assert torch.equal(before[4:], after[4:])  # not of the other group
+    assert not torch.equal(before[0], after[0])
+
+
+def test_group_baselines_are_taken_from_advantages_alone() -> None:
+    ppo = make_ppo(budgets=(1,), group_size=4)
+    ppo.env.core.seed(ppo._round_seeds())
+    data = ppo._collect()
+    plain = data.clone()
+    with torch.no_grad():
+        ppo.advantage(plain)
+    ppo._estimate(data)
+    others = leave_one_out_mean(plain["advantage"][..., 0], plain["next", "done"][..., 0], 4)
+    assert torch.allclose(data["advantage"][..., 0], plain["advantage"][..., 0] - others)
+    assert torch.equal(data["value_target"], plain["value_target"])
+
+
+def test_a_group_must_divide_the_environments() -> None:
+    with pytest.raises(ValueError, match="group_size=3"):
+        PPOConfig(group_size=3, num_envs=128)
+
+
+def test_a_start_may_keep_its_own_sharpness_and_repulsion() -> None:
+    planner = tiny_planner()
+    with torch.no_grad():
+        planner.sharpness.fill_(0.7)
+        planner.repulsion.fill_(0.3)
+    ppo = make_ppo(planner, budgets=(1, 2), sharpness=None, spacing=None)
+    assert torch.equal(ppo.planner.sharpness, planner.sharpness)
+    assert torch.equal(ppo.planner.repulsion, planner.repulsion)

@@ -1,0 +1,107 @@
+"""Online imitation: a planner learns another policy's actions, blocks and budget, in the states of both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from orderrl.agents.distribution import RankedBlocks
+from orderrl.agents.policies import Policy
+from orderrl.envs.core import NextBlockCore
+from orderrl.planner import OrderHead
+
+
+@dataclass(frozen=True)
+class ImitationConfig:
+    """How a planner learns a policy's actions.
+
+    Attributes:
+        steps: optimiser steps, each on the current states of all images.
+        num_envs: images in parallel.
+        learning_rate: peak of the cosine schedule.
+        weight_decay: of AdamW.
+        own_share: share of actions that the planner samples itself, so that it learns to come back.
+        entropy_coeff: weight of the entropy bonus; keeps the planner exploring when PPO takes over.
+        seed: of episodes and actions.
+    """
+
+    steps: int = 300
+    num_envs: int = 64
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.01
+    own_share: float = 0.2
+    entropy_coeff: float = 0.4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "num_envs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        for name in ("weight_decay", "entropy_coeff"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not 0 <= self.own_share < 1:
+            raise ValueError(f"own_share must lie in [0, 1), got {self.own_share}")
+
+
+def imitate(
+    planner: OrderHead, core: NextBlockCore, policy: Policy, config: ImitationConfig
+) -> Iterator[dict[str, float]]:
+    """Train in place, in eval mode: minus log-probability of the policy's action, minus the entropy bonus.
+
+    Args:
+        planner: with as many budgets as the core.
+        core: in mode "teacher"; its context losses are not read.
+        policy: gives the action to learn in every state.
+        config: hyper-parameters.
+
+    Yields:
+        One dict of metrics a step: step, loss, entropy, agreement (share of states in which the most likely first
+        block and budget are the policy's).
+
+    Raises:
+        ValueError: if the planner has another number of budgets than the core.
+    """
+    budgets = core.config.budgets
+    if planner.config.num_budgets != len(budgets):
+        raise ValueError(
+            f"budgets={budgets} need a planner with {len(budgets)} budgets, not {planner.config.num_budgets}"
+        )
+    torch.manual_seed(config.seed)
+    generator = torch.Generator(core.device).manual_seed(config.seed)
+    planner.eval()
+    optimizer = torch.optim.AdamW(planner.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, config.steps, pct_start=0.11)
+    core.seed(config.seed * core.num_envs)
+    core.reset()
+    for step in range(config.steps):
+        observation = core.observation()
+        shown = policy(observation, generator)
+        scores, budget_logits, _ = planner(observation)
+        distribution = RankedBlocks(
+            planner.block_logits(scores),
+            observation["action_mask"],
+            budget_logits,
+            observation.get("budget_mask", None),
+            budgets,
+            planner.repulsion.expand(len(scores), -1, -1),
+        )
+        playing = ~core.visible.all(-1)
+        entropy = distribution.entropy()[playing].mean()
+        loss = -distribution.log_prob(shown)[playing].mean() - config.entropy_coeff * entropy
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(planner.parameters(), 1.0)
+        optimizer.step()
+        rate.step()
+        same = (distribution.mode == shown).view(len(shown), -1)[playing]
+        own = torch.rand(len(shown), device=core.device) < config.own_share
+        actions = torch.where(own.view(-1, *[1] * (shown.ndim - 1)), distribution.sample(), shown)
+        core.step(actions, restart=core.finished)
+        agreement = (same[:, 0] & same[:, -1]).float().mean().item()
+        yield {"step": step + 1, "loss": loss.item(), "entropy": entropy.item(), "agreement": agreement}

@@ -1,0 +1,235 @@
+"""The best fixed schedule: which blocks to reveal at which step, the same for every image.
+
+Three steps, none of which looks at an image's content: play random orders on planner images and record the losses of
+the hidden blocks; fit the mean loss of every block to what is visible; anneal schedules under that model. What is found
+is played in turn and searched again. A schedule is a strong start for PPO on objective "likelihood", whose reward for
+one step says little about the best set.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from orderrl.agents.policies import RankingPolicy, fixed_order
+from orderrl.agents.schedules import growing
+from orderrl.backbones import Backbone
+from orderrl.data import TokenSet
+from orderrl.envs.core import CoreConfig, NextBlockCore
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """How a schedule is searched.
+
+    Attributes:
+        episodes: random orders that are played; images take turns.
+        refinements: how often the schedules found are played, a seventh as many episodes, and searched again.
+        width: of the two hidden layers of the loss model.
+        epochs: passes over the recorded states.
+        learning_rate: peak of the loss model's.
+        chains: schedules that are annealed side by side.
+        moves: proposals for each of them.
+        temperature: of the first move, nats per image; falls geometrically to a thousandth.
+        seed: of orders, weights and moves.
+    """
+
+    episodes: int = 3500
+    refinements: int = 8
+    width: int = 256
+    epochs: int = 6
+    learning_rate: float = 2e-3
+    chains: int = 16
+    moves: int = 2000
+    temperature: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("episodes", "width", "epochs", "chains", "moves"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.refinements < 0:
+            raise ValueError(f"refinements must be at least 0, got {self.refinements}")
+        for name in ("learning_rate", "temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+
+def search_schedule(
+    backbone: Backbone, data: TokenSet, budgets: tuple[int, ...], step_cost: float, config: SearchConfig
+) -> RankingPolicy:
+    """The cheapest fixed schedule for images of a token set, as a policy.
+
+    A search finds what its model flatters. So the schedules found are played, and searched again with what they cost.
+
+    Args:
+        backbone: scores the blocks.
+        data: planner images.
+        budgets: numbers of blocks that a step may reveal.
+        step_cost: cost of a step, nats per image; decides how many steps the schedule takes.
+        config: how it is searched.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    blocks = backbone.geometry.num_blocks
+    order = torch.rand(config.episodes, blocks, generator=generator).argsort(1)
+    visible, excess, start = record_losses(backbone, data, order, torch.arange(blocks).expand_as(order))
+    for refinement in range(config.refinements + 1):
+        model = fit_mean_losses(visible, excess + start, config)
+        order, step, cost = anneal(model, blocks, budgets, step_cost, config, generator)
+        if refinement < config.refinements:
+            turns = torch.arange(-(-config.episodes // 7)) % config.chains
+            played = record_losses(backbone, data, order[turns], step[turns])
+            visible, excess = torch.cat([visible, played[0]]), torch.cat([excess, played[1]])
+    best = int(cost.argmin())
+    sizes = tuple(torch.bincount(step[best]).tolist())
+    return RankingPolicy(fixed_order(order[best]), backbone.geometry, budgets, growing(budgets, sizes))
+
+
+@torch.no_grad()
+def record_losses(
+    backbone: Backbone, data: TokenSet, order: Tensor, step: Tensor, batch: int = 128
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Play schedules on images in turn and look before every step.
+
+    Args:
+        backbone: scores the blocks.
+        data: the images.
+        order: (m, B) int64, blocks in the order in which they are revealed.
+        step: (m, B) int64, the step of each place of the order, ascending from 0.
+        batch: schedules played together.
+
+    Returns:
+        visible (n, B) bool of all n states with a hidden block; excess (n, B) float32, the losses in nats less those of
+        the same image when nothing is visible (most of the differences between images cancel); and the mean of what
+        was taken off, (B,).
+    """
+    visible, excess, starts = [], [], []
+    sizes = F.one_hot(step).sum(1)  # (m, T)
+    largest, width = int(sizes.max()), order.shape[1]
+    places = torch.arange(largest)
+    for rows in torch.arange(len(order)).split(batch):
+        core = NextBlockCore(backbone, data, len(rows), CoreConfig(budgets=tuple(range(1, largest + 1))))
+        core.reset(index=rows % len(data))
+        start = core.losses.cpu().clone()
+        starts.append(start)
+        revealed = torch.zeros_like(rows)
+        for size in sizes[rows].T:
+            playing = revealed < width
+            visible.append(core.visible.cpu()[playing])
+            excess.append((core.losses.cpu() - start)[playing])
+            listed = order[rows].gather(1, (revealed[:, None] + places).clamp_max(width - 1))
+            core.step(torch.cat([listed, size[:, None] - 1], 1) if core.multi else listed[:, 0])
+            revealed += size
+    return torch.cat(visible), torch.cat(excess), torch.cat(starts).mean(0)
+
+
+class MeanLosses(nn.Module):
+    """Mean loss of every block given which blocks are visible: (..., B) bool -> (..., B) nats."""
+
+    def __init__(self, num_blocks: int, width: int) -> None:
+        super().__init__()
+        self.hidden = nn.Sequential(nn.Linear(num_blocks, width), nn.GELU(), nn.Linear(width, width), nn.GELU())
+        self.output = nn.Linear(width, num_blocks)
+        nn.init.zeros_(self.output.weight)
+
+    def forward(self, visible: Tensor) -> Tensor:
+        return self.output(self.hidden(visible.float() * 2 - 1))
+
+
+def fit_mean_losses(visible: Tensor, loss: Tensor, config: SearchConfig) -> MeanLosses:
+    """Regress losses (n, B) of hidden blocks on what is visible (n, B) bool."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = MeanLosses(visible.shape[1], config.width)
+    hidden = ~visible
+    with torch.no_grad():
+        model.output.bias.copy_((loss * hidden).sum(0) / hidden.sum(0))
+    generator = torch.Generator().manual_seed(config.seed)
+    batches = [rows for _ in range(config.epochs) for rows in torch.randperm(len(loss), generator=generator).split(512)]
+    optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=1e-3)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, len(batches), pct_start=0.31)
+    for rows in batches:
+        error = F.mse_loss(model(visible[rows])[hidden[rows]], loss[rows][hidden[rows]])
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+        rate.step()
+    return model.requires_grad_(False)
+
+
+def schedule_cost(model: nn.Module, order: Tensor, step: Tensor, step_cost: float) -> Tensor:
+    """Code length under a loss model plus the cost of the steps.
+
+    Args:
+        model: as `MeanLosses`.
+        order: (m, B) int64, blocks in the order in which they are revealed.
+        step: (m, B) int64, the step of each place of the order, ascending from 0.
+        step_cost: nats per image.
+
+    Returns:
+        (m,) nats per image.
+    """
+    step_of_block = torch.empty_like(step).scatter(1, order, step)
+    moments = torch.arange(int(step.max()) + 1)[:, None, None]
+    charged = torch.where(step_of_block == moments, model(step_of_block < moments), 0.0)  # (T, m, B)
+    return charged.sum((0, 2)) + step_cost * (step[:, -1] + 1)
+
+
+@torch.no_grad()
+def anneal(
+    model: nn.Module,
+    blocks: int,
+    budgets: tuple[int, ...],
+    step_cost: float,
+    config: SearchConfig,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cheap schedules by simulated annealing; a move swaps two places of the order, or draws some budgets anew.
+
+    Returns:
+        order (m, B), step (m, B) and cost (m,) as in `schedule_cost`, one for each chain.
+    """
+    count = config.chains
+    order = torch.rand(count, blocks, generator=generator).argsort(1)
+    step = torch.stack([_draw_steps(blocks, budgets, generator) for _ in range(count)])
+    cost = schedule_cost(model, order, step, step_cost)
+    for move in range(config.moves):
+        temperature = config.temperature * 0.001 ** (move / config.moves)
+        swapped = torch.randint(blocks, (count, 2), generator=generator)
+        new_order = order.scatter(1, swapped, order.gather(1, swapped.flip(1)))
+        new_step = step.clone()
+        for row in (torch.rand(count, generator=generator) < 0.25).nonzero().flatten().tolist():
+            new_order[row] = order[row]
+            new_step[row] = _redraw_steps(step[row], budgets, generator)
+        new_cost = schedule_cost(model, new_order, new_step, step_cost)
+        taken = torch.rand(count, generator=generator) < ((cost - new_cost) / temperature).exp()
+        order = torch.where(taken[:, None], new_order, order)
+        step = torch.where(taken[:, None], new_step, step)
+        cost = torch.where(taken, new_cost, cost)
+    return order, step, cost
+
+
+def _draw_steps(places: int, budgets: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """(places,) int64, the step of each place, from random legal budgets."""
+    steps: list[int] = []
+    number = 0
+    while len(steps) < places:
+        legal = [k for k in budgets if k <= places - len(steps)] or [places - len(steps)]
+        steps += [number] * legal[int(torch.randint(len(legal), (), generator=generator))]
+        number += 1
+    return torch.tensor(steps)
+
+
+def _redraw_steps(step: Tensor, budgets: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """The same steps up to a random one, others from there on, as far as a second random step where the sums meet."""
+    sizes = torch.bincount(step).tolist()
+    begin = int(torch.randint(len(sizes), (), generator=generator))
+    end = min(begin + 1 + int(torch.randint(3, (), generator=generator)), len(sizes))
+    between = torch.bincount(_draw_steps(sum(sizes[begin:end]), budgets, generator)).tolist()
+    if any(size not in budgets for size in between) and end < len(sizes):
+        return step  # only the last step may be cut short
+    sizes = sizes[:begin] + between + sizes[end:]
+    return torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))

@@ -1,0 +1,62 @@
+"""Imitation: a planner takes over another policy's blocks and budgets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from orderrl.agents.imitation import ImitationConfig, imitate
+from orderrl.agents.policies import PlannerPolicy, RankingPolicy, fixed_order
+from orderrl.agents.schedules import growing
+from orderrl.metrics.planning import roll_out
+from tests.agents.helpers import tiny_core, tiny_planner
+
+ORDER, SIZES, BUDGETS = torch.tensor([3, 8, 1, 0, 6, 5, 2, 7, 4]), (2, 1, 4, 2), (1, 2, 4)
+
+
+def teacher(core: Any) -> RankingPolicy:
+    return RankingPolicy(fixed_order(ORDER), core.geometry, BUDGETS, growing(BUDGETS, SIZES))
+
+
+def imitated(steps: int = 250, **config: Any) -> Any:
+    core = tiny_core(budgets=BUDGETS, num_envs=16)
+    planner = tiny_planner(noisy=False, num_budgets=3)
+    settings = ImitationConfig(steps=steps, num_envs=16, learning_rate=1e-2, **config)
+    return planner, list(imitate(planner, core, teacher(core), settings))
+
+
+def test_the_most_likely_actions_become_the_policys() -> None:
+    planner, rows = imitated()
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    core = tiny_core(budgets=BUDGETS, num_envs=5)
+    ours = roll_out(core, PlannerPolicy(planner, BUDGETS), torch.Generator(), torch.arange(5))
+    theirs = roll_out(core, teacher(core), torch.Generator(), torch.arange(5))
+    assert torch.equal(ours.reveal_step, theirs.reveal_step)
+
+
+def test_the_entropy_bonus_keeps_actions_apart_from_certainty() -> None:
+    entropies = [imitated(entropy_coeff=c)[1][-1]["entropy"] for c in (0.0, 0.5)]
+    assert entropies[1] > 2 * entropies[0]
+
+
+def test_it_is_determined_by_its_seed() -> None:
+    first, second = imitated(steps=5)[1], imitated(steps=5)[1]
+    assert first == second
+    assert imitated(steps=5, seed=1)[1] != first
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [({"steps": 0}, "steps"), ({"learning_rate": 0.0}, "learning_rate"), ({"own_share": 1.0}, "own_share")],
+)
+def test_wrong_values_are_named(values: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        ImitationConfig(**values)
+
+
+def test_a_planner_with_other_budgets_is_refused() -> None:
+    core = tiny_core(budgets=BUDGETS, num_envs=2)
+    with pytest.raises(ValueError, match="budgets"):
+        next(imitate(tiny_planner(), core, teacher(core), ImitationConfig(steps=1)))
