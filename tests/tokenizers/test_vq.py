@@ -19,7 +19,7 @@ FIXTURES = sorted(PARITY.glob("llamagen_vq*.safetensors"))
 def test_recorded_runs_are_reproduced(path: Path) -> None:
     fixture = load_fixture(path)
     ours = vq.replay(fixture)
-    assert ours.keys() == fixture.outputs.keys()
+    assert ours.keys() >= fixture.outputs.keys()
     for name, recorded in fixture.outputs.items():
         assert ours[name].dtype == recorded.dtype
         assert (ours[name] - recorded).abs().max() <= fixture.tolerance(name), name
