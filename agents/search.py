@@ -8,6 +8,7 @@ one step says little about the best set.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -57,9 +58,24 @@ class SearchConfig:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
+    @property
+    def replayed(self) -> int:
+        """Schedules that a refinement plays."""
+        return -(-self.episodes // 7)
+
+    @property
+    def played(self) -> int:
+        """Schedules that are played in all."""
+        return self.episodes + self.refinements * self.replayed
+
 
 def search_schedule(
-    backbone: Backbone, data: TokenSet, budgets: tuple[int, ...], step_cost: float, config: SearchConfig
+    backbone: Backbone,
+    data: TokenSet,
+    budgets: tuple[int, ...],
+    step_cost: float,
+    config: SearchConfig,
+    advance: Callable[[float], None] | None = None,
 ) -> RankingPolicy:
     """The cheapest fixed schedule for images of a token set, as a policy.
 
@@ -71,17 +87,18 @@ def search_schedule(
         budgets: numbers of blocks that a step may reveal.
         step_cost: cost of a step, nats per image; decides how many steps the schedule takes.
         config: how it is searched.
+        advance: told how many schedules were played, of `config.played` in all.
     """
     generator = torch.Generator().manual_seed(config.seed)
     blocks = backbone.geometry.num_blocks
     order = torch.rand(config.episodes, blocks, generator=generator).argsort(1)
-    visible, excess, start = record_losses(backbone, data, order, torch.arange(blocks).expand_as(order))
+    visible, excess, start = record_losses(backbone, data, order, torch.arange(blocks).expand_as(order), advance)
     for refinement in range(config.refinements + 1):
         model = fit_mean_losses(visible, excess + start, config)
         order, step, cost = anneal(model, blocks, budgets, step_cost, config, generator)
         if refinement < config.refinements:
-            turns = torch.arange(-(-config.episodes // 7)) % config.chains
-            played = record_losses(backbone, data, order[turns], step[turns])
+            turns = torch.arange(config.replayed) % config.chains
+            played = record_losses(backbone, data, order[turns], step[turns], advance)
             visible, excess = torch.cat([visible, played[0]]), torch.cat([excess, played[1]])
     best = int(cost.argmin())
     sizes = tuple(torch.bincount(step[best]).tolist())
@@ -90,7 +107,12 @@ def search_schedule(
 
 @torch.no_grad()
 def record_losses(
-    backbone: Backbone, data: TokenSet, order: Tensor, step: Tensor, batch: int = 128
+    backbone: Backbone,
+    data: TokenSet,
+    order: Tensor,
+    step: Tensor,
+    advance: Callable[[float], None] | None = None,
+    batch: int = 128,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Play schedules on images in turn and look before every step.
 
@@ -99,6 +121,7 @@ def record_losses(
         data: the images.
         order: (m, B) int64, blocks in the order in which they are revealed.
         step: (m, B) int64, the step of each place of the order, ascending from 0.
+        advance: told how many schedules were played.
         batch: schedules played together.
 
     Returns:
@@ -123,6 +146,8 @@ def record_losses(
             listed = order[rows].gather(1, (revealed[:, None] + places).clamp_max(width - 1))
             core.step(torch.cat([listed, size[:, None] - 1], 1) if core.multi else listed[:, 0])
             revealed += size
+        if advance is not None:
+            advance(len(rows))
     return torch.cat(visible), torch.cat(excess), torch.cat(starts).mean(0)
 
 

@@ -231,8 +231,9 @@ def find_or_train_schedule(config: DictConfig, backbone: Backbone, run: Run | No
 
     def train() -> OrderHead:
         data = load_split(config.data.name, "planner")
-        announce(f"schedule: searching on {search.episodes} random orders of {data.name}/{data.split}")
-        policy = search_schedule(backbone, data, environment.budgets, environment.reward.step_cost, search)
+        with progress(search.played, f"searching a schedule on {data.name}/{data.split}", "orders") as advance:
+            cost = environment.reward.step_cost
+            policy = search_schedule(backbone, data, environment.budgets, cost, search, advance)
         torch.manual_seed(config.seed)
         planner = OrderHead(shape).to(backbone_device(backbone))
         core = NextBlockCore(backbone, data, settings.num_envs, replace(environment, reward=CHEAPEST))
