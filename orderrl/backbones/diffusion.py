@@ -215,7 +215,8 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         angles = t[..., None] * self.frequencies  # (..., features / 2)
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.mlp(features.to(next(self.mlp.parameters()).dtype))
 
 
 class ResidualBlock(nn.Module):
@@ -278,11 +279,12 @@ class DenoisingNetwork(nn.Module):
 
         The leading shapes broadcast against each other.
         """
-        y = self.time_embed(t) + self.cond_embed(conditions)
-        x = self.input_proj(x)
+        dtype = self.input_proj.weight.dtype  # the process itself stays in the dtype of x
+        y = self.time_embed(t) + self.cond_embed(conditions.to(dtype))
+        h = self.input_proj(x.to(dtype))
         for block in self._blocks():
-            x = block(x, y)
-        return self.final_layer(x, y)
+            h = block(h, y)
+        return self.final_layer(h, y).to(x.dtype)
 
     def guided(
         self, x: Tensor, t: Tensor, conditions: Tensor, unconditional: Tensor, guidance: float | Tensor

@@ -210,8 +210,8 @@ class MaskedTransformer(MAR):
         channels = torch.arange(self.token_dim, device=tokens.device)
         image = mix_content(tokens)[:, None, None, None, None]
         key = (Stream.NOISE, noise_seed, image, positions[..., None, None], draws[:, None], channels)
-        noise = keyed_normal(key, tokens.device).to(z.dtype)  # (M, C, p*p, draws, channels)
-        return self.token_losses(z[..., None, :], targets[..., None, :].to(z.dtype), self.loss_times, noise)
+        noise = keyed_normal(key, tokens.device).float()  # (M, C, p*p, draws, channels)
+        return self.token_losses(z[..., None, :], targets[..., None, :], self.loss_times, noise)
 
     def _observed(self, z: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden state (M, C, D), the mean over the block, and entropy channel (M, C) of its first token."""
@@ -222,7 +222,7 @@ class MaskedTransformer(MAR):
 
         def noise(step: int) -> Tensor:
             key = (Stream.NOISE, -1 - step, at, samples[:, None], channels)
-            return keyed_normal(key, z.device).to(z.dtype)  # (M, C, samples, channels)
+            return keyed_normal(key, z.device).float()  # (M, C, samples, channels)
 
         condition = z[:, :, :1]
         x = noise(0)
@@ -261,12 +261,12 @@ class MaskedTransformer(MAR):
         null = None if unconditional is None else self._state_conditions(unconditional, positions)
         seeds = (uniforms.double() * 2.0**53).long()[..., None]
         channels = torch.arange(self.token_dim, device=z.device)
-        start = keyed_normal((Stream.NOISE, seeds, 0, channels), z.device).to(z.dtype)
+        start = keyed_normal((Stream.NOISE, seeds, 0, channels), z.device).float()
         steps = torch.arange(1, self.diffloss.num_sampling_steps + 1, device=z.device).view(-1, 1, 1, 1, 1)
-        noise = keyed_normal((Stream.NOISE, seeds, steps, channels), z.device).to(z.dtype)
+        noise = keyed_normal((Stream.NOISE, seeds, steps, channels), z.device).float()
         scale = sampling.scale(prefix.visible.sum(1), self.geometry.num_tokens).view(-1, 1, 1, 1)
         guidance = 1.0 if null is None else scale
-        return self.diffloss.sample(z, start, noise, sampling.temperature, guidance, null).float()
+        return self.diffloss.sample(z, start, noise, sampling.temperature, guidance, null)
 
     # ------------------------------------------------------------------ training and scoring
 

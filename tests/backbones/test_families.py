@@ -163,12 +163,13 @@ def test_raster_weights_start_order_robust_training() -> None:
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
 
 
-@pytest.mark.parametrize("family", ["llamagen", "randar", "arpg"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_stays_close(family: str, dtype: torch.dtype) -> None:
-    """Rotations stay in float32 and observations are float32; losses move by what the format allows."""
+    """Rotations and diffusion stay in float32, observations are float32; losses move by what the format allows."""
     backbone = tiny(family)
-    half: Any = new_backbone(family, {"height": 4, "width": 4, "block_size": backbone.geometry.block_size} | CAUSAL)
+    shape = {"height": 4, "width": 4, "block_size": backbone.geometry.block_size}
+    half: Any = new_backbone(family, shape | (MASKED if family == "mar" else CAUSAL))
     half.load_state_dict(backbone.state_dict())
     for parameter in half.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -177,7 +178,10 @@ def test_half_precision_stays_close(family: str, dtype: torch.dtype) -> None:
     blocks = torch.arange(backbone.geometry.num_blocks).expand(2, -1)
     exact = backbone.context_loss(backbone.start(data.labels), data.tokens, blocks)[0]
     rough = half.context_loss(half.start(data.labels), data.tokens, blocks)[0]
-    assert half.rope.dtype == rough.hidden.dtype == torch.float32
+    assert rough.hidden.dtype == rough.loss.dtype == torch.float32
+    assert family == "mar" or half.rope.dtype == torch.float32
+    uniforms = torch.rand(2, blocks.shape[1], backbone.geometry.tokens_per_block, dtype=torch.float64)
+    assert half.decode(half.start(data.labels), blocks, uniforms, Sampling()).dtype == data.tokens.dtype
     assert torch.allclose(exact.loss, rough.loss, rtol=0.03, atol=0.1)
 
 
