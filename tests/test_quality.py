@@ -1,5 +1,9 @@
-"""Fréchet distance by torch-fidelity in the digits classifier's features, against a direct formula."""
+"""Sample quality: against direct formulas, torch-fidelity's own entry points, and what must hold by definition."""
 
+import json
+import math
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -7,17 +11,35 @@ from urllib.error import URLError
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch_fidelity
+from numpy.typing import NDArray
+from PIL import Image
 from scipy import linalg
+from timm.data import resolve_model_data_config
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.nn import functional as F
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from orderrl.classifier import load_classifier
 from orderrl.data import load_split
-from orderrl.metrics import quality
-from orderrl.metrics.quality import DIGITS, INCEPTION, class_accuracy, distance_name, frechet_distance, real_floor
+from orderrl.metrics import features
+from orderrl.metrics.features import CLIP, DIGITS, INCEPTION, Features, extract_features, register_features
+from orderrl.metrics.images import ImageFolder, save_images
+from orderrl.metrics.quality import (
+    class_accuracy,
+    cmmd,
+    distance_name,
+    fid_infinity,
+    frechet_distance,
+    gaussian_distance,
+    gaussian_mmd,
+    real_floor,
+    sample_quality,
+)
+from orderrl.metrics.references import Gaussian, Reference, fit_gaussian, open_reference, reference_of, save_reference
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +48,16 @@ def real() -> Tensor:
     return data.images(data.tokens).contiguous()
 
 
+@pytest.fixture(scope="module")
+def found(real: Tensor) -> Features:
+    return extract_features(real, DIGITS)
+
+
 @pytest.fixture(autouse=True)
-def fresh_caches() -> Iterator[None]:
-    quality._extractor.cache_clear()
-    quality._reference_statistics.clear()
+def fresh_extractors() -> Iterator[None]:
+    features._extractor.cache_clear()
     yield
-    quality._extractor.cache_clear()
-    quality._reference_statistics.clear()
+    features._extractor.cache_clear()
 
 
 def noisy(images: Tensor, sigma: float) -> Tensor:
@@ -40,13 +65,16 @@ def noisy(images: Tensor, sigma: float) -> Tensor:
     return (images + noise).round().clamp(0, 255).to(torch.uint8)
 
 
-def direct_distance(first: Tensor, second: Tensor) -> float:
+def formula(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
     """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) with scipy's matrix square root."""
-    classifier = load_classifier("digits")
-    a, b = (classifier.features(images).double().numpy() for images in (first, second))
     s1, s2 = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     root = linalg.sqrtm(linalg.sqrtm(s1) @ s2 @ linalg.sqrtm(s1)).real
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s1 + s2 - 2 * root))
+
+
+def direct_distance(first: Tensor, second: Tensor) -> float:
+    classifier = load_classifier("digits")
+    return formula(*(classifier.features(images).double().numpy() for images in (first, second)))
 
 
 def test_distance_agrees_with_the_direct_formula(real: Tensor) -> None:
@@ -56,31 +84,53 @@ def test_distance_agrees_with_the_direct_formula(real: Tensor) -> None:
     )
 
 
-def test_distance_is_what_torch_fidelity_reports_for_the_registered_name(real: Tensor) -> None:
-    class Images(Dataset[Tensor]):
-        def __init__(self, images: Tensor) -> None:
-            self.images = images
-
-        def __len__(self) -> int:
-            return len(self.images)
-
-        def __getitem__(self, index: int) -> Tensor:
-            return self.images[index]
-
-    found = torch_fidelity.calculate_metrics(
-        input1=Images(noisy(real[:300], 20)),
-        input2=Images(real[300:600]),
-        feature_extractor=DIGITS,
-        fid=True,
-        isc=True,
-        cuda=False,
-        cache=False,
-        save_cpu_ram=True,
-        verbose=False,
+def torch_fidelity_metrics(generated: Any, reference: Any, name: str, **options: Any) -> dict[str, float]:
+    return dict(
+        torch_fidelity.calculate_metrics(
+            input1=generated,
+            input2=reference,
+            feature_extractor=name,
+            cuda=False,
+            cache=False,
+            save_cpu_ram=True,
+            verbose=False,
+            **options,
+        )
     )
-    ours = frechet_distance(noisy(real[:300], 20), real[300:600], DIGITS)
-    assert found["frechet_inception_distance"] == pytest.approx(ours, rel=1e-6)
-    assert 1 <= found["inception_score_mean"] <= 10
+
+
+def test_every_number_is_torch_fidelitys_own_on_the_png_files(real: Tensor, tmp_path: Path) -> None:
+    save_images(noisy(real[:300], 20), tmp_path / "generated")
+    save_images(real[300:700], tmp_path / "real")
+    wanted = torch_fidelity_metrics(
+        str(tmp_path / "generated"), str(tmp_path / "real"), DIGITS,
+        fid=True, isc=True, kid=True, prc=True, kid_subset_size=300,
+    )  # fmt: skip
+    reference = open_reference(tmp_path / "real", DIGITS)
+    ours = sample_quality(extract_features(noisy(real[:300], 20), DIGITS), reference)
+    assert ours.frechet_distance == pytest.approx(wanted["frechet_inception_distance"], rel=1e-6)
+    assert ours.inception_score == pytest.approx(wanted["inception_score_mean"], rel=1e-6)
+    assert ours.kid == pytest.approx(wanted["kernel_inception_distance_mean"], rel=1e-6)
+    assert ours.precision == wanted["precision"] and ours.recall == wanted["recall"]
+    assert ours.inception_score is not None and 1 <= ours.inception_score <= 10
+
+
+def test_torch_fidelitys_command_line_agrees_on_kept_images(real: Tensor, tmp_path: Path) -> None:
+    save_images(noisy(real[:100], 20), tmp_path / "generated")
+    save_images(real[100:200], tmp_path / "real")
+    program = "import orderrl.metrics.features; from torch_fidelity.fidelity import main; main()"
+    arguments = [
+        "--input1",
+        str(tmp_path / "generated"),
+        "--input2",
+        str(tmp_path / "real"),
+        "--feature-extractor",
+        DIGITS,
+    ]
+    arguments += ["--fid", "--cpu", "--json", "--silent", "--no-cache", "--save-cpu-ram"]
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
+    ours = frechet_distance(noisy(real[:100], 20), real[100:200], DIGITS)
+    assert json.loads(done.stdout)["frechet_inception_distance"] == pytest.approx(ours, rel=1e-6)
 
 
 def test_identical_sets_have_no_distance_and_noise_adds_to_it(real: Tensor) -> None:
@@ -89,30 +139,229 @@ def test_identical_sets_have_no_distance_and_noise_adds_to_it(real: Tensor) -> N
     assert values[0] < values[1] < values[2]
 
 
-def test_real_floor_is_positive_reproducible_and_below_noise(real: Tensor) -> None:
-    floor = real_floor(real, DIGITS, repeats=2, seed=3)
-    assert 0 < floor < frechet_distance(noisy(real, 60), real, DIGITS)
-    assert floor == real_floor(real, DIGITS, repeats=2, seed=3)
-    assert floor != real_floor(real, DIGITS, repeats=2, seed=4)
+def test_real_floor_is_positive_reproducible_and_below_noise(real: Tensor, found: Features) -> None:
+    floor = real_floor(found, repeats=2, seed=3, kid_subsets=2)
+    assert 0 < floor.frechet_distance < frechet_distance(noisy(real, 60), real, DIGITS)
+    assert floor == real_floor(found, repeats=2, seed=3, kid_subsets=2)
+    assert floor != real_floor(found, repeats=2, seed=4, kid_subsets=2)
 
 
-def test_reference_statistics_are_computed_once_and_follow_the_content(
-    real: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[Tensor] = []
-    compute = quality._statistics
+def test_a_set_against_itself(found: Features) -> None:
+    same = sample_quality(found, reference_of(found, DIGITS), kid_subsets=5)
+    assert abs(same.frechet_distance) < 1e-4 and same.spatial_frechet_distance is not None
+    assert abs(same.spatial_frechet_distance) < 1e-4
+    assert same.precision == same.recall == 1
+    assert cmmd(found, found) == pytest.approx(0, abs=1e-9)
 
-    def counted(images: Tensor, *rest: Any) -> dict[str, Any]:
-        seen.append(images)
-        return compute(images, *rest)
 
-    monkeypatch.setattr(quality, "_statistics", counted)
-    generated, reference = real[:100], real[100:200].clone()
-    first = frechet_distance(generated, reference, DIGITS)
-    assert frechet_distance(generated, reference.clone(), DIGITS) == first
-    assert len(seen) == 3  # reference, generated, generated
-    reference[0] = 255
-    assert frechet_distance(generated, reference, DIGITS) != first
+def test_kid_has_no_bias_where_the_distance_has(found: Features) -> None:
+    values = [real_floor(found, repeats=1, seed=seed, kid_subsets=1) for seed in range(40)]
+    kid = np.array([value.kid for value in values])
+    assert abs(kid.mean()) < 3 * kid.std() / len(kid) ** 0.5 and kid.min() < 0 < kid.max()
+    assert min(value.frechet_distance for value in values) > 0
+
+
+def test_collapsed_samples_lose_recall_and_noise_loses_precision(real: Tensor, found: Features) -> None:
+    reference = reference_of(found, DIGITS)
+    collapsed = sample_quality(found.rows(torch.arange(40).repeat(20)), reference, 2)
+    noise = torch.randint(0, 256, (600, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    random = sample_quality(extract_features(noise, DIGITS), reference, 2)
+    assert collapsed.precision == 1 and collapsed.recall is not None and collapsed.recall < 0.3
+    assert random.precision is not None and random.precision < 0.5
+
+
+def test_spatial_features_are_seven_channels_of_the_last_map(real: Tensor, found: Features) -> None:
+    classifier = load_classifier("digits")
+    grey = real[:5].float().mean(1, keepdim=True) / 255
+    maps = classifier.convolutions[:-1](grey)  # (5, 32, 4, 4)
+    expected = torch.stack([maps[:, :7, y, x] for y in range(4) for x in range(4)], dim=1).flatten(1)
+    assert found.spatial is not None and torch.allclose(found.spatial[:5].float(), expected)
+
+
+def test_spatial_distance_agrees_with_the_direct_formula(real: Tensor, found: Features) -> None:
+    generated = extract_features(noisy(real[:500], 40), DIGITS)
+    ours = sample_quality(generated, reference_of(found, DIGITS), 1).spatial_frechet_distance
+    assert generated.spatial is not None and found.spatial is not None
+    direct = formula(generated.spatial.numpy(), found.spatial.numpy())
+    assert ours == pytest.approx(direct, rel=1e-3)
+
+
+def test_gaussians_have_the_distance_of_the_closed_form() -> None:
+    one = Gaussian(np.array([1.0, 2.0]), np.diag([4.0, 9.0]))
+    other = Gaussian(np.array([0.0, 0.0]), np.diag([1.0, 16.0]))
+    assert gaussian_distance(one, other) == pytest.approx(1 + 4 + (2 - 1) ** 2 + (3 - 4) ** 2)
+
+
+def test_mmd_is_the_mean_over_all_pairs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(n, 3, generator=generator, dtype=torch.float64) for n in (7, 5))
+
+    def mean(a: Tensor, b: Tensor) -> float:
+        return sum(math.exp(-float(((i - j) ** 2).sum()) / (2 * 0.7**2)) for i in a for j in b) / (len(a) * len(b))
+
+    naive = 1000 * (mean(x, x) + mean(y, y) - 2 * mean(x, y))
+    assert gaussian_mmd(x, y, sigma=0.7, batch_size=3) == pytest.approx(naive, rel=1e-9)
+    unit = [Features(CLIP, z / z.norm(dim=1, keepdim=True)) for z in (x, y)]
+    assert cmmd(Features(CLIP, x), Features(CLIP, 5 * y)) == pytest.approx(gaussian_mmd(unit[0].pooled, unit[1].pooled))
+
+
+def test_the_distance_of_endless_samples_is_extrapolated() -> None:
+    generator = torch.Generator().manual_seed(0)
+    samples = Features(DIGITS, torch.randn(2000, 16, generator=generator, dtype=torch.float64))
+    truth = Reference("the truth", DIGITS, Gaussian(np.zeros(16), np.eye(16)))
+    finite = sample_quality(samples, truth).frechet_distance
+    assert abs(fid_infinity(samples, truth)) < 0.3 * finite
+    assert fid_infinity(samples, truth) == fid_infinity(samples, truth)
+
+
+# ---------------------------------------------------------------------- references
+
+
+def test_statistics_without_images_give_the_same_distances_and_nothing_else(found: Features, tmp_path: Path) -> None:
+    whole = reference_of(found.rows(torch.arange(500, 1000)), DIGITS)
+    save_reference(tmp_path / "real.npz", whole)
+    read = open_reference(tmp_path / "real.npz", DIGITS)
+    assert np.array_equal(read.pooled.covariance, whole.pooled.covariance) and read.found is None
+    generated = found.rows(torch.arange(500))
+    ours, wanted = (sample_quality(generated, reference, 2) for reference in (read, whole))
+    assert ours.frechet_distance == wanted.frechet_distance
+    assert ours.spatial_frechet_distance == wanted.spatial_frechet_distance
+    assert ours.inception_score == wanted.inception_score
+    assert ours.kid is ours.precision is ours.recall is None and wanted.kid is not None
+
+
+def test_images_in_an_npz_are_a_reference(real: Tensor, tmp_path: Path) -> None:
+    images = real[:200]
+    np.savez(tmp_path / "adm.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
+    read, wanted = open_reference(tmp_path / "adm.npz", DIGITS), reference_of(images, DIGITS)
+    assert np.array_equal(read.pooled.mean, wanted.pooled.mean) and read.found is not None
+    assert read.source == "200 images of adm.npz"
+
+
+def test_adms_statistics_are_inceptions_and_its_images_serve_all_features(real: Tensor, tmp_path: Path) -> None:
+    arrays = {"mu": np.zeros(64), "sigma": np.eye(64)}
+    np.savez(tmp_path / "both.npz", arr_0=real[:100].permute(0, 2, 3, 1).numpy(), **arrays)
+    assert np.abs(open_reference(tmp_path / "both.npz", DIGITS).pooled.mean).max() > 0
+    np.savez(tmp_path / "statistics.npz", **arrays)
+    with pytest.raises(ValueError, match="statistics of the features 'inception-v3-compat', but samples are measured"):
+        open_reference(tmp_path / "statistics.npz", DIGITS)
+
+
+def test_torch_fidelitys_own_statistics_file_is_a_reference(real: Tensor, found: Features, tmp_path: Path) -> None:
+    save_images(real[:80], tmp_path / "real")
+    torch_fidelity_metrics_with_cache = torch_fidelity.calculate_metrics(
+        input1=str(tmp_path / "real"), input2=str(tmp_path / "real"), input1_cache_name="real",
+        feature_extractor=DIGITS, fid=True, cuda=False, cache_root=str(tmp_path), save_cpu_ram=True, verbose=False,
+    )  # fmt: skip
+    assert torch_fidelity_metrics_with_cache
+    path = tmp_path / f"real-{DIGITS}-stat-fid-penultimate.pt"
+    read = open_reference(path, DIGITS)
+    assert np.allclose(read.pooled.covariance, fit_gaussian(found.pooled[:80]).covariance)
+    with pytest.raises(ValueError, match=r"statistics of the features 'real-orderrl-digits-stat-fid-penultimate'"):
+        open_reference(path, INCEPTION)
+
+
+def test_references_that_are_missing_damaged_or_code_are_refused(real: Tensor, tmp_path: Path) -> None:
+    torch.save({"mu": print, "sigma": print}, tmp_path / "code.pt")
+    (tmp_path / "broken.npz").write_bytes(b"PK no archive")
+    (tmp_path / "words.txt").write_text("words")
+    np.savez(tmp_path / "other.npz", weights=np.zeros(3))
+    np.savez(tmp_path / "shape.npz", mu=np.zeros(64), sigma=np.eye(63), features=np.array(DIGITS))
+    (tmp_path / "empty").mkdir()
+    save_images(real[:2], tmp_path / "mixed")
+    Image.new("RGB", (9, 8)).save(tmp_path / "mixed" / "wide.png")
+    for name, message in {
+        "none.npz": "does not exist; it must be an image folder",
+        "code.pt": "is no statistics file",
+        "broken.npz": "can't be read",
+        "words.txt": "of no known kind",
+        "other.npz": "must hold mu and sigma, or arr_0; it holds weights",
+        "shape.npz": "mean and covariance must have shapes",
+        "empty": "holds no images",
+        "mixed": "must have one size, but 000000.png has 8x8 pixels and wide.png has 9x8",
+    }.items():
+        with pytest.raises(ValueError, match=message) as error:
+            open_reference(tmp_path / name, DIGITS)
+        assert "\n" not in str(error.value)
+
+
+def test_too_few_images_for_a_covariance_of_full_rank_are_warned_of(found: Features) -> None:
+    with pytest.warns(UserWarning, match="generated: 50 images are too few for a covariance of 64 .* at least 65"):
+        sample_quality(found.rows(torch.arange(50)), reference_of(found, DIGITS), 1)
+
+
+def test_tiny_sets_have_no_score_precision_or_recall(found: Features) -> None:
+    few = found.rows(torch.arange(3))
+    with pytest.warns(UserWarning):
+        tiny = sample_quality(few, reference_of(found, DIGITS), 1)
+    assert tiny.inception_score is tiny.precision is tiny.recall is None and tiny.kid is not None
+
+
+def test_a_folder_of_kept_images_is_read_back(real: Tensor, tmp_path: Path) -> None:
+    save_images(real[:12], tmp_path / "kept")
+    assert [path.name for path in ImageFolder(tmp_path / "kept").files[:2]] == ["000000.png", "000001.png"]
+    folder = ImageFolder(tmp_path / "kept")
+    assert torch.equal(torch.stack([folder[i] for i in range(12)]), real[:12])
+    with pytest.raises(ValueError, match="must be empty"):
+        save_images(real[:2], tmp_path / "kept")
+
+
+# ---------------------------------------------------------------------- extractors
+
+
+def test_a_timm_model_with_an_own_checkpoint(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=7).eval()
+    torch.save(model.state_dict(), tmp_path / "own.pth")
+    name = f"timm:test_resnet:{tmp_path / 'own.pth'}"
+    images = torch.randint(0, 256, (6, 3, 24, 24), dtype=torch.uint8)
+    made = extract_features(images, name)
+    config = resolve_model_data_config(model)
+    resized = F.interpolate(images / 255, config["input_size"][-2:], mode="bicubic", antialias=True).clamp(0, 1)
+    mean, std = (torch.tensor(config[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    with torch.no_grad():
+        logits = model((resized - mean) / std)
+    assert made.logits is not None and made.spatial is None
+    assert torch.allclose(made.logits, logits, atol=1e-5) and made.logits.shape == (6, 7)
+    assert made.pooled.shape == (6, model.num_features)
+    assert torch.allclose(model.get_classifier()(made.pooled), logits, atol=1e-5)
+    registered = register_features(name)
+    assert registered in features.FEATURE_EXTRACTORS_REGISTRY and registered == register_features(name)
+
+
+def test_timm_checkpoints_without_a_classifier_have_no_score(tmp_path: Path) -> None:
+    torch.save(timm.create_model("test_resnet", num_classes=0).state_dict(), tmp_path / "body.pth")
+    assert (
+        extract_features(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), f"timm:test_resnet:{tmp_path / 'body.pth'}").logits
+        is None
+    )
+
+
+def test_timm_models_that_do_not_exist_or_fit_are_refused_in_one_line(tmp_path: Path) -> None:
+    images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "other.pth")
+    torch.save({"run": print}, tmp_path / "code.pth")
+    for name, message in {
+        "timm:resnt50": "timm has no model 'resnt50'; close: .*resnet50",
+        "timm:test_resnet:none.pth": "the checkpoint file none.pth does not exist",
+        f"timm:test_resnet:{tmp_path / 'other.pth'}": "does not hold the weights of timm's test_resnet",
+        f"timm:test_resnet:{tmp_path / 'code.pth'}": "does not hold the weights of timm's test_resnet",
+    }.items():
+        with pytest.raises(ValueError, match=message) as error:
+            extract_features(images, name)
+        assert "\n" not in str(error.value)
+
+
+def test_inceptions_spatial_features_are_those_of_adms_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+    torch.save({}, tmp_path / "random.pth")
+    made = extract_features(
+        torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8), INCEPTION, tmp_path / "random.pth"
+    )
+    assert made.spatial is not None and made.spatial.shape == (2, 17 * 17 * 7)
+    assert made.pooled.shape == (2, 2048) and made.logits is not None and made.logits.shape == (2, 1008)
+    assert (made.spatial >= 0).all() and made.spatial.std() > 0
 
 
 def test_class_accuracy_counts_matches() -> None:
@@ -149,13 +398,13 @@ class FakeInception(FeatureExtractorBase):
 def test_inception_goes_to_torch_fidelitys_own_extractor(
     real: Tensor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(quality.FEATURE_EXTRACTORS_REGISTRY, INCEPTION, FakeInception)
+    monkeypatch.setitem(features.FEATURE_EXTRACTORS_REGISTRY, INCEPTION, FakeInception)
     torch.save({"w": torch.zeros(1)}, tmp_path / "inception.pth")
     coloured = torch.randint(0, 256, (50, 3, 8, 8), dtype=torch.uint8)
     value = frechet_distance(coloured, real, INCEPTION, weights=tmp_path / "inception.pth")
     assert value > 0
     assert FakeInception.weights == str(tmp_path / "inception.pth")
-    assert quality.FEATURE_EXTRACTORS_REGISTRY[INCEPTION] is FakeInception
+    assert features.FEATURE_EXTRACTORS_REGISTRY[INCEPTION] is FakeInception
 
 
 def test_inception_without_a_network_is_a_one_line_error(real: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,8 +439,15 @@ def test_only_inception_is_called_fid() -> None:
         (lambda x: frechet_distance(x, x, "vgg"), "features='vgg'.*orderrl-digits, inception-v3-compat"),
         (lambda x: frechet_distance(x.float(), x, DIGITS), "generated must be uint8.*float32"),
         (lambda x: frechet_distance(x, x[:1], DIGITS), "reference must be uint8.*n >= 2"),
-        (lambda x: real_floor(x, DIGITS, repeats=0), "repeats must be at least 1, got 0"),
-        (lambda x: real_floor(x[:3], DIGITS), "at least 4 images.*got 3"),
+        (lambda x: real_floor(extract_features(x, DIGITS), repeats=0), "repeats must be at least 1, got 0"),
+        (lambda x: real_floor(extract_features(x[:3], DIGITS)), "at least 4 images.*got 3"),
+        (lambda x: reference_of(x[:1], DIGITS), "n >= 2"),
+        (lambda x: extract_features(x, DIGITS, Path("w.pth")), "orderrl-digits has its own, pass None"),
+        (lambda x: sample_quality(Features("a", torch.zeros(2, 3)), reference_of(x, DIGITS)), "'a', but reference"),
+        (lambda x: sample_quality(extract_features(x, DIGITS), reference_of(x, DIGITS), 0), "kid_subsets must be"),
+        (lambda x: fid_infinity(extract_features(x, DIGITS), reference_of(x, DIGITS), points=1), "points must be"),
+        (lambda x: cmmd(Features("a", torch.zeros(2, 3)), Features("b", torch.zeros(2, 3))), "the same features"),
+        (lambda x: gaussian_mmd(torch.zeros(2, 3), torch.zeros(2, 4)), "got .2, 3. and .2, 4."),
         (lambda x: class_accuracy(x, torch.zeros(3).long(), INCEPTION), "no classifier"),
         (lambda x: class_accuracy(x, torch.zeros(3).long(), DIGITS), "labels must have shape"),
     ],
