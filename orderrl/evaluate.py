@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from orderrl.agents.fitted import fit_order
 from orderrl.agents.registry import NamedPolicy, make_policy
 from orderrl.backbones import Backbone, backbone_fingerprint, load_backbone
 from orderrl.backbones.masked import MaskedTransformer
+from orderrl.backbones.protocol import backbone_device
 from orderrl.backbones.registry import TrainableBackbone
+from orderrl.classifier import CLASSIFIERS
 from orderrl.data import load_split
 from orderrl.entry import run_application
 from orderrl.metrics.comparison import comparisons
@@ -29,7 +31,9 @@ from orderrl.metrics.evaluation import (
     evaluate_token_raster,
     policy_detail,
 )
-from orderrl.metrics.quality import real_floor
+from orderrl.metrics.features import Features, extract_features
+from orderrl.metrics.quality import Quality, real_floor, sample_quality
+from orderrl.metrics.references import Reference, open_reference, reference_of
 from orderrl.oracle import utilities
 from orderrl.pipeline import (
     announce,
@@ -44,6 +48,7 @@ from orderrl.report.markdown import markdown_comparisons, markdown_table
 from orderrl.runs import Run, progress, write_json
 
 AGENTS = ("bc", "ppo")
+FLOOR_REPEATS = 5  # random halves of the real images
 
 
 def fitted_order(config: DictConfig, backbone: Backbone) -> Tensor:
@@ -71,16 +76,17 @@ def newest_planners(config: DictConfig, backbone: Backbone) -> list[Path]:
 def make_protocol(config: DictConfig, backbone: Backbone) -> Protocol:
     """What every row of the table shares."""
     e = config.eval
+    if e.features is None and e.reference is not None:
+        raise ValueError(f"reference={e.reference!r} needs features to compare samples in, but features is null")
     data = load_split(config.data.name, "test")
-    real = torch.zeros(0, 3, data.height, data.width, dtype=torch.uint8)
-    if e.features is not None:
-        real = torch.cat([part.images(part.tokens[: e.real_images]) for part in all_splits(config.data.name)])
+    real, reference = real_and_reference(config, backbone_device(backbone)) if e.features is not None else (None, None)
     images = min(e.images, len(data))
     subset = replace(data, tokens=data.tokens[:images], labels=data.labels[:images])
     return Protocol(
         backbone,
         subset,
         real,
+        reference,
         _shared_states(config, backbone, images) if backbone.order_robust else None,
         e.features,
         e.samples,
@@ -88,7 +94,37 @@ def make_protocol(config: DictConfig, backbone: Backbone) -> Protocol:
         sampling_of(e),
         e.resamples,
         config.seed,
+        feature_weights(config),
+        e.kid_subsets,
     )
+
+
+def feature_weights(config: DictConfig) -> Path | None:
+    """The weights file of the feature extractor; None is its own weights."""
+    return None if config.eval.feature_weights is None else Path(config.eval.feature_weights).expanduser()
+
+
+def real_and_reference(config: DictConfig, device: torch.device) -> tuple[Features, Reference]:
+    """Features of the data set's real images, and what samples are compared with: these, or `eval.reference`."""
+    e, weights = config.eval, feature_weights(config)
+    named = None if e.reference is None else open_reference(Path(e.reference), e.features, weights, device)
+    splits = all_splits(config.data.name)
+    images = torch.cat([part.images(part.tokens[: e.real_images]) for part in splits])
+    real = extract_features(images, e.features, weights, device)
+    if named is not None:
+        return real, named
+    kept = "all" if len(images) == sum(map(len, splits)) else f"at most {e.real_images} of each of all"
+    return real, reference_of(real, e.features, source=f"{len(images)} real images ({kept} splits)")
+
+
+def real_row(protocol: Protocol) -> Quality | None:
+    """What real images reach: two halves of them, or against a reference that was named, all of them."""
+    real, reference = protocol.real, protocol.reference
+    if real is None or reference is None:
+        return None
+    if reference.found is real:
+        return real_floor(real, FLOOR_REPEATS, protocol.seed, max(1, protocol.kid_subsets // FLOOR_REPEATS))
+    return sample_quality(real, reference, protocol.kid_subsets)
 
 
 def _shared_states(config: DictConfig, backbone: Backbone, images: int) -> TensorDict:
@@ -141,6 +177,8 @@ def evaluate(config: DictConfig) -> Path:
     rows: list[Evaluated] = []
     raster = list(config.eval.token_raster) if backbone.order_robust else ["self"]
     with Run("evaluate", config) as run:
+        if config.eval.keep_samples:
+            protocol = replace(protocol, samples_folder=run.folder / "samples")
         with progress(len(policies) + len(raster), "evaluating", "policies") as advance:
             for named, sampled in policies:
                 rows.append(evaluate_policy(protocol, named, sampled))
@@ -153,10 +191,9 @@ def evaluate(config: DictConfig) -> Path:
                     raise ValueError(f"token_raster={name!r} must be a causal backbone of this package")
                 rows.append(evaluate_token_raster(protocol, "token_raster" if own else name, other))
                 advance(note=name)
-        floor = []
-        if protocol.features is not None:
-            distance = real_floor(protocol.real, protocol.features, seed=config.seed)
-            floor = [EMPTY_ROW | {"policy": "real images", "features": protocol.features, "frechet_distance": distance}]
+        reached = real_row(protocol)
+        known = {} if reached is None else {"policy": "real images", "features": protocol.features, **asdict(reached)}
+        floor = [EMPTY_ROW | known] if known else []
         results: dict[str, Any] = {
             "protocol": describe(config, backbone, protocol),
             "rows": [row.row for row in rows] + floor,
@@ -190,17 +227,30 @@ def describe(config: DictConfig, backbone: Backbone, protocol: Protocol) -> dict
         if protocol.states is None
         else f"{len(protocol.states)} shared states of random contexts of test images, hindsight oracle",
         "references": f"oracle and lookahead on the first {protocol.reference_images} images",
-        "samples": f"{protocol.samples} per row against {len(protocol.real)} real images of all splits"
-        if protocol.features
-        else None,
+        "samples": _compared(protocol),
         "features": protocol.features,
-        "recognisability": "classifier confidence in the true class, hidden blocks grey",
+        "recognisability": "classifier confidence in the true class, hidden blocks grey"
+        if protocol.data.name in CLASSIFIERS
+        else None,
         "losses": _loss_unit(backbone, protocol),
         "sampling": OmegaConf.to_container(OmegaConf.create(vars(protocol.sampling))),
         "seconds_per_image": "of sampling in batches of 250 where samples are scored, else of the rollout",
         "intervals": f"95 % paired bootstrap over images, {protocol.resamples} resamples",
         "seed": config.seed,
     }
+
+
+def _compared(protocol: Protocol) -> str | None:
+    """What samples are compared with, and how far the distance depends on their number."""
+    real, reference = protocol.real, protocol.reference
+    if real is None or reference is None:
+        return None
+    floor = f"two halves of {len(real) // 2}" if reference.found is real else f"all {len(real)} of the data set"
+    return (
+        f"{protocol.samples} per row against {reference.source}; Fréchet distances fall with the number of images "
+        f"(bias), so only equal numbers compare; the row of real images is {floor}; KID of "
+        f"{protocol.kid_subsets} subsets"
+    )
 
 
 def _loss_unit(backbone: Backbone, protocol: Protocol) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch_fidelity
 from omegaconf import DictConfig
 from PIL import Image
 
@@ -20,11 +21,15 @@ from orderrl.backbones import (
     save_backbone,
 )
 from orderrl.backbones.registry import weights_fingerprint
+from orderrl.data import load_split
 from orderrl.evaluate import evaluate
 from orderrl.generate import generate
 from orderrl.label import label
 from orderrl.metrics.comparison import code_length_at
-from orderrl.metrics.evaluation import EMPTY_ROW, Evaluated
+from orderrl.metrics.evaluation import EMPTY_ROW, Evaluated, _free_folder, folder_name
+from orderrl.metrics.features import DIGITS
+from orderrl.metrics.images import save_images
+from orderrl.metrics.references import reference_of, save_reference
 from orderrl.pipeline import find_or_train_ppo, newest_planner, open_backbone, open_labels
 from orderrl.planner import load_planner
 from orderrl.pretrain import pretrain_backbone
@@ -83,7 +88,9 @@ def improved(home: Path, cloned: Path) -> Path:
 @pytest.fixture(scope="module")
 def evaluated(home: Path, improved: Path) -> Path:
     policies = "eval.policies=[raster,multiscale@2,multiscale@4,random,fitted,oracle,tests.test_pipeline:last_hidden]"
-    return evaluate(configure(home, "evaluate", *SMALL_EVAL, policies, "eval.sampled=[raster]"))
+    return evaluate(
+        configure(home, "evaluate", *SMALL_EVAL, policies, "eval.sampled=[raster]", "eval.keep_samples=true")
+    )
 
 
 def last_hidden(observation: Any, generator: torch.Generator) -> torch.Tensor:
@@ -246,6 +253,9 @@ def test_results_have_every_column_and_null_where_a_metric_does_not_apply(evalua
     assert rows["raster"]["decode_calls"] == 64 and rows["multiscale@4"]["decode_calls"] == 16
     assert rows["digits_raster"]["gain_auc"] is None and rows["digits_raster"]["accuracy"] > 0.5
     assert rows["real images"]["frechet_distance"] < rows["digits_raster"]["frechet_distance"]
+    for key in ("inception_score", "kid", "precision", "recall", "spatial_frechet_distance"):
+        assert rows["oracle"][key] is None and rows["digits_raster"][key] is not None, key
+    assert rows["digits_raster"]["kid"] < rows["raster"]["kid"] and 0 < rows["digits_raster"]["recall"] <= 1
     assert {"bc_utility_r2", "ppo_likelihood_r2", "tests.test_pipeline:last_hidden"} <= set(rows)
     assert rows["bc_utility_r2"]["R"] == 2 and rows["bc_utility_r2"]["seed"] == 0
     low, high = rows["raster"]["gain_auc_ci"]
@@ -253,6 +263,48 @@ def test_results_have_every_column_and_null_where_a_metric_does_not_apply(evalua
     assert results["protocol"]["samples"].startswith("70 per row against 1797 real images")
     names = {entry["name"] for entry in results["comparisons"]}
     assert {"bc_utility_r2 - raster", "ppo_likelihood_r2 - raster"} <= names
+
+
+def test_torch_fidelity_measures_the_same_on_the_kept_samples(evaluated: Path, tmp_path: Path) -> None:
+    rows = {row["policy"]: row for row in json.loads((evaluated / "results.json").read_text())["rows"]}
+    kept = {path.name for path in (evaluated / "samples").iterdir()}
+    names = {"raster", "bc_utility_r2_seed0", "tests.test_pipeline_last_hidden", "digits_raster"}
+    assert names <= kept and "oracle" not in kept
+    splits = [load_split("digits", split) for split in ("backbone", "planner", "test")]
+    save_images(torch.cat([split.images(split.tokens) for split in splits]), tmp_path / "real")
+    for name in ("raster", "digits_raster"):
+        folder = evaluated / "samples" / name
+        assert len(list(folder.glob("*.png"))) == 70
+        found = torch_fidelity.calculate_metrics(
+            input1=str(folder), input2=str(tmp_path / "real"), feature_extractor=DIGITS, fid=True, isc=True, prc=True,
+            cuda=False, cache=False, save_cpu_ram=True, verbose=False,
+        )  # fmt: skip
+        assert found["frechet_inception_distance"] == pytest.approx(rows[name]["frechet_distance"], rel=1e-4)
+        assert found["inception_score_mean"] == pytest.approx(rows[name]["inception_score"], rel=1e-4)
+        assert (found["precision"], found["recall"]) == (rows[name]["precision"], rows[name]["recall"])
+
+
+def test_every_row_keeps_its_samples_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    assert folder_name("my.module:policy/2", None) == "my.module_policy_2"
+    assert folder_name("multiscale@1+1+14", None) == "multiscale@1+1+14"
+    for expected in ("bc_seed1", "bc_seed1-2", "bc_seed1-3"):
+        folder = _free_folder(tmp_path, folder_name("bc", 1))
+        assert folder == tmp_path / expected
+        folder.mkdir()
+
+
+def test_samples_are_scored_against_a_reference_of_statistics(home: Path, tmp_path: Path) -> None:
+    data = load_split("digits", "test")
+    save_reference(tmp_path / "real.npz", reference_of(data.images(data.tokens), DIGITS))
+    overrides = [f"eval.reference={tmp_path / 'real.npz'}", "eval.policies=[]", "eval.planners=[]"]
+    folder = evaluate(configure(home, "evaluate", *SMALL_EVAL, *overrides))
+    results = json.loads((folder / "results.json").read_text())
+    assert "against statistics of real.npz" in results["protocol"]["samples"]
+    assert "bias" in results["protocol"]["samples"]
+    for row in results["rows"]:
+        assert row["frechet_distance"] > 0 and row["spatial_frechet_distance"] > 0 and row["inception_score"] > 1
+        assert row["kid"] is row["precision"] is row["recall"] is None
+    assert not (folder / "samples").exists()
 
 
 def test_the_report_lies_beside_the_results(evaluated: Path) -> None:
@@ -316,6 +368,11 @@ def test_code_length_is_interpolated_at_equal_steps() -> None:
         (evaluate, ["eval.policies=[nowhere:policy]"], r"'nowhere:policy' cannot be imported"),
         (evaluate, ["eval.policies=[tests.test_pipeline:illegal]"], r"is illegal"),
         (evaluate, ["eval.policies=[tests.test_pipeline:scores]"], r"action must be int64"),
+        (evaluate, ["eval.features=vgg"], r"features='vgg' is unknown; choose one of orderrl-digits"),
+        (evaluate, ["eval.reference=none.npz"], r"reference='none.npz' does not exist"),
+        (evaluate, ["eval.reference=none.npz", "eval.features=null"], r"reference='none.npz' needs features"),
+        (evaluate, ["eval.feature_weights=w.pth"], r"orderrl-digits has its own, pass None"),
+        (evaluate, ["eval.kid_subsets=0"], r"kid_subsets must be at least 1, got 0"),
         (generate, ["label=10"], r"label=10 is no class"),
         (generate, ["n=0"], r"n must be at least 1"),
         (generate, ["temperature=0"], r"temperature must be positive"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from orderrl.report import PolicyDetail, figures, markdown, write_report
-from orderrl.report.page import COLUMNS, summary
+from orderrl.report.page import COLUMNS, shown_columns, summary
 
 VOID = {"meta", "img", "br", "link", "input", "hr", "wbr"}
 
@@ -129,10 +129,10 @@ def test_identifiers_are_unique(page: str) -> None:
 
 def test_table_has_a_cell_for_every_column_of_every_policy_and_dashes_for_null(page: str) -> None:
     cells = Page(page).cells
-    width = len(COLUMNS)
+    width = len(shown_columns(RESULTS["rows"]))
     table = [cells[k : k + width] for k in range(0, width * (1 + len(RESULTS["rows"])), width)]
     assert [line[0] for line in table[1:]] == [entry["policy"] for entry in RESULTS["rows"]]
-    keys = [column.key for column in COLUMNS]
+    keys = [column.key for column in shown_columns(RESULTS["rows"])]
     for line, entry in zip(table[1:], RESULTS["rows"], strict=True):
         for key, cell in zip(keys, line, strict=True):
             assert (cell == "–") == (entry[key] is None), (key, cell)
@@ -146,7 +146,8 @@ def test_table_has_a_cell_for_every_column_of_every_policy_and_dashes_for_null(p
 def test_every_issue_column_is_shown_and_explained() -> None:
     named = (
         "policy objective budgets R seed gain_auc likelihood_return far_gain decode_nll recognisability_auc "
-        "oracle_top1 oracle_spearman regret steps decode_calls seconds_per_image frechet_distance features accuracy"
+        "oracle_top1 oracle_spearman regret steps decode_calls seconds_per_image frechet_distance inception_score kid "
+        "precision recall spatial_frechet_distance features accuracy"
     )
     assert [column.key for column in COLUMNS] == named.split()
     assert all(column.meaning for column in COLUMNS)
@@ -154,9 +155,31 @@ def test_every_issue_column_is_shown_and_explained() -> None:
 
 def test_fid_is_written_only_for_inception_features(page: str, tmp_path: Path) -> None:
     assert "FID ↓" not in page
-    rows = [row("raster", 0.06, frechet_distance=9.0, features="inception-v3-compat")]
+    scores: dict[str, Any] = {"frechet_distance": 9.0, "kid": 0.01, "spatial_frechet_distance": 7.0}
+    rows = [row("raster", 0.06, features="inception-v3-compat", **scores)]
     text = write_report(tmp_path, {"protocol": {}, "rows": rows}, []).read_text(encoding="utf-8")
-    assert "FID ↓" in text
+    assert all(header in text for header in (">FID ↓", ">KID ↓", ">sFID ↓"))
+
+
+def test_sample_quality_is_shown_where_a_row_has_it(page: str, tmp_path: Path) -> None:
+    headers = ("inception score", "kernel distance", "precision", "recall", "spatial Fréchet")
+    assert not any(header in page for header in headers)
+    assert not any(header in markdown.markdown_table(RESULTS["rows"]) for header in headers)
+    scored: dict[str, Any] = {
+        "inception_score": 9.5,
+        "kid": -0.0012,
+        "precision": 0.75,
+        "recall": 0.5,
+        "spatial_frechet_distance": 3.25,
+    }
+    rows = [row("raster", 0.06, frechet_distance=9.0, features="orderrl-digits", **scored), row("oracle", 0.1)]
+    text = write_report(tmp_path, {"protocol": {}, "rows": rows}, []).read_text(encoding="utf-8")
+    for header, shown in zip(headers, ("9.50", "−0.0012", "75.0", "50.0", "3.25"), strict=True):
+        assert header in text and shown in text
+    table = markdown.markdown_table(rows)
+    assert all(header in table for header in headers) and "| 9.50 | -0.0012 | 0.750 | 0.500 | 3.25 |" in table
+    del rows[1]["kid"]  # results of an earlier version
+    assert "kernel distance" in markdown.markdown_table(rows)
 
 
 def test_only_intervals_without_zero_are_bold(page: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +24,12 @@ from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.envs.render import partial_images
 from orderrl.generation import Generated, balanced_labels, generate_images
 from orderrl.metrics.calibration import Calibration, calibrate
+from orderrl.metrics.features import DIGITS, Features, extract_features
+from orderrl.metrics.images import save_images
 from orderrl.metrics.planning import Rollout, act, roll_out
-from orderrl.metrics.quality import class_accuracy, frechet_distance
+from orderrl.metrics.quality import KID_SUBSETS, class_accuracy, sample_quality
 from orderrl.metrics.recognisability import area_over_fraction, progressive_recognisability
+from orderrl.metrics.references import Reference
 from orderrl.metrics.statistics import bootstrap_band, bootstrap_mean
 from orderrl.oracle import utilities
 from orderrl.report import PolicyDetail
@@ -50,6 +55,11 @@ EMPTY_ROW: dict[str, Any] = dict.fromkeys(
         "decode_calls",
         "seconds_per_image",
         "frechet_distance",
+        "inception_score",
+        "kid",
+        "precision",
+        "recall",
+        "spatial_frechet_distance",
         "features",
         "accuracy",
     )
@@ -64,7 +74,8 @@ class Protocol:
     Attributes:
         backbone: frozen.
         data: the test images.
-        real: (n, 3, H, W) uint8, reference images of the Fréchet distance.
+        real: features of real images of the data set; None scores no samples.
+        reference: what samples are compared with; None scores no samples.
         states: labelled contexts of test images, for calibration; None where there is no order to choose.
         features: feature extractor; None scores no samples.
         samples: generated images per row; 0 is none.
@@ -72,11 +83,15 @@ class Protocol:
         sampling: how tokens are drawn.
         resamples: of the bootstrap.
         seed: of policies, samples and resamples.
+        weights: file of the feature extractor; None is its own.
+        kid_subsets: random subsets that the kernel distance is averaged over.
+        samples_folder: where the generated images of every row are kept; None keeps none.
     """
 
     backbone: Backbone
     data: TokenSet
-    real: Tensor
+    real: Features | None
+    reference: Reference | None
     states: TensorDict | None
     features: str | None
     samples: int
@@ -84,6 +99,13 @@ class Protocol:
     sampling: Sampling
     resamples: int
     seed: int
+    weights: Path | None = None
+    kid_subsets: int = KID_SUBSETS
+    samples_folder: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.kid_subsets < 1:
+            raise ValueError(f"kid_subsets must be at least 1, got {self.kid_subsets}")
 
     @property
     def device(self) -> torch.device:
@@ -152,7 +174,7 @@ def evaluate_policy(
             p.backbone, p.data, named.policy, named.budgets, balanced_labels(p.samples, p.data.num_classes),
             p.sampling, p.seed, advance=advance,
         )  # fmt: skip
-        row |= _quality(p, made)
+        row |= _quality(p, row, made)
     return Evaluated(row, auc, rollout.decode_nll.cpu(), rollout.steps.cpu(), rollout)
 
 
@@ -180,20 +202,38 @@ def evaluate_token_raster(
         made = generate_images(
             one_block, protocol.data, whole_image, (1,), labels, protocol.sampling, protocol.seed, advance=advance
         )
-        row |= _quality(protocol, made)
+        row |= _quality(protocol, row, made)
     return Evaluated(row)
 
 
-def _quality(p: Protocol, made: Generated) -> dict[str, Any]:
-    if p.features is None:
-        return {"seconds_per_image": made.seconds / len(made.tokens)}
+def _quality(p: Protocol, row: dict[str, Any], made: Generated) -> dict[str, Any]:
+    """Scores of a row's samples; the images are kept if the protocol says so."""
+    seconds = {"seconds_per_image": made.seconds / len(made.tokens)}
+    if p.features is None and p.samples_folder is None:
+        return seconds
     images = p.data.images(made.tokens)
-    return {
-        "frechet_distance": frechet_distance(images, p.real, p.features),
-        "features": p.features,
-        "accuracy": class_accuracy(images, made.labels, p.features),
-        "seconds_per_image": made.seconds / len(images),
-    }
+    if p.samples_folder is not None:
+        save_images(images, _free_folder(p.samples_folder, folder_name(row["policy"], row["seed"])))
+    if p.features is None or p.reference is None:
+        return seconds
+    found = extract_features(images, p.features, p.weights, p.device)
+    scores = asdict(sample_quality(found, p.reference, p.kid_subsets))
+    accuracy = class_accuracy(images, made.labels, DIGITS) if p.data.name in CLASSIFIERS else None
+    return seconds | scores | {"features": p.features, "accuracy": accuracy}
+
+
+def _free_folder(parent: Path, name: str) -> Path:
+    """A folder that no other row has: two checkpoints may have one name and seed."""
+    number = 1
+    while (folder := parent / (name if number == 1 else f"{name}-{number}")).exists():
+        number += 1
+    return folder
+
+
+def folder_name(policy: str, seed: int | None) -> str:
+    """The folder of a policy's samples: its name, in characters that every file system takes, and its seed."""
+    name = re.sub(r"[^\w.@+=-]+", "_", policy)
+    return name if seed is None else f"{name}_seed{seed}"
 
 
 def _calibration(p: Protocol, named: NamedPolicy) -> Calibration:

@@ -1,91 +1,63 @@
-"""Quality of samples: Fréchet distance by torch-fidelity in named features, and class accuracy.
+"""Quality of samples: distances from real images in named features, precision and recall, and class accuracy.
 
-The mathematics and the Inception network are torch-fidelity's own; the digits classifier joins its registry as
-"orderrl-digits". The distance is called FID only in Inception features (`distance_name`).
+The Fréchet distance, inception score, kernel distance (KID), precision and recall are torch-fidelity's own functions,
+on features that are extracted once. The distance is called FID only in Inception features (`distance_name`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import pickle
-import zipfile
-from collections import OrderedDict
-from functools import lru_cache
+import warnings
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
-from torch_fidelity.feature_extractor_base import FeatureExtractorBase
-from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_featuresdict_to_statistics, fid_statistics_to_metric
-from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
-from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
+from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
+from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
-from orderrl.classifier import DigitsClassifier, load_classifier
+from orderrl.classifier import load_classifier
+from orderrl.metrics.features import DIGITS, INCEPTION, Features, extract_features
+from orderrl.metrics.images import check_images
+from orderrl.metrics.references import Gaussian, Reference, fit_gaussian, reference_of
 
-DIGITS = "orderrl-digits"
-INCEPTION = "inception-v3-compat"
-FEATURES = (DIGITS, INCEPTION)
-"""Feature extractors that distances can be measured in."""
+SCORE_SPLITS = 10
+"""Parts of the samples that the inception score is averaged over, as is usual (Salimans et al., 2016)."""
+KID_SUBSETS = 100
+"""Random subsets that the kernel distance is averaged over, torch-fidelity's default."""
+KID_SUBSET_SIZE = 1000
+"""Images in each of them, or as many as there are."""
+NEIGHBOURS = 3
+"""k of the nearest-neighbour balls of precision and recall (Kynkäänniemi et al., 2019)."""
+CMMD_SIGMA = 10.0
+CMMD_SCALE = 1000.0
 
-_CACHED_REFERENCES = 8
-_reference_statistics: OrderedDict[tuple[str, ...], dict[str, Any]] = OrderedDict()
 
+@dataclass(frozen=True)
+class Quality:
+    """What one set of samples is worth; None where a number does not apply.
 
-class DigitsFeatureExtractor(FeatureExtractorBase):
-    """The digits classifier for torch-fidelity: uint8 (n, 3, 8, 8) -> "penultimate" (n, 64) and "logits" (n, 10).
-
-    Features are float64, so that torch-fidelity takes means and covariances in double precision.
+    Attributes:
+        frechet_distance: between Gaussians fitted to the features, squared units (Heusel et al., 2017).
+        inception_score: exp of the mutual information of image and predicted class, mean over 10 parts
+            (Salimans et al., 2016); None for features without a classifier, or fewer than 10 images.
+        kid: squared maximum mean discrepancy with a cubic kernel, unbiased (Bińkowski et al., 2018); it may be a
+            little below 0. None where the images of the reference are not known.
+        precision, recall: share of samples near real images, and of real images near samples, by the balls of
+            3 nearest neighbours (Kynkäänniemi et al., 2019). None as `kid`, or with fewer than 4 images.
+        spatial_frechet_distance: the Fréchet distance of spatial features (sFID; Nash et al., 2021; ADM's definition);
+            None where the extractor or the reference has none.
     """
 
-    def __init__(self, name: str, features_list: list[str], **kwargs: Any) -> None:
-        super().__init__(name, features_list)
-        self.classifier = load_classifier("digits")
-
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        """Names of the features."""
-        return ("penultimate", "logits")
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        """Logits for the inception score, the penultimate layer for every distance."""
-        return "logits" if metric == "isc" else "penultimate"
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        """Plain convolutions: yes."""
-        return True
-
-    @staticmethod
-    def get_dummy_input_for_compile() -> Tensor:
-        """(1, 3, 8, 8) uint8."""
-        return torch.zeros(1, 3, DigitsClassifier.height, DigitsClassifier.width, dtype=torch.uint8)
-
-    def forward(self, input: Tensor) -> tuple[Tensor, ...]:
-        """The requested features in the order in which they were requested."""
-        penultimate = self.classifier.features(input)
-        offered = {"penultimate": penultimate, "logits": self.classifier.head(penultimate)}
-        return tuple(offered[name].double() for name in self.features_list)
-
-
-if DIGITS not in FEATURE_EXTRACTORS_REGISTRY:
-    register_feature_extractor(DIGITS, DigitsFeatureExtractor)
-
-
-class _Images(Dataset[Tensor]):
-    """uint8 images (n, 3, H, W) as the data set that torch-fidelity reads."""
-
-    def __init__(self, images: Tensor) -> None:
-        self.images = images.cpu()
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.images[index]
+    frechet_distance: float
+    inception_score: float | None
+    kid: float | None
+    precision: float | None
+    recall: float | None
+    spatial_frechet_distance: float | None
 
 
 def distance_name(features: str) -> str:
@@ -93,17 +65,61 @@ def distance_name(features: str) -> str:
     return "FID" if features == INCEPTION else "Fréchet distance"
 
 
+def sample_quality(generated: Features, reference: Reference, kid_subsets: int = KID_SUBSETS) -> Quality:
+    """All metrics of one set of samples, from features that are extracted once.
+
+    Warns if there are too few images for a covariance of full rank: the Fréchet distance is then strongly biased.
+
+    Args:
+        generated: of n >= 2 samples, from `extract_features`.
+        reference: in the same features, from `reference_of` or `open_reference`.
+        kid_subsets: random subsets that KID is averaged over.
+
+    Raises:
+        ValueError: if the features differ, there are fewer than 2 samples, or kid_subsets < 1.
+    """
+    if kid_subsets < 1:
+        raise ValueError(f"kid_subsets must be at least 1, got {kid_subsets}")
+    _check_same(generated, reference)
+    _warn_of_few(generated, reference)
+    spatial = None
+    if generated.spatial is not None and reference.spatial is not None:
+        spatial = gaussian_distance(fit_gaussian(generated.spatial), reference.spatial)
+    precision, recall = _precision_recall(generated, reference)
+    return Quality(
+        frechet_distance=gaussian_distance(fit_gaussian(generated.pooled), reference.pooled),
+        inception_score=_inception_score(generated),
+        kid=_kid(generated, reference, kid_subsets),
+        precision=precision,
+        recall=recall,
+        spatial_frechet_distance=spatial,
+    )
+
+
+def gaussian_distance(first: Gaussian, second: Gaussian) -> float:
+    """Fréchet distance |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) by torch-fidelity, in squared units.
+
+    Raises:
+        ValueError: if the dimensions differ.
+    """
+    if first.mean.shape != second.mean.shape:
+        raise ValueError(
+            f"first and second must have one dimension, got {len(first.mean)} and {len(second.mean)}; "
+            "these are statistics of different features"
+        )
+    one, other = ({"mu": g.mean, "sigma": g.covariance} for g in (first, second))
+    return float(fid_statistics_to_metric(one, other, verbose=False)[KEY_METRIC_FID])
+
+
 def frechet_distance(generated: Tensor, reference: Tensor, features: str, weights: Path | None = None) -> float:
     """Fréchet distance between Gaussians fitted to the features of two sets of images, by torch-fidelity.
-
-    Reference statistics are kept for the last few reference sets of the process, found again by their content.
 
     Args:
         generated: (n, 3, H, W) uint8.
         reference: (m, 3, H, W) uint8.
-        features: "orderrl-digits" (64 features of the digits classifier, 8x8 images) or "inception-v3-compat"
-            (2048 features of torch-fidelity's Inception; only this is FID, Heusel et al., 2017).
-        weights: Inception weights file; None downloads them (torch.hub's cache).
+        features: a name of `orderrl.metrics.features`, such as "orderrl-digits" (64 features of the digits classifier,
+            8x8 images) or "inception-v3-compat" (2,048 features; only this is FID, Heusel et al., 2017).
+        weights: as in `extract_features`.
 
     Returns:
         The distance, in squared units of the features. It falls with n and m (bias): compare equal numbers only.
@@ -111,35 +127,26 @@ def frechet_distance(generated: Tensor, reference: Tensor, features: str, weight
     Raises:
         ValueError: if features are unknown, images are not uint8 (n >= 2, 3, H, W), or the weights can't be had.
     """
-    if features not in FEATURES:
-        raise ValueError(f"features={features!r} is unknown; choose one of {', '.join(FEATURES)}")
-    _check_images(generated, "generated")
-    _check_images(reference, "reference")
-    key = (features, str(weights), str(tuple(reference.shape)), _digest(reference))
-    if key not in _reference_statistics:
-        _reference_statistics[key] = _statistics(reference, features, weights)
-        while len(_reference_statistics) > _CACHED_REFERENCES:
-            _reference_statistics.popitem(last=False)
-    _reference_statistics.move_to_end(key)
-    ours = _statistics(generated, features, weights)
-    return float(fid_statistics_to_metric(ours, _reference_statistics[key], verbose=False)[KEY_METRIC_FID])
+    check_images(generated, "generated")
+    check_images(reference, "reference")
+    one, other = (fit_gaussian(extract_features(x, features, weights).pooled) for x in (generated, reference))
+    return gaussian_distance(one, other)
 
 
-def real_floor(real: Tensor, features: str, repeats: int = 5, seed: int = 0, weights: Path | None = None) -> float:
-    """Real against real: the distance that a perfect generator would still show.
+def real_floor(real: Features, repeats: int = 5, seed: int = 0, kid_subsets: int = KID_SUBSETS) -> Quality:
+    """Real against real: the numbers that a perfect generator would still show.
 
-    The mean Fréchet distance between two disjoint random halves of the real images. Halves are smaller than the
-    sets that samples are compared on, so this floor is a little too high.
+    Means over random splits into two disjoint halves. Halves are smaller than the sets that samples are compared on,
+    so the floor of a biased distance is a little too high.
 
     Args:
-        real: (n, 3, H, W) uint8, n >= 4.
-        features: as in `frechet_distance`.
+        real: features of n >= 4 real images.
         repeats: random splits that are averaged.
         seed: of the splits.
-        weights: as in `frechet_distance`.
+        kid_subsets: random subsets of every split that KID is averaged over.
 
     Raises:
-        ValueError: if repeats < 1 or there are fewer than 4 images; else as `frechet_distance`.
+        ValueError: if repeats < 1 or there are fewer than 4 images.
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
@@ -147,11 +154,101 @@ def real_floor(real: Tensor, features: str, repeats: int = 5, seed: int = 0, wei
         raise ValueError(f"real must hold at least 4 images to be halved, got {len(real)}")
     generator = torch.Generator().manual_seed(seed)
     half = len(real) // 2
-    total = 0.0
+    found = []
     for _ in range(repeats):
-        order = torch.randperm(len(real), generator=generator).to(real.device)
-        total += frechet_distance(real[order[:half]], real[order[half : 2 * half]], features, weights)
-    return total / repeats
+        order = torch.randperm(len(real), generator=generator)
+        reference = reference_of(real.rows(order[half : 2 * half]), real.name)
+        found.append(asdict(sample_quality(real.rows(order[:half]), reference, kid_subsets)))
+    means: dict[str, Any] = {key: _mean([values[key] for values in found]) for key in found[0]}
+    return Quality(**means)
+
+
+def fid_infinity(
+    generated: Features, reference: Reference, points: int = 15, smallest: int | None = None, seed: int = 0
+) -> float:
+    """The Fréchet distance that endlessly many samples would have, by extrapolation (Chong and Forsyth, 2020).
+
+    The distance of n samples is linear in 1/n to first order; a line through the distances of random subsets of
+    several sizes is read off at 1/n = 0.
+
+    Args:
+        generated: of all samples.
+        reference: in the same features.
+        points: sizes, evenly spaced up to all samples.
+        smallest: the smallest size; None is a tenth of the samples (as 5,000 of 50,000 in the paper).
+        seed: of the subsets.
+
+    Raises:
+        ValueError: if the features differ, points < 2, or not 2 <= smallest < n.
+    """
+    _check_same(generated, reference)
+    smallest = max(2, len(generated) // 10) if smallest is None else smallest
+    if points < 2:
+        raise ValueError(f"points must be at least 2, got {points}")
+    if not 2 <= smallest < len(generated):
+        raise ValueError(f"smallest must lie in 2..{len(generated) - 1}, got {smallest}")
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.linspace(smallest, len(generated), points).long().tolist()
+    distances = []
+    for size in sizes:
+        rows = torch.randperm(len(generated), generator=generator)[:size]
+        distances.append(gaussian_distance(fit_gaussian(generated.pooled[rows]), reference.pooled))
+    return float(np.polyfit(1 / np.array(sizes), distances, deg=1)[1])
+
+
+def cmmd(generated: Features, reference: Features) -> float:
+    """Kernel distance of features of unit length (CMMD; Jayasumana et al., 2024), times 1,000.
+
+    Features are scaled to unit length and compared with `gaussian_mmd`, as the authors do. It is CMMD in the features
+    "clip-vit-l-14-336px"; in others it is the same distance, to be named with its features.
+
+    Args:
+        generated, reference: of any numbers of images, in the same features.
+
+    Raises:
+        ValueError: if the features differ.
+    """
+    if generated.name != reference.name:
+        raise ValueError(
+            f"generated and reference must have the same features, got {generated.name!r} and {reference.name!r}"
+        )
+    one, other = (torch.nn.functional.normalize(x.pooled.double(), dim=1) for x in (generated, reference))
+    return gaussian_mmd(one, other)
+
+
+def gaussian_mmd(
+    first: Tensor, second: Tensor, sigma: float = CMMD_SIGMA, scale: float = CMMD_SCALE, batch_size: int = 1024
+) -> float:
+    """Squared maximum mean discrepancy with the kernel exp(-|x - y|^2 / (2 sigma^2)), times scale.
+
+    The estimator of least variance, which is a little too high (Gretton et al., 2012, eq. 5): means over all pairs,
+    each image with itself included. 0 for equal sets.
+
+    Args:
+        first, second: (n, d) and (m, d).
+        sigma: width of the kernel.
+        scale: 1,000 makes it readable (Jayasumana et al., 2024).
+        batch_size: rows of the kernel matrix at once.
+
+    Raises:
+        ValueError: if the shapes do not fit or sigma is not positive.
+    """
+    if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1] or not len(first) or not len(second):
+        raise ValueError(
+            f"first and second must have shapes (n, d) and (m, d), got {tuple(first.shape)} and {tuple(second.shape)}"
+        )
+    if sigma <= 0:
+        raise ValueError(f"sigma must be positive, got {sigma}")
+    first, second = first.double(), second.double()
+
+    def mean_kernel(x: Tensor, y: Tensor) -> float:
+        total = 0.0
+        for rows in x.split(batch_size):
+            squares = rows.square().sum(1)[:, None] + y.square().sum(1) - 2 * rows @ y.T  # (b, m)
+            total += float((squares.clamp_min(0) / (-2 * sigma**2)).exp().sum())
+        return total / (len(x) * len(y))
+
+    return scale * (mean_kernel(first, first) + mean_kernel(second, second) - 2 * mean_kernel(first, second))
 
 
 @torch.no_grad()
@@ -168,7 +265,7 @@ def class_accuracy(images: Tensor, labels: Tensor, features: str) -> float:
     """
     if features != DIGITS:
         raise ValueError(f"features={features!r} have no classifier of these classes; choose {DIGITS}")
-    _check_images(images, "images", at_least=1)
+    check_images(images, "images", at_least=1)
     if labels.shape != (len(images),):
         raise ValueError(f"labels must have shape ({len(images)},), one for each image, got {tuple(labels.shape)}")
     classifier = load_classifier("digits").to(images.device)
@@ -176,59 +273,53 @@ def class_accuracy(images: Tensor, labels: Tensor, features: str) -> float:
     return (predicted == labels.to(predicted.device)).float().mean().item()
 
 
-def _check_images(images: Tensor, name: str, at_least: int = 2) -> None:
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or len(images) < at_least:
+def _inception_score(generated: Features) -> float | None:
+    if generated.logits is None or len(generated) < SCORE_SPLITS:
+        return None
+    return float(isc_features_to_metric(generated.logits, splits=SCORE_SPLITS)[KEY_METRIC_ISC_MEAN])
+
+
+def _kid(generated: Features, reference: Reference, subsets: int) -> float | None:
+    real = reference.found
+    if real is None:
+        return None
+    size = min(KID_SUBSET_SIZE, len(generated), len(real))
+    options = {"kid_subsets": subsets, "kid_subset_size": size, "verbose": False}
+    return float(kid_features_to_metric(generated.pooled, real.pooled, **options)[KEY_METRIC_KID_MEAN])
+
+
+def _precision_recall(generated: Features, reference: Reference) -> tuple[float | None, float | None]:
+    real = reference.found
+    if real is None or min(len(generated), len(real)) <= NEIGHBOURS:
+        return None, None
+    # In parts: the whole matrix of distances between 50,000 images would take 10 GB.
+    options = {"prc_neighborhood": NEIGHBOURS, "prc_batch_size": 2048, "save_cpu_ram": True, "verbose": False}
+    found = prc_features_to_metric(generated.pooled, real.pooled, **options)
+    return float(found[KEY_METRIC_PRECISION]), float(found[KEY_METRIC_RECALL])
+
+
+def _check_same(generated: Features, reference: Reference) -> None:
+    if generated.name != reference.features:
         raise ValueError(
-            f"{name} must be uint8 images of shape (n, 3, H, W) with n >= {at_least}, "
-            f"got {str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}"
+            f"generated has the features {generated.name!r}, but reference those of {reference.features!r}"
         )
 
 
-def _digest(images: Tensor) -> str:
-    return hashlib.sha256(images.cpu().contiguous().numpy().tobytes()).hexdigest()
+def _warn_of_few(generated: Features, reference: Reference) -> None:
+    """Fewer images than features leave the covariance singular."""
+    needed = generated.pooled.shape[1] + 1
+    counts = {"generated": len(generated)}
+    if reference.found is not None:
+        counts["reference"] = len(reference.found)
+    for name, count in counts.items():
+        if count < needed:
+            warnings.warn(
+                f"{name}: {count} images are too few for a covariance of {needed - 1} features; the "
+                f"{distance_name(generated.name)} needs at least {needed}",
+                stacklevel=3,
+            )
 
 
-def _statistics(images: Tensor, features: str, weights: Path | None) -> dict[str, Any]:
-    """Mean and covariance of the features, computed by torch-fidelity."""
-    extractor = _extractor(features, weights, images.is_cuda)
-    found = get_featuresdict_from_dataset(
-        _Images(images), extractor, batch_size=256, cuda=images.is_cuda, save_cpu_ram=True, verbose=False
-    )
-    return dict(fid_featuresdict_to_statistics(found, extractor.get_requested_features_list()[0]))
-
-
-@lru_cache(maxsize=2)
-def _extractor(features: str, weights: Path | None, cuda: bool) -> FeatureExtractorBase:
-    """torch-fidelity's feature extractor with the layer that it uses for the Fréchet distance."""
-    layer = FEATURE_EXTRACTORS_REGISTRY[features].get_default_feature_layer_for_metric("fid")
-    if weights is not None:
-        _check_weights(weights)
-    try:
-        return create_feature_extractor(
-            features,
-            [layer],
-            cuda=cuda,
-            verbose=False,
-            feature_extractor_weights_path=None if weights is None else str(weights),
-        )
-    except (URLError, TimeoutError, ConnectionError) as error:
-        raise ValueError(
-            f"features={features!r}: the weights can't be downloaded ({_one_line(error)}); "
-            "pass weights=<path of torch-fidelity's Inception weights>"
-        ) from error
-    except RuntimeError as error:
-        raise ValueError(f"features={features!r}: the weights do not fit ({_one_line(error)})") from error
-
-
-def _check_weights(weights: Path) -> None:
-    """Refuse files that hold anything but tensors before torch-fidelity unpickles them."""
-    if not weights.is_file():
-        raise ValueError(f"weights={str(weights)!r} does not exist; it must be a file of Inception weights")
-    try:
-        torch.load(weights, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError) as error:
-        raise ValueError(f"weights={str(weights)!r} is not a file of plain tensors ({_one_line(error)})") from error
-
-
-def _one_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

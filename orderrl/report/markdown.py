@@ -9,14 +9,22 @@ from typing import Any
 COLUMNS = {
     "gain_auc": ("gain AUC ↑", 4),
     "decode_nll": ("decode_nll ↓ (nats/image)", 2),
+    "decode_loss": ("decode_loss ↓ (DiffLoss/image)", 3),
     "steps": ("steps", 1),
     "far_gain": ("far gain", 3),
     "recognisability_auc": ("recognisability ↑", 3),
     "oracle_spearman": ("Spearman", 3),
     "regret": ("regret ↓", 4),
     "frechet_distance": ("Fréchet ↓", 2),
+    "inception_score": ("inception score ↑", 2),
+    "kid": ("kernel distance ↓", 4),
+    "precision": ("precision ↑", 3),
+    "recall": ("recall ↑", 3),
+    "spatial_frechet_distance": ("spatial Fréchet ↓", 2),
     "accuracy": ("accuracy ↑", 3),
 }
+OPTIONAL = ("decode_loss", "inception_score", "kid", "precision", "recall", "spatial_frechet_distance")
+"""Columns that are left out where no row has a value."""
 
 
 def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -24,12 +32,17 @@ def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
 
     Rows of one policy (training seeds) become one line: mean ± standard deviation over seeds.
     """
+    columns = {
+        key: value
+        for key, value in COLUMNS.items()
+        if key not in OPTIONAL or any(row.get(key) is not None for row in rows)
+    }
     names = list(dict.fromkeys(row["policy"] for row in rows))
-    lines = ["| policy | seeds | " + " | ".join(title for title, _ in COLUMNS.values()) + " |"]
-    lines.append("|---|---|" + "---|" * len(COLUMNS))
+    lines = ["| policy | seeds | " + " | ".join(title for title, _ in columns.values()) + " |"]
+    lines.append("|---|---|" + "---|" * len(columns))
     for name in names:
         group = [row for row in rows if row["policy"] == name]
-        cells = [_cell([row[key] for row in group], digits) for key, (_, digits) in COLUMNS.items()]
+        cells = [_cell([row.get(key) for row in group], digits) for key, (_, digits) in columns.items()]
         lines.append(f"| {name} | {len(group) if group[0]['seed'] is not None else '–'} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

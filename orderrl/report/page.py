@@ -22,7 +22,10 @@ MINUS = "−"
 
 @dataclass(frozen=True)
 class Column:
-    """One column of the table: its key in `results.json`, header, unit, format and one-line explanation."""
+    """One column of the table: its key in `results.json`, header, unit, format and one-line explanation.
+
+    An optional column is shown only if a row has a value in it.
+    """
 
     key: str
     header: str
@@ -30,6 +33,7 @@ class Column:
     show: Callable[[Any], str]
     meaning: str
     text: bool = False
+    optional: bool = False
 
 
 def _number(digits: int) -> Callable[[Any], str]:
@@ -80,6 +84,14 @@ COLUMNS = (
         "Code length of the image under the parallel block sampler with this schedule.",
     ),
     Column(
+        "decode_loss",
+        "decode loss ↓",
+        "DiffLoss per image",
+        _number(3),
+        "Sum of the diffusion losses charged by the parallel block sampler: masked models have no code length.",
+        optional=True,
+    ),
+    Column(
         "recognisability_auc",
         "recognisability ↑",
         "area",
@@ -105,7 +117,7 @@ COLUMNS = (
         "regret ↓",
         "nats per token",
         _number(4),
-        "Best hindsight utility minus that of the first-ranked block, mean over the policy's own states.",
+        "Best hindsight utility minus that of the first-ranked block, on the same states.",
     ),
     Column("steps", "steps", "per image", _number(1), "Planner steps until the image is complete."),
     Column("decode_calls", "decode calls", "per image", _number(1), "Sequential calls of the backbone's decoder."),
@@ -119,7 +131,34 @@ COLUMNS = (
         _number(2),
         "Distance of samples from all real images in the features named beside it; FID only in Inception features.",
     ),
-    Column("features", "features", "", _words, "Feature extractor of the Fréchet distance.", text=True),
+    Column(
+        "inception_score",
+        "inception score ↑",
+        "",
+        _number(2),
+        "How sure the extractor's classifier is of each sample, and how evenly the samples cover its classes.",
+        optional=True,
+    ),
+    Column(
+        "kid",
+        "kernel distance ↓",
+        "squared",
+        _number(4),
+        "Samples against real images by a cubic kernel: unbiased, so it may fall a little below 0; KID in Inception "
+        "features.",
+        optional=True,
+    ),
+    Column("precision", "precision ↑", "%", _percent, "Samples that lie near a real image.", optional=True),
+    Column("recall", "recall ↑", "%", _percent, "Real images that lie near a sample.", optional=True),
+    Column(
+        "spatial_frechet_distance",
+        "spatial Fréchet ↓",
+        "squared features",
+        _number(2),
+        "Fréchet distance of spatial features, before places are averaged; sFID in Inception features.",
+        optional=True,
+    ),
+    Column("features", "features", "", _words, "Feature extractor of the distances.", text=True),
     Column("accuracy", "accuracy ↑", "%", _percent, "Samples that a classifier assigns to their class."),
 )
 
@@ -147,6 +186,7 @@ def write_report(folder: Path, results: dict[str, Any], details: Sequence[Policy
     if not all(row.get("policy") for row in rows):
         raise ValueError("results['rows'] must name a policy in every row")
     folder.mkdir(parents=True, exist_ok=True)
+    columns = shown_columns(rows)
     learned = learned_policies(rows)
     colours = figures.policy_colours(learned)
     plots = [
@@ -180,8 +220,8 @@ def write_report(folder: Path, results: dict[str, Any], details: Sequence[Policy
         summary=summary(results),
         written=datetime.now().strftime("%Y-%m-%d %H:%M"),
         protocol={key.replace("_", " "): _protocol_value(value) for key, value in results["protocol"].items()},
-        columns=[_renamed(column, rows) for column in COLUMNS],
-        rows=[_cells(row, learned) for row in rows],
+        columns=[_renamed(column, rows) for column in columns],
+        rows=[_cells(row, learned, columns) for row in rows],
         comparisons=[_comparison(entry) for entry in results.get("comparisons") or []],
         plots=plots,
         scale=figures.png_uri(figures.colour_pixels(np.linspace(0, 1, 64)[None])),
@@ -195,6 +235,11 @@ def write_report(folder: Path, results: dict[str, Any], details: Sequence[Policy
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def shown_columns(rows: Sequence[dict[str, Any]]) -> list[Column]:
+    """The columns of the table: all but optional ones without a value."""
+    return [column for column in COLUMNS if not column.optional or any(row.get(column.key) is not None for row in rows)]
 
 
 def learned_policies(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -265,11 +310,16 @@ def _comparison(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _renamed(column: Column, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A column for the template; the distance is headed FID if every one of them is in Inception features."""
+    """A column for the template; distances are headed FID, KID and sFID if all are in Inception features."""
     header = column.header
+    inception = {
+        "frechet_distance": distance_name(INCEPTION),
+        "kid": "KID",
+        "spatial_frechet_distance": f"s{distance_name(INCEPTION)}",
+    }
     used = {row.get("features") for row in rows if row.get("frechet_distance") is not None}
-    if column.key == "frechet_distance" and used == {INCEPTION}:
-        header = f"{distance_name(INCEPTION)} ↓"
+    if column.key in inception and used == {INCEPTION}:
+        header = f"{inception[column.key]} ↓"
     return {"header": header, "unit": column.unit, "meaning": column.meaning, "text": column.text}
 
 
@@ -278,11 +328,11 @@ def _breakable(name: str) -> Markup:
     return escape(name).replace("_", Markup("_<wbr>"))
 
 
-def _cells(row: dict[str, Any], learned: Sequence[str]) -> dict[str, Any]:
+def _cells(row: dict[str, Any], learned: Sequence[str], columns: Sequence[Column]) -> dict[str, Any]:
     """One line of the table as text."""
     kind = "learned" if row["policy"] in learned else "raster" if row["policy"] == "raster" else ""
     cells = []
-    for column in COLUMNS:
+    for column in columns:
         value = row.get(column.key)
         shown = DASH if value is None else column.show(value)
         note = ""

@@ -215,7 +215,10 @@ def test_impossible_environments_are_refused() -> None:
         (lambda: make_core(mode="dream"), "mode='dream'.*teacher, generate"),
         (lambda: make_core(num_envs=0), "num_envs"),
         (lambda: make_core(data=replace(data, vocab_size=6)), "does not fit the backbone"),
-        (lambda: make_core(data=tiny_images(tiny_backbone(4, 6, 2))), r"\(4, 6, 5, 0, 3\) does not .*\(6, 6, 5, 0, 3\)"),
+        (
+            lambda: make_core(data=tiny_images(tiny_backbone(4, 6, 2))),
+            r"\(4, 6, 5, 0, 3\) does not .*\(6, 6, 5, 0, 3\)",
+        ),
         (lambda: tiny_backbone(6, 6, 4), "block_size=4 must divide the token grid 6x6"),
     ]
     for build, message in wrong:

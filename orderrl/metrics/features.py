@@ -1,0 +1,370 @@
+"""Features of images by name: what every distance between sets of images is measured in.
+
+Names are those of torch-fidelity's registry (its Inception-v3, CLIP, DINOv2 and VGG networks), "orderrl-digits", the
+shipped digits classifier, and "timm:MODEL" or "timm:MODEL:CHECKPOINT_FILE" for any model of timm. All of them are
+feature extractors of torch-fidelity: `register_features` gives the name that its own functions know them by.
+One pass over the images gives everything that the metrics of `orderrl.metrics.quality` need.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import pickle
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
+from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
+
+from orderrl.classifier import DigitsClassifier, load_classifier
+from orderrl.metrics.images import TensorImages, check_images
+
+DIGITS = "orderrl-digits"
+INCEPTION = "inception-v3-compat"
+CLIP = "clip-vit-l-14-336px"
+"""The CLIP network that CMMD is defined with."""
+TIMM = "timm:"
+SPATIAL_CHANNELS = 7
+"""Channels of the feature map that sFID looks at, as in ADM's evaluator (Dhariwal and Nichol, 2021)."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """What one pass over n images gives.
+
+    Attributes:
+        name: of the feature extractor.
+        pooled: (n, d), the features of distances, precision and recall.
+        logits: (n, C) of its classifier, for the inception score; None where it has none.
+        spatial: (n, s), the first 7 channels of a feature map, for the spatial distance; None where it has none.
+    """
+
+    name: str
+    pooled: Tensor
+    logits: Tensor | None = None
+    spatial: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.pooled)
+
+    def rows(self, rows: Tensor) -> Features:
+        """The features of some images, given by their numbers, int64."""
+        return replace(
+            self,
+            pooled=self.pooled[rows],
+            logits=None if self.logits is None else self.logits[rows],
+            spatial=None if self.spatial is None else self.spatial[rows],
+        )
+
+
+def extract_features(
+    images: Tensor | Dataset[Tensor],
+    features: str,
+    weights: Path | None = None,
+    device: torch.device | None = None,
+    batch_size: int = 256,
+) -> Features:
+    """Features of images, on the CPU, in one pass.
+
+    The spatial features of Inception are those of ADM's evaluator: the layer "mixed_6/conv" of its TensorFlow graph,
+    which is `Mixed_6d.branch1x1` in torch-fidelity's names, 17 x 17 places of 7 channels (2,023 numbers, channels
+    fastest). Those of the digits classifier are the first 7 channels of its last 4 x 4 map (112 numbers).
+
+    Args:
+        images: (n, 3, H, W) uint8, or a data set of (3, H, W) uint8 images such as `ImageFolder`.
+        features: a name, see above.
+        weights: file of the network's weights, for torch-fidelity's own networks; None downloads them (torch.hub's
+            cache). A timm checkpoint is part of the name.
+        device: where the network runs; None is where the images are.
+        batch_size: images at once.
+
+    Raises:
+        ValueError: if features are unknown, weights can't be had or do not fit, or images have another shape or dtype.
+    """
+    registered = register_features(features)
+    if isinstance(images, Tensor):
+        check_images(images, "images", at_least=1)
+        device = device or images.device
+        images = TensorImages(images)
+    cuda = device is not None and device.type == "cuda"
+    extractor, layers = _extractor(registered, features, weights, cuda)
+    with _inception_maps(extractor) as maps:
+        found = get_featuresdict_from_dataset(
+            images, extractor, batch_size=batch_size, cuda=cuda, save_cpu_ram=True, verbose=False
+        )
+    result = {key: found[layer] for key, layer in layers.items()}
+    if maps:
+        result["spatial"] = torch.cat(maps)
+    return Features(features, **result)
+
+
+def register_features(features: str) -> str:
+    """The name under which torch-fidelity knows a feature extractor; timm models are registered on first use.
+
+    Raises:
+        ValueError: if the name is unknown, or a checkpoint file does not exist.
+    """
+    if features in FEATURE_EXTRACTORS_REGISTRY:
+        return features
+    if not features.startswith(TIMM):
+        known = ", ".join([DIGITS, *(name for name in FEATURE_EXTRACTORS_REGISTRY if _own(name))])
+        raise ValueError(
+            f"features={features!r} is unknown; choose one of {known}, timm:MODEL or timm:MODEL:CHECKPOINT_FILE"
+        )
+    import timm  # takes long to import, and only some users need it
+
+    model, _, file = features.removeprefix(TIMM).partition(":")
+    if not timm.is_model(model):
+        close = difflib.get_close_matches(model.partition(".")[0], timm.list_models(), n=3)
+        hint = f"; close: {', '.join(close)}" if close else ""
+        raise ValueError(f"features={features!r}: timm has no model {model!r}{hint}")
+    if not file and not timm.is_model_pretrained(model):
+        raise ValueError(
+            f"features={features!r}: timm has no weights for {model!r}; name a file, timm:{model}:CHECKPOINT_FILE"
+        )
+    checkpoint = Path(file).expanduser() if file else None
+    name = TIMM + model
+    if checkpoint is not None:
+        if not checkpoint.is_file():
+            raise ValueError(f"features={features!r}: the checkpoint file {file} does not exist")
+        state = checkpoint.stat()
+        version = hashlib.sha256(f"{checkpoint.resolve()} {state.st_mtime_ns} {state.st_size}".encode()).hexdigest()
+        name += f":{checkpoint.stem}-{version[:8]}"
+    if name not in FEATURE_EXTRACTORS_REGISTRY:
+        values = {"model_name": model, "checkpoint": checkpoint}
+        register_feature_extractor(name, type("NamedTimmFeatureExtractor", (TimmFeatureExtractor,), values))
+    return name
+
+
+def _own(name: str) -> bool:
+    """Whether a registered name is offered to users as it stands."""
+    return name != DIGITS and not name.startswith(TIMM)
+
+
+# -- extractors -------------------------------------------------------------------------------------------------------
+
+
+class DigitsFeatureExtractor(FeatureExtractorBase):
+    """The digits classifier for torch-fidelity, on uint8 images (n, 3, 8, 8).
+
+    Offers "penultimate" (n, 64), "logits" (n, 10) and "spatial" (n, 112). Features are float64, so that torch-fidelity
+    takes means and covariances in double precision.
+    """
+
+    def __init__(self, name: str, features_list: list[str], **kwargs: Any) -> None:
+        super().__init__(name, features_list)
+        self.classifier = load_classifier("digits")
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        """Names of the features."""
+        return ("penultimate", "logits", "spatial")
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        """Logits for the inception score, the penultimate layer for every distance."""
+        return "logits" if metric == "isc" else "penultimate"
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        """Plain convolutions: yes."""
+        return True
+
+    @staticmethod
+    def get_dummy_input_for_compile() -> Tensor:
+        """(1, 3, 8, 8) uint8."""
+        return torch.zeros(1, 3, DigitsClassifier.height, DigitsClassifier.width, dtype=torch.uint8)
+
+    def forward(self, input: Tensor) -> tuple[Tensor, ...]:
+        """The requested features in the order in which they were requested."""
+        maps: list[Tensor] = []
+        flatten = self.classifier.convolutions[-1]  # its input is the last map, (n, 32, 4, 4)
+        handle = flatten.register_forward_pre_hook(lambda module, inputs: maps.append(inputs[0]))
+        penultimate = self.classifier.features(input)
+        handle.remove()
+        offered = {
+            "penultimate": penultimate,
+            "logits": self.classifier.head(penultimate),
+            "spatial": _first_channels(maps[0]),
+        }
+        return tuple(offered[name].double() for name in self.features_list)
+
+
+class TimmFeatureExtractor(FeatureExtractorBase):
+    """A model of timm for torch-fidelity, on uint8 images (n, 3, H, W).
+
+    Offers "penultimate" (n, d), the input of its classifier, and "logits" (n, C). Images are resized to the model's
+    input size (no crop; antialiased, with the model's own interpolation) and normalised as its data config says.
+
+    Attributes:
+        model_name: in timm.
+        checkpoint: weights, loaded strictly; the number of classes is that of the file. None takes timm's own.
+    """
+
+    model_name: ClassVar[str]
+    checkpoint: ClassVar[Path | None]
+
+    def __init__(self, name: str, features_list: list[str], **kwargs: Any) -> None:
+        super().__init__(name, features_list)
+        from timm.data import resolve_model_data_config
+
+        self.model = _timm_model(self.model_name, self.checkpoint)
+        config = resolve_model_data_config(self.model)
+        self.size = tuple(config["input_size"][-2:])
+        self.mode = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
+        self.register_buffer("mean", torch.tensor(config["mean"]).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(config["std"]).view(1, -1, 1, 1))
+        self.eval().requires_grad_(False)
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        """Names of the features."""
+        return ("penultimate", "logits")
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        """Logits for the inception score, the penultimate layer for every distance."""
+        return "logits" if metric == "isc" else "penultimate"
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        """Depends on the model: no."""
+        return False
+
+    def forward(self, input: Tensor) -> tuple[Tensor, ...]:
+        """The requested features in the order in which they were requested, float32."""
+        images = input.float() / 255
+        if images.shape[-2:] != self.size:
+            images = F.interpolate(images, self.size, mode=self.mode, align_corners=False, antialias=True).clamp(0, 1)
+        body = self.model.forward_features((images - self.mean) / self.std)
+        offered = {
+            "penultimate": lambda: self.model.forward_head(body, pre_logits=True),
+            "logits": lambda: self.model.forward_head(body),
+        }
+        return tuple(offered[name]().flatten(1) for name in self.features_list)
+
+
+def _timm_model(name: str, checkpoint: Path | None) -> Any:
+    """A model of timm with its published weights or those of a file.
+
+    Raises:
+        ValueError: if the file does not hold exactly the model's tensors.
+    """
+    import timm
+
+    if checkpoint is None:
+        return timm.create_model(name, pretrained=True)
+    try:
+        state = timm.models.load_state_dict(str(checkpoint), weights_only=True)
+        model: Any = timm.create_model(name, pretrained=False)
+        heads = model.pretrained_cfg.get("classifier") or ""
+        head = state.get(f"{heads if isinstance(heads, str) else heads[0]}.weight")
+        model.reset_classifier(0 if head is None else len(head))
+        model.load_state_dict(state, strict=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{checkpoint} does not hold the weights of timm's {name} ({_first_lines(error)})") from error
+    return model
+
+
+if DIGITS not in FEATURE_EXTRACTORS_REGISTRY:
+    register_feature_extractor(DIGITS, DigitsFeatureExtractor)
+
+
+# -- making them ------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=2)
+def _extractor(
+    registered: str, features: str, weights: Path | None, cuda: bool
+) -> tuple[FeatureExtractorBase, dict[str, str]]:
+    """torch-fidelity's feature extractor, and the names of its layers that are `Features`' attributes."""
+    kind = FEATURE_EXTRACTORS_REGISTRY[registered]
+    layers = {"pooled": kind.get_default_feature_layer_for_metric("fid")}
+    scores = kind.get_default_feature_layer_for_metric("isc")
+    if scores.startswith("logits"):
+        layers["logits"] = scores
+    if "spatial" in kind.get_provided_features_list():
+        layers["spatial"] = "spatial"
+    if weights is not None:
+        _check_weights(weights, features)
+    try:
+        extractor = create_feature_extractor(
+            registered,
+            list(layers.values()),
+            cuda=cuda,
+            verbose=False,
+            feature_extractor_weights_path=None if weights is None else str(weights),
+        )
+    except OSError as error:  # of urllib, requests and the Hugging Face hub
+        instead = (
+            f"{features}:CHECKPOINT_FILE" if features.startswith(TIMM) else f"weights=<path of {_whose(features)}>"
+        )
+        raise ValueError(
+            f"features={features!r}: the weights can't be downloaded ({_first_lines(error)}); pass {instead}"
+        ) from error
+    except NotImplementedError as error:
+        raise ValueError(f"features={features!r} takes no weights file; set weights to None") from error
+    except RuntimeError as error:
+        raise ValueError(f"features={features!r}: the weights do not fit ({_first_lines(error)})") from error
+    if features.startswith(TIMM) and getattr(getattr(extractor, "model", None), "num_classes", 0) == 0:
+        layers.pop("logits")
+        extractor.features_list = list(layers.values())
+    return extractor, layers
+
+
+def _whose(features: str) -> str:
+    return "torch-fidelity's Inception weights" if features == INCEPTION else "the network's weights"
+
+
+@contextmanager
+def _inception_maps(extractor: FeatureExtractorBase) -> Iterator[list[Tensor]]:
+    """Collects the spatial features of torch-fidelity's Inception, batch by batch; nothing for other networks."""
+    maps: list[Tensor] = []
+    block = getattr(getattr(extractor, "Mixed_6d", None), "branch1x1", None)
+    if not isinstance(block, nn.Module):
+        yield maps
+        return
+    handle = block.register_forward_hook(
+        lambda module, inputs, output: maps.append(_first_channels(output).float().cpu())
+    )
+    try:
+        yield maps
+    finally:
+        handle.remove()
+
+
+def _first_channels(maps: Tensor) -> Tensor:
+    """(n, C, h, w) -> (n, 7 h w), channels fastest, as TensorFlow lays them out."""
+    return maps[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+
+
+def _check_weights(weights: Path, features: str) -> None:
+    """Refuse files that hold anything but tensors before torch-fidelity unpickles them."""
+    if features == DIGITS:
+        raise ValueError(f"weights={str(weights)!r}: {DIGITS} has its own, pass None")
+    if features.startswith(TIMM):
+        raise ValueError(f"weights={str(weights)!r}: name the file in features, timm:MODEL:CHECKPOINT_FILE")
+    if not weights.is_file():
+        raise ValueError(f"weights={str(weights)!r} does not exist; it must be a file of {_whose(features)}")
+    if features.startswith("clip"):  # a TorchScript archive, which is not unpickled
+        return
+    try:
+        torch.load(weights, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError) as error:
+        raise ValueError(f"weights={str(weights)!r} is not a file of plain tensors ({_first_lines(error)})") from error
+
+
+def _first_lines(error: BaseException) -> str:
+    """The start of a message, in one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
