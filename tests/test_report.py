@@ -145,7 +145,8 @@ def test_table_has_a_cell_for_every_column_of_every_policy_and_dashes_for_null(p
 
 def test_every_issue_column_is_shown_and_explained() -> None:
     named = (
-        "policy objective budgets R seed gain_auc likelihood_return far_gain decode_nll recognisability_auc "
+        "policy objective budgets R seed gain_auc likelihood_return far_gain decode_nll decode_loss "
+        "recognisability_auc "
         "oracle_top1 oracle_spearman regret steps decode_calls seconds_per_image frechet_distance inception_score kid "
         "precision recall spatial_frechet_distance features accuracy"
     )
