@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shlex
 import sys
@@ -21,8 +22,12 @@ from orderrl.backbones import load_backbone, registry
 from orderrl.backbones.registry import new_backbone
 from orderrl.data import load_split
 from orderrl.entry import compose
+from orderrl.evaluate import evaluate
+from orderrl.label import label
 from orderrl.oracle import LabelConfig, label_contexts, random_contexts
+from orderrl.pretrain import pretrain_backbone
 from orderrl.tokenizers import PRESETS, build_tokenizer
+from orderrl.train import train
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CLASSES, SIDE = 3, 4
@@ -70,8 +75,8 @@ def layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Folders and weights as the page names them: ImageNet, the tokeniser, RandAR and LlamaGen."""
     pixels = np.random.default_rng(0)
     for split, count in (("train", 8), ("val", 2)):
-        for label in range(CLASSES):
-            folder = tmp_path / "imagenet" / split / f"n{label:08d}"
+        for number in range(CLASSES):
+            folder = tmp_path / "imagenet" / split / f"n{number:08d}"
             folder.mkdir(parents=True)
             for i in range(count):
                 array = pixels.integers(0, 256, (70, 80, 3), dtype=np.uint8)
@@ -107,7 +112,6 @@ def test_imagenet_with_randar_xl(layout: Path) -> None:
 
 @pytest.mark.slow
 def test_raster_only_backbones_are_refused_with_the_command(layout: Path) -> None:
-    from orderrl.label import label
     from orderrl.tokenize import tokenize
 
     tokenize(compose("tokenize", small("tokenize", commands("imagenet_randar_xl.md")[0][1:])))
@@ -139,3 +143,41 @@ def test_an_own_backbone_keeps_the_promises_and_trains_a_planner(monkeypatch: py
     parts = list(label_contexts(backbone, data.tokens, data.labels, settings, contexts))
     assert sum(len(part["gains"]) for part in parts) == 8
     assert all(part["gains"].isfinite().all() for part in parts)
+
+
+@pytest.mark.slow
+def test_pretrain_goes_from_an_image_folder_to_a_backbone(layout: Path) -> None:
+    """Tokeniser, tokens and backbone in one command; the second time tokeniser and tokens come from the cache."""
+    overrides = [
+        "backbone=small", "data=folder", "data.root=imagenet/train", "data.test_root=imagenet/val",
+        "data.image_size=16", "tokenizer=small", "tokenizer.training.steps=2", "tokenizer.training.batch_size=2",
+        "tokenizer.training.warmup=1", "tokenizer.model.codebook_size=16", "backbone.model.dim=16",
+        "backbone.model.heads=2", "backbone.training.steps=2", "backbone.training.batch_size=2",
+        "backbone.training.warmup=1",
+    ]  # fmt: skip
+    first = pretrain_backbone(compose("pretrain", overrides))
+    made = sorted((layout / "cache").rglob("*.npy"))
+    assert made and load_backbone(first).geometry.num_tokens == 16
+    stamps = [path.stat().st_mtime_ns for path in made]
+    pretrain_backbone(compose("pretrain", overrides))
+    assert [path.stat().st_mtime_ns for path in sorted((layout / "cache").rglob("*.npy"))] == stamps
+
+
+@pytest.mark.slow
+def test_a_masked_model_goes_through_the_main_job(layout: Path) -> None:
+    """Pretrained, labelled, cloned, evaluated in DiffLoss units; what needs probabilities is refused first."""
+    train_small = ["backbone.training.steps=2", "backbone.training.batch_size=4", "backbone.training.warmup=1"]
+    path = pretrain_backbone(compose("pretrain", ["backbone=digits_mar", "data=digits_patches", *train_small]))
+    job = ["backbone=digits_mar", f"backbone.name={path}", "data=digits_patches", "labels.contexts=24"]
+    train(compose("train", [*job, "agent=bc", "agent.steps=4"]))
+    policies = "eval.policies=[raster,random,oracle]"
+    small_eval = ["eval.images=4", "eval.states=8", "eval.reference_images=2", "eval.resamples=20", policies]
+    folder = evaluate(compose("evaluate", [*job, "eval=planning", *small_eval]))
+    results = json.loads((folder / "results.json").read_text())
+    assert all(row["decode_nll"] is None and row["decode_loss"] > 0 for row in results["rows"])
+    assert "DiffLoss units" in results["protocol"]["losses"]
+    for refused in (["labels=expected"], ["labels=kl"]):
+        with pytest.raises(ValueError, match="needs token probabilities"):
+            label(compose("label", [*job, *refused]))
+    with pytest.raises(ValueError, match="policy 'lookahead' needs token probabilities"):
+        evaluate(compose("evaluate", [*job, "eval=planning", "eval.policies=[lookahead]"]))
