@@ -23,9 +23,11 @@ from orderrl.backbones.registry import new_backbone
 from orderrl.data import load_split
 from orderrl.entry import compose
 from orderrl.evaluate import evaluate
+from orderrl.generate import generate
 from orderrl.label import label
 from orderrl.oracle import LabelConfig, label_contexts, random_contexts
 from orderrl.pretrain import pretrain_backbone
+from orderrl.tokenize import tokenize
 from orderrl.tokenizers import PRESETS, build_tokenizer
 from orderrl.train import train
 
@@ -112,8 +114,6 @@ def test_imagenet_with_randar_xl(layout: Path) -> None:
 
 @pytest.mark.slow
 def test_raster_only_backbones_are_refused_with_the_command(layout: Path) -> None:
-    from orderrl.tokenize import tokenize
-
     tokenize(compose("tokenize", small("tokenize", commands("imagenet_randar_xl.md")[0][1:])))
     arguments = ["backbone=llamagen_b", "backbone.path=c2i_B_256.pt", "data=tokens", "data.path=imagenet_tokens"]
     with pytest.raises(ValueError, match=r"make it order-robust with `python -m orderrl.pretrain backbone=llamagen_b"):
@@ -181,3 +181,16 @@ def test_a_masked_model_goes_through_the_main_job(layout: Path) -> None:
             label(compose("label", [*job, *refused]))
     with pytest.raises(ValueError, match="policy 'lookahead' needs token probabilities"):
         evaluate(compose("evaluate", [*job, "eval=planning", "eval.policies=[lookahead]"]))
+
+
+@pytest.mark.slow
+def test_a_raster_model_is_evaluated_and_draws(layout: Path) -> None:
+    """Its only row is its own; both its samplers are the published one."""
+    tokenize(compose("tokenize", small("tokenize", commands("imagenet_randar_xl.md")[0][1:])))
+    job = ["backbone=llamagen_b", "backbone.path=c2i_B_256.pt", "data=tokens", "data.path=imagenet_tokens"]
+    folder = evaluate(compose("evaluate", [*small("evaluate", job), "eval=planning"]))
+    rows = json.loads((folder / "results.json").read_text())["rows"]
+    assert [row["policy"] for row in rows] == ["token_raster"] and rows[0]["decode_nll"] > 0
+    for policy in ("raster", "published"):
+        drawn = generate(compose("generate", [*small("generate", job), f"policy={policy}", "guidance=2"]))
+        assert (drawn / "images.png").exists()
