@@ -27,6 +27,11 @@ from orderrl.envs.core import CoreConfig, NextBlockCore
 from tests.backbones.families import CAUSAL, FAMILIES, MASKED, ORDER_ROBUST, block_orders, images, tiny
 
 
+def close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equal up to rounding of the largest entry: a random masked model draws and loses numbers of any size."""
+    return torch.allclose(one.float(), other.float(), rtol=0, atol=1e-4 * float(one.abs().max()))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("shape", [(4, 4, 1), (4, 4, 2), (4, 4, 4)], ids=str)
 def test_every_backbone_passes_the_check(family: str, shape: tuple[int, int, int]) -> None:
@@ -104,8 +109,8 @@ def test_generation_depends_on_seed_alone_and_fills_the_image(family: str) -> No
     data = images(backbone, 3)
     together = _generate(backbone, data, 3, seed=5)
     alone = torch.cat([_generate(backbone, data, 1, seed=5 + i) for i in range(3)])
-    assert torch.allclose(together.float(), alone.float(), atol=1e-3)
-    assert not torch.allclose(together.float(), _generate(backbone, data, 3, seed=50).float(), atol=1e-3)
+    assert close(together, alone)
+    assert not close(together, _generate(backbone, data, 3, seed=50))
 
 
 def _generate(backbone: Any, data: Any, count: int, seed: int) -> torch.Tensor:
@@ -228,9 +233,9 @@ def test_masked_losses_depend_on_the_image_alone() -> None:
     for i in range(4):
         rows = torch.tensor([i])
         alone = backbone.context_loss(backbone.start(data.labels[rows]), data.tokens[rows], blocks[rows])[0].loss
-        assert torch.allclose(alone[0], whole[i], atol=1e-4)
+        assert close(alone[0], whole[i])
     shuffled = backbone.context_loss(backbone.start(data.labels), data.tokens, blocks.flip(1))[0].loss
-    assert torch.allclose(shuffled.flip(1), whole, atol=1e-4)
+    assert close(shuffled.flip(1), whole)
 
 
 def test_masked_losses_average_over_draws() -> None:
@@ -264,5 +269,5 @@ def test_masked_guidance_of_one_is_none_and_more_moves_the_draw() -> None:
     uniforms = torch.rand(3, 1, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     state, null = backbone.start(data.labels), backbone.start(torch.full((3,), 3))
     plain = backbone.decode(state, blocks, uniforms, Sampling())
-    assert torch.allclose(backbone.decode(state, blocks, uniforms, Sampling(guidance=1.0), null), plain, atol=1e-4)
-    assert not torch.allclose(backbone.decode(state, blocks, uniforms, Sampling(guidance=3.0), null), plain, atol=1e-3)
+    assert close(backbone.decode(state, blocks, uniforms, Sampling(guidance=1.0), null), plain)
+    assert not close(backbone.decode(state, blocks, uniforms, Sampling(guidance=3.0), null), plain)
