@@ -364,8 +364,10 @@ class NextBlockCore:
         uniforms = keyed_uniform((Stream.TOKEN, *(k[:, None, None] for k in key), positions), self.device)
         drawn = self.backbone.decode(self.prefix, blocks, uniforms, self.config.sampling, self.unconditional)
         counted = torch.arange(blocks.shape[1], device=self.device) < count[:, None]
-        rows, ranks = counted.nonzero(as_tuple=True)
-        self.tokens[rows[:, None], positions[rows, ranks]] = drawn[rows, ranks]
+        index = torch.where(counted[..., None], positions, self.geometry.num_tokens)
+        padded = torch.cat([self.tokens, self.tokens[:, :1]], dim=1)  # the last place takes what does not count
+        padded[torch.arange(self.num_envs, device=self.device)[:, None, None], index] = drawn
+        self.tokens = padded[:, :-1]
 
     def _append(self, blocks: Tensor, count: Tensor) -> None:
         """Append the revealed blocks to the prefix, reusing the first block's chain entries.

@@ -61,7 +61,7 @@ def open_backbone(config: DictConfig) -> Backbone:
         chosen.name,
         chosen.get("path"),
         device=config.device,
-        dtype=chosen.get("dtype", "float32"),
+        dtype=chosen.get("dtype"),
         shape=chosen.get("shape"),
     )
     check_fits(backbone, load_split(config.data.name, "test"))

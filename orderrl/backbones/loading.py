@@ -150,20 +150,17 @@ def clean_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return cleaned
 
 
-def load_weights(
-    module: nn.Module, path: str | Path, weights: str | None = None, ignore: tuple[str, ...] = ()
-) -> nn.Module:
+def load_weights(module: nn.Module, path: str | Path, weights: str | None = None) -> nn.Module:
     """Fill a module from a file, in the module's own dtype, shard by shard.
 
     Args:
         module: on any device but meta; changed in place.
         path: as for `read_state`.
         weights: as for `read_state`.
-        ignore: names in the file that the module has no use for (rotary tables and masks that are computed here).
 
     Raises:
-        ValueError: if keys are missing, unexpected or of another shape; all of them in one line, and nothing that
-            did fit is used.
+        ValueError: if keys are missing, unexpected or of another shape; all of them in one line. The module is then
+            filled in part and of no use.
         FileNotFoundError: if there is no such file.
     """
     expected = module.state_dict()
@@ -171,8 +168,6 @@ def load_weights(
     unexpected, misshaped = [], []
     for shard in read_shards(path, weights):
         for name, value in shard.items():
-            if name in ignore:
-                continue
             if name not in expected:
                 unexpected.append(name)
             elif value.shape != expected[name].shape:

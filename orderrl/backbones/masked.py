@@ -122,7 +122,7 @@ class MaskedTransformer(MAR):
         self.geometry = BlockGrid(config.height, config.width, config.block_size)
         self.num_classes, self.token_dim = config.class_num, config.token_dim
         self.entropy_process = GaussianDiffusion(config.entropy_steps)
-        times = ((torch.arange(config.loss_draws) + 0.5) * (TRAINING_STEPS / config.loss_draws)).long()
+        times = (2 * torch.arange(config.loss_draws) + 1) * TRAINING_STEPS // (2 * config.loss_draws)
         self.register_buffer("loss_times", times, persistent=False)
         self.register_buffer("block_tokens", self.geometry.block_tokens, persistent=False)
         self.register_buffer("token_block", self.geometry.token_block, persistent=False)
@@ -189,9 +189,10 @@ class MaskedTransformer(MAR):
             z = self._state_conditions(prefix, positions)
         else:
             z = self._conditions_after(prefix, tokens, positions, past.blocks)
-        loss = self._loss_draws(z, tokens, positions).mean(-1).sum(-1)
-        hidden, spread = self._observed(z, positions)
-        return BlockLosses(loss.float(), hidden, spread), MaskedChains(blocks)
+        loss = self._loss_draws(z, tokens, positions).mean(-1).sum(-1).float()
+        # chains with a past are read for their loss alone; drawing tokens for their entropy would cost more than it
+        hidden, spread = self._observed(z, positions) if past is None else (z.float().mean(2), torch.zeros_like(loss))
+        return BlockLosses(loss, hidden, spread), MaskedChains(blocks)
 
     def _conditions_after(self, prefix: MaskedState, tokens: Tensor, positions: Tensor, revealed: Tensor) -> Tensor:
         """Conditions (M, C, p*p, D) of chains that also see a revealed block (M, C); equal states are encoded once."""

@@ -67,7 +67,8 @@ class Backbone(Protocol):
             tokens: (M, N) int64, the true image in raster order.
             blocks: (M, C) int64, blocks whose chains are scored; a block may be named twice.
             past: entries that each chain sees before its own, as `context_loss` of another block
-                returned them with `whole`: the loss is then the one given the prefix and that block.
+                returned them with `whole`: the loss is then the one given the prefix and that block, and the loss
+                alone is read (hidden state and entropy may be anything).
             whole: also encode each block's last content token, so that the entries can be a `past`.
 
         Returns:

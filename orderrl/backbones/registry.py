@@ -52,7 +52,7 @@ def load_backbone(
     path: str | Path | None = None,
     *,
     device: torch.device | str | None = None,
-    dtype: torch.dtype | str = torch.float32,
+    dtype: torch.dtype | str | None = None,
     shape: Mapping[str, Any] | None = None,
 ) -> Backbone:
     """A frozen backbone: eval mode, no gradients.
@@ -63,7 +63,7 @@ def load_backbone(
         path: weights of a published model: .safetensors (also the index of shards), .pt, .pth, or
             `hf://OWNER/NAME[@REVISION]/FILE`.
         device: where it runs; None is the CPU.
-        dtype: of the parameters: float32, bfloat16 or float16.
+        dtype: of the parameters: float32, bfloat16 or float16; None leaves them, and makes published models float32.
         shape: values of a published model's configuration to replace, such as block_size.
 
     Raises:
@@ -77,7 +77,7 @@ def load_backbone(
                 f"backbone {name!r} needs weights: give path=FILE or path=hf://OWNER/NAME/FILE; the authors' are at "
                 f"{PRESETS[name].weights}"
             )
-        backbone: Backbone = build_backbone(name, dtype=dtype, shape=shape)
+        backbone: Backbone = build_backbone(name, dtype=dtype or torch.float32, shape=shape)
         load_weights(_module(backbone), path)
     elif path is not None or shape:
         raise ValueError(f"path and shape belong to published models, {name!r} is none of {', '.join(PRESETS)}")
@@ -92,7 +92,8 @@ def load_backbone(
         )
     if isinstance(backbone, torch.nn.Module):
         backbone.eval().requires_grad_(False)
-        _cast(backbone, as_dtype(dtype))
+        if dtype is not None:
+            _cast(backbone, as_dtype(dtype))
         if device is not None:
             backbone.to(device)
     return backbone
@@ -170,14 +171,15 @@ def weights_fingerprint(module: torch.nn.Module) -> str:
 
 
 def backbone_fingerprint(backbone: Backbone) -> str:
-    """Hash of a backbone's block grid and weights; labels and planners remember it.
+    """Hash of a backbone's block grid, configuration (if it has one) and weights; labels and planners remember it.
 
     Raises:
         TypeError: if the backbone has no state dict to hash.
     """
     if not isinstance(backbone, torch.nn.Module):
         raise TypeError(f"backbone of type {type(backbone).__name__} must be a torch.nn.Module to be fingerprinted")
-    return hashlib.sha256(f"{backbone.geometry}:{weights_fingerprint(backbone)}".encode()).hexdigest()[:16]
+    what = f"{backbone.geometry}:{getattr(backbone, 'config', None)}:{weights_fingerprint(backbone)}"
+    return hashlib.sha256(what.encode()).hexdigest()[:16]
 
 
 def _from_file(path: Path) -> TrainableBackbone:

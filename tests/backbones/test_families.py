@@ -17,6 +17,7 @@ from orderrl.backbones import (
     check_backbone,
     load_backbone,
     published_names,
+    registry,
     save_backbone,
 )
 from orderrl.backbones.llamagen import RasterTransformer
@@ -247,6 +248,25 @@ def test_masked_losses_average_over_draws() -> None:
     many.load_state_dict(few.state_dict())
     data = images(few, 4)
     assert many.eval().loss_noise(data.tokens, data.labels) < few.loss_noise(data.tokens, data.labels)  # type: ignore
+
+
+def test_masked_times_and_fingerprint() -> None:
+    """Times do not depend on the dtype that a model is built in; settings that change losses change the fingerprint."""
+    shape = MASKED | {"height": 4, "width": 4, "block_size": 2, "loss_draws": 8}
+    for dtype in ("float32", "bfloat16"):
+        model: Any = build_backbone("mar_b", dtype=dtype, shape=shape)
+        assert model.loss_times.tolist() == [62, 187, 312, 437, 562, 687, 812, 937]
+    more = new_backbone("mar", {"height": 4, "width": 4, "block_size": 2} | MASKED | {"loss_draws": 4})
+    more.load_state_dict(tiny("mar").state_dict())
+    assert backbone_fingerprint(more) != backbone_fingerprint(tiny("mar"))
+
+
+def test_a_registered_backbone_keeps_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    half: Any = new_backbone("randar", {"height": 4, "width": 4, "block_size": 2} | CAUSAL).to(torch.bfloat16)
+    monkeypatch.setitem(registry._REGISTRY, "half", lambda: half)
+    loaded: Any = load_backbone("half")
+    assert loaded.norm.weight.dtype == torch.bfloat16
+    assert load_backbone("half", dtype="float32").norm.weight.dtype == torch.float32  # type: ignore[attr-defined]
 
 
 def test_masked_models_refuse_what_needs_probabilities() -> None:
