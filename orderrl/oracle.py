@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -186,25 +186,42 @@ class LabelConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
-def random_contexts(config: LabelConfig, images: int, num_blocks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Random prefixes: the image, an order of all blocks, and how many of them are visible.
+class Contexts(NamedTuple):
+    """Contexts to label, all int64.
+
+    Attributes:
+        number: (n,), what random draws are keyed by; a part of the contexts keeps its numbers.
+        image: (n,), index of the image.
+        order: (n, B), reveal order.
+        length: (n,), how many blocks of the order are visible.
+    """
+
+    number: Tensor
+    image: Tensor
+    order: Tensor
+    length: Tensor
+
+    def select(self, rows: Tensor) -> Contexts:
+        """Some of the contexts: rows (k,) int64 or (n,) bool."""
+        return Contexts(*(part[rows] for part in self))
+
+
+def random_contexts(config: LabelConfig, images: int, num_blocks: int) -> Contexts:
+    """Random prefixes, sorted by length.
 
     The number of visible blocks is uniform on 0 .. B - 2 (with one hidden block there is no choice).
-
-    Returns:
-        image (n,), order (n, B), length (n,), all int64, sorted by length.
     """
     generator = torch.Generator().manual_seed(config.seed)
     image = torch.arange(config.contexts) % images
     order = torch.rand(config.contexts, num_blocks, generator=generator).argsort(1)
     length = torch.randint(max(num_blocks - 1, 1), (config.contexts,), generator=generator)
     by_length = length.argsort(stable=True)
-    return image[by_length], order[by_length], length[by_length]
+    return Contexts(torch.arange(config.contexts), image[by_length], order[by_length], length[by_length])
 
 
 @torch.no_grad()
 def label_contexts(
-    backbone: Backbone, tokens: Tensor, labels: Tensor, config: LabelConfig, contexts: tuple[Tensor, Tensor, Tensor]
+    backbone: Backbone, tokens: Tensor, labels: Tensor, config: LabelConfig, contexts: Contexts
 ) -> Iterator[dict[str, Tensor]]:
     """Label contexts in batches of equal length.
 
@@ -213,13 +230,13 @@ def label_contexts(
         tokens: (n, N) int64, images.
         labels: (n,) int64, their classes.
         config: kind and batch size.
-        contexts: image, order and length as `random_contexts` gives them, sorted by length.
+        contexts: all or some of what `random_contexts` gives; rows come back sorted by length, else in their order.
 
     Yields:
         Dicts of tensors with m rows: image (m,), order (m, B), length (m,), label (m,), observation parts
         hidden (m, B, D), entropy (m, B), visible (m, B); loss (m, B) and gains (m, B, B) in nats.
     """
-    image, order, length = contexts
+    _, image, order, length = contexts
     device = backbone_device(backbone)
     geometry = backbone.geometry
     starts = torch.arange(len(image))
@@ -235,7 +252,7 @@ def label_contexts(
             now, _ = backbone.context_loss(prefix, x, hidden_blocks)
             uniforms = None
             if config.kind != "pointwise":
-                uniforms = gain_uniforms(geometry, (config.seed, rows), config.samples, device)
+                uniforms = gain_uniforms(geometry, (config.seed, contexts.number[rows]), config.samples, device)
             gains = block_gains(backbone, prefix, x, hidden_blocks, config.kind, uniforms, config.samples)
             m, total = len(rows), geometry.num_blocks
             spread = hidden_blocks[..., None].expand(-1, -1, backbone.hidden_size)

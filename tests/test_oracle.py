@@ -217,14 +217,14 @@ def test_unknown_kinds_and_missing_draws_are_refused(backbone: OrderRobustTransf
 
 
 def test_contexts_cover_images_and_lengths() -> None:
-    image, order, length = random_contexts(LabelConfig(contexts=4000), images=50, num_blocks=9)
+    _, image, order, length = random_contexts(LabelConfig(contexts=4000), images=50, num_blocks=9)
     assert image.bincount(minlength=50).tolist() == [80] * 50
     assert torch.equal(order.sort(1).values, torch.arange(9).expand(4000, -1))
     assert length.bincount().tolist() == pytest.approx([500] * 8, abs=90)
     assert torch.equal(length, length.sort().values)
     again = random_contexts(LabelConfig(contexts=4000), images=50, num_blocks=9)
     other = random_contexts(LabelConfig(contexts=4000, seed=1), images=50, num_blocks=9)
-    assert torch.equal(order, again[1]) and not torch.equal(order, other[1])
+    assert torch.equal(order, again.order) and not torch.equal(order, other.order)
 
 
 @pytest.mark.parametrize("kind", ["pointwise", "kl"])
@@ -271,6 +271,18 @@ def test_labels_do_not_depend_on_the_batch_size() -> None:
         parts = list(label_contexts(backbone, data.tokens, data.labels, config, contexts))
         results.append(torch.cat([part["gains"] for part in parts]))
     assert torch.allclose(results[0], results[1], atol=1e-5)
+
+
+def test_labels_of_a_part_of_the_contexts_are_those_of_all() -> None:
+    backbone = tiny_backbone(4, 6, 2)
+    data = tiny_images(backbone, 4)
+    config = LabelConfig(contexts=12, kind="kl")
+    contexts = random_contexts(config, len(data), 6)
+    whole = list(label_contexts(backbone, data.tokens, data.labels, config, contexts))
+    rows = torch.tensor([3, 4, 9])
+    part = list(label_contexts(backbone, data.tokens, data.labels, config, contexts.select(rows)))
+    for key in ("order", "gains", "hidden"):
+        assert torch.allclose(torch.cat([p[key] for p in whole])[rows], torch.cat([p[key] for p in part]), atol=1e-5)
 
 
 def test_the_order_of_the_prefix_matters(backbone: OrderRobustTransformer) -> None:
