@@ -250,7 +250,7 @@ class Confidence(ReferencePolicy):
         uniforms = gain_uniforms(geometry, keys, 1, core.device)[:, 0]
         noise = uniforms.gather(1, hidden[..., None].expand(-1, -1, geometry.tokens_per_block))
         unconditional = None if core.unconditional is None else core.unconditional.select(rows)
-        drawn = core.backbone.decode(prefix, hidden, noise, core.config.sampling, unconditional)
+        drawn = core.backbone.decode(prefix, hidden, noise, core.config.sampling, unconditional).tokens
         tokens = geometry.write(core.tokens[rows], hidden, drawn)
         losses, _ = core.backbone.context_loss(prefix, tokens, hidden)
         return torch.zeros_like(core.losses[rows]).scatter(1, hidden, -losses.loss)

@@ -45,7 +45,7 @@ def measure(name: str) -> str:
         for step in range(grid.num_blocks):
             block = order[:, step : step + 1]
             uniforms = torch.rand(1, 1, grid.tokens_per_block, generator=generator, dtype=torch.float64)
-            drawn = grid.write(drawn, block, backbone.decode(state, block, uniforms, Sampling()))
+            drawn = grid.write(drawn, block, backbone.decode(state, block, uniforms, Sampling()).tokens)
             if step + 1 < grid.num_blocks:
                 state = backbone.extend(state, drawn, block, one)
 

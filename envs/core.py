@@ -14,7 +14,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from orderrl.backbones.protocol import Backbone, backbone_device, check_fits
+from orderrl.backbones.protocol import Backbone, Drawing, backbone_device, check_fits
 from orderrl.backbones.sampling import Sampling
 from orderrl.data import TokenSet
 from orderrl.envs.reward import ILLEGAL_REWARD, Reward, RewardConfig
@@ -308,9 +308,8 @@ class NextBlockCore:
             losses, _ = self.backbone.context_loss(self.prefix, self.tokens, blocks)
             counted = torch.arange(blocks.shape[1], device=self.device) < count[:, None]
             before = torch.zeros_like(before).scatter_add(1, blocks, torch.where(counted, losses.loss, 0.0))
-        if self.config.mode == "generate":
-            self._draw(blocks, count)
-        self._append(blocks, count)
+        drawing = self._draw(blocks, count) if self.config.mode == "generate" else None
+        self._append(blocks, count, drawing)
         self._record(blocks, count)
         self.step_count += (~idle).long()
         self._looks = []
@@ -357,32 +356,40 @@ class NextBlockCore:
         marks = torch.zeros_like(self.losses).scatter_add(1, blocks, counted.float())
         return marks > 0
 
-    def _draw(self, blocks: Tensor, count: Tensor) -> None:
+    def _draw(self, blocks: Tensor, count: Tensor) -> Drawing:
         """Sample the tokens of the chosen blocks with numbers keyed by (seed, episode, step, token)."""
         positions = self._block_tokens[blocks]  # (M, K, p*p)
         key = (self.seeds, self.episode, self.step_count)
         uniforms = keyed_uniform((Stream.TOKEN, *(k[:, None, None] for k in key), positions), self.device)
-        drawn = self.backbone.decode(self.prefix, blocks, uniforms, self.config.sampling, self.unconditional)
+        drawing = self.backbone.decode(self.prefix, blocks, uniforms, self.config.sampling, self.unconditional)
         counted = torch.arange(blocks.shape[1], device=self.device) < count[:, None]
         index = torch.where(counted[..., None], positions, self.geometry.num_tokens)
         padded = torch.cat([self.tokens, self.tokens[:, :1]], dim=1)  # the last place takes what does not count
-        padded[torch.arange(self.num_envs, device=self.device)[:, None, None], index] = drawn
+        padded[torch.arange(self.num_envs, device=self.device)[:, None, None], index] = drawing.tokens
         self.tokens = padded[:, :-1]
+        return drawing
 
-    def _append(self, blocks: Tensor, count: Tensor) -> None:
+    def _append(self, blocks: Tensor, count: Tensor, drawing: Drawing | None = None) -> None:
         """Append the revealed blocks to the prefix, reusing the first block's chain entries.
 
         Episodes are grouped by how many blocks they reveal, so that none is padded to another's number. An image that
         becomes complete needs no prefix any more.
         """
-        first = self._first_entries(blocks[:, 0])
         count = torch.where(count < self.hidden_count, count, 0)
-        for value in count.unique().tolist():
-            if value:
-                rows = (count == value).nonzero().flatten()
-                self.prefix = self._extend(self.prefix, rows, blocks[:, :value], count, first)
-                if self.unconditional is not None:
-                    self.unconditional = self._extend(self.unconditional, rows, blocks[:, :value], count, None)
+        revealing = [value for value in count.unique().tolist() if value]
+        if not revealing:
+            return
+        first, first_unconditional = self._first_entries(blocks[:, 0]), None
+        if drawing is not None:
+            zero = torch.zeros_like(count)
+            first = None if drawing.entries is None else drawing.entries.chain(zero)
+            first_unconditional = None if drawing.unconditional is None else drawing.unconditional.chain(zero)
+        for value in revealing:
+            rows = (count == value).nonzero().flatten()
+            self.prefix = self._extend(self.prefix, rows, blocks[:, :value], count, first)
+            if self.unconditional is not None:
+                chosen = blocks[:, :value]
+                self.unconditional = self._extend(self.unconditional, rows, chosen, count, first_unconditional)
 
     def _extend(self, prefix: Any, rows: Tensor, blocks: Tensor, count: Tensor, first: Any) -> Any:
         """Extend the prefix of some episodes."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from orderrl.backbones import BlockLosses, Sampling, check_backbone
+from orderrl.backbones import BlockLosses, Drawing, Sampling, check_backbone
 from orderrl.backbones.masked import MaskedChains  # chains that are nothing but their block
 from orderrl.backbones.sampling import guide, sample_tokens
 from orderrl.geometry import BlockGrid
@@ -74,9 +74,11 @@ class MaskedTokens(nn.Module):
     ) -> tuple[BlockLosses, MaskedChains]:
         """Losses of hidden blocks; chains with a `past` also see that block, each in a pass of its own."""
         if past is not None:
+            seen_by = blocks.shape[1] // past.blocks.shape[1]
+            revealed = past.blocks.repeat_interleave(seen_by, 1)
             each = [
                 self.context_loss(
-                    self.extend(prefix, tokens, past.blocks[:, c : c + 1], torch.ones_like(prefix.labels)),
+                    self.extend(prefix, tokens, revealed[:, c : c + 1], torch.ones_like(prefix.labels)),
                     tokens,
                     blocks[:, c : c + 1],
                 )[0]
@@ -104,13 +106,13 @@ class MaskedTokens(nn.Module):
         uniforms: Tensor,
         sampling: Sampling,
         unconditional: Visible | None = None,
-    ) -> Tensor:
+    ) -> Drawing:
         """Draw blocks in parallel."""
         _, _, logits = self._predict(prefix, blocks)
         null = None if unconditional is None else self._predict(unconditional, blocks)[2]
         visible = (prefix.tokens < self.vocab_size).sum(1)
         scale = sampling.scale(visible, self.geometry.num_tokens)[:, None, None]
-        return sample_tokens(guide(logits, null, scale, sampling), uniforms, sampling)
+        return Drawing(sample_tokens(guide(logits, null, scale, sampling), uniforms, sampling))
 
 
 def _entropy(log_probs: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from orderrl.backbones.protocol import Backbone, backbone_device
+from orderrl.backbones.protocol import Backbone, BlockLosses, backbone_device
 from orderrl.backbones.sampling import Sampling
 from orderrl.geometry import BlockGrid
 from orderrl.random import Stream, keyed_uniform
@@ -50,18 +50,6 @@ def utilities(gains: Tensor, geometry: BlockGrid, weights: Tensor) -> Tensor:
     return (gains * weights.to(gains)).sum(-1) / geometry.num_tokens
 
 
-def _pairs(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """All ordered pairs of different chains out of `count`: candidate and target indices."""
-    candidate, target = torch.meshgrid(torch.arange(count), torch.arange(count), indexing="ij")
-    different = candidate != target
-    return candidate[different].to(device), target[different].to(device)
-
-
-def _chunks(rows: int, entries_per_row: int, max_entries: int) -> list[Tensor]:
-    """Split rows so that one forward encodes at most about `max_entries` entries."""
-    return list(torch.arange(rows).split(max(1, max_entries // max(entries_per_row, 1))))
-
-
 @torch.no_grad()
 def block_gains(
     backbone: Backbone,
@@ -71,9 +59,10 @@ def block_gains(
     kind: str = "pointwise",
     uniforms: Tensor | None = None,
     samples: int = 1,
-    max_entries: int = 4096,
+    now: tuple[BlockLosses, Any] | None = None,
+    targets: Targets | None = None,
 ) -> Tensor:
-    """G[a, b] for every pair of hidden blocks of states that hide equally many.
+    """G[a, b] for pairs of hidden blocks of states that hide equally many.
 
     Args:
         backbone: scores the blocks.
@@ -84,10 +73,12 @@ def block_gains(
             rest) or "expected" (blocks drawn from the backbone, expectation over the rest: no hindsight).
         uniforms: (M, samples, B + B*B, p*p) in [0, 1); needed for "kl" and "expected".
         samples: draws that are averaged; for "kl" and "expected".
-        max_entries: upper bound of entries encoded in one forward; the result does not depend on it.
+        now: what `context_loss` gave for these hidden blocks with `whole`, if it is known.
+        targets: the pairs to compute; None is all.
 
     Returns:
-        (M, B, B) float32, nats, indexed [a, b]; zero on the diagonal and for visible blocks.
+        (M, B, B) float32, nats, indexed [a, b]; zero on the diagonal, for visible blocks and for pairs left out. Pairs
+        that are computed are multiplied with their weight in `targets`.
 
     Raises:
         ValueError: if the kind is unknown or its random numbers are missing.
@@ -96,43 +87,98 @@ def block_gains(
         raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(KINDS)}")
     if kind != "pointwise" and uniforms is None:
         raise ValueError(f"uniforms must be given for kind={kind!r}")
-    geometry = backbone.geometry
+    total, count = backbone.geometry.num_blocks, hidden.shape[1]
+    targets = targets or all_targets(hidden)
+    width = targets.place.shape[2]  # targets of a candidate
+    place, candidates = targets.place.flatten(1), hidden.repeat_interleave(width, 1)
+    blocks = hidden.gather(1, place)  # (M, C * width)
+    gains = torch.zeros(len(hidden), total**2, device=hidden.device)
+    for draw in range(1 if kind == "pointwise" else samples):
+        noise = None if uniforms is None else uniforms[:, draw]
+        if kind == "expected":
+            assert noise is not None
+            drawn = backbone.decode(prefix, hidden, _rows(noise, hidden), Sampling()).tokens
+            tokens = backbone.geometry.write(tokens, hidden, drawn)
+        if kind == "expected" or now is None:
+            now = backbone.context_loss(prefix, tokens, hidden, whole=True)
+        losses, past = now
+        if width == 0:
+            break
+        if kind == "pointwise":
+            after, _ = backbone.context_loss(prefix, tokens, blocks, past=past)
+            values = losses.loss.gather(1, place) - after.loss
+        else:
+            assert noise is not None
+            noise = _rows(noise, total + candidates * total + blocks)
+            values = backbone.expected_gain(prefix, blocks, past, noise) / samples
+        gains.scatter_add_(1, candidates * total + blocks, values * targets.weight.flatten(1))
+    return gains.unflatten(1, (total, total))
+
+
+class Targets(NamedTuple):
+    """The pairs of hidden blocks whose gain is computed.
+
+    Attributes:
+        place: (M, C, r) int64, for each candidate the places of its r targets among the C hidden blocks.
+        weight: (M, C, r) float32, 1 / probability of being chosen: weighted row sums are unbiased.
+    """
+
+    place: Tensor
+    weight: Tensor
+
+
+def all_targets(hidden: Tensor) -> Targets:
+    """Every other hidden block is a target of each candidate: hidden (M, C)."""
     states, count = hidden.shape
-    gains = torch.zeros(states, geometry.num_blocks**2, device=hidden.device)
-    entries_per_row = 2 * geometry.tokens_per_block * max(count * (count - 1), 1)
-    draws = 1 if kind == "pointwise" else samples
-    for rows in _chunks(states, entries_per_row, max_entries):
-        rows = rows.to(hidden.device)
-        part = prefix if len(rows) == states else prefix.select(rows)
-        for draw in range(draws):
-            noise = None if uniforms is None else uniforms[rows, draw]
-            values = _pair_gains(backbone, part, tokens[rows], hidden[rows], kind, noise)
-            candidate, target = _pairs(count, hidden.device)
-            flat = hidden[rows][:, candidate] * geometry.num_blocks + hidden[rows][:, target]
-            gains[rows] = gains[rows].scatter_add(1, flat, values / draws)
-    return gains.unflatten(1, (geometry.num_blocks, geometry.num_blocks))
+    place = torch.arange(count, device=hidden.device)
+    others = (place[None, :-1] + (place[None, :-1] >= place[:, None])).expand(states, -1, -1)  # skips the candidate
+    return Targets(others, torch.ones(others.shape, device=hidden.device))
 
 
-def _pair_gains(
-    backbone: Backbone, prefix: Any, tokens: Tensor, hidden: Tensor, kind: str, uniforms: Tensor | None
-) -> Tensor:
-    """Gains of all ordered pairs of different hidden blocks, (M, C * (C - 1))."""
-    blocks_total = backbone.geometry.num_blocks
-    candidate, target = _pairs(hidden.shape[1], hidden.device)
-    if kind == "expected":
-        assert uniforms is not None
-        noise = _rows(uniforms, hidden)
-        drawn = backbone.decode(prefix, hidden, noise, Sampling())
-        tokens = backbone.geometry.write(tokens, hidden, drawn)
-    now, entries = backbone.context_loss(prefix, tokens, hidden, whole=True)
-    past = entries.chains(candidate.expand(len(hidden), -1))
-    targets = hidden[:, target]
-    if kind == "pointwise":
-        after, _ = backbone.context_loss(prefix, tokens, targets, past=past)
-        return now.loss[:, target] - after.loss
-    assert uniforms is not None
-    noise = _rows(uniforms, blocks_total + hidden[:, candidate] * blocks_total + targets)
-    return backbone.expected_gain(prefix, targets, past, noise)
+def sampled_targets(
+    geometry: BlockGrid, hidden: Tensor, losses: Tensor, fraction: float, uniforms: Tensor
+) -> Targets:
+    """A part of the targets of each candidate, drawn so that weighted row sums of gains stay unbiased.
+
+    Candidate a has r = max(1, round(fraction * (C - 1))) targets, drawn by systematic sampling with probability
+    proportional to sqrt(l_b) / max(d(a, b), 1)^2, at most 1: near blocks and blocks of high loss have the large gains
+    (Horvitz and Thompson, 1952, for the weights).
+
+    Args:
+        geometry: the block grid.
+        hidden: (M, C) int64, the hidden blocks of each state.
+        losses: (M, C) float32, their losses, nats.
+        fraction: in (0, 1].
+        uniforms: (M, C) in [0, 1), one for each candidate.
+    """
+    states, count = hidden.shape
+    wanted = max(1, round(fraction * (count - 1)))
+    if wanted >= count - 1:
+        return all_targets(hidden)
+    distance = geometry.distances.to(hidden.device)[hidden[:, :, None], hidden[:, None]]  # (M, C, C)
+    size = (losses.clamp_min(0).sqrt() + 1e-3)[:, None] / distance.clamp_min(1) ** 2
+    size = size.masked_fill(torch.eye(count, dtype=torch.bool, device=hidden.device), 0.0).double()
+    chance = _inclusion(size, wanted)
+    # a point falls into every interval of length 1: exactly `wanted` of the C - 1 intervals are hit
+    end = chance.cumsum(-1)
+    end[..., -1] = wanted
+    start = torch.cat([torch.zeros_like(end[..., :1]), end[..., :-1]], -1)
+    point = uniforms.double()[..., None]
+    hit = (end - point).ceil() > (start - point).ceil()
+    place = hit.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[..., :wanted]
+    return Targets(place, chance.gather(-1, place).reciprocal().float())
+
+
+def _inclusion(size: Tensor, wanted: int) -> Tensor:
+    """Probabilities proportional to size (..., C), at most 1, that sum to `wanted`."""
+    certain = torch.zeros_like(size, dtype=torch.bool)
+    chance = size
+    for _ in range(wanted + 1):  # every round makes at least one more certain, or is the last
+        rest = wanted - certain.sum(-1, keepdim=True)
+        scaled = size * rest / size.masked_fill(certain, 0.0).sum(-1, keepdim=True)
+        chance = torch.where(certain, 1.0, scaled)
+        certain = certain | (scaled >= 1)
+    return chance.clamp_max(1.0)
 
 
 def _rows(uniforms: Tensor, index: Tensor) -> Tensor:
@@ -160,6 +206,12 @@ def gain_uniforms(geometry: BlockGrid, keys: tuple[Tensor | int, ...], samples: 
     return keyed_uniform([Stream.LABEL, *shaped, draw, row, token], device)
 
 
+def target_uniforms(keys: tuple[Tensor | int, ...], hidden: Tensor) -> Tensor:
+    """Random numbers for `sampled_targets`, (M, C) float64; keys as in `gain_uniforms`, hidden (M, C)."""
+    shaped = [torch.as_tensor(key, device=hidden.device).view(-1, 1) for key in keys]
+    return keyed_uniform([Stream.TARGET, *shaped, hidden], hidden.device)
+
+
 @dataclass(frozen=True)
 class LabelConfig:
     """Which contexts are labelled and how.
@@ -169,7 +221,8 @@ class LabelConfig:
         kind: see `block_gains`.
         samples: draws per context for kinds "kl" and "expected".
         seed: of the contexts and draws.
-        batch_size: contexts per call.
+        batch_size: contexts per call; fewer if memory is short.
+        target_fraction: share of the other hidden blocks whose gains are computed, see `sampled_targets`; 1 is all.
     """
 
     contexts: int = 4000
@@ -177,6 +230,7 @@ class LabelConfig:
     samples: int = 1
     seed: int = 0
     batch_size: int = 64
+    target_fraction: float = 1.0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -184,6 +238,8 @@ class LabelConfig:
         for name in ("contexts", "samples", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.target_fraction <= 1:
+            raise ValueError(f"target_fraction must lie in (0, 1], got {self.target_fraction}")
 
 
 class Contexts(NamedTuple):
@@ -241,7 +297,9 @@ def label_contexts(
     geometry = backbone.geometry
     starts = torch.arange(len(image))
     for value in length.unique(sorted=True).tolist():
-        for rows in starts[length == value].split(config.batch_size):
+        # backbones that keep entries know how many states fit into memory
+        fitting = getattr(backbone, "states_at_once", lambda chains: config.batch_size)(geometry.num_blocks - value)
+        for rows in starts[length == value].split(min(config.batch_size, fitting)):
             context = order[rows].to(device)
             x, y = tokens[image[rows]].to(device), labels[image[rows]].to(device)
             prefix = backbone.start(y)
@@ -249,11 +307,18 @@ def label_contexts(
                 count = torch.full_like(y, value)
                 prefix = backbone.extend(prefix, x, context[:, :value], count)
             hidden_blocks = context[:, value:].sort(1).values
-            now, _ = backbone.context_loss(prefix, x, hidden_blocks)
-            uniforms = None
+            now, entries = backbone.context_loss(prefix, x, hidden_blocks, whole=True)
+            key = (config.seed, contexts.number[rows])
+            uniforms, targets = None, None
             if config.kind != "pointwise":
-                uniforms = gain_uniforms(geometry, (config.seed, contexts.number[rows]), config.samples, device)
-            gains = block_gains(backbone, prefix, x, hidden_blocks, config.kind, uniforms, config.samples)
+                uniforms = gain_uniforms(geometry, key, config.samples, device)
+            if config.target_fraction < 1:
+                chosen = target_uniforms(key, hidden_blocks)
+                targets = sampled_targets(geometry, hidden_blocks, now.loss, config.target_fraction, chosen)
+            known = (now, entries)
+            gains = block_gains(
+                backbone, prefix, x, hidden_blocks, config.kind, uniforms, config.samples, known, targets
+            )
             m, total = len(rows), geometry.num_blocks
             spread = hidden_blocks[..., None].expand(-1, -1, backbone.hidden_size)
             yield {

@@ -26,6 +26,7 @@ class Stream(IntEnum):
     TOKEN = 3
     POLICY = 4
     NOISE = 5
+    TARGET = 6
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:

@@ -12,6 +12,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from orderrl.backbones import OrderRobustTransformer, load_backbone
+from orderrl.backbones.packing import Packing
 from orderrl.data import load_split
 from orderrl.geometry import BlockGrid
 from orderrl.oracle import (
@@ -35,7 +36,6 @@ def gains_of(
     kind: str = "pointwise",
     samples: int = 1,
     keys: Tensor | None = None,
-    max_entries: int = 16384,
 ) -> Tensor:
     """G of states whose first `visible` blocks of an order (M, B) are revealed."""
     prefix = backbone.start(labels)
@@ -43,7 +43,7 @@ def gains_of(
         prefix = backbone.extend(prefix, tokens, order[:, :visible], torch.full_like(labels, visible))
     keys = torch.arange(len(labels)) if keys is None else keys
     uniforms = None if kind == "pointwise" else gain_uniforms(backbone.geometry, (0, keys), samples, tokens.device)
-    return block_gains(backbone, prefix, tokens, order[:, visible:], kind, uniforms, samples, max_entries)
+    return block_gains(backbone, prefix, tokens, order[:, visible:], kind, uniforms, samples)
 
 
 def states(backbone: OrderRobustTransformer, count: int = 3) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,11 +69,14 @@ def test_gains_equal_the_naive_form(shape: tuple[int, int, int], visible: int) -
 
 
 @pytest.mark.parametrize("kind", ["pointwise", "kl", "expected"])
-def test_gains_do_not_depend_on_chunks_or_batch(backbone: OrderRobustTransformer, kind: str) -> None:
+def test_gains_do_not_depend_on_chunks_or_batch(
+    backbone: OrderRobustTransformer, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokens, labels, order = states(backbone, 5)
     whole = gains_of(backbone, tokens, labels, order, 3, kind, samples=2)
-    for max_entries in (1, 500):
-        chunked = gains_of(backbone, tokens, labels, order, 3, kind, 2, max_entries=max_entries)
+    for entries in (1, 50, 500):
+        monkeypatch.setattr(Packing, "entries", lambda self, keys, seen, entries=entries: entries)
+        chunked = gains_of(backbone, tokens, labels, order, 3, kind, 2)
         assert torch.allclose(chunked, whole, atol=1e-5)
     rows = torch.tensor([4, 1])
     alone = gains_of(backbone, tokens[rows], labels[rows], order[rows], 3, kind, 2, keys=rows)

@@ -3,7 +3,7 @@
 from orderrl.backbones.arpg import ARPG
 from orderrl.backbones.check import check_backbone
 from orderrl.backbones.llamagen import RasterTransformer, TransformerConfig
-from orderrl.backbones.protocol import Backbone, BlockLosses
+from orderrl.backbones.protocol import Backbone, BlockLosses, Drawing
 from orderrl.backbones.registry import (
     backbone_fingerprint,
     backbone_names,
@@ -21,6 +21,7 @@ __all__ = [
     "ARPG",
     "Backbone",
     "BlockLosses",
+    "Drawing",
     "OrderRobustTransformer",
     "RasterTransformer",
     "Sampling",

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from orderrl.backbones.cache import ChainEntries, PrefixCache
-from orderrl.backbones.chains import ChainBackbone, Drawn
-from orderrl.backbones.layers import FeedForward, chain_attention, rope_table, rotate
+from orderrl.backbones.chains import ChainBackbone, Drawn, Growing
+from orderrl.backbones.layers import FeedForward, Level, causal_mask, chain_attention, rope_table, rotate
 from orderrl.backbones.llamagen import TransformerConfig
 from orderrl.geometry import BlockGrid
 
@@ -130,12 +130,18 @@ class ARPG(nn.Module, ChainBackbone):
     def _heads(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
         """(M, C, T, dim) -> (M, heads, C, T, head_dim), rotated if positions are given."""
         split = x.unflatten(-1, (self.config.heads, -1))
-        return (split if rope is None else rotate(split, rope)).permute(0, 3, 1, 2, 4)
+        return (split if rope is None else rotate(split, rope)).permute(0, 3, 1, 2, 4).contiguous()
 
     # ------------------------------------------------------------------ both passes
 
     def encode(
-        self, x: Tensor, rope: Tensor, prefix: PrefixCache, past: ChainEntries | None = None, causal: bool = True
+        self,
+        x: Tensor,
+        rope: Tensor,
+        prefix: PrefixCache,
+        past: ChainEntries | None = None,
+        own: ChainEntries | None = None,
+        causal: bool = True,
     ) -> ChainEntries:
         """First pass over chains of contents.
 
@@ -143,14 +149,15 @@ class ARPG(nn.Module, ChainBackbone):
             x: (M, C, T, dim) embeddings.
             rope: (M, C, T, head_dim / 2, 2) rotations.
             prefix: cache of M states.
-            past: entries that each chain sees before its own.
+            past: entries that come before the chains; each of its P chains is seen by C / P consecutive ones.
+            own: room for the chains' entries, earlier ones first; the last T places are filled.
             causal: contents of a chain see their predecessors; off, they see each other.
 
         Returns:
             Entries of half the layers and, last, the pair that the second pass reads.
         """
-        prefix_keys, prefix_values, prefix_mask = prefix.view()
-        keys, values = [], []
+        shared, keys, values = prefix.levels(), [], []
+        length = x.shape[2]
         for number, layer in enumerate(cast(list[_Layer], self.layers.self_dec)):
             attention = cast(_SelfAttention, layer.attn)
             normed = layer.attn_norm(x)
@@ -158,32 +165,48 @@ class ARPG(nn.Module, ChainBackbone):
             value = self._heads(attention.to_v(normed))
             keys.append(key)
             values.append(value)
-            if past is not None:
-                key = torch.cat([past.keys[number], key], dim=3)
-                value = torch.cat([past.values[number], value], dim=3)
-            mixed = chain_attention(query, key, value, prefix_keys[number], prefix_values[number], prefix_mask, causal)
+            levels = [shared[number], *_given(past, number)]
+            if own is not None:
+                key, value = _grown(own, number, key, value)
+            mask = causal_mask(length, key.shape[3], x.device) if causal else None
+            mixed = chain_attention(query, [*levels, Level(key, value, mask)])
             x = layer.finish(x, mixed.permute(0, 2, 3, 1, 4).flatten(-2))
         normed = self.layers.norm(x)
         keys.append(self._heads(self.layers.to_k(normed), rope))
         values.append(self._heads(self.layers.to_v(normed)))
-        return ChainEntries(torch.stack(keys), torch.stack(values))
+        if own is not None:
+            _grown(own, -1, keys[-1], values[-1])
+        return ChainEntries(tuple(keys), tuple(values))
 
-    def predict(self, positions: Tensor, prefix: PrefixCache, own: ChainEntries, causal: bool = True) -> Tensor:
+    def predict(
+        self,
+        positions: Tensor,
+        prefix: PrefixCache,
+        own: ChainEntries,
+        past: ChainEntries | None = None,
+        causal: bool = True,
+    ) -> Tensor:
         """Second pass: hidden states that predict raster positions (M, C, T), (M, C, T, dim) after the final norm.
 
         Args:
             positions: (M, C, T) int64.
             prefix: cache of M states.
             own: entries of the chains; query i sees all but the last T - 1 - i of them. They may be empty.
+            past: entries that come before the chains, shared as in `encode`.
             causal: off, every query sees all of `own`.
         """
-        prefix_keys, prefix_values, prefix_mask = prefix.view()
+        levels, length = [prefix.levels()[-1], *_given(past, -1)], positions.shape[2]
+        if own.length:
+            mask = None
+            if causal and length > 1:
+                mask = torch.ones(length, own.length, dtype=torch.bool, device=positions.device)
+                mask = mask.tril(own.length - length)
+            levels.append(Level(own.keys[-1], own.values[-1], mask))
         rope = self.rope[positions + 1]
         x = self._mask_queries(positions.shape)
-        key, value = own.keys[-1], own.values[-1]
         for layer in cast(list[_Layer], self.layers.cross_dec):
             query = self._heads(cast(_CrossAttention, layer.attn).to_q(layer.attn_norm(x)), rope)
-            mixed = chain_attention(query, key, value, prefix_keys[-1], prefix_values[-1], prefix_mask, causal)
+            mixed = chain_attention(query, levels)
             x = layer.finish(x, mixed.permute(0, 2, 3, 1, 4).flatten(-2))
         return self.norm(x)
 
@@ -248,26 +271,44 @@ class ARPG(nn.Module, ChainBackbone):
     ) -> tuple[Tensor, ChainEntries]:
         known = positions.shape[2] - (0 if whole else 1)  # the last token predicts nothing
         entries = self._embed_and_encode(prefix, positions[:, :, :known], tokens[:, :, :known], past)
-        own = entries if past is None else past.then(entries)
-        if whole:
-            own = ChainEntries(own.keys[..., :-1, :], own.values[..., :-1, :])
-        return self.predict(positions, prefix, own), entries
+        own = entries.until(positions.shape[2] - 1)
+        return self.predict(positions, prefix, own, past), entries
 
     def _embed_and_encode(
-        self, prefix: PrefixCache, positions: Tensor, tokens: Tensor, past: ChainEntries | None = None
+        self,
+        prefix: PrefixCache,
+        positions: Tensor,
+        tokens: Tensor,
+        past: ChainEntries | None = None,
+        own: ChainEntries | None = None,
     ) -> ChainEntries:
-        return self.encode(self.embeddings(tokens), self.rope[positions + 1], prefix, past)
+        return self.encode(self.embeddings(tokens), self.rope[positions + 1], prefix, past, own)
 
     def _continue(
-        self, prefix: PrefixCache, position: Tensor, drawn: Drawn | None, past: ChainEntries | None
-    ) -> tuple[Tensor, ChainEntries]:
-        if drawn is None:
-            drawn = Drawn(*(position.new_zeros(*position.shape, 0),) * 2)
-        else:
-            drawn = Drawn(drawn.position[..., None], drawn.token[..., None])
-        entries = self._embed_and_encode(prefix, drawn.position, drawn.token, past)
-        own = entries if past is None else past.then(entries)
-        return self.predict(position[..., None], prefix, own)[:, :, 0], entries
+        self,
+        prefix: PrefixCache,
+        position: Tensor,
+        drawn: Drawn | None,
+        own: Growing | None,
+        past: ChainEntries | None = None,
+    ) -> Tensor:
+        entries = ChainEntries((), ())
+        if drawn is not None:
+            assert own is not None
+            entries = own.grown(1)
+            self._embed_and_encode(prefix, drawn.position[..., None], drawn.token[..., None], past, entries)
+        return self.predict(position[..., None], prefix, entries, past)[:, :, 0]
 
     def _contents(self, prefix: PrefixCache, positions: Tensor, tokens: Tensor, skip: int) -> ChainEntries:
         return self._embed_and_encode(prefix, positions[:, None, skip:], tokens[:, None, skip:])
+
+
+def _given(past: ChainEntries | None, layer: int) -> list[Level]:
+    """The level of what comes before the chains, if anything does."""
+    return [] if past is None else [Level(past.keys[layer], past.values[layer])]
+
+
+def _grown(own: ChainEntries, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Fill the last places of the chains' entries; all of them."""
+    own.keys[layer][..., -key.shape[3] :, :], own.values[layer][..., -key.shape[3] :, :] = key, value
+    return own.keys[layer], own.values[layer]

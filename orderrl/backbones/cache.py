@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from orderrl.backbones.layers import Level
 
 
 @dataclass(frozen=True)
@@ -13,39 +16,59 @@ class ChainEntries:
     """Keys and values of C chains of T entries per state.
 
     Attributes:
-        keys, values: (layers, M, heads, C, T, head_dim).
+        keys, values: one tensor a layer, (M, heads, C, T, head_dim).
     """
 
-    keys: Tensor
-    values: Tensor
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+    @property
+    def length(self) -> int:
+        """T, entries of a chain."""
+        return self.keys[0].shape[3] if self.keys else 0
+
+    @property
+    def count(self) -> int:
+        """C, chains of a state."""
+        return self.keys[0].shape[2] if self.keys else 0
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> ChainEntries:
+        """The same change of every tensor."""
+        return ChainEntries(tuple(map(change, self.keys)), tuple(map(change, self.values)))
 
     def chain(self, index: Tensor) -> ChainEntries:
         """Entries of one chain per state: index (M,) int64 -> C = 1."""
-        return self.chains(index[:, None])
+        rows = torch.arange(len(index), device=index.device)
+        return self.map(lambda part: part[rows, :, index].unsqueeze(2))
 
-    def chains(self, index: Tensor) -> ChainEntries:
-        """Entries of some chains per state: index (M, K) int64 -> C = K."""
-        shape = list(self.keys.shape)
-        shape[3] = index.shape[1]
-        expanded = index[None, :, None, :, None, None].expand(shape)
-        return ChainEntries(self.keys.gather(3, expanded), self.values.gather(3, expanded))
+    def select(self, rows: Tensor | slice) -> ChainEntries:
+        """The entries of some states: rows (K,) int64, a copy, or a slice, a view."""
+        return self.map(lambda part: part[rows])
 
-    def select(self, rows: Tensor) -> ChainEntries:
-        """A copy of the entries of some states: rows (K,) int64."""
-        return ChainEntries(self.keys[:, rows], self.values[:, rows])
+    def narrow(self, chains: slice) -> ChainEntries:
+        """A view of consecutive chains of every state."""
+        return self.map(lambda part: part[:, :, chains])
 
-    def then(self, later: ChainEntries) -> ChainEntries:
-        """Append entries to every chain."""
-        return ChainEntries(torch.cat([self.keys, later.keys], 4), torch.cat([self.values, later.values], 4))
+    def until(self, length: int) -> ChainEntries:
+        """A view of the first entries of every chain."""
+        return self.map(lambda part: part[..., :length, :])
 
     def spread(self, rows: Tensor, states: int, onto: ChainEntries | None = None) -> ChainEntries:
         """Place these entries at some rows among `states` states, over `onto` or over zeros."""
         if onto is None:
-            shape = list(self.keys.shape)
-            shape[1] = states
-            onto = ChainEntries(self.keys.new_zeros(shape), self.values.new_zeros(shape))
-        onto.keys[:, rows], onto.values[:, rows] = self.keys, self.values
+            onto = self.map(lambda part: part.new_zeros(states, *part.shape[1:]))
+        for target, source in zip(onto.keys + onto.values, self.keys + self.values, strict=True):
+            target[rows] = source
         return onto
+
+    @staticmethod
+    def cat(parts: Sequence[ChainEntries], dim: int) -> ChainEntries:
+        """Join along states (dim 0) or chains (dim 2)."""
+        if len(parts) == 1:
+            return parts[0]
+        keys = zip(*(part.keys for part in parts), strict=True)
+        values = zip(*(part.values for part in parts), strict=True)
+        return ChainEntries(tuple(torch.cat(k, dim) for k in keys), tuple(torch.cat(v, dim) for v in values))
 
 
 @dataclass(frozen=True)
@@ -66,27 +89,32 @@ class PrefixCache:
         """Entries that fit."""
         return self.keys.shape[3] - 1
 
-    def view(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys, values (layers, M, heads, L, head_dim) and mask (M, L) up to the longest state."""
-        longest = int(self.length.max()) if len(self.length) else 0
-        mask = torch.arange(longest, device=self.length.device) < self.length[:, None]
-        return self.keys[:, :, :, :longest], self.values[:, :, :, :longest], mask
+    def levels(self) -> list[Level]:
+        """What every chain of a state sees, layer by layer, up to the longest state."""
+        shortest, longest = (int(end) for end in self.length.aminmax()) if len(self.length) else (0, 0)
+        mask = None
+        if shortest < longest:  # broadcast to (M, heads, C, T, L)
+            mask = (torch.arange(longest, device=self.length.device) < self.length[:, None])[:, None, None, None]
+        return [
+            Level(keys[:, :, None, :longest], values[:, :, None, :longest], mask)
+            for keys, values in zip(self.keys, self.values, strict=True)
+        ]
 
     def append(self, entries: ChainEntries, count: Tensor) -> PrefixCache:
         """Append the first `count` (M,) entries of the single chain of each state.
 
         Writes in place and returns the cache with its new lengths.
         """
-        new = entries.keys.shape[4]
-        step = torch.arange(new, device=self.length.device)
+        step = torch.arange(entries.length, device=self.length.device)
         slot = torch.where(step < count[:, None], self.length[:, None] + step, self.slots)  # (M, T)
-        index = slot[None, :, None, :, None].expand(entries.keys[:, :, :, 0].shape)
-        self.keys.scatter_(3, index, entries.keys[:, :, :, 0])
-        self.values.scatter_(3, index, entries.values[:, :, :, 0])
+        rows = torch.arange(len(slot), device=slot.device)[:, None]
+        for layer in range(len(self.keys)):
+            self.keys[layer][rows, :, slot] = entries.keys[layer][:, :, 0].transpose(1, 2)
+            self.values[layer][rows, :, slot] = entries.values[layer][:, :, 0].transpose(1, 2)
         return PrefixCache(self.keys, self.values, self.length + count)
 
-    def select(self, rows: Tensor) -> PrefixCache:
-        """A copy of some states: rows is a (K,) int64 index or an (M,) bool mask."""
+    def select(self, rows: Tensor | slice) -> PrefixCache:
+        """Some states: rows is a (K,) int64 index or an (M,) bool mask, for a copy, or a slice, for a view."""
         return PrefixCache(self.keys[:, rows], self.values[:, rows], self.length[rows])
 
     def put(self, rows: Tensor, other: PrefixCache) -> PrefixCache:

@@ -2,7 +2,8 @@
 
 Every hidden block is a chain that reads the prefix cache and itself. A backbone says how a chain is taught
 (all its tokens known) and how it is continued (one token at a time); what the environment, the oracle and
-the sampler ask for is the same for all of them and stands here.
+the sampler ask for is the same for all of them and stands here, packed into forwards of bounded size
+(`orderrl.backbones.packing`).
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ import torch
 from torch import Tensor
 
 from orderrl.backbones.cache import ChainEntries, PrefixCache
-from orderrl.backbones.protocol import BlockLosses
+from orderrl.backbones.packing import Packing, plan
+from orderrl.backbones.protocol import BlockLosses, Drawing
 from orderrl.backbones.sampling import Sampling, guide, sample_tokens
 from orderrl.geometry import BlockGrid
+
+LOGITS_AT_ONCE = 2**22  # a few megabytes, so that they stay in the CPU's cache between the passes over them
 
 
 class Drawn(NamedTuple):
@@ -27,6 +31,27 @@ class Drawn(NamedTuple):
     token: Tensor
 
 
+class Growing:
+    """Entries of chains that grow token by token.
+
+    Args:
+        room: for all the entries that the chains will ever have.
+    """
+
+    def __init__(self, room: ChainEntries) -> None:
+        self.room, self.length = room, 0
+
+    def grown(self, count: int) -> ChainEntries:
+        """The entries so far with places for `count` more behind them."""
+        self.length += count
+        return self.entries
+
+    @property
+    def entries(self) -> ChainEntries:
+        """The entries so far."""
+        return self.room.until(self.length)
+
+
 class ChainBackbone:
     """The methods of `orderrl.backbones.Backbone` for a causal model with a prefix cache.
 
@@ -34,11 +59,13 @@ class ChainBackbone:
         geometry: the block grid.
         block_tokens: (B, p*p) int64, raster positions of each block, on the model's device.
         entries_per_token: cache entries that a visible token takes.
+        packing: how much one forward may take; results do not depend on it.
     """
 
     geometry: BlockGrid
     block_tokens: Tensor
     entries_per_token: int
+    packing: Packing = Packing()
 
     # ------------------------------------------------------------------ what a model defines
 
@@ -55,7 +82,7 @@ class ChainBackbone:
         Args:
             prefix: cache of M states.
             positions, tokens: (M, C, n) int64, raster positions and values.
-            past: entries that each chain sees before its own.
+            past: entries that come before the chains; each of its P chains is seen by C / P consecutive ones.
             whole: also encode the last token.
 
         Returns:
@@ -64,12 +91,24 @@ class ChainBackbone:
 
     @abstractmethod
     def _continue(
-        self, prefix: PrefixCache, position: Tensor, drawn: Drawn | None, past: ChainEntries | None
-    ) -> tuple[Tensor, ChainEntries]:
-        """Take in the token just drawn and predict the next one, at `position` (M, C).
+        self,
+        prefix: PrefixCache,
+        position: Tensor,
+        drawn: Drawn | None,
+        own: Growing | None,
+        past: ChainEntries | None = None,
+    ) -> Tensor:
+        """Take in the token just drawn and predict the next one.
+
+        Args:
+            prefix: cache of M states.
+            position: (M, C) int64, raster position of the next token.
+            drawn: the token before it in the chain; None at the chain's beginning.
+            own: the chains' entries so far, to which this step's are added; None for a chain that won't go on.
+            past: entries that come before the chains.
 
         Returns:
-            (M, C, D) after the final norm, and the new entries.
+            (M, C, D) after the final norm.
         """
 
     @abstractmethod
@@ -87,6 +126,13 @@ class ChainBackbone:
         """Sequential draws that a block takes: token by token."""
         return self.geometry.tokens_per_block
 
+    def states_at_once(self, chains: int) -> int:
+        """How many states with that many chains fit into memory with their prefix and all entries kept."""
+        entries = self.entries_per_token * self.geometry.tokens_per_block * (self.geometry.num_blocks + chains)
+        empty = self.start(torch.zeros(1, dtype=torch.int64, device=self.block_tokens.device)).keys
+        per_entry = 2 * empty.element_size() * empty[..., 0, :].numel()
+        return max(1, int(self.packing.budget(empty.device) / (per_entry * entries)))
+
     def context_loss(
         self,
         prefix: PrefixCache,
@@ -94,33 +140,92 @@ class ChainBackbone:
         blocks: Tensor,
         past: ChainEntries | None = None,
         whole: bool = False,
+    ) -> tuple[BlockLosses, ChainEntries | None]:
+        groups = blocks.shape[1] if past is None else past.count
+        rows = []
+        for states, parts in self._plan(prefix, blocks, groups, past):
+            part_prefix, part_tokens = prefix.select(states), tokens[states]
+            row = []
+            for chosen, chains in parts:
+                part_past = None if past is None else past.select(states).narrow(chosen)
+                row.append(self._score(part_prefix, part_tokens, blocks[states, chains], part_past, whole))
+            rows.append(row)
+        losses = BlockLosses(
+            *(torch.cat([torch.cat([part[0][field] for part in row], 1) for row in rows]) for field in range(3))
+        )
+        if past is not None:
+            return losses, None
+        return losses, ChainEntries.cat([ChainEntries.cat([part[1] for part in row], 2) for row in rows], 0)
+
+    def _plan(
+        self, prefix: PrefixCache, blocks: Tensor, groups: int, past: ChainEntries | None
+    ) -> Iterator[tuple[slice, list[tuple[slice, slice]]]]:
+        """Forwards of bounded size: states, and for each of them (groups, chains)."""
+        per_chain = self.entries_per_token * self.geometry.tokens_per_block
+        chains = blocks.shape[1] // max(groups, 1)
+        seen = prefix.slots // 2 + per_chain + (0 if past is None else past.length)
+        most = self.packing.entries(prefix.keys, seen)
+        for states, parts in plan(len(blocks), groups, chains * per_chain, most):
+            yield states, [(part, slice(part.start * chains, part.stop * chains)) for part in parts]
+
+    def _score(
+        self, prefix: PrefixCache, tokens: Tensor, blocks: Tensor, past: ChainEntries | None, whole: bool
     ) -> tuple[BlockLosses, ChainEntries]:
+        """`context_loss` of one forward."""
         positions = self.block_tokens[blocks]  # (M, C, p*p)
         targets = tokens[:, None].expand(-1, blocks.shape[1], -1).gather(2, positions)
         queries, entries = self._teach(prefix, positions, targets, past, whole)
-        log_probs = self.logits(queries).float().log_softmax(-1)
-        loss = -log_probs.gather(-1, targets[..., None]).sum((-2, -1))
-        return BlockLosses(loss, queries[:, :, 0].float(), entropy(log_probs[:, :, 0])), entries
+        loss, spread = self._losses(queries.flatten(0, 1), targets.flatten(0, 1))
+        return BlockLosses(loss.view(blocks.shape), queries[:, :, 0].float(), spread.view(blocks.shape)), entries
+
+    def _losses(self, queries: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss of chains and entropy of their first query, each (n,) nats: queries (n, p*p, D), targets (n, p*p)."""
+        losses, spreads = [], []
+        vocabulary = self.logits(queries[:1, :1]).shape[-1] if len(queries) else 1
+        at_once = max(1, LOGITS_AT_ONCE // (targets.shape[1] * vocabulary))
+        for query, target in zip(queries.split(at_once), targets.split(at_once), strict=True):
+            log_probs = self.logits(query).float().log_softmax(-1)
+            losses.append(-log_probs.gather(-1, target[..., None]).sum((-2, -1)))
+            spreads.append(entropy(log_probs[:, 0]))
+        return torch.cat(losses), torch.cat(spreads)
 
     def expected_gain(self, prefix: PrefixCache, blocks: Tensor, past: ChainEntries, uniforms: Tensor) -> Tensor:
+        gains = []
+        for states, parts in self._plan(prefix, blocks, past.count, past):
+            part_prefix, part_past = prefix.select(states), past.select(states)
+            row = [
+                self._expected_gain(part_prefix, blocks[states, chains], part_past.narrow(chosen), uniforms[states, chains])
+                for chosen, chains in parts
+            ]
+            gains.append(torch.cat(row, 1))
+        return torch.cat(gains)
+
+    def _expected_gain(self, prefix: PrefixCache, blocks: Tensor, past: ChainEntries, uniforms: Tensor) -> Tensor:
+        """`expected_gain` of one forward."""
         positions = self.block_tokens[blocks]
-        pasts: list[ChainEntries | None] = [past, None]
+        sides = [(past, self._room(prefix, blocks.shape[1])), (None, self._room(prefix, blocks.shape[1]))]
         gain = torch.zeros(blocks.shape, device=blocks.device)
         drawn = None
         for i in range(positions.shape[2]):
-            log_probs = []
-            for side, earlier in enumerate(pasts):
-                hidden, entries = self._continue(prefix, positions[:, :, i], drawn, earlier)
-                pasts[side] = entries if earlier is None else earlier.then(entries)
-                log_probs.append(self.logits(hidden).float().log_softmax(-1))
-            informed, uninformed = log_probs
+            informed, uninformed = (
+                self.logits(self._continue(prefix, positions[:, :, i], drawn, own, earlier)).float().log_softmax(-1)
+                for earlier, own in sides
+            )
             gain += (informed.exp() * (informed - uninformed)).sum(-1)
             drawn = Drawn(positions[:, :, i], sample_tokens(informed, uniforms[:, :, i], Sampling()))
         return gain
 
+    def _room(self, prefix: PrefixCache, chains: int) -> Growing:
+        """Room for the entries of chains, without their last token's."""
+        layers, states, heads, _, width = prefix.keys.shape
+        length = self.entries_per_token * self.geometry.tokens_per_block - 1
+        parts = [prefix.keys.new_empty(states, heads, chains, length, width) for _ in range(2 * layers)]
+        return Growing(ChainEntries(tuple(parts[:layers]), tuple(parts[layers:])))
+
     def observe(self, prefix: PrefixCache, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        hidden, _ = self._continue(prefix, self.block_tokens[blocks][:, :, 0], None, None)
-        return hidden.float(), entropy(self.logits(hidden).float().log_softmax(-1))
+        hidden = self._continue(prefix, self.block_tokens[blocks][:, :, 0], None, None)
+        spread = self._losses(hidden.flatten(0, 1)[:, None], torch.zeros_like(blocks).flatten()[:, None])[1]
+        return hidden.float(), spread.view(blocks.shape)
 
     def extend(
         self,
@@ -134,7 +239,7 @@ class ChainBackbone:
         remaining = self.entries_per_token * self.geometry.tokens_per_block * count
         done = 0
         if first is not None:  # the first block's entries are known up to its last token
-            done = first.keys.shape[4]
+            done = first.length
             prefix = prefix.append(first, done * (count > 0))
             remaining = (remaining - done).clamp_min(0)
         entries = self._contents(prefix, positions, tokens.gather(1, positions), done)
@@ -147,39 +252,22 @@ class ChainBackbone:
         uniforms: Tensor,
         sampling: Sampling,
         unconditional: PrefixCache | None = None,
-    ) -> Tensor:
-        steps = self.decode_steps(prefix, blocks, uniforms, sampling, unconditional)
-        return torch.stack([token for token, _ in steps], dim=-1)
-
-    def decode_steps(
-        self,
-        prefix: PrefixCache,
-        blocks: Tensor,
-        uniforms: Tensor,
-        sampling: Sampling,
-        unconditional: PrefixCache | None = None,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """`decode` one token of every block at a time.
-
-        Yields:
-            The tokens (M, K) int64 and the guided logits (M, K, vocab) that they were drawn from.
-        """
+    ) -> Drawing:
         positions = self.block_tokens[blocks]  # (M, K, p*p)
         prefixes = [prefix] if unconditional is None else [prefix, unconditional]
-        pasts: list[ChainEntries | None] = [None for _ in prefixes]
+        chains = [self._room(cache, blocks.shape[1]) for cache in prefixes]
         visible = (prefix.length - 1) // self.entries_per_token
-        drawn = None
+        drawn, tokens = None, []
         for i in range(positions.shape[-1]):
-            sides = []
-            for side, cache in enumerate(prefixes):
-                past = pasts[side]
-                hidden, entries = self._continue(cache, positions[:, :, i], drawn, past)
-                pasts[side] = entries if past is None else past.then(entries)
-                sides.append(self.logits(hidden).float())
+            logits = [
+                self.logits(self._continue(cache, positions[:, :, i], drawn, own)).float()
+                for cache, own in zip(prefixes, chains, strict=True)
+            ]
             scale = sampling.scale(visible + i, self.geometry.num_tokens)[:, None]
-            logits = guide(sides[0], sides[1] if len(sides) > 1 else None, scale, sampling)
-            drawn = Drawn(positions[:, :, i], sample_tokens(logits, uniforms[:, :, i], sampling))
-            yield drawn.token, logits
+            guided = guide(logits[0], logits[1] if len(logits) > 1 else None, scale, sampling)
+            drawn = Drawn(positions[:, :, i], sample_tokens(guided, uniforms[:, :, i], sampling))
+            tokens.append(drawn.token)
+        return Drawing(torch.stack(tokens, dim=-1), *(own.entries for own in chains))
 
 
 def entropy(log_probs: Tensor) -> Tensor:

@@ -149,13 +149,13 @@ def _check_decode(sample: _Sample) -> None:
     shape = (len(block), 1, geometry.tokens_per_block)
     uniforms = torch.rand(shape, generator=sample.generator, dtype=torch.float64).to(block.device)
     if not backbone.vocab_size:
-        drawn = backbone.decode(prefix, block, uniforms, Sampling())
+        drawn = backbone.decode(prefix, block, uniforms, Sampling()).tokens
         if drawn.shape[:-1] != uniforms.shape or not bool(drawn.isfinite().all()):
             raise ValueError(f"backbone breaks 'decode draws tokens': shape {tuple(drawn.shape)}, or not finite")
-        again = backbone.decode(prefix, block, uniforms, Sampling())
+        again = backbone.decode(prefix, block, uniforms, Sampling()).tokens
         sample.compare("equal numbers draw equal tokens", drawn, again)
         return
-    drawn = backbone.decode(prefix, block, uniforms, Sampling(top_k=1))
+    drawn = backbone.decode(prefix, block, uniforms, Sampling(top_k=1)).tokens
     if drawn.shape != uniforms.shape or drawn.min() < 0 or drawn.max() >= backbone.vocab_size:
         raise ValueError(
             f"backbone breaks 'decode draws tokens': shape {tuple(drawn.shape)} in [{int(drawn.min())}, "

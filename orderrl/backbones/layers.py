@@ -6,10 +6,15 @@ context loss of every hidden block costs one forward over the chains and never t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+EVERY = slice(None)  # of the places of a chain
 
 
 def rope_table(height: int, width: int, head_dim: int, base: float = 10000.0) -> Tensor:
@@ -44,39 +49,58 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     return torch.view_as_real(turned).flatten(-2).type_as(x)
 
 
-def chain_attention(
-    query: Tensor,
-    own_key: Tensor,
-    own_value: Tensor,
-    prefix_key: Tensor,
-    prefix_value: Tensor,
-    prefix_mask: Tensor,
-    causal: bool = True,
-) -> Tensor:
-    """Attention of many chains over one shared prefix, as a single softmax.
+class Level(NamedTuple):
+    """Keys and values that groups of chains share: the prefix of a state, a block before the chain, the chain itself.
+
+    Attributes:
+        keys, values: (M, heads, G, L, head_dim); each of the G is read by C / G consecutive chains.
+        mask: bool, True where a query may look, broadcast to (M, heads, C, T, L); None is everywhere.
+    """
+
+    keys: Tensor
+    values: Tensor
+    mask: Tensor | None = None
+
+
+def causal_mask(length: int, total: int, device: torch.device) -> Tensor | None:
+    """(length, total) bool: the last `length` of `total` entries see themselves and those before; None if that's all.
+
+    This is the mask of a chain's own level.
+    """
+    if length == 1:
+        return None
+    return torch.ones(length, total, dtype=torch.bool, device=device).tril(total - length)
+
+
+def chain_attention(query: Tensor, levels: Sequence[Level]) -> Tensor:
+    """Attention of many chains over what they share and what is their own, as a single softmax; nothing is copied.
 
     Args:
-        query: (M, heads, C, T, head_dim), T queries of C chains of M states.
-        own_key, own_value: (M, heads, C, S, head_dim), the chain's own entries, aligned at their ends with the queries.
-        prefix_key, prefix_value: (M, heads, L, head_dim), shared by the chains of a state.
-        prefix_mask: (M, L) bool, True where the prefix entry exists.
-        causal: query i sees own entries up to and including S - T + i; off, all of them.
+        query: (M, heads, C, T, head_dim), contiguous: T queries of C chains of M states.
+        levels: what they look at; at least one key is visible to every query.
 
     Returns:
-        (M, heads, C, T, head_dim). Every query sees the valid prefix.
+        (M, heads, C, T, head_dim).
     """
-    chains, new = query.shape[2:4]
-    total = own_key.shape[3]
     query = query * query.shape[-1] ** -0.5
-    to_prefix = query.flatten(2, 3) @ prefix_key.mT  # (M, heads, C*T, L)
-    to_prefix = to_prefix.masked_fill_(~prefix_mask[:, None, None], -torch.inf)
-    to_own = query @ own_key.mT  # (M, heads, C, T, P + T)
-    if causal:
-        future = torch.ones(new, total, dtype=torch.bool, device=query.device).triu(total - new + 1)
-        to_own = to_own.masked_fill_(future, -torch.inf)
-    weights = torch.cat([to_prefix, to_own.flatten(2, 3)], dim=-1).softmax(-1)
-    from_prefix, from_own = weights.split([prefix_key.shape[2], total], dim=-1)
-    return (from_prefix @ prefix_value).unflatten(2, (chains, new)) + from_own.unflatten(2, (chains, new)) @ own_value
+    leading = query.shape[:-1]
+    scores = []
+    for keys, _, mask in levels:
+        part = (_grouped(query, keys.shape[2]) @ keys.mT).view(*leading, keys.shape[3])
+        scores.append(part if mask is None else part.masked_fill_(~mask, -torch.inf))
+    weights = torch.cat(scores, dim=-1).softmax(-1)
+    mixed = torch.zeros(())
+    for number, (part, (_, values, _)) in enumerate(
+        zip(weights.split([s.shape[-1] for s in scores], dim=-1), levels, strict=True)
+    ):
+        from_level = (_grouped(part, values.shape[2]) @ values).view(query.shape)
+        mixed = from_level if number == 0 else mixed + from_level
+    return mixed
+
+
+def _grouped(chains: Tensor, groups: int) -> Tensor:
+    """(M, heads, C, T, ...) -> (M, heads, groups, C / groups * T, ...)."""
+    return chains.unflatten(2, (groups, -1)).flatten(3, 4)
 
 
 class Attention(nn.Module):
@@ -95,11 +119,32 @@ class Attention(nn.Module):
         query, key = rotate(query_key, rope).chunk(2, dim=-2)
         return query, key, value
 
+    def project_chains(self, x: Tensor, rope: Tensor, queries: slice | None) -> tuple[Tensor | None, Tensor, Tensor]:
+        """(M, C, T, dim) -> contiguous query of the places `queries` (None: no query), key and value of all places.
+
+        Each is (M, heads, C, T, head_dim).
+        """
+        if queries == EVERY:
+            query, key, value = self.project(x, rope)
+            return _by_heads(query), _by_heads(key), _by_heads(value)
+        dim = x.shape[-1]
+        key, value = F.linear(x, self.wqkv.weight[dim:]).unflatten(-1, (2 * self.heads, -1)).chunk(2, dim=-2)
+        key, value = _by_heads(rotate(key, rope)), _by_heads(value)
+        if queries is None:
+            return None, key, value
+        query = F.linear(x[:, :, queries], self.wqkv.weight[:dim]).unflatten(-1, (self.heads, -1))
+        return _by_heads(rotate(query, rope[:, :, queries])), key, value
+
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
         """Plain causal self-attention over a whole sequence, (M, S, dim)."""
         query, key, value = (part.transpose(1, 2) for part in self.project(x, rope))
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return self.wo(rearrange(mixed, "m h s d -> m s (h d)"))
+
+
+def _by_heads(x: Tensor) -> Tensor:
+    """(M, C, T, heads, head_dim) -> (M, heads, C, T, head_dim), contiguous."""
+    return x.permute(0, 3, 1, 2, 4).contiguous()
 
 
 class FeedForward(nn.Module):
@@ -132,3 +177,37 @@ class TransformerBlock(nn.Module):
         """Teacher-forced pass over whole sequences, (M, S, dim)."""
         x = x + self.dropout(self.attention(self.attention_norm(x), rope))
         return x + self.dropout(self.feed_forward(self.ffn_norm(x)))
+
+    def chain(
+        self,
+        x: Tensor,
+        rope: Tensor,
+        levels: Sequence[Level],
+        own: tuple[Tensor, Tensor] | None = None,
+        queries: slice | None = EVERY,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Pass over new entries of chains that see what the levels hold, their own past and each other causally.
+
+        Args:
+            x: (M, C, T, dim), the new entries.
+            rope: (M, C, T, head_dim / 2, 2), or broadcast.
+            levels: what groups of chains share.
+            own: keys and values (M, heads, C, S, head_dim) of which the last T places take the new entries and those
+                before hold the chains' earlier ones; None if there are none.
+            queries: the places whose output is needed; the others only leave keys and values behind. None is no place.
+
+        Returns:
+            (M, C, queries, dim), and the new entries' keys and values (M, heads, C, T, head_dim).
+        """
+        query, key, value = self.attention.project_chains(self.attention_norm(x), rope, queries)
+        new_key, new_value, length = key, value, x.shape[2]
+        if own is not None:
+            own[0][..., -length:, :], own[1][..., -length:, :] = key, value
+            key, value = own
+        if query is None:
+            return x[:, :, :0], new_key, new_value
+        assert queries is not None
+        mask = causal_mask(length, key.shape[3], x.device)
+        mixed = chain_attention(query, [*levels, Level(key, value, mask if mask is None else mask[queries])])
+        x = x[:, :, queries] + self.attention.wo(mixed.permute(0, 2, 3, 1, 4).flatten(-2))
+        return x + self.feed_forward(self.ffn_norm(x)), new_key, new_value

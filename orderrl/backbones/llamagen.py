@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from orderrl.backbones.cache import ChainEntries, PrefixCache
 from orderrl.backbones.chains import entropy
-from orderrl.backbones.layers import TransformerBlock, chain_attention, rope_table
-from orderrl.backbones.protocol import BlockLosses
+from orderrl.backbones.layers import EVERY, Level, TransformerBlock, rope_table
+from orderrl.backbones.protocol import BlockLosses, Drawing
 from orderrl.backbones.sampling import Sampling, guide, sample_tokens
 from orderrl.geometry import BlockGrid
 
@@ -116,24 +116,39 @@ class CausalTransformer(nn.Module):
         return self.norm(x)
 
     def encode(
-        self, x: Tensor, rope: Tensor, prefix: PrefixCache, past: ChainEntries | None = None
+        self,
+        x: Tensor,
+        rope: Tensor,
+        prefix: PrefixCache,
+        past: ChainEntries | None = None,
+        own: ChainEntries | None = None,
+        outputs: slice | None = EVERY,
     ) -> tuple[Tensor, ChainEntries]:
-        """Encode chains: x (M, C, T, dim) -> hidden states (M, C, T, dim) before the final norm, new entries."""
-        prefix_keys, prefix_values, prefix_mask = prefix.view()
-        keys, values = [], []
+        """Encode new entries of chains.
+
+        Args:
+            x: (M, C, T, dim) embeddings.
+            rope: (M, C, T, head_dim / 2, 2) rotations.
+            prefix: cache of M states.
+            past: entries that come before the chains; each of its P chains is seen by C / P consecutive ones.
+            own: room for the chains' entries, earlier ones first; the last T places are filled.
+            outputs: the places whose hidden states are needed; what only they need of the last layer is left out.
+                None is no place.
+
+        Returns:
+            Hidden states (M, C, outputs, dim) before the final norm, and the new entries.
+        """
+        shared, keys, values = prefix.levels(), [], []
         for number, layer in enumerate(self._blocks()):
-            query, key, value = (
-                part.permute(0, 3, 1, 2, 4) for part in layer.attention.project(layer.attention_norm(x), rope)
-            )  # (M, heads, C, T, head_dim)
+            levels = [shared[number]]
+            if past is not None:
+                levels.append(Level(past.keys[number], past.values[number]))
+            room = None if own is None else (own.keys[number], own.values[number])
+            last = number + 1 == self.config.layers
+            x, key, value = layer.chain(x, rope, levels, room, outputs if last else EVERY)
             keys.append(key)
             values.append(value)
-            if past is not None:
-                key = torch.cat([past.keys[number], key], dim=3)
-                value = torch.cat([past.values[number], value], dim=3)
-            mixed = chain_attention(query, key, value, prefix_keys[number], prefix_values[number], prefix_mask)
-            x = x + layer.attention.wo(mixed.permute(0, 2, 3, 1, 4).flatten(-2))
-            x = x + layer.feed_forward(layer.ffn_norm(x))
-        return x, ChainEntries(torch.stack(keys), torch.stack(values))
+        return x, ChainEntries(tuple(keys), tuple(values))
 
     def empty(self, states: int, slots: int) -> PrefixCache:
         """A cache without entries."""
@@ -216,8 +231,7 @@ class RasterTransformer(CausalTransformer):
         queries = self._forward(x, self._sequence_rope(len(x))).unflatten(0, (-1, chains))  # (M, C, N, dim)
         log_probs = self.logits(queries).float().log_softmax(-1)
         loss = -log_probs.gather(-1, tokens.unflatten(0, (-1, chains))[..., None]).sum((-2, -1))
-        nothing = x.new_zeros(0, len(prefix.labels), 1, chains, 0, 1)
-        return BlockLosses(loss, queries[:, :, 0].float(), entropy(log_probs[:, :, 0])), ChainEntries(nothing, nothing)
+        return BlockLosses(loss, queries[:, :, 0].float(), entropy(log_probs[:, :, 0])), ChainEntries((), ())
 
     def expected_gain(self, prefix: RasterState, blocks: Tensor, past: Any, uniforms: Tensor) -> Tensor:
         raise ValueError("a raster model draws the image as one block, so no block can inform another")
@@ -241,9 +255,9 @@ class RasterTransformer(CausalTransformer):
         uniforms: Tensor,
         sampling: Sampling,
         unconditional: RasterState | None = None,
-    ) -> Tensor:
+    ) -> Drawing:
         steps = self.decode_steps(prefix.labels, uniforms[:, 0], sampling, unconditional is not None)
-        return torch.stack([token for token, _ in steps], dim=-1)[:, None]
+        return Drawing(torch.stack([token for token, _ in steps], dim=-1)[:, None])
 
     def decode_steps(
         self, labels: Tensor, uniforms: Tensor, sampling: Sampling, guided: bool

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from orderrl.backbones.diffusion import TRAINING_STEPS, GaussianDiffusion
 from orderrl.backbones.mar import MAR, MARConfig
-from orderrl.backbones.protocol import BlockLosses
+from orderrl.backbones.packing import Packing, plan
+from orderrl.backbones.protocol import BlockLosses, Drawing
 from orderrl.backbones.sampling import Sampling
 from orderrl.geometry import BlockGrid
 from orderrl.random import Stream, keyed_normal, mix_content
@@ -89,11 +90,7 @@ class MaskedChains:
 
     def chain(self, index: Tensor) -> MaskedChains:
         """One chain per state: index (M,) int64 -> C = 1."""
-        return self.chains(index[:, None])
-
-    def chains(self, index: Tensor) -> MaskedChains:
-        """Some chains per state: index (M, K) int64 -> C = K."""
-        return MaskedChains(self.blocks.gather(1, index))
+        return MaskedChains(self.blocks.gather(1, index[:, None]))
 
     def select(self, rows: Tensor) -> MaskedChains:
         """A copy of some states."""
@@ -115,6 +112,7 @@ class MaskedTransformer(MAR):
 
     order_robust = True
     vocab_size = 0
+    packing: Packing = Packing()
     config: MaskedConfig
 
     def __init__(self, config: MaskedConfig) -> None:
@@ -184,15 +182,30 @@ class MaskedTransformer(MAR):
         past: MaskedChains | None = None,
         whole: bool = False,
     ) -> tuple[BlockLosses, MaskedChains]:
+        groups = 1 if past is None else past.blocks.shape[1]
+        width = blocks.shape[1] // groups
+        most = self.packing.entries(self.mask_token.view(1, 1, 1, 1, -1), self.geometry.num_tokens)
+        rows = []
+        for states, parts in plan(len(blocks), groups, self.geometry.num_tokens, most):
+            row = []
+            for part in parts:
+                chains = blocks[states, part.start * width : part.stop * width]
+                revealed = None if past is None else past.blocks[states, part].repeat_interleave(width, 1)
+                row.append(self._score(prefix.select(states), tokens[states], chains, revealed))
+            rows.append(BlockLosses(*(torch.cat(fields, 1) for fields in zip(*row, strict=True))))
+        return BlockLosses(*(torch.cat(fields) for fields in zip(*rows, strict=True))), MaskedChains(blocks)
+
+    def _score(self, prefix: MaskedState, tokens: Tensor, blocks: Tensor, revealed: Tensor | None) -> BlockLosses:
+        """`context_loss` of one forward; each chain also sees a block of its own if `revealed` (M, C) is given."""
         positions = self.block_tokens[blocks]  # (M, C, p*p)
-        if past is None:
+        if revealed is None:
             z = self._state_conditions(prefix, positions)
         else:
-            z = self._conditions_after(prefix, tokens, positions, past.blocks)
+            z = self._conditions_after(prefix, tokens, positions, revealed)
         loss = self._loss_draws(z, tokens, positions).mean(-1).sum(-1).float()
-        # chains with a past are read for their loss alone; drawing tokens for their entropy would cost more than it
-        hidden, spread = self._observed(z, positions) if past is None else (z.float().mean(2), torch.zeros_like(loss))
-        return BlockLosses(loss, hidden, spread), MaskedChains(blocks)
+        if revealed is not None:  # read for the loss alone; drawing tokens for the entropy would cost more than it
+            return BlockLosses(loss, z.float().mean(2), torch.zeros_like(loss))
+        return BlockLosses(loss, *self._observed(z, positions))
 
     def _conditions_after(self, prefix: MaskedState, tokens: Tensor, positions: Tensor, revealed: Tensor) -> Tensor:
         """Conditions (M, C, p*p, D) of chains that also see a revealed block (M, C); equal states are encoded once."""
@@ -249,7 +262,7 @@ class MaskedTransformer(MAR):
         uniforms: Tensor,
         sampling: Sampling,
         unconditional: MaskedState | None = None,
-    ) -> Tensor:
+    ) -> Drawing:
         if sampling.top_k or sampling.top_p < 1:
             raise ValueError(
                 f"top_k={sampling.top_k}, top_p={sampling.top_p}: continuous tokens have no probabilities to cut; "
@@ -267,7 +280,7 @@ class MaskedTransformer(MAR):
         noise = keyed_normal((Stream.NOISE, seeds, steps, channels), z.device).float()
         scale = sampling.scale(prefix.visible.sum(1), self.geometry.num_tokens).view(-1, 1, 1, 1)
         guidance = 1.0 if null is None else scale
-        return self.diffloss.sample(z, start, noise, sampling.temperature, guidance, null)
+        return Drawing(self.diffloss.sample(z, start, noise, sampling.temperature, guidance, null))
 
     # ------------------------------------------------------------------ training and scoring
 

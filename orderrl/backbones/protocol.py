@@ -26,6 +26,20 @@ class BlockLosses(NamedTuple):
     entropy: Tensor
 
 
+class Drawing(NamedTuple):
+    """Blocks drawn in parallel.
+
+    Attributes:
+        tokens: (M, K, p*p) int64.
+        entries: the chains' entries for reuse in `extend`; None if nothing can be reused.
+        unconditional: the same under the dropped label.
+    """
+
+    tokens: Tensor
+    entries: Any = None
+    unconditional: Any = None
+
+
 @runtime_checkable
 class Backbone(Protocol):
     """An order-robust generator whose prefix can be cached.
@@ -66,13 +80,13 @@ class Backbone(Protocol):
             prefix: cache of M states.
             tokens: (M, N) int64, the true image in raster order.
             blocks: (M, C) int64, blocks whose chains are scored; a block may be named twice.
-            past: entries that each chain sees before its own, as `context_loss` of another block
-                returned them with `whole`: the loss is then the one given the prefix and that block, and the loss
-                alone is read (hidden state and entropy may be anything).
+            past: entries that chains see before their own, as `context_loss` of other blocks returned them with
+                `whole`: the loss is then the one given the prefix and that block, and the loss alone is read (hidden
+                state and entropy may be anything). Each of the P chains of `past` is seen by C / P consecutive ones.
             whole: also encode each block's last content token, so that the entries can be a `past`.
 
         Returns:
-            The losses, and the chains' entries for reuse in `extend` or as `past`.
+            The losses, and the chains' entries for reuse in `extend` or as `past`; with a `past` nobody reads them.
         """
 
     def expected_gain(self, prefix: Any, blocks: Tensor, past: Any, uniforms: Tensor) -> Tensor:
@@ -81,7 +95,7 @@ class Backbone(Protocol):
         Args:
             prefix: cache of M states.
             blocks: (M, C) int64, the blocks whose loss is lowered.
-            past: entries of the revealed block of each chain, from `context_loss` with `whole`.
+            past: entries of the revealed blocks, from `context_loss` with `whole`, shared as there.
             uniforms: (M, C, p*p) in [0, 1): the chain's earlier tokens are drawn from q(. | S + a) with them.
 
         Returns:
@@ -107,7 +121,7 @@ class Backbone(Protocol):
 
     def decode(
         self, prefix: Any, blocks: Tensor, uniforms: Tensor, sampling: Sampling, unconditional: Any = None
-    ) -> Tensor:
+    ) -> Drawing:
         """Draw blocks in parallel: token by token inside, independent of each other given the prefix.
 
         Args:
@@ -116,9 +130,6 @@ class Backbone(Protocol):
             uniforms: (M, K, p*p) in [0, 1), one for each token.
             sampling: temperature, top-k, top-p, guidance.
             unconditional: cache of the same states under the dropped label, for guidance.
-
-        Returns:
-            (M, K, p*p) int64 tokens.
         """
 
 

@@ -216,8 +216,7 @@ def arpg_sampler(
             contents = model.embeddings(drawn[-1].repeat(2, 1))[:, None]
             entries = model.encode(contents, model.rope[fed + 1], cache, causal=False)
             cache = cache.append(entries, torch.full((len(both),), fed.shape[2], device=labels.device))
-        nothing = ChainEntries(*(part[:, :, :, None, :0] for part in (cache.keys, cache.values)))
-        hidden = model.predict(order[:, None, decided : decided + size], cache, nothing, causal=False)
+        hidden = model.predict(order[:, None, decided : decided + size], cache, ChainEntries((), ()), causal=False)
         conditional, unconditional = model.logits(hidden[:, 0]).float().chunk(2)
         decided += size
         scale = 1 + (guidance - 1) * decided / total if guidance_schedule == "linear" else guidance

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from orderrl.backbones.cache import ChainEntries, PrefixCache
-from orderrl.backbones.chains import ChainBackbone, Drawn
+from orderrl.backbones.chains import ChainBackbone, Drawn, Growing
 from orderrl.backbones.layers import rotate
 from orderrl.backbones.llamagen import CausalTransformer, RasterTransformer, TransformerConfig
 
@@ -87,7 +87,7 @@ class OrderRobustTransformer(CausalTransformer, ChainBackbone):
         empty = self.empty(len(labels), 2 * self.geometry.num_tokens + 1)
         x = self.cls_embedding(labels)[:, None, None]
         rope = self.rope[:1].expand(len(labels), 1, -1, -1, -1)
-        _, entries = self.encode(x, rope, empty)
+        _, entries = self.encode(x, rope, empty, outputs=None)
         return empty.append(entries, torch.ones_like(labels))
 
     def _teach(
@@ -96,22 +96,28 @@ class OrderRobustTransformer(CausalTransformer, ChainBackbone):
         pairs, rope = self.interleave(positions, tokens)
         if not whole:  # the last content token predicts nothing
             pairs, rope = pairs[:, :, :-1], rope[:, :, :-1]
-        hidden, entries = self.encode(pairs, rope, prefix, past)
-        return self.norm(hidden[:, :, ::2]), entries
+        hidden, entries = self.encode(pairs, rope, prefix, past, outputs=slice(0, None, 2))
+        return self.norm(hidden), entries
 
     def _continue(
-        self, prefix: PrefixCache, position: Tensor, drawn: Drawn | None, past: ChainEntries | None
-    ) -> tuple[Tensor, ChainEntries]:
+        self,
+        prefix: PrefixCache,
+        position: Tensor,
+        drawn: Drawn | None,
+        own: Growing | None,
+        past: ChainEntries | None = None,
+    ) -> Tensor:
         x, rope = self.instructions(position[..., None])
         if drawn is not None:  # the token just drawn goes in together with the next instruction
             x = torch.cat([self.tok_embeddings(drawn.token)[:, :, None], x], dim=2)
             rope = torch.cat([self.rope[drawn.position + 1][:, :, None], rope], dim=2)
-        hidden, entries = self.encode(x, rope, prefix, past)
-        return self.norm(hidden[:, :, -1]), entries
+        room = None if own is None else own.grown(x.shape[2])
+        hidden, _ = self.encode(x, rope, prefix, past, room, outputs=slice(-1, None))
+        return self.norm(hidden[:, :, 0])
 
     def _contents(self, prefix: PrefixCache, positions: Tensor, tokens: Tensor, skip: int) -> ChainEntries:
         pairs, rope = self.interleave(positions, tokens)
-        _, entries = self.encode(pairs[:, None, skip:], rope[:, None, skip:], prefix)
+        _, entries = self.encode(pairs[:, None, skip:], rope[:, None, skip:], prefix, outputs=None)
         return entries
 
 

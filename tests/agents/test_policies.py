@@ -264,7 +264,7 @@ def test_confidence_scores_each_blocks_own_draw(guidance: float) -> None:
         one, named = torch.tensor([row]), torch.tensor([[block]])
         dropped = None if core.unconditional is None else core.unconditional.select(one)
         prefix = core.prefix.select(one)
-        drawn = core.backbone.decode(prefix, named, torch.full((1, 1, 4), 0.5), sampling, dropped)
+        drawn = core.backbone.decode(prefix, named, torch.full((1, 1, 4), 0.5), sampling, dropped).tokens
         tokens = core.tokens[one].scatter(1, core.geometry.block_tokens[named].flatten(1), drawn.flatten(1))
         loss = core.backbone.context_loss(prefix, tokens, named)[0].loss[0, 0]
         assert torch.allclose(scores[row, block], -loss, atol=1e-4)

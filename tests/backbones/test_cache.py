@@ -8,7 +8,13 @@ from tests.helpers import tiny_images
 
 
 def entries(states: int, chains: int, length: int) -> ChainEntries:
-    return ChainEntries(torch.randn(2, states, 3, chains, length, 4), torch.randn(2, states, 3, chains, length, 4))
+    parts = [torch.randn(states, 3, chains, length, 4) for _ in range(4)]
+    return ChainEntries(tuple(parts[:2]), tuple(parts[2:]))
+
+
+def keys_of(packed: ChainEntries) -> torch.Tensor:
+    """(layers, M, heads, C, T, head_dim)."""
+    return torch.stack(packed.keys)
 
 
 def empty(states: int, slots: int) -> PrefixCache:
@@ -23,10 +29,11 @@ def test_append_equals_concatenation_of_what_counts() -> None:
         new = entries(3, 1, 3)
         cache = cache.append(new, torch.tensor(count))
         for row, n in enumerate(count):
-            wanted[row].append(new.keys[:, row, :, 0, :n])
-    keys, values, mask = cache.view()
-    assert keys.shape[3] == values.shape[3] == 5
-    assert mask.sum(1).tolist() == [5, 5, 5] and cache.slots == 6
+            wanted[row].append(keys_of(new)[:, row, :, 0, :n])
+    levels = cache.levels()
+    keys = torch.stack([level.keys[:, :, 0] for level in levels])
+    assert keys.shape[3] == levels[0].values.shape[3] == 5
+    assert levels[0].mask is None and cache.slots == 6  # all are equally long
     for row in range(3):
         assert torch.equal(keys[:, row], torch.cat(wanted[row], 2))
 
@@ -34,8 +41,9 @@ def test_append_equals_concatenation_of_what_counts() -> None:
 def test_append_fills_the_last_slot() -> None:
     new = entries(2, 1, 3)
     cache = empty(2, 3).append(new, torch.tensor([3, 1]))
-    assert torch.equal(cache.view()[0][:, 0], new.keys[:, 0, :, 0])
-    assert cache.view()[2].tolist() == [[True] * 3, [True, False, False]]
+    level = cache.levels()[1]
+    assert torch.equal(level.keys[0, :, 0], new.keys[1][0, :, 0])
+    assert level.mask is not None and level.mask[:, 0, 0, 0].tolist() == [[True] * 3, [True, False, False]]
 
 
 def test_select_copies_and_put_writes_back() -> None:
@@ -51,20 +59,28 @@ def test_select_copies_and_put_writes_back() -> None:
     assert torch.equal(whole.keys[:, [0, 2]], before[:, [0, 2]])
 
 
-def test_chains_and_spread_are_gathers() -> None:
+def test_a_slice_of_states_is_a_view() -> None:
+    cache = empty(4, 3).append(entries(4, 1, 2), torch.tensor([1, 2, 2, 0]))
+    part = cache.select(slice(1, 3))
+    assert part.keys.data_ptr() == cache.keys[:, 1].data_ptr() and part.length.tolist() == [2, 2]
+
+
+def test_chain_spread_and_cat_are_gathers() -> None:
     packed = entries(3, 4, 2)
-    index = torch.tensor([[0, 3], [2, 2], [1, 0]])
-    chosen = packed.chains(index)
+    index = [3, 0, 1]
+    one = packed.chain(torch.tensor(index))
     for row in range(3):
-        assert torch.equal(chosen.values[:, row], packed.values[:, row][:, :, index[row]])
-    one = packed.chain(torch.tensor([3, 0, 1]))
-    assert torch.equal(one.keys[:, 0, :, 0], packed.keys[:, 0, :, 3])
+        assert torch.equal(keys_of(one)[:, row, :, 0], keys_of(packed)[:, row, :, index[row]])
     rows = torch.tensor([4, 0, 2])
     spread = packed.spread(rows, 5)
-    assert torch.equal(spread.keys[:, rows], packed.keys) and (spread.keys[:, [1, 3]] == 0).all()
+    assert torch.equal(keys_of(spread)[:, rows], keys_of(packed)) and (keys_of(spread)[:, [1, 3]] == 0).all()
     later = entries(1, 4, 2)
-    assert torch.equal(later.spread(torch.tensor([2]), 5, spread).keys[:, 2], later.keys[:, 0])
-    assert torch.equal(spread.keys[:, 0], packed.keys[:, 1])
+    assert torch.equal(keys_of(later.spread(torch.tensor([2]), 5, spread))[:, 2], keys_of(later)[:, 0])
+    assert torch.equal(spread.keys[1][0], packed.keys[1][1])
+    for dim, parts in ((0, [packed.select(slice(0, 1)), packed.select(torch.tensor([1, 2]))]),
+                       (2, [packed.narrow(slice(0, 3)), packed.narrow(slice(3, 4))])):  # fmt: skip
+        assert torch.equal(keys_of(ChainEntries.cat(parts, dim)), keys_of(packed))
+    assert torch.equal(keys_of(packed.until(1)), keys_of(packed)[..., :1, :])
 
 
 def test_an_extended_copy_leaves_the_original_usable(backbone: OrderRobustTransformer) -> None:

@@ -41,7 +41,7 @@ def test_sampling_one_token_a_step_is_the_block_sampler() -> None:
         prefix = backbone.start(data.labels)
         for step in range(16):
             block = order[:, step : step + 1]
-            drawn = backbone.decode(prefix, block, uniforms[:, step, None, None], Sampling())
+            drawn = backbone.decode(prefix, block, uniforms[:, step, None, None], Sampling()).tokens
             tokens = tokens.scatter(1, block, drawn[:, 0])
             prefix = backbone.extend(prefix, tokens, block, one)
         if family == "randar":

@@ -14,6 +14,7 @@ from torch import Tensor
 from orderrl.backbones import (
     Backbone,
     BlockLosses,
+    Drawing,
     OrderRobustTransformer,
     Sampling,
     TransformerConfig,
@@ -81,10 +82,9 @@ def test_reused_entries_equal_encoded_ones(shaped: OrderRobustTransformer) -> No
     reused = shaped.extend(prefix, data.tokens, order[:, :width], count, first)
     again = shaped.extend(shaped.start(data.labels), data.tokens, order[:, :width], count)
     assert torch.equal(reused.length, again.length)
-    (keys, values, mask), (other_keys, other_values, _) = reused.view(), again.view()
-    for one, other in ((keys, other_keys), (values, other_values)):
-        masked = mask[None, :, None, :, None]
-        assert torch.allclose(one * masked, other * masked, atol=1e-5)
+    valid = (torch.arange(reused.slots + 1) < reused.length[:, None])[None, :, None, :, None]
+    for one, other in ((reused.keys, again.keys), (reused.values, again.values)):
+        assert torch.allclose(one * valid, other * valid, atol=1e-5)
 
 
 def test_blocks_revealed_together_see_their_predecessors(backbone: OrderRobustTransformer) -> None:
@@ -143,9 +143,9 @@ def test_parallel_blocks_are_independent(shaped: OrderRobustTransformer) -> None
     prefix = shaped.extend(shaped.start(data.labels), data.tokens, order[:, :1], torch.ones(8, dtype=torch.int64))
     blocks = order[:, 1:]
     uniforms = torch.rand(*blocks.shape, shaped.geometry.tokens_per_block, dtype=torch.float64)
-    together = shaped.decode(prefix, blocks, uniforms, Sampling())
+    together = shaped.decode(prefix, blocks, uniforms, Sampling()).tokens
     for k in range(blocks.shape[1]):
-        alone = shaped.decode(prefix, blocks[:, k : k + 1], uniforms[:, k : k + 1], Sampling())
+        alone = shaped.decode(prefix, blocks[:, k : k + 1], uniforms[:, k : k + 1], Sampling()).tokens
         assert torch.equal(alone[:, 0], together[:, k])
 
 
@@ -159,7 +159,7 @@ def test_sampling_frequencies_match_probabilities(guidance: float) -> None:
     blocks = torch.zeros(draws, 1, dtype=torch.int64)
     drawn = backbone.decode(
         backbone.start(labels), blocks, uniforms, Sampling(guidance=guidance), backbone.start(null)
-    )[:, 0]
+    ).tokens[:, 0]
     images = torch.tensor(list(itertools.product(range(2), repeat=4)))
     order = torch.arange(4).expand(16, -1)
     with_label = backbone.teacher_forced(images, labels[:16], order)
@@ -176,9 +176,9 @@ def test_guidance_of_one_is_no_guidance(backbone: OrderRobustTransformer) -> Non
     data, blocks = tiny_images(backbone, 12), random_orders(backbone, 12)[:, :3]
     uniforms = torch.rand(12, 3, 4, dtype=torch.float64)
     prefix, null = backbone.start(data.labels), backbone.start(torch.full((12,), backbone.num_classes))
-    plain = backbone.decode(prefix, blocks, uniforms, Sampling())
-    assert torch.equal(backbone.decode(prefix, blocks, uniforms, Sampling(guidance=1.0), null), plain)
-    assert not torch.equal(backbone.decode(prefix, blocks, uniforms, Sampling(guidance=4.0), null), plain)
+    plain = backbone.decode(prefix, blocks, uniforms, Sampling()).tokens
+    assert torch.equal(backbone.decode(prefix, blocks, uniforms, Sampling(guidance=1.0), null).tokens, plain)
+    assert not torch.equal(backbone.decode(prefix, blocks, uniforms, Sampling(guidance=4.0), null).tokens, plain)
     with pytest.raises(ValueError, match=r"guidance=4\.0"):
         backbone.decode(prefix, blocks, uniforms, Sampling(guidance=4.0))
 
@@ -186,7 +186,7 @@ def test_guidance_of_one_is_no_guidance(backbone: OrderRobustTransformer) -> Non
 def test_greedy_decoding_is_deterministic_and_stepwise_best(backbone: OrderRobustTransformer) -> None:
     data, blocks = tiny_images(backbone, 6), random_orders(backbone, 6)[:, :2]
     prefix = backbone.start(data.labels)
-    greedy = [backbone.decode(prefix, blocks, torch.rand(6, 2, 4), Sampling(top_k=1)) for _ in range(2)]
+    greedy = [backbone.decode(prefix, blocks, torch.rand(6, 2, 4), Sampling(top_k=1)).tokens for _ in range(2)]
     assert torch.equal(*greedy)
     tokens = data.tokens.scatter(1, backbone.geometry.block_tokens[blocks[:, 0]], greedy[0][:, 0])
     rest = torch.stack([torch.cat([b, torch.tensor([i for i in range(9) if i != b])]) for b in blocks[:, :1]])
@@ -240,7 +240,7 @@ class WrongReuse(OrderRobustTransformer):
 
     def extend(self, prefix: Any, tokens: Tensor, blocks: Tensor, count: Tensor, first: Any = None) -> Any:
         if first is not None:
-            first = type(first)(first.keys, first.values * 1.05)
+            first = type(first)(first.keys, tuple(part * 1.05 for part in first.values))
         return super().extend(prefix, tokens, blocks, count, first)
 
 
@@ -256,8 +256,8 @@ class WrongPast(OrderRobustTransformer):
 class WrongDecode(OrderRobustTransformer):
     """Greedy decoding draws the least likely token."""
 
-    def decode(self, prefix: Any, blocks: Tensor, *rest: Any, **kw: Any) -> Tensor:
-        return (super().decode(prefix, blocks, *rest, **kw) + 1) % self.vocab_size
+    def decode(self, prefix: Any, blocks: Tensor, *rest: Any, **kw: Any) -> Drawing:
+        return Drawing((super().decode(prefix, blocks, *rest, **kw).tokens + 1) % self.vocab_size)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -326,7 +326,7 @@ def test_randar_greedy_parity(randar: tuple[OrderRobustTransformer, dict[str, Te
     for step in range(order.shape[1]):
         block = order[:, step : step + 1]
         sampling = Sampling(top_k=1, guidance=1 + (end - 1) * step / order.shape[1])
-        drawn = backbone.decode(prefix, block, torch.zeros(len(labels), 1, 1), sampling, null)
+        drawn = backbone.decode(prefix, block, torch.zeros(len(labels), 1, 1), sampling, null).tokens
         tokens = tokens.scatter(1, block, drawn[:, 0])
         prefix, null = (backbone.extend(cache, tokens, block, one) for cache in (prefix, null))
     assert torch.equal(tokens, io[name])
