@@ -14,7 +14,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from orderrl.agents.distribution import RankedBlocks
-from orderrl.agents.schedules import Schedule, fixed, legal_place
+from orderrl.agents.schedules import Schedule, fixed, legal_place, places_only, reads_content
 from orderrl.envs.core import NextBlockCore
 from orderrl.geometry import BlockGrid
 from orderrl.oracle import block_gains, gain_uniforms, utilities
@@ -52,6 +52,7 @@ class RankingPolicy:
     ) -> None:
         self.scorer, self.budgets, self.schedule = scorer, tuple(budgets), schedule or fixed(0)
         self.closeness = spacing * torch.exp(-(geometry.distances**2) / 2)
+        self.reads_content = reads_content(scorer) or reads_content(self.schedule)
 
     def __call__(self, observation: TensorDictBase, generator: torch.Generator) -> Tensor:
         scores = self.scorer(observation, generator).float()
@@ -89,12 +90,14 @@ def fixed_order(order: Tensor) -> Scorer:
     rank = torch.empty(len(order))
     rank[order] = torch.arange(len(order)).float()
 
+    @places_only
     def score(observation: TensorDictBase, generator: torch.Generator) -> Tensor:
         return -rank.to(observation["visible"].device).expand(observation["visible"].shape)
 
     return score
 
 
+@places_only
 def uniform_random(observation: TensorDictBase, generator: torch.Generator) -> Tensor:
     """A random order for each image."""
     shape = observation["visible"].shape

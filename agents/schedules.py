@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
 Schedule = Callable[[TensorDictBase], Tensor]
+T = TypeVar("T", bound=Callable[..., Any])
+
+
+def places_only(function: T) -> T:
+    """Mark a scorer, schedule or policy that reads neither hidden states nor entropies: they need not be computed."""
+    function.reads_content = False  # type: ignore[attr-defined]
+    return function
+
+
+def reads_content(function: Callable[..., Any]) -> bool:
+    """Whether a scorer, schedule or policy may read hidden states or entropies; True unless it says otherwise."""
+    return bool(getattr(function, "reads_content", True))
 
 
 def legal_place(schedule: Schedule, observation: TensorDictBase) -> Tensor:
@@ -19,6 +32,7 @@ def legal_place(schedule: Schedule, observation: TensorDictBase) -> Tensor:
 def fixed(place: int = 0) -> Schedule:
     """Always the budget at one place of the list: observation -> (M,) int64."""
 
+    @places_only
     def schedule(observation: TensorDictBase) -> Tensor:
         return torch.full_like(observation["label"], place)
 
@@ -42,6 +56,7 @@ def growing(budgets: tuple[int, ...], sizes: tuple[int, ...]) -> Schedule:
     ends = torch.tensor(sizes).cumsum(0)
     places = torch.tensor([budgets.index(size) for size in named])
 
+    @places_only
     def schedule(observation: TensorDictBase) -> Tensor:
         blocks = observation["visible"].shape[-1]
         if sum(sizes) != blocks:

@@ -86,6 +86,8 @@ class NextBlockCore:
         config: mode, budgets, reward, sampling.
         seed: sub-environment i behaves like a single environment of seed + i.
         track_losses: compute context losses even if the reward does not need them.
+        observe: compute hidden states and entropies; off, they stay zero unless context losses bring them along. For
+            policies that do not read them.
 
     Raises:
         ValueError: if data and backbone do not fit or a budget exceeds the number of blocks.
@@ -99,6 +101,7 @@ class NextBlockCore:
         config: CoreConfig,
         seed: int = 0,
         track_losses: bool = False,
+        observe: bool = True,
     ) -> None:
         geometry = backbone.geometry
         if num_envs < 1:
@@ -114,6 +117,7 @@ class NextBlockCore:
         self.device = backbone_device(backbone)
         self.reward = Reward(config.reward, geometry)
         self._context_losses = config.mode == "teacher" and (track_losses or config.reward.form == "future_loss")
+        self._looking = observe or self._context_losses
         self._budgets = torch.tensor(config.budgets, device=self.device)
         self._data_tokens, self._data_labels = data.tokens.to(self.device), data.labels.to(self.device)
         self._block_tokens = geometry.block_tokens.to(self.device)
@@ -427,6 +431,8 @@ class NextBlockCore:
         finished[rows] = False
         finished &= self.visible.all(-1)
         self.hidden[finished], self.entropy[finished], self.losses[finished] = 0.0, 0.0, 0.0
+        if not self._looking:
+            return
         crowd = (self.hidden_count[rows] - 1) // BUCKET  # episodes that hide about equally many blocks look together
         for value in crowd.unique().tolist():
             self._look_together(rows[crowd == value])

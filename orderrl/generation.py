@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from orderrl.agents.policies import Policy, ReferencePolicy
+from orderrl.agents.schedules import reads_content
 from orderrl.backbones import ARPG, Backbone, OrderRobustTransformer, RasterTransformer, Sampling
 from orderrl.backbones.masked import MaskedTransformer
 from orderrl.backbones.protocol import backbone_device
@@ -67,7 +68,7 @@ def generate_images(
     start = time.perf_counter()
     parts: list[NextBlockCore] = []
     for rows in torch.arange(len(labels)).split(batch_size):
-        core = NextBlockCore(backbone, data, len(rows), config, seed + int(rows[0]))
+        core = NextBlockCore(backbone, data, len(rows), config, seed + int(rows[0]), observe=reads_content(policy))
         core.reset(labels=labels[rows])
         while not bool(core.visible.all()):
             core.step(act(policy, core, generator))

@@ -7,6 +7,7 @@ context loss of every hidden block costs one forward over the chains and never t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 EVERY = slice(None)  # of the places of a chain
+SCORES_AT_ONCE = 2**20  # a few megabytes, so that they stay in the CPU's cache between the passes over them
 
 
 def rope_table(height: int, width: int, head_dim: int, base: float = 10000.0) -> Tensor:
@@ -82,20 +84,65 @@ def chain_attention(query: Tensor, levels: Sequence[Level]) -> Tensor:
     Returns:
         (M, heads, C, T, head_dim).
     """
+    if torch.is_grad_enabled() and query.requires_grad:
+        return differentiable_chain_attention(query, levels)
+    mixed = torch.empty_like(query)
+    if not mixed.numel():
+        return mixed
+    seen = sum(level.keys.shape[3] for level in levels)
+    at_once = max(1, SCORES_AT_ONCE // max(query[0, ..., 0].numel() * seen, 1))
+    for start in range(0, len(query), at_once):
+        states = slice(start, start + at_once)
+        parts = [Level(*(None if part is None else _states(part, states) for part in level)) for level in levels]
+        _attend(query[states], parts, mixed[states])
+    return mixed
+
+
+def _states(part: Tensor, states: slice) -> Tensor:
+    """Some states of a tensor of a level; a mask that all states share stays whole."""
+    return part[states] if part.ndim == 5 else part
+
+
+def _attend(query: Tensor, levels: Sequence[Level], mixed: Tensor) -> None:
+    """`chain_attention` of a few states, without gradients, with all scores in one buffer; writes to `mixed`."""
+    states, heads, chains, length, width = query.shape
+    ends = list(accumulate(level.keys.shape[3] for level in levels))
+    scores = query.new_empty(states * heads, chains * length, ends[-1])
+    for (keys, _, mask), end in zip(levels, ends, strict=True):
+        groups, seen = keys.shape[2:4]
+        place = scores.view(states * heads * groups, -1, ends[-1])[..., end - seen : end]
+        grouped = query.reshape(len(place), -1, width), keys.reshape(len(place), seen, width).mT
+        if groups < chains:
+            torch.baddbmm(place, *grouped, beta=0, alpha=width**-0.5, out=place)
+        else:  # many small products: one batched call and a copy beat a call for each of them
+            place.copy_(torch.bmm(*grouped).mul_(width**-0.5))
+        if mask is not None:
+            masked = scores.view(states, heads, chains, length, -1)[..., end - seen : end]
+            masked.masked_fill_(~mask, -torch.inf)
+    torch.softmax(scores, dim=-1, out=scores)
+    for number, ((_, values, _), end) in enumerate(zip(levels, ends, strict=True)):
+        groups, seen = values.shape[2:4]
+        weights = scores.view(states * heads * groups, -1, ends[-1])[..., end - seen : end]
+        weights = weights if groups < chains else weights.contiguous()
+        total = mixed.view(len(weights), -1, width)
+        torch.baddbmm(total, weights, values.reshape(len(weights), seen, width), beta=int(number > 0), out=total)
+
+
+def differentiable_chain_attention(query: Tensor, levels: Sequence[Level]) -> Tensor:
+    """`chain_attention` from operations that have gradients."""
     query = query * query.shape[-1] ** -0.5
     leading = query.shape[:-1]
     scores = []
     for keys, _, mask in levels:
         part = (_grouped(query, keys.shape[2]) @ keys.mT).view(*leading, keys.shape[3])
-        scores.append(part if mask is None else part.masked_fill_(~mask, -torch.inf))
+        scores.append(part if mask is None else part.masked_fill(~mask, -torch.inf))
     weights = torch.cat(scores, dim=-1).softmax(-1)
-    mixed = torch.zeros(())
-    for number, (part, (_, values, _)) in enumerate(
-        zip(weights.split([s.shape[-1] for s in scores], dim=-1), levels, strict=True)
-    ):
-        from_level = (_grouped(part, values.shape[2]) @ values).view(query.shape)
-        mixed = from_level if number == 0 else mixed + from_level
-    return mixed
+    parts = weights.split([part.shape[-1] for part in scores], dim=-1)
+    mixed = [
+        (_grouped(part, values.shape[2]) @ values).view(query.shape)
+        for part, (_, values, _) in zip(parts, levels, strict=True)
+    ]
+    return torch.stack(mixed).sum(0)
 
 
 def _grouped(chains: Tensor, groups: int) -> Tensor:
@@ -159,7 +206,10 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(width, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        gate = self.w1(x)
+        if torch.is_grad_enabled():
+            return self.w2(F.silu(gate) * self.w3(x))
+        return self.w2(F.silu(gate, inplace=True).mul_(self.w3(x)))
 
 
 class TransformerBlock(nn.Module):

@@ -9,7 +9,8 @@ import psutil
 import torch
 from torch import Tensor
 
-CPU_ENTRIES = 2048  # more make no forward faster, and their activations leave the caches (docs/performance.md)
+import os
+CPU_BYTES = int(os.environ.get("CB", 2**23))  # of an activation: more leave the CPU's caches, and make no forward faster (docs/performance.md)
 SHARE_OF_FREE = 0.8
 WIDTHS_PER_ENTRY = 20  # activations of an entry that live at once, in widths of the model
 SCORES_PER_ENTRY = 4  # attention scores of an entry that live at once, in entries seen
@@ -48,7 +49,9 @@ class Packing:
         heads, width = keys.shape[2], keys.shape[2] * keys.shape[4]
         per_entry = keys.element_size() * (WIDTHS_PER_ENTRY * width + SCORES_PER_ENTRY * heads * seen)
         fitting = int(self.budget(keys.device) / per_entry)
-        return max(1, min(fitting, CPU_ENTRIES) if keys.device.type == "cpu" else fitting)
+        if keys.device.type == "cpu":
+            fitting = min(fitting, CPU_BYTES // (keys.element_size() * width))
+        return max(1, fitting)
 
 
 def free_memory(device: torch.device) -> float:
