@@ -19,7 +19,7 @@ def places_only(function: T) -> T:
     return function
 
 
-def reads_content(function: Callable[..., Any]) -> bool:
+def reads_content(function: object) -> bool:
     """Whether a scorer, schedule or policy may read hidden states or entropies; True unless it says otherwise."""
     return bool(getattr(function, "reads_content", True))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -158,7 +159,7 @@ def labels(settings: Settings) -> Iterator[Row]:
             variants.append(
                 Variant(
                     name,
-                    lambda b=backbone, c=config, n=name: found.update({n: _utilities(b, data, c, contexts)}),
+                    partial(_keep_utilities, found, name, backbone, data, config, contexts),
                     len(lengths),
                     settings.limits(dtype).seconds(operations),
                 )
@@ -171,11 +172,13 @@ def labels(settings: Settings) -> Iterator[Row]:
     yield from rows
 
 
-def _utilities(backbone: Backbone, data: TokenSet, config: LabelConfig, contexts: Contexts) -> Tensor:
-    """U (n, B) of contexts."""
+def _keep_utilities(
+    found: dict[str, Tensor], name: str, backbone: Backbone, data: TokenSet, config: LabelConfig, contexts: Contexts
+) -> None:
+    """Label contexts and keep their U (n, B) under a name."""
     parts = label_contexts(backbone, data.tokens, data.labels, config, contexts)
     gains = torch.cat([part["gains"] for part in parts])
-    return utilities(gains, backbone.geometry, distance_weights(backbone.geometry, "uniform", 1.0))
+    found[name] = utilities(gains, backbone.geometry, distance_weights(backbone.geometry, "uniform", 1.0))
 
 
 def _hidden(backbone: Backbone, contexts: Contexts) -> Tensor:
@@ -213,7 +216,7 @@ def env(settings: Settings) -> Iterator[Row]:
     for dtype in settings.dtypes:
         backbone = settings.backbone(dtype)
         limit = settings.limits(dtype).seconds(count * counter.episode())
-        variants.append(Variant(dtype, lambda b=backbone: _episode(b, data, orders), count * blocks, limit))
+        variants.append(Variant(dtype, partial(_episode, backbone, data, orders), count * blocks, limit))
     yield from measure("env", settings, variants, "reveals")
 
 
@@ -254,7 +257,7 @@ def context(settings: Settings) -> Iterator[Row]:
         variants.append(
             Variant(
                 dtype,
-                lambda b=backbone, s=state: b.context_loss(s, tokens, order[:, half:]),
+                partial(backbone.context_loss, state, tokens, order[:, half:]),
                 count * (blocks - half),
                 settings.limits(dtype).seconds(chains),
             )
@@ -267,7 +270,7 @@ def context(settings: Settings) -> Iterator[Row]:
             variants.append(
                 Variant(
                     f"{dtype} teacher-forced raster LlamaGen",
-                    lambda r=raster: r.teacher_forced(tokens, classes),
+                    partial(raster.teacher_forced, tokens, classes),
                     count * blocks,
                     settings.limits(dtype).seconds(operations),
                 )
@@ -288,14 +291,14 @@ def generation(settings: Settings) -> Iterator[Row]:
         raster = raster_twin(backbone)
         limits, counter = settings.limits(dtype), Counter(backbone)
         variants.append(
-            Variant(f"naive {dtype}: raster, token by token", lambda r=raster: raster_images(r, classes), count)
+            Variant(f"naive {dtype}: raster, token by token", partial(raster_images, raster, classes), count)
         )
         for budget in (1, 4):
             policy = RankingPolicy(fixed_order(order), grid, (budget,), fixed(0))
             variants.append(
                 Variant(
                     f"{dtype}: {budget} block{'s' * (budget > 1)} a step",
-                    lambda b=backbone, p=policy, k=budget: generate_images(b, data, p, (k,), classes),
+                    partial(generate_images, backbone, data, policy, (budget,), classes),
                     count,
                     _generation_limit(counter, limits, count, budget),
                 )

@@ -20,6 +20,7 @@ from orderrl.random import Stream, keyed_uniform
 
 KINDS = ("pointwise", "kl", "expected")
 WEIGHTS = ("uniform", "far")
+LEAST_LOSS = 0.1  # nats; blocks of less loss are drawn as if they had it, so that no weight grows without bound
 
 
 def distance_weights(geometry: BlockGrid, weight: str, sigma: float) -> Tensor:
@@ -87,7 +88,7 @@ def block_gains(
         raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(KINDS)}")
     if kind != "pointwise" and uniforms is None:
         raise ValueError(f"uniforms must be given for kind={kind!r}")
-    total, count = backbone.geometry.num_blocks, hidden.shape[1]
+    total = backbone.geometry.num_blocks
     targets = targets or all_targets(hidden)
     width = targets.place.shape[2]  # targets of a candidate
     place, candidates = targets.place.flatten(1), hidden.repeat_interleave(width, 1)
@@ -135,14 +136,12 @@ def all_targets(hidden: Tensor) -> Targets:
     return Targets(others, torch.ones(others.shape, device=hidden.device))
 
 
-def sampled_targets(
-    geometry: BlockGrid, hidden: Tensor, losses: Tensor, fraction: float, uniforms: Tensor
-) -> Targets:
+def sampled_targets(geometry: BlockGrid, hidden: Tensor, losses: Tensor, fraction: float, uniforms: Tensor) -> Targets:
     """A part of the targets of each candidate, drawn so that weighted row sums of gains stay unbiased.
 
     Candidate a has r = max(1, round(fraction * (C - 1))) targets, drawn by systematic sampling with probability
-    proportional to sqrt(l_b) / max(d(a, b), 1)^2, at most 1: near blocks and blocks of high loss have the large gains
-    (Horvitz and Thompson, 1952, for the weights).
+    proportional to sqrt(l_b + 0.1 nats) / max(d(a, b), 1)^2, at most 1: near blocks and blocks of high loss have the
+    large gains. The weights are those of Horvitz and Thompson (1952).
 
     Args:
         geometry: the block grid.
@@ -151,12 +150,12 @@ def sampled_targets(
         fraction: in (0, 1].
         uniforms: (M, C) in [0, 1), one for each candidate.
     """
-    states, count = hidden.shape
+    count = hidden.shape[1]
     wanted = max(1, round(fraction * (count - 1)))
     if wanted >= count - 1:
         return all_targets(hidden)
     distance = geometry.distances.to(hidden.device)[hidden[:, :, None], hidden[:, None]]  # (M, C, C)
-    size = (losses.clamp_min(0).sqrt() + 1e-3)[:, None] / distance.clamp_min(1) ** 2
+    size = (losses.clamp_min(0) + LEAST_LOSS).sqrt()[:, None] / distance.clamp_min(1) ** 2
     size = size.masked_fill(torch.eye(count, dtype=torch.bool, device=hidden.device), 0.0).double()
     chance = _inclusion(size, wanted)
     # a point falls into every interval of length 1: exactly `wanted` of the C - 1 intervals are hit

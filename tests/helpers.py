@@ -71,3 +71,8 @@ def as_action(step: list[int], budgets: tuple[int, ...], num_blocks: int) -> Ten
     chosen = next(i for i, k in enumerate(budgets) if k >= len(step))
     filler = [num_blocks - 1] * (budgets[-1] - len(step))
     return torch.tensor([*step, *filler, chosen])
+
+
+def random_orders(backbone: OrderRobustTransformer, count: int, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(count, backbone.geometry.num_blocks, generator=generator).argsort(1)

@@ -16,12 +16,14 @@ from orderrl.backbones.packing import Packing
 from orderrl.data import load_split
 from orderrl.geometry import BlockGrid
 from orderrl.oracle import (
+    Contexts,
     LabelConfig,
     block_gains,
     distance_weights,
     gain_uniforms,
     label_contexts,
     random_contexts,
+    sampled_targets,
     utilities,
 )
 from tests.helpers import block_loss, tiny_backbone, tiny_images
@@ -214,6 +216,48 @@ def test_unknown_kinds_and_missing_draws_are_refused(backbone: OrderRobustTransf
     for wrong in cases:
         with pytest.raises(ValueError, match=next(iter(wrong))):
             LabelConfig(**wrong)
+
+
+# ---------------------------------------------------------------------- a part of the targets
+
+
+@pytest.mark.parametrize("fraction", [0.2, 0.5, 0.9, 1.0])
+def test_a_candidate_has_as_many_targets_as_asked_and_never_itself(fraction: float) -> None:
+    geometry = BlockGrid(8, 8, 2)
+    hidden = torch.rand(20, 16, generator=torch.Generator().manual_seed(0)).argsort(1)[:, :11]
+    uniforms = torch.rand(20, 11, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    losses = torch.rand(20, 11) * 5
+    place, weight = sampled_targets(geometry, hidden, losses, fraction, uniforms)
+    assert place.shape == weight.shape == (20, 11, max(1, round(fraction * 10)))
+    assert (place != torch.arange(11)[:, None]).all() and (weight >= 1 - 1e-6).all()
+    assert (place.sort(-1).values.diff(dim=-1) > 0).all()  # all different
+
+
+def test_sums_over_a_part_of_the_targets_are_unbiased() -> None:
+    """Systematic sampling: the mean over equally spaced starting points is the expectation, exactly in the limit."""
+    geometry, points = BlockGrid(6, 6, 2), 20_000
+    hidden, losses = torch.arange(8)[None], torch.tensor([[0.0, 0.1, 3.0, 1.0, 8.0, 2.0, 0.5, 4.0]])
+    gains = torch.randn(8, 8, generator=torch.Generator().manual_seed(0)).double().fill_diagonal_(0.0)
+    uniforms = ((torch.arange(points) + 0.5) / points).double()[:, None].expand(-1, 8)
+    place, weight = sampled_targets(geometry, hidden.expand(points, -1), losses.expand(points, -1), 0.4, uniforms)
+    sums = (gains.expand(points, -1, -1).gather(2, place) * weight).sum(-1).mean(0)
+    assert torch.allclose(sums, gains.sum(-1), atol=5e-3)
+    assert not torch.allclose(gains.gather(1, place[0]).sum(-1), gains.sum(-1), atol=0.1)
+
+
+def test_a_part_of_the_targets_gives_weighted_gains(backbone: OrderRobustTransformer) -> None:
+    tokens, labels, order = states(backbone)
+    exact = gains_of(backbone, tokens, labels, order, 3)
+    length = torch.full((3,), 3)
+    contexts = Contexts(torch.arange(3), torch.arange(3), order, length)
+    config = LabelConfig(contexts=3, target_fraction=0.5)
+    part = next(label_contexts(backbone, tokens, labels, config, contexts))["gains"]
+    chosen = part != 0
+    assert (chosen.sum(-1) <= 2).all() and chosen.any()  # round(0.5 * 5) targets, to even
+    ratio = part[chosen] / exact[chosen]
+    assert (ratio > 1 - 1e-3).all() and not torch.allclose(ratio, torch.ones_like(ratio), atol=1e-2)
+    with pytest.raises(ValueError, match=r"target_fraction must lie in \(0, 1\], got 0"):
+        LabelConfig(target_fraction=0)
 
 
 # ---------------------------------------------------------------------- labels

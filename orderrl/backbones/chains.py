@@ -194,7 +194,9 @@ class ChainBackbone:
         for states, parts in self._plan(prefix, blocks, past.count, past):
             part_prefix, part_past = prefix.select(states), past.select(states)
             row = [
-                self._expected_gain(part_prefix, blocks[states, chains], part_past.narrow(chosen), uniforms[states, chains])
+                self._expected_gain(
+                    part_prefix, blocks[states, chains], part_past.narrow(chosen), uniforms[states, chains]
+                )
                 for chosen, chains in parts
             ]
             gains.append(torch.cat(row, 1))

@@ -63,6 +63,11 @@ class Level(NamedTuple):
     values: Tensor
     mask: Tensor | None = None
 
+    def states(self, rows: slice) -> Level:
+        """A view of some states; a mask that all states share stays whole."""
+        mask = self.mask if self.mask is None or self.mask.ndim < self.keys.ndim else self.mask[rows]
+        return Level(self.keys[rows], self.values[rows], mask)
+
 
 def causal_mask(length: int, total: int, device: torch.device) -> Tensor | None:
     """(length, total) bool: the last `length` of `total` entries see themselves and those before; None if that's all.
@@ -84,7 +89,7 @@ def chain_attention(query: Tensor, levels: Sequence[Level]) -> Tensor:
     Returns:
         (M, heads, C, T, head_dim).
     """
-    if torch.is_grad_enabled() and query.requires_grad:
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and query.requires_grad):
         return differentiable_chain_attention(query, levels)
     mixed = torch.empty_like(query)
     if not mixed.numel():
@@ -93,14 +98,8 @@ def chain_attention(query: Tensor, levels: Sequence[Level]) -> Tensor:
     at_once = max(1, SCORES_AT_ONCE // max(query[0, ..., 0].numel() * seen, 1))
     for start in range(0, len(query), at_once):
         states = slice(start, start + at_once)
-        parts = [Level(*(None if part is None else _states(part, states) for part in level)) for level in levels]
-        _attend(query[states], parts, mixed[states])
+        _attend(query[states], [level.states(states) for level in levels], mixed[states])
     return mixed
-
-
-def _states(part: Tensor, states: slice) -> Tensor:
-    """Some states of a tensor of a level; a mask that all states share stays whole."""
-    return part[states] if part.ndim == 5 else part
 
 
 def _attend(query: Tensor, levels: Sequence[Level], mixed: Tensor) -> None:
@@ -129,7 +128,7 @@ def _attend(query: Tensor, levels: Sequence[Level], mixed: Tensor) -> None:
 
 
 def differentiable_chain_attention(query: Tensor, levels: Sequence[Level]) -> Tensor:
-    """`chain_attention` from operations that have gradients."""
+    """`chain_attention` from operations that have gradients, and that a compiler can fuse."""
     query = query * query.shape[-1] ** -0.5
     leading = query.shape[:-1]
     scores = []

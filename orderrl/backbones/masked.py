@@ -64,8 +64,8 @@ class MaskedState:
     visible: Tensor
     labels: Tensor
 
-    def select(self, rows: Tensor) -> MaskedState:
-        """A copy of some states: rows is a (K,) int64 index or an (M,) bool mask."""
+    def select(self, rows: Tensor | slice) -> MaskedState:
+        """Some states: rows is a (K,) int64 index or an (M,) bool mask, for a copy, or a slice, for a view."""
         return MaskedState(self.tokens[rows], self.visible[rows], self.labels[rows])
 
     def put(self, rows: Tensor, other: MaskedState) -> MaskedState:

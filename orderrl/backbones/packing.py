@@ -9,8 +9,7 @@ import psutil
 import torch
 from torch import Tensor
 
-import os
-CPU_BYTES = int(os.environ.get("CB", 2**23))  # of an activation: more leave the CPU's caches, and make no forward faster (docs/performance.md)
+CPU_BYTES = 2**22  # of an activation: more make no forward faster on a CPU, and leave its caches
 SHARE_OF_FREE = 0.8
 WIDTHS_PER_ENTRY = 20  # activations of an entry that live at once, in widths of the model
 SCORES_PER_ENTRY = 4  # attention scores of an entry that live at once, in entries seen

@@ -11,9 +11,11 @@ from typing import Any, TypeVar
 import torch
 
 from orderrl.backbones.arpg import ARPG
+from orderrl.backbones.layers import TransformerBlock
 from orderrl.backbones.llamagen import RasterTransformer, TransformerConfig
 from orderrl.backbones.loading import load_weights
 from orderrl.backbones.masked import MaskedConfig, MaskedTransformer
+from orderrl.backbones.packing import Packing
 from orderrl.backbones.presets import PRESETS
 from orderrl.backbones.protocol import Backbone
 from orderrl.backbones.transformer import OrderRobustTransformer
@@ -22,6 +24,7 @@ from orderrl.checkpoint import load_checkpoint, load_state, save_checkpoint
 WEIGHTS = Path(__file__).parent.parent / "weights"
 TrainableBackbone = OrderRobustTransformer | RasterTransformer | ARPG | MaskedTransformer
 Model = TypeVar("Model", bound=TrainableBackbone)
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 _FAMILIES: dict[str, tuple[type[Any], type[Any]]] = {
     "llamagen": (RasterTransformer, TransformerConfig),
     "randar": (OrderRobustTransformer, TransformerConfig),
@@ -54,6 +57,8 @@ def load_backbone(
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
     shape: Mapping[str, Any] | None = None,
+    memory_gb: float | None = None,
+    compile: str | None = None,
 ) -> Backbone:
     """A frozen backbone: eval mode, no gradients.
 
@@ -65,6 +70,9 @@ def load_backbone(
         device: where it runs; None is the CPU.
         dtype: of the parameters: float32, bfloat16 or float16; None leaves them, and makes published models float32.
         shape: values of a published model's configuration to replace, such as block_size.
+        memory_gb: what the activations of one forward may take, 10^9 bytes; None is what is free. Results do not depend
+            on it.
+        compile: `torch.compile` mode of the layers; None is eager. Needs a compiler, and minutes at the first call.
 
     Raises:
         ValueError: if the name is unknown, the weights are missing, damaged or of another model.
@@ -96,7 +104,24 @@ def load_backbone(
             _cast(backbone, as_dtype(dtype))
         if device is not None:
             backbone.to(device)
+    if memory_gb is not None:
+        if not hasattr(backbone, "packing"):
+            raise ValueError(f"memory_gb={memory_gb}: a backbone of type {type(backbone).__name__} bounds no forward")
+        backbone.packing = Packing(memory_gb)
+    if compile is not None:
+        _compile_layers(backbone, compile)
     return backbone
+
+
+def _compile_layers(backbone: Backbone, mode: str) -> None:
+    """Compile what every layer does to chains."""
+    layers = [part for part in _module(backbone).modules() if isinstance(part, TransformerBlock)]
+    if not layers:
+        raise ValueError(f"compile={mode!r} is for backbones of the LlamaGen family: RandAR and LlamaGen")
+    if mode not in COMPILE_MODES:
+        raise ValueError(f"compile={mode!r} is unknown; choose one of {', '.join(COMPILE_MODES)} or null")
+    for layer in layers:
+        layer.chain = torch.compile(layer.chain, mode=mode, dynamic=True)  # type: ignore[method-assign]
 
 
 def build_backbone(

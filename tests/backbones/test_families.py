@@ -77,6 +77,26 @@ def test_arpg_without_context_looks_alike_everywhere() -> None:
     assert (entropy.argmax(1) == 0).all()
 
 
+@pytest.mark.parametrize("family", ["randar", "arpg"])
+def test_drawn_chains_are_kept_as_they_are(family: str) -> None:
+    """What drawing leaves behind is what scoring the drawn tokens leaves behind, and extending reuses it."""
+    backbone: Any = tiny(family)
+    data, order = images(backbone, 5), block_orders(backbone, 5)
+    prefix = backbone.start(data.labels)
+    null = backbone.start(torch.full_like(data.labels, backbone.num_classes))
+    uniforms = torch.rand(5, 2, backbone.geometry.tokens_per_block, dtype=torch.float64)
+    drawing = backbone.decode(prefix, order[:, :2], uniforms, Sampling(guidance=2.0), null)
+    tokens = backbone.geometry.write(data.tokens, order[:, :2], drawing.tokens)
+    for cache, kept in ((prefix, drawing.entries), (null, drawing.unconditional)):
+        _, scored = backbone.context_loss(cache, tokens, order[:, :2])
+        assert kept.length == scored.length and all(map(close, kept.keys, scored.keys))
+    count, first = torch.full((5,), 2), torch.zeros(5, dtype=torch.int64)
+    reused = backbone.extend(prefix, tokens, order[:, :2], count, drawing.entries.chain(first))
+    again = backbone.extend(backbone.start(data.labels), tokens, order[:, :2], count)
+    one, other = (backbone.context_loss(state, data.tokens, order[:, 2:])[0].loss for state in (reused, again))
+    assert close(one, other)
+
+
 def test_arpg_queries_leave_no_entries() -> None:
     """With blocks of one token a context loss encodes nothing: its chains are empty until a token is known."""
     backbone = tiny("arpg", 4, 4, 1)

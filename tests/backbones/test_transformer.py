@@ -25,7 +25,7 @@ from orderrl.backbones.check import naive_block_losses
 from orderrl.backbones.layers import rope_table
 from orderrl.backbones.transformer import cross_entropy
 from orderrl.data import load_split
-from tests.helpers import block_loss, tiny_backbone, tiny_images
+from tests.helpers import block_loss, random_orders, tiny_backbone, tiny_images
 
 SHAPES = [(6, 6, 2), (4, 6, 2), (3, 4, 1), (6, 3, 3)]
 PARITY = Path(__file__).parents[3] / "shared" / "parity"
@@ -34,11 +34,6 @@ PARITY = Path(__file__).parents[3] / "shared" / "parity"
 @pytest.fixture(params=SHAPES, ids=str)
 def shaped(request: pytest.FixtureRequest) -> OrderRobustTransformer:
     return tiny_backbone(*request.param)
-
-
-def random_orders(backbone: OrderRobustTransformer, count: int, seed: int = 1) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(count, backbone.geometry.num_blocks, generator=generator).argsort(1)
 
 
 def test_losses_depend_on_the_context(backbone: OrderRobustTransformer) -> None:
@@ -78,6 +73,7 @@ def test_reused_entries_equal_encoded_ones(shaped: OrderRobustTransformer) -> No
     count = torch.tensor([0, 1, 2, 3]).clamp_max(width)
     prefix = shaped.start(data.labels)
     _, entries = shaped.context_loss(prefix, data.tokens, order)
+    assert entries is not None
     first = entries.chain(torch.zeros(4, dtype=torch.int64))
     reused = shaped.extend(prefix, data.tokens, order[:, :width], count, first)
     again = shaped.extend(shaped.start(data.labels), data.tokens, order[:, :width], count)
@@ -229,6 +225,7 @@ class Forgetful(OrderRobustTransformer):
 
     def extend(self, prefix: Any, tokens: Tensor, blocks: Tensor, count: Tensor, first: Any = None) -> Any:
         _, entries = self.context_loss(prefix, tokens, blocks, whole=True)
+        assert entries is not None
         for column in range(blocks.shape[1]):
             length = 2 * self.geometry.tokens_per_block * (column < count).long()
             prefix = prefix.append(entries.chain(torch.full_like(count, column)), length)
