@@ -1,16 +1,37 @@
-"""Progressive recognisability and the area under a step curve."""
+"""Progressive recognisability, its classifiers and what they are shown, and the area under a step curve."""
+
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import timm
 import torch
+from timm.data import resolve_model_data_config
 from torch import Tensor
+from torch.nn import functional as F
 
+from orderrl.agents import schedules
+from orderrl.agents.policies import RankingPolicy, uniform_random
+from orderrl.backbones import OrderRobustTransformer, Sampling
 from orderrl.classifier import load_classifier
-from orderrl.data import load_split
+from orderrl.data import TokenSet, load_split
 from orderrl.data.pictures import hide_blocks
 from orderrl.geometry import BlockGrid
-from orderrl.metrics.recognisability import area_over_fraction, progressive_recognisability
+from orderrl.metrics.planning import Rollout, roll_out
+from orderrl.metrics.recognisability import (
+    Recogniser,
+    area_over_fraction,
+    at_fractions,
+    complete,
+    make_recogniser,
+    progressive_recognisability,
+    recognise,
+)
+from tests.agents.helpers import tiny_core
+from tests.helpers import tiny_backbone, tiny_images
 
 GRID = BlockGrid(8, 8, 2)
+TINY = "test_resnet"  # timm's own model for tests, 0.5 M parameters
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +121,154 @@ def test_shapes_that_do_not_fit_are_named(digits: tuple[Tensor, Tensor]) -> None
     images, labels = digits
     with pytest.raises(ValueError, match=r"visible must have shape \(T, n, B\).*\(17, 3, 16\)"):
         progressive_recognisability(load_classifier("digits"), GRID, images, labels, growing(3))
+
+
+def test_values_are_held_between_moments() -> None:
+    values = torch.tensor([[0.1, 0.2], [0.5, 0.6], [0.9, 0.9]])
+    fraction = torch.tensor([[0.0, 0.0], [0.25, 0.5], [1.0, 1.0]])
+    found = at_fractions(values, fraction, torch.tensor([0.0, 0.25, 0.4, 0.5, 1.0]))
+    assert torch.equal(found, torch.tensor([[0.1, 0.2], [0.5, 0.2], [0.5, 0.2], [0.5, 0.6], [0.9, 0.9]]))
+
+
+# ---------------------------------------------------------------------- classifiers
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random checkpoint in the layout of timm's, with ten classes."""
+    path = tmp_path_factory.mktemp("timm") / "tiny.pth"
+    torch.manual_seed(0)
+    torch.save(timm.create_model(TINY, num_classes=10).state_dict(), path)
+    return path
+
+
+def test_a_timm_model_classifies_as_timm_does(checkpoint: Path, digits: tuple[Tensor, Tensor]) -> None:
+    recogniser = make_recogniser(f"timm:{TINY}:{checkpoint}", load_split("digits", "test"))
+    assert recogniser is not None
+    model = timm.create_model(TINY, num_classes=10)
+    model.load_state_dict(torch.load(checkpoint, weights_only=True))
+    config = resolve_model_data_config(model)
+    images = F.interpolate(
+        digits[0].float() / 255,
+        config["input_size"][1:],
+        mode=config["interpolation"],
+        align_corners=False,
+        antialias=True,
+    )
+    mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
+    with torch.no_grad():
+        expected = model.eval()((images.clamp(0, 1) - mean) / std)
+    torch.testing.assert_close(recogniser.classify(digits[0]), expected, atol=1e-4, rtol=1e-4)
+    found = progressive_recognisability(recogniser.classify, GRID, *digits, growing(60))
+    torch.testing.assert_close(found.confidence[16], expected.softmax(-1)[torch.arange(60), digits[1]])
+    assert "timm:" in recogniser.described and "grey" in recogniser.described
+
+
+def test_the_shipped_classifier_is_that_of_its_data_set_alone(digits: tuple[Tensor, Tensor]) -> None:
+    data = load_split("digits", "test")
+    recogniser = make_recogniser("own", data)
+    assert recogniser is not None and recogniser.name == "digits"
+    assert torch.equal(recogniser.classify(digits[0]), load_classifier("digits")(digits[0]))
+    assert make_recogniser("own", replace(data, name="photographs")) is None
+    assert make_recogniser(None, data) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "fill", "message"),
+    [
+        ("resnet", "grey", "classifier='resnet' is unknown; choose one of own, digits, timm:MODEL"),
+        ("own", "noise", "hidden_fill='noise' is unknown; choose one of grey, completion"),
+        ("timm:resnet_tiny", "grey", "timm has no model 'resnet_tiny'"),
+        (f"timm:{TINY}:nowhere.pth", "grey", "the checkpoint file nowhere.pth does not exist"),
+    ],
+)
+def test_unknown_classifiers_are_refused(name: str, fill: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_recogniser(name, load_split("digits", "test"), fill)
+
+
+def test_a_classifier_of_other_classes_is_refused(checkpoint: Path) -> None:
+    data = replace(load_split("digits", "test"), num_classes=7)
+    with pytest.raises(ValueError, match="has 10 classes, but data 'digits' has 7"):
+        make_recogniser(f"timm:{TINY}:{checkpoint}", data)
+
+
+# ---------------------------------------------------------------------- completion
+
+
+@pytest.fixture(scope="module")
+def played() -> tuple[OrderRobustTransformer, TokenSet, Rollout]:
+    """Four images revealed in random orders in steps of 1, 4 and 4 blocks."""
+    backbone = tiny_backbone()
+    policy = RankingPolicy(uniform_random, backbone.geometry, (1, 4), schedules.growing((1, 4), (1, 4, 4)))
+    rollout = roll_out(tiny_core((1, 4)), policy, torch.Generator().manual_seed(0), torch.arange(4))
+    return backbone, tiny_images(backbone), rollout
+
+
+def visible_tokens(rollout: Rollout, moment: int) -> Tensor:
+    return rollout.geometry.join(rollout.visible[moment][..., None].expand(-1, -1, 4))
+
+
+def test_completions_keep_what_is_visible_and_draw_the_rest(
+    played: tuple[OrderRobustTransformer, TokenSet, Rollout],
+) -> None:
+    backbone, data, rollout = played
+    for moment in range(4):
+        tokens, shown = complete(backbone, data, rollout, moment), visible_tokens(rollout, moment)
+        assert torch.equal(tokens[shown], rollout.tokens[shown])
+        assert moment == 3 or (tokens != rollout.tokens)[~shown].float().mean() > 0.5  # five values, drawn anew
+        assert tokens.min() >= 0 and tokens.max() < 5
+    assert torch.equal(complete(backbone, data, rollout, 3), rollout.tokens)
+
+
+def test_completions_do_not_read_hidden_tokens(played: tuple[OrderRobustTransformer, TokenSet, Rollout]) -> None:
+    backbone, data, rollout = played
+    shown = visible_tokens(rollout, 2)
+    other = replace(rollout, tokens=torch.where(shown, rollout.tokens, (rollout.tokens + 1) % 5))
+    assert torch.equal(complete(backbone, data, other, 2), complete(backbone, data, rollout, 2))
+    assert not torch.equal(complete(backbone, data, rollout, 2, seed=1), complete(backbone, data, rollout, 2))
+
+
+def test_completions_do_not_know_the_class(played: tuple[OrderRobustTransformer, TokenSet, Rollout]) -> None:
+    backbone, data, rollout = played
+    other = replace(rollout, labels=(rollout.labels + 1) % 3)
+    assert torch.equal(complete(backbone, data, other, 0), complete(backbone, data, rollout, 0))
+
+
+def test_completions_are_drawn_in_raster_order_given_the_visible_part(
+    played: tuple[OrderRobustTransformer, TokenSet, Rollout],
+) -> None:
+    """Nearly greedy draws of one image against a loop over its hidden blocks without the environment."""
+    backbone, data, rollout = played
+    greedy = Sampling(top_k=1)
+    fast = complete(backbone, data, rollout, 1, greedy)
+    for row in range(4):
+        tokens, label = rollout.tokens[row : row + 1].clone(), torch.tensor([backbone.num_classes])
+        shown = rollout.order[row, :1].tolist()
+        for block in [b for b in range(9) if b not in shown]:
+            prefix = backbone.start(label)
+            seen = torch.tensor([shown])
+            prefix = backbone.extend(prefix, tokens, seen, torch.tensor([len(shown)]))
+            now = torch.tensor([[block]])
+            drawn = backbone.decode(prefix, now, torch.full((1, 1, 4), 0.5, dtype=torch.float64), greedy).tokens
+            tokens = rollout.geometry.write(tokens, now, drawn)
+            shown.append(block)
+        assert torch.equal(fast[row], tokens[0])
+
+
+def test_recognition_of_completions_is_that_of_the_completed_images(
+    played: tuple[OrderRobustTransformer, TokenSet, Rollout],
+) -> None:
+    backbone, data, rollout = played
+
+    def classify(images: Tensor) -> Tensor:
+        return images.float().mean((2, 3)) / 40  # three "classes", told from the mean of any pixel
+
+    recogniser = Recogniser("mean", classify, "completion")
+    found = recognise(recogniser, rollout, data, lambda moment: complete(backbone, data, rollout, moment))
+    assert found.confidence.shape == found.correct.shape == (4, 4)
+    for moment in range(4):
+        logits = classify(data.images(complete(backbone, data, rollout, moment)))
+        torch.testing.assert_close(found.confidence[moment], logits.softmax(-1)[torch.arange(4), rollout.labels])
+    grey = recognise(Recogniser("mean", classify), rollout, data, lambda moment: pytest.fail("not asked for"))
+    torch.testing.assert_close(grey.confidence[-1], found.confidence[-1])

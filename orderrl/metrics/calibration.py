@@ -1,45 +1,206 @@
-"""Agreement of a planner's scores with the hindsight oracle, on a shared set of states."""
+"""Agreement of a planner's scores with the value of blocks, on a shared set of states.
+
+The value is the utility U by the hindsight oracle, which knows the hidden tokens; regret is also measured against
+lookahead, the expected utility over the backbone's own draws, which is what a policy without hindsight can reach.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
+from numpy.typing import NDArray
+from scipy.stats import binned_statistic, kendalltau, linregress, spearmanr
+from tensordict import TensorDict
 from torch import Tensor
+
+from orderrl.agents.policies import Lookahead, all_scores
+from orderrl.backbones.protocol import Backbone
+from orderrl.data import TokenSet
+from orderrl.envs.core import CoreConfig, NextBlockCore
+
+BINS = 10
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Scores as predictions of utilities, over all candidates of all states.
+
+    Scores have no unit, so they are first mapped to nats by the one line, utility = slope * score + intercept, that
+    fits all candidates of all states best (least squares). The predictions so made are cut into bins of equal numbers.
+
+    Attributes:
+        predicted: mean prediction in each bin, nats per image token, ascending.
+        actual: mean utility in each bin, nats per image token.
+        count: candidates in each bin.
+        error: expected calibration error: mean over bins of |predicted - actual|, weighted by their candidates, nats
+            per image token. A score that knows nothing is mapped to the mean and has none: read it beside `r2`.
+        r2: share of the variance of the utilities that the line explains.
+        slope, intercept: of the line.
+    """
+
+    predicted: list[float]
+    actual: list[float]
+    count: list[int]
+    error: float
+    r2: float
+    slope: float
+    intercept: float
+
+    def plain(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
 
 
 class Calibration(NamedTuple):
-    """Means over states.
+    """Agreement in each of m states; what needs scores is None without them.
 
     Attributes:
-        top1: share of states whose first-ranked block is the oracle's.
-        spearman: rank correlation of scores and oracle utilities over hidden blocks; None without scores.
-        regret: max_a U - U(first-ranked block), nats per image token.
+        top1: (m,) bool, whether the first-ranked block is the oracle's.
+        regret: (m,) float32, max_a U - U(first-ranked block), nats per image token.
+        spearman, kendall: (m,) float64, rank correlations (tau-b) of scores and utilities over hidden blocks; NaN where
+            all scores are equal.
+        score_std: (m,) float32, standard deviation of the scores over hidden blocks, in their own unit.
+        reliability: of the scores as predictions; None also if all of them are equal.
     """
 
-    top1: float
-    spearman: float | None
-    regret: float
+    top1: Tensor
+    regret: Tensor
+    spearman: Tensor | None = None
+    kendall: Tensor | None = None
+    score_std: Tensor | None = None
+    reliability: Reliability | None = None
 
 
 def calibrate(first: Tensor, scores: Tensor | None, utility: Tensor, hidden: Tensor) -> Calibration:
-    """Compare a policy's choices with the oracle's utilities.
+    """Compare a policy's choices with utilities.
 
     Args:
-        first: (n,) int64, the first-ranked block of each state.
-        scores: (n, B), or None if the policy has none.
-        utility: (n, B) float32, oracle U, nats per image token.
-        hidden: (n, B) bool, the candidates.
+        first: (m,) int64, the first-ranked block of each state.
+        scores: (m, B), or None if the policy has none.
+        utility: (m, B) float32, nats per image token.
+        hidden: (m, B) bool, the candidates, two in each state at least.
     """
-    best = utility.masked_fill(~hidden, -torch.inf)
-    chosen = utility.gather(1, first[:, None])[:, 0]
-    spearman = None
-    if scores is not None:
-        pairs = zip(scores.numpy(), utility.numpy(), hidden.numpy(), strict=True)
-        values = [float(spearmanr(s[h], u[h]).statistic) for s, u, h in pairs if np.ptp(s[h]) > 0]
-        spearman = float(np.mean(values)) if values else None
+    loss = regret(first, utility, hidden)
+    top1 = first == utility.masked_fill(~hidden, -torch.inf).argmax(-1)
+    if scores is None:
+        return Calibration(top1, loss)
+    spread = torch.stack([row[candidates].std(correction=0) for row, candidates in zip(scores, hidden, strict=True)])
     return Calibration(
-        (first == best.argmax(-1)).float().mean().item(), spearman, (best.amax(-1) - chosen).mean().item()
+        top1,
+        loss,
+        rank_correlation(scores, utility, hidden, spearmanr),
+        rank_correlation(scores, utility, hidden, kendalltau),
+        spread,
+        reliability(scores[hidden].double().numpy(), utility[hidden].double().numpy()),
     )
+
+
+def regret(first: Tensor, utility: Tensor, hidden: Tensor) -> Tensor:
+    """max_a U(a) - U(first-ranked block), (m,), nats per image token; arguments as in `calibrate`."""
+    return utility.masked_fill(~hidden, -torch.inf).amax(-1) - utility.gather(1, first[:, None])[:, 0]
+
+
+def rank_correlation(scores: Tensor, utility: Tensor, hidden: Tensor, correlate: Callable[..., Any]) -> Tensor:
+    """A rank correlation of SciPy over the hidden blocks of each state, (m,) float64; NaN where all scores are equal.
+
+    Args:
+        scores, utility, hidden: as in `calibrate`.
+        correlate: for example `scipy.stats.spearmanr`.
+    """
+    values = []
+    for score, value, candidates in zip(scores.numpy(), utility.numpy(), hidden.numpy(), strict=True):
+        score, value = score[candidates], value[candidates]
+        varied = np.ptp(score) > 0 and np.ptp(value) > 0  # SciPy warns of constants
+        values.append(float(correlate(score, value).statistic) if varied else np.nan)
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def reliability(scores: NDArray[np.float64], utility: NDArray[np.float64], bins: int = BINS) -> Reliability | None:
+    """Reliability of scores as predictions of utilities; None if all scores are equal.
+
+    Args:
+        scores: (c,) of all candidates.
+        utility: (c,) of the same candidates, nats per image token.
+        bins: at most so many; scores that are equal share a bin.
+    """
+    if np.ptp(scores) == 0:
+        return None
+    line = linregress(scores, utility)
+    predicted = line.intercept + line.slope * scores
+    edges = np.unique(np.quantile(predicted, np.linspace(0, 1, bins + 1)))
+    sums, edges, number = binned_statistic(predicted, [predicted, utility], "sum", bins=edges)
+    count = np.bincount(number, minlength=len(edges) + 1)[1 : len(edges)]
+    filled = count > 0
+    means = sums[:, filled] / count[filled]
+    error = np.abs(means[0] - means[1]) @ count[filled] / len(scores)
+    return Reliability(
+        means[0].tolist(),
+        means[1].tolist(),
+        count[filled].tolist(),
+        float(error),
+        float(line.rvalue**2),
+        float(line.slope),
+        float(line.intercept),
+    )
+
+
+def state_observation(states: TensorDict, budgets: tuple[int, ...] = (1,)) -> TensorDict:
+    """What an environment shows in labelled states, batch (m,): labels store it, so no forward is needed.
+
+    Args:
+        states: labelled contexts, batch (m,), as `label_contexts` gives them.
+        budgets: of the environment.
+    """
+    visible = states["visible"]
+    parts = {key: states[key] for key in ("hidden", "entropy", "visible", "label")}
+    parts |= {"fraction": visible.float().mean(-1, keepdim=True), "action_mask": ~visible}
+    if budgets != (1,):
+        legal = torch.tensor(budgets) <= (~visible).sum(-1, keepdim=True)
+        legal[:, 0] = True
+        parts["budget_mask"] = legal
+    return TensorDict(parts, batch_size=states.batch_size)
+
+
+class LookaheadUtility(NamedTuple):
+    """Expected utility over the backbone's own draws in some of the shared states.
+
+    Attributes:
+        rows: (k,) int64, which states.
+        utility: (k, B) float32, nats per image token.
+        draws: of each block.
+    """
+
+    rows: Tensor
+    utility: Tensor
+    draws: int
+
+
+def lookahead_utility(
+    backbone: Backbone, data: TokenSet, states: TensorDict, count: int, draws: int, seed: int = 0
+) -> LookaheadUtility:
+    """Score the candidates of some states by lookahead (label kind "expected").
+
+    With few draws the scores are noisy, and the largest of them is too large: regret against them does not reach 0.
+
+    Args:
+        backbone: of discrete tokens.
+        data: the images of the states.
+        states: labelled contexts, batch (m,), sorted by length; keys image, order, length.
+        count: how many of them, evenly spread over the lengths; all if there are fewer.
+        draws: K of each block; costs K packed forwards.
+        seed: of the draws.
+
+    Raises:
+        ValueError: if count or draws is below 1.
+    """
+    if count < 1:
+        raise ValueError(f"lookahead_states must be at least 1, or null for none, got {count}")
+    rows = torch.linspace(0, len(states) - 1, min(count, len(states))).round().long()
+    core = NextBlockCore(backbone, data, len(rows), CoreConfig(strict=True), seed)
+    core.reset(index=states["image"][rows])
+    core.show(states["order"][rows], states["length"][rows])
+    return LookaheadUtility(rows, all_scores(Lookahead(draws), core).cpu(), draws)

@@ -1,17 +1,26 @@
-"""Paired comparisons of policies over the same images, at equal mean steps where they reveal several blocks."""
+"""Paired comparisons of policies over the same images, at equal mean steps where they reveal several blocks.
+
+All comparisons of a table are one family: whether a difference counts as found is decided on p-values corrected for
+their number (Holm). Intervals are those of single comparisons.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from orderrl.metrics.evaluation import Evaluated
-from orderrl.metrics.statistics import paired_bootstrap
+from orderrl.metrics.statistics import LEVEL, holm, paired_bootstrap
+
+RESAMPLES_PER_COMPARISON = 100
+"""Resamples behind the p-values, at least, for each comparison of the family: Holm multiplies the smallest p-value by
+their number, and 2 / (resamples + 1) is the smallest that there is."""
 
 
 def by_policy(rows: Sequence[Evaluated]) -> dict[str, list[Evaluated]]:
@@ -24,8 +33,8 @@ def by_policy(rows: Sequence[Evaluated]) -> dict[str, list[Evaluated]]:
 
 def stacked(rows: Sequence[Evaluated], metric: str) -> Tensor | None:
     """Per-image values of a policy, (seeds, n), or None where they were not measured."""
-    values = [getattr(row, metric) for row in rows]
-    return None if any(value is None for value in values) else torch.stack(values)
+    values = [row.per_image.get(metric) for row in rows]
+    return None if any(value is None for value in values) else torch.stack([v for v in values if v is not None])
 
 
 def code_length_at(rows: Sequence[Evaluated], steps: float) -> Tensor | None:
@@ -46,10 +55,49 @@ def code_length_at(rows: Sequence[Evaluated], steps: float) -> Tensor | None:
     return None
 
 
-def _entry(name: str, metric: str, one: Tensor, other: Tensor, resamples: int, seed: int) -> dict[str, Any]:
-    images = min(one.shape[-1], other.shape[-1])  # references are evaluated on the first images
-    interval = paired_bootstrap(one[..., :images], other[..., :images], resamples, seed=seed)
-    return {"name": name, "metric": metric, "mean": interval.mean, "low": interval.low, "high": interval.high}
+class Pair(NamedTuple):
+    """A comparison to be made.
+
+    Attributes:
+        name: "<policy> - <opponent>".
+        metric: key of the row.
+        policy, opponent: (seeds, n) values of each image.
+    """
+
+    name: str
+    metric: str
+    policy: Tensor
+    opponent: Tensor
+
+
+def compare(pairs: Sequence[Pair], resamples: int, seed: int) -> list[dict[str, Any]]:
+    """Paired differences of a family of comparisons, with p-values corrected for their number.
+
+    Seeds are averaged; intervals and p-values say how the mean of these seeds varies with the images, `seed_std` how a
+    single seed varies around it.
+
+    Args:
+        pairs: the family; a reference that was evaluated on the first images only is compared on these.
+        resamples: of the bootstrap, raised to 100 for each comparison where that is more.
+        seed: of the resampling.
+
+    Returns:
+        For each pair a dict of name, metric; mean, low, high (95 % interval over images), p_value, p_holm, significant
+        (p_holm < 0.05), effect_size (paired Cohen's d over images), images, seeds (of the policy) and seed_std
+        (standard deviation of the mean difference over them, None for one seed).
+    """
+    resamples = max(resamples, RESAMPLES_PER_COMPARISON * len(pairs))
+    found = []
+    for name, metric, policy, opponent in pairs:
+        images = min(policy.shape[-1], opponent.shape[-1])
+        one, other = policy[..., :images], opponent[..., :images]
+        difference = paired_bootstrap(one, other, resamples, seed=seed)
+        spread = (one - other.mean(0)).mean(1).std().item() if len(one) > 1 else None
+        known = {"images": images, "seeds": len(one), "seed_std": spread}
+        found.append({"name": name, "metric": metric, **asdict(difference), **known})
+    for row, adjusted in zip(found, holm([row["p_value"] for row in found]), strict=True):
+        row |= {"p_holm": float(adjusted), "significant": bool(adjusted < 1 - LEVEL)}
+    return found
 
 
 def comparisons(rows: Sequence[Evaluated], resamples: int, seed: int) -> list[dict[str, Any]]:
@@ -60,7 +108,7 @@ def comparisons(rows: Sequence[Evaluated], resamples: int, seed: int) -> list[di
     mean steps (interpolated between its schedules).
 
     Returns:
-        Dicts of name "<policy> - <opponent>", metric, mean, low, high (95 % interval over images).
+        As `compare`.
     """
     groups = by_policy(rows)
     learned = {name: group for name, group in groups.items() if group[0].row["R"] is not None}
@@ -68,7 +116,7 @@ def comparisons(rows: Sequence[Evaluated], resamples: int, seed: int) -> list[di
     for row in rows:
         if row.row["R"] is None and row.decode_nll is not None:
             families[row.row["policy"].partition("@")[0]].append(row)
-    found = []
+    pairs: list[Pair] = []
     for name, group in learned.items():
         if group[0].row["objective"] == "context":
             mine = stacked(group, "gain_auc")
@@ -78,29 +126,23 @@ def comparisons(rows: Sequence[Evaluated], resamples: int, seed: int) -> list[di
                 comparable = theirs is not None and rival[0].row["objective"] in (None, "context")
                 if other != name and comparable and rival[0].row["budgets"] == [1]:
                     assert theirs is not None
-                    found.append(_entry(f"{name} - {other}", "gain_auc", mine, theirs, resamples, seed))
+                    pairs.append(Pair(f"{name} - {other}", "gain_auc", mine, theirs))
         if group[0].row["objective"] == "likelihood":
-            found += _code_length_comparisons(name, group, groups, families, resamples, seed)
-    return found
+            pairs += _code_length_pairs(name, group, groups, families)
+    return compare(pairs, resamples, seed)
 
 
-def _code_length_comparisons(
-    name: str,
-    group: list[Evaluated],
-    groups: dict[str, list[Evaluated]],
-    families: dict[str, list[Evaluated]],
-    resamples: int,
-    seed: int,
-) -> list[dict[str, Any]]:
+def _code_length_pairs(
+    name: str, group: list[Evaluated], groups: dict[str, list[Evaluated]], families: dict[str, list[Evaluated]]
+) -> list[Pair]:
     mine, steps = stacked(group, "decode_nll"), stacked(group, "steps")
     assert mine is not None and steps is not None
     found = []
     if "raster" in groups and (raster := stacked(groups["raster"], "decode_nll")) is not None:
-        found.append(_entry(f"{name} - raster", "decode_nll", mine, raster, resamples, seed))
+        found.append(Pair(f"{name} - raster", "decode_nll", mine, raster))
     for family, members in families.items():
         rivals = [code_length_at(members, float(s)) for s in steps.mean(1)]
         if len(members) > 1 and all(rival is not None for rival in rivals):
             theirs = torch.stack([rival for rival in rivals if rival is not None])
-            at = f"{family} at {steps.mean():.1f} steps"
-            found.append(_entry(f"{name} - {at}", "decode_nll", mine, theirs, resamples, seed))
+            found.append(Pair(f"{name} - {family} at {steps.mean():.1f} steps", "decode_nll", mine, theirs))
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,56 +15,81 @@ from torch import Tensor
 from orderrl.agents.policies import ReferencePolicy, all_scores
 from orderrl.agents.registry import NamedPolicy
 from orderrl.backbones import Backbone, Sampling, with_block_size
+from orderrl.backbones.masked import MaskedTransformer
 from orderrl.backbones.protocol import backbone_device, check_fits
 from orderrl.backbones.registry import TrainableBackbone
 from orderrl.backbones.training import mean_loss, raster_token_orders
-from orderrl.classifier import CLASSIFIERS, load_classifier
+from orderrl.classifier import CLASSIFIERS
 from orderrl.data import TokenSet
 from orderrl.envs.core import CoreConfig, NextBlockCore
-from orderrl.envs.render import partial_images
 from orderrl.generation import Generated, balanced_labels, generate_images
-from orderrl.metrics.calibration import Calibration, calibrate
+from orderrl.metrics.calibration import LookaheadUtility, calibrate, regret, state_observation
 from orderrl.metrics.features import DIGITS, Features, extract_features
 from orderrl.metrics.images import save_images
-from orderrl.metrics.planning import Rollout, act, roll_out
-from orderrl.metrics.quality import KID_SUBSETS, class_accuracy, sample_quality
-from orderrl.metrics.recognisability import area_over_fraction, progressive_recognisability
+from orderrl.metrics.order_statistics import consecutive_distance, first_choice_entropy, visible_neighbours
+from orderrl.metrics.planning import Rollout, roll_out
+from orderrl.metrics.quality import KID_SUBSETS, class_accuracy, fid_infinity, sample_quality
+from orderrl.metrics.recognisability import Recogniser, complete, recognise
+from orderrl.metrics.recording import ScoreLog, episodes, recorded
 from orderrl.metrics.references import Reference
-from orderrl.metrics.statistics import bootstrap_band, bootstrap_mean
-from orderrl.oracle import utilities
-from orderrl.report import PolicyDetail
-
-EMPTY_ROW: dict[str, Any] = dict.fromkeys(
-    (
-        "policy",
-        "objective",
-        "budgets",
-        "R",
-        "seed",
-        "gain_auc",
-        "gain_auc_ci",
-        "likelihood_return",
-        "far_gain",
-        "decode_nll",
-        "decode_loss",
-        "recognisability_auc",
-        "oracle_top1",
-        "oracle_spearman",
-        "regret",
-        "steps",
-        "decode_calls",
-        "seconds_per_image",
-        "frechet_distance",
-        "inception_score",
-        "kid",
-        "precision",
-        "recall",
-        "spatial_frechet_distance",
-        "features",
-        "accuracy",
-    )
+from orderrl.metrics.row_entries import (
+    code_lengths,
+    entry,
+    image_means,
+    quality_intervals,
+    recognisability_areas,
+    recognisability_curve,
+    state_mean,
 )
-STRIP_FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
+from orderrl.metrics.statistics import bootstrap_band, bootstrap_sums, ratio
+from orderrl.oracle import utilities
+from orderrl.report import Curve, PolicyDetail
+
+WITH_INTERVAL = (
+    "gain_auc",
+    "likelihood_return",
+    "far_gain",
+    "decode_nll",
+    "decode_bits",
+    "decode_loss",
+    "recognisability_auc",
+    "recognisability_accuracy_auc",
+    "oracle_top1",
+    "oracle_spearman",
+    "oracle_kendall",
+    "regret",
+    "lookahead_regret",
+    "score_std",
+    "consecutive_distance",
+    "visible_neighbours",
+    "steps",
+    "decode_calls",
+    "frechet_distance",
+    "precision",
+    "recall",
+    "spatial_frechet_distance",
+    "accuracy",
+)
+"""Numbers of a row whose 95 % interval over images stands under the same key with `_ci` behind it, [low, high]."""
+WITHOUT_INTERVAL = (
+    "policy",
+    "objective",
+    "budgets",
+    "R",
+    "seed",
+    "recognisability_curve",
+    "calibration_error",
+    "calibration_r2",
+    "reliability",
+    "visible_neighbours_curve",
+    "first_choice_entropy",
+    "seconds_per_image",
+    "frechet_distance_infinity",
+    "inception_score",
+    "kid",
+    "features",
+)
+EMPTY_ROW: dict[str, Any] = dict.fromkeys([*WITHOUT_INTERVAL, *WITH_INTERVAL, *(f"{key}_ci" for key in WITH_INTERVAL)])
 
 
 @dataclass(frozen=True)
@@ -86,6 +111,10 @@ class Protocol:
         weights: file of the feature extractor; None is its own.
         kid_subsets: random subsets that the kernel distance is averaged over.
         samples_folder: where the generated images of every row are kept; None keeps none.
+        lookahead: expected utilities in some of the states, for regret against lookahead; None measures none.
+        recogniser: classifies partly revealed images; None measures no recognisability.
+        distance_resamples: of the bootstrap of Fréchet distances; 0 gives them no interval.
+        extrapolate: whether Fréchet distances are also extrapolated to endlessly many samples.
     """
 
     backbone: Backbone
@@ -102,8 +131,16 @@ class Protocol:
     weights: Path | None = None
     kid_subsets: int = KID_SUBSETS
     samples_folder: Path | None = None
+    lookahead: LookaheadUtility | None = None
+    recogniser: Recogniser | None = None
+    distance_resamples: int = 0
+    extrapolate: bool = False
 
     def __post_init__(self) -> None:
+        if self.distance_resamples < 0 or self.distance_resamples == 1:
+            raise ValueError(
+                f"distance_resamples must be at least 2, or 0 for no interval, got {self.distance_resamples}"
+            )
         if self.kid_subsets < 1:
             raise ValueError(f"kid_subsets must be at least 1, got {self.kid_subsets}")
 
@@ -113,21 +150,60 @@ class Protocol:
         return backbone_device(self.backbone)
 
 
+def statistics_described(p: Protocol) -> dict[str, str | None]:
+    """How agreement, intervals, comparisons and seeds were computed, for the protocol of a table."""
+    lookahead = p.lookahead
+    return {
+        "lookahead_regret": None
+        if lookahead is None
+        else f"against the expected utility over {lookahead.draws} draws of each block by the backbone, on "
+        f"{len(lookahead.rows)} of the shared states",
+        "reliability": "scores of all candidates of the shared states mapped to utilities by the line that fits them "
+        "best; calibration_error is the mean |predicted - actual| of bins of equal numbers, nats per token",
+        "intervals": f"95 % percentile bootstrap over images, {p.resamples} resamples, states of an image together; "
+        f"Fréchet distances: normal, standard error of {p.distance_resamples} resamples of the samples; shares of "
+        "samples: Wilson; none for inception score, kernel distance, first-choice entropy, calibration error, seconds",
+        "extrapolation": "frechet_distance_infinity: line in 1 / samples through 15 sizes, read off at 0"
+        if p.extrapolate
+        else None,
+        "comparisons": "paired over images; two-sided p-values of the same bootstrap, corrected by Holm for all "
+        "comparisons of the table; effect size is the paired Cohen's d",
+        "seeds": "a row is one training seed; comparisons average seeds and hold them fixed, seed_std is the standard "
+        "deviation over them",
+    }
+
+
 @dataclass(frozen=True)
 class Evaluated:
     """A row, and what comparisons and pictures need of it.
 
     Attributes:
         row: keys of `EMPTY_ROW`.
-        gain_auc, decode_nll, steps: (n,) per image, in the order of the test images; None where not measured.
+        per_image: (n,) of each image, in the order of the test images, by the row's key; under masked models
+            `decode_nll` holds `decode_loss`.
         rollout: the trajectories behind it.
+        scores: (T, images, B) float32, what the policy scored on the first images; None if it has no scores.
     """
 
     row: dict[str, Any]
-    gain_auc: Tensor | None = None
-    decode_nll: Tensor | None = None
-    steps: Tensor | None = None
+    per_image: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     rollout: Rollout | None = field(default=None, repr=False)
+    scores: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def gain_auc(self) -> Tensor | None:
+        """(n,) information-gain AUC; None where not measured."""
+        return self.per_image.get("gain_auc")
+
+    @property
+    def decode_nll(self) -> Tensor | None:
+        """(n,) code length, nats (DiffLoss units under masked models); None where not measured."""
+        return self.per_image.get("decode_nll")
+
+    @property
+    def steps(self) -> Tensor | None:
+        """(n,) planner steps; None where there is no planner."""
+        return self.per_image.get("steps")
 
 
 def evaluate_policy(
@@ -146,36 +222,45 @@ def evaluate_policy(
     images = min(len(p.data), p.reference_images) if expensive else len(p.data)
     core = NextBlockCore(p.backbone, p.data, images, CoreConfig(budgets=named.budgets, strict=True), p.seed)
     generator = torch.Generator().manual_seed(p.seed)
-    rollout = roll_out(core, named.policy, generator, torch.arange(images))
-    auc = rollout.gain_auc.cpu()
-    interval = bootstrap_mean(auc, p.resamples, seed=p.seed)
-    agreement = _calibration(p, named)
+    log = ScoreLog()
+    rollout = roll_out(core, recorded(named, log), generator, torch.arange(images))
+    areas, curve = _recognisability(p, rollout)
+    per_image = planning_values(rollout, p.backbone.draws_per_block) | areas
     row = EMPTY_ROW | {
         "policy": named.name,
         "objective": named.objective,
         "budgets": list(named.budgets),
         "R": named.reasoning_steps,
         "seed": named.seed,
-        "gain_auc": interval.mean,
-        "gain_auc_ci": [interval.low, interval.high],
-        "likelihood_return": rollout.likelihood_return.mean().item(),
-        "far_gain": rollout.far_gain,
-        "decode_nll" if p.backbone.vocab_size else "decode_loss": rollout.decode_nll.mean().item(),
-        "recognisability_auc": _recognisability(p, rollout),
-        "oracle_top1": agreement.top1,
-        "oracle_spearman": agreement.spearman,
-        "regret": agreement.regret,
-        "steps": rollout.steps.mean().item(),
-        "decode_calls": rollout.steps.mean().item() * p.backbone.draws_per_block,
+        "recognisability_curve": curve,
+        "visible_neighbours_curve": visible_neighbours(rollout).mean(0).tolist(),
+        "first_choice_entropy": first_choice_entropy(rollout),
         "seconds_per_image": rollout.seconds / images,
     }
+    row |= image_means(per_image, p.resamples, p.seed) | _calibration(p, named)
+    row |= entry("far_gain", bootstrap_sums(rollout.far_gain_sums.cpu(), ratio, p.resamples, seed=p.seed))
+    row |= code_lengths(row, p.backbone)
     if sampled and p.samples and not expensive:
         made = generate_images(
             p.backbone, p.data, named.policy, named.budgets, balanced_labels(p.samples, p.data.num_classes),
             p.sampling, p.seed, advance=advance,
         )  # fmt: skip
         row |= _quality(p, row, made)
-    return Evaluated(row, auc, rollout.decode_nll.cpu(), rollout.steps.cpu(), rollout)
+    return Evaluated(row, per_image, rollout, log.scores)
+
+
+def planning_values(rollout: Rollout, draws_per_block: int) -> dict[str, Tensor]:
+    """Numbers of each image of a rollout, (n,) float on the CPU, by their keys in the row."""
+    values = {
+        "gain_auc": rollout.gain_auc,
+        "likelihood_return": rollout.likelihood_return,
+        "decode_nll": rollout.decode_nll,
+        "steps": rollout.steps,
+        "decode_calls": rollout.steps * draws_per_block,
+        "consecutive_distance": consecutive_distance(rollout.order, rollout.geometry),
+        "visible_neighbours": visible_neighbours(rollout).mean(1),
+    }
+    return {key: value.cpu() for key, value in values.items()}
 
 
 def evaluate_token_raster(
@@ -189,21 +274,40 @@ def evaluate_token_raster(
     if geometry.height != geometry.width:
         raise ValueError(f"token_raster needs a square token grid, got {geometry.height}x{geometry.width}")
     check_fits(backbone, protocol.data)
-    loss = mean_loss(backbone, protocol.data, raster_token_orders(geometry, len(protocol.data)))
-    row = EMPTY_ROW | {"policy": name, "decode_nll": loss * geometry.num_tokens, "steps": float(geometry.num_tokens)}
-    row["decode_calls"] = float(geometry.num_tokens)
+    tokens = float(geometry.num_tokens)
+    row = EMPTY_ROW | {"policy": name, "steps": tokens, "decode_calls": tokens}
+    one_block = with_block_size(backbone, geometry.height)
+    per_image: dict[str, Tensor] = {}
+    if isinstance(backbone, MaskedTransformer):
+        row["decode_nll"] = tokens * mean_loss(
+            backbone, protocol.data, raster_token_orders(geometry, len(protocol.data))
+        )
+    else:
+        per_image["decode_nll"] = _whole_image_losses(one_block, protocol.data)
+        row |= image_means(per_image, protocol.resamples, protocol.seed)
+    row |= code_lengths(row, backbone)
     if protocol.samples:
 
         def whole_image(observation: TensorDict, generator: torch.Generator) -> Tensor:
             return torch.zeros_like(observation["label"])
 
         labels = balanced_labels(protocol.samples, protocol.data.num_classes)
-        one_block = with_block_size(backbone, geometry.height)
         made = generate_images(
             one_block, protocol.data, whole_image, (1,), labels, protocol.sampling, protocol.seed, advance=advance
         )
         row |= _quality(protocol, row, made)
-    return Evaluated(row)
+    return Evaluated(row, per_image)
+
+
+@torch.no_grad()
+def _whole_image_losses(backbone: Backbone, data: TokenSet, batch_size: int = 64) -> Tensor:
+    """Code length of each image under a backbone whose one block is the image, (n,), nats."""
+    device, losses = backbone_device(backbone), []
+    for rows in torch.arange(len(data)).split(batch_size):
+        prefix = backbone.start(data.labels[rows].to(device))
+        block = torch.zeros(len(rows), 1, dtype=torch.int64, device=device)
+        losses.append(backbone.context_loss(prefix, data.tokens[rows].to(device), block)[0].loss[:, 0].cpu())
+    return torch.cat(losses)
 
 
 def _quality(p: Protocol, row: dict[str, Any], made: Generated) -> dict[str, Any]:
@@ -217,9 +321,13 @@ def _quality(p: Protocol, row: dict[str, Any], made: Generated) -> dict[str, Any
     if p.features is None or p.reference is None:
         return seconds
     found = extract_features(images, p.features, p.weights, p.device)
-    scores = asdict(sample_quality(found, p.reference, p.kid_subsets))
-    accuracy = class_accuracy(images, made.labels, DIGITS) if p.data.name in CLASSIFIERS else None
-    return seconds | scores | {"features": p.features, "accuracy": accuracy}
+    scores: dict[str, Any] = asdict(sample_quality(found, p.reference, p.kid_subsets))
+    if p.data.name in CLASSIFIERS:
+        scores["accuracy"] = class_accuracy(images, made.labels, DIGITS)
+    if p.extrapolate:
+        scores["frechet_distance_infinity"] = fid_infinity(found, p.reference, seed=p.seed)
+    intervals = quality_intervals(scores, found, p.reference, p.distance_resamples, p.seed)
+    return seconds | scores | intervals | {"features": p.features}
 
 
 def _free_folder(parent: Path, name: str) -> Path:
@@ -236,61 +344,81 @@ def folder_name(policy: str, seed: int | None) -> str:
     return name if seed is None else f"{name}_seed{seed}"
 
 
-def _calibration(p: Protocol, named: NamedPolicy) -> Calibration:
-    """Agreement with the oracle on the shared states, in the policy's own kind of environment."""
+def _calibration(p: Protocol, named: NamedPolicy) -> dict[str, Any]:
+    """Agreement with oracle and lookahead on the shared states, as entries of a row."""
     states = p.states
     assert states is not None  # policies are evaluated on order-robust backbones only
-    core = NextBlockCore(p.backbone, p.data, len(states), CoreConfig(budgets=named.budgets, strict=True), p.seed)
-    core.reset(index=states["image"])
-    core.show(states["order"], states["length"])
-    generator = torch.Generator().manual_seed(p.seed)
-    scores: Tensor | None = None
-    if isinstance(named.policy, ReferencePolicy):
-        scores = all_scores(named.policy, core)
-    elif named.scorer is not None:
-        scores = named.scorer(core.observation(), generator)
+    first, scores = first_choices(p, named)
     hidden = ~states["visible"]
-    if scores is None:
-        action = act(named.policy, core, generator)
-        first = action if action.ndim == 1 else action[:, 0]
-    else:
-        first = scores.cpu().masked_fill(~hidden, -torch.inf).argmax(-1)
     utility = utilities(states["gains"], p.backbone.geometry, torch.ones_like(states["gains"][0]))
-    return calibrate(first.cpu(), None if scores is None else scores.cpu().float(), utility, hidden)
+    found = calibrate(first, scores, utility, hidden)
+    per_state = {
+        "oracle_top1": found.top1,
+        "regret": found.regret,
+        "oracle_spearman": found.spearman,
+        "oracle_kendall": found.kendall,
+        "score_std": found.score_std,
+    }
+    row: dict[str, Any] = {}
+    for key, values in per_state.items():
+        row |= {} if values is None else state_mean(key, values, states["image"], p.resamples, p.seed)
+    if p.lookahead is not None:
+        rows = p.lookahead.rows
+        values = regret(first[rows], p.lookahead.utility, hidden[rows])
+        row |= state_mean("lookahead_regret", values, states["image"][rows], p.resamples, p.seed)
+    if found.reliability is not None:
+        row |= {"calibration_error": found.reliability.error, "calibration_r2": found.reliability.r2}
+        row["reliability"] = found.reliability.plain()
+    return row
 
 
-def _recognisability(p: Protocol, rollout: Rollout) -> float | None:
-    """None for data sets without a classifier of their own."""
-    if p.data.name not in CLASSIFIERS:
-        return None
-    classifier = load_classifier(p.data.name)
-    result = progressive_recognisability(
-        classifier, rollout.geometry, p.data.images(rollout.tokens.cpu()), rollout.labels.cpu(), rollout.visible.cpu()
+def first_choices(p: Protocol, named: NamedPolicy) -> tuple[Tensor, Tensor | None]:
+    """The first-ranked block (m,) and, where a policy has them, the scores (m, B) in the shared states.
+
+    The policy acts in its own kind of environment.
+    """
+    states = p.states
+    assert states is not None
+    generator = torch.Generator().manual_seed(p.seed)
+    if isinstance(named.policy, ReferencePolicy):
+        core = NextBlockCore(p.backbone, p.data, len(states), CoreConfig(budgets=named.budgets, strict=True), p.seed)
+        core.reset(index=states["image"])
+        core.show(states["order"], states["length"])
+        scores = all_scores(named.policy, core)
+    else:
+        observation = state_observation(states, named.budgets).to(p.device)
+        if named.scorer is None:
+            action = named.policy(observation, generator)
+            return (action if action.ndim == 1 else action[:, 0]).cpu(), None
+        scores = named.scorer(observation, generator)
+    scores = scores.cpu().float()
+    return scores.masked_fill(states["visible"], -torch.inf).argmax(-1), scores
+
+
+def _recognisability(p: Protocol, rollout: Rollout) -> tuple[dict[str, Tensor], dict[str, list[float]] | None]:
+    """Areas of each image, and the curves over the revealed fraction; nothing without a classifier."""
+    if p.recogniser is None:
+        return {}, None
+    found = recognise(
+        p.recogniser, rollout, p.data, lambda moment: complete(p.backbone, p.data, rollout, moment, p.sampling, p.seed)
     )
-    return area_over_fraction(result.confidence, rollout.fraction.cpu()).mean().item()
+    at = torch.linspace(0, 1, rollout.geometry.num_blocks + 1)
+    curve = recognisability_curve(found, rollout.fraction, at, p.resamples, p.seed)
+    return recognisability_areas(found, rollout.fraction), curve
 
 
-def policy_detail(protocol: Protocol, evaluated: Evaluated, examples: int = 3) -> PolicyDetail:
-    """What the report's pictures show of a policy."""
+def policy_detail(protocol: Protocol, evaluated: Evaluated) -> PolicyDetail:
+    """What the report's pictures show of a policy, apart from its row."""
     rollout = evaluated.rollout
     assert rollout is not None
-    geometry, data = rollout.geometry, protocol.data
+    geometry = rollout.geometry
     fractions = torch.linspace(0, 1, geometry.num_blocks + 1, device=rollout.losses.device)
     band = bootstrap_band(rollout.gain_curve(fractions).cpu(), protocol.resamples, seed=protocol.seed)
     last = (rollout.steps - 1).clamp_min(1)
     order = (rollout.reveal_step.float() / last[:, None]).mean(0).view(geometry.rows, geometry.columns)
-    strips = []
-    for fraction in STRIP_FRACTIONS:
-        moment = (rollout.fraction <= fraction + 1e-6).sum(0) - 1  # the last moment that has not passed the fraction
-        visible = rollout.visible.gather(0, moment.view(1, -1, 1).expand(1, -1, geometry.num_blocks))[0]
-        strips.append(partial_images(data, geometry, rollout.tokens[:examples], visible[:examples]))
     return PolicyDetail(
-        name=evaluated.row["policy"],
-        fraction=fractions.tolist(),
-        gain_mean=list(map(float, band[0])),
-        gain_low=list(map(float, band[1])),
-        gain_high=list(map(float, band[2])),
-        mean_reveal_step=order.cpu().tolist(),
-        strips=torch.stack(strips, dim=1),
-        strip_fractions=list(STRIP_FRACTIONS),
+        evaluated.row["policy"],
+        Curve(fractions.tolist(), *(values.tolist() for values in band)),
+        order.cpu().tolist(),
+        episodes(rollout, evaluated.scores),
     )

@@ -79,12 +79,23 @@ class Rollout:
         return area / self.start_loss
 
     @property
-    def far_gain(self) -> float:
-        """Far-context gain: share of U (ratio of sums) from blocks that do not touch the revealed ones."""
+    def far_gain_sums(self) -> Tensor:
+        """(2, n) float: gain from blocks that do not touch the revealed ones, and from all, nats per image."""
         revealed = self.visible[1:] & ~self.visible[:-1]  # (T, n, B)
         near = (revealed.float() @ self.geometry.touching.float().to(revealed.device)) > 0
         drop = torch.where(~self.visible[1:], self.losses[:-1] - self.losses[1:], 0.0)
-        return (drop[~near].sum() / drop.sum()).item()
+        return torch.stack([drop.masked_fill(near, 0.0).sum((0, 2)), drop.sum((0, 2))])
+
+    @property
+    def far_gain(self) -> float:
+        """Far-context gain: share of U (ratio of sums) from blocks that do not touch the revealed ones."""
+        far, total = self.far_gain_sums.sum(1)
+        return (far / total).item()
+
+    @property
+    def order(self) -> Tensor:
+        """(n, B) int64: blocks in the order in which they were revealed; inside a step as the action listed them."""
+        return (self.reveal_step * self.geometry.num_blocks + self.reveal_rank).argsort(1)
 
     def gain_curve(self, fractions: Tensor) -> Tensor:
         """Gain summed up to revealed fractions (F,) -> (F, n), nats per token; a step counts once it is complete."""

@@ -1,15 +1,105 @@
-"""Progressive recognisability: how early a classifier knows what the image will be."""
+"""Progressive recognisability: how early a classifier knows what the image will be.
+
+The classifier is the one that ships with a data set, or any model of timm. Where blocks are still hidden it is shown
+grey, or what the backbone itself would draw there given the visible part.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch_fidelity.utils import create_feature_extractor
 
+from orderrl.backbones.protocol import Backbone
+from orderrl.backbones.sampling import Sampling
+from orderrl.classifier import CLASSIFIERS, load_classifier
+from orderrl.data import TokenSet
 from orderrl.data.pictures import hide_blocks
+from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.geometry import BlockGrid
+from orderrl.metrics.features import TIMM, register_features
+from orderrl.metrics.planning import Rollout
+
+OWN = "own"
+FILLS = ("grey", "completion")
+
+
+@dataclass(frozen=True)
+class Recogniser:
+    """Who recognises, and what stands where blocks are hidden.
+
+    Attributes:
+        name: of the classifier.
+        classify: uint8 images (m, 3, height, width) -> logits (m, classes).
+        fill: "grey", or "completion", the backbone's own.
+    """
+
+    name: str
+    classify: Callable[[Tensor], Tensor]
+    fill: str = "grey"
+
+    def __post_init__(self) -> None:
+        if self.fill not in FILLS:
+            raise ValueError(f"hidden_fill={self.fill!r} is unknown; choose one of {', '.join(FILLS)}")
+
+    @property
+    def described(self) -> str:
+        """What is measured, in a line for the protocol."""
+        filled = {
+            "grey": "hidden blocks grey",
+            "completion": "hidden blocks drawn by the backbone in raster order, without the class",
+        }
+        return f"confidence of the classifier {self.name} in the true class, and its accuracy; {filled[self.fill]}"
+
+
+def make_recogniser(
+    name: str | None, data: TokenSet, fill: str = "grey", device: torch.device | None = None
+) -> Recogniser | None:
+    """A classifier by name.
+
+    Args:
+        name: "own" is the shipped one of the data set, None where it has none; "timm:MODEL" and
+            "timm:MODEL:CHECKPOINT_FILE" are models of timm, whose classes must be those of the data, in its order; a
+            name of `orderrl.classifier` is that one. None recognises nothing.
+        data: what is to be recognised.
+        fill: what stands where blocks are hidden, see `Recogniser`.
+        device: where the classifier runs.
+
+    Raises:
+        ValueError: if the name or fill is unknown, the weights can't be had, or the classes differ in number.
+    """
+    if name is None or (name == OWN and data.name not in CLASSIFIERS):
+        return None
+    device = device or torch.device("cpu")
+    name = data.name if name == OWN else name
+    if name in CLASSIFIERS:
+        own = load_classifier(name).to(device)
+        return Recogniser(name, lambda images: own(images.to(device)), fill)
+    if not name.startswith(TIMM):
+        known = ", ".join((OWN, *CLASSIFIERS, "timm:MODEL", "timm:MODEL:CHECKPOINT_FILE"))
+        raise ValueError(f"classifier={name!r} is unknown; choose one of {known}, or null for none")
+    return Recogniser(name, _timm_classifier(name, data, device), fill)
+
+
+def _timm_classifier(name: str, data: TokenSet, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """The model behind a timm feature extractor, with its own input size and normalisation."""
+    try:
+        extractor = create_feature_extractor(register_features(name), ["logits"], cuda=False, verbose=False)
+    except OSError as error:  # of urllib, requests and the Hugging Face hub
+        raise ValueError(
+            f"classifier={name!r}: the weights can't be downloaded ({error}); name a file, {name}:CHECKPOINT_FILE"
+        ) from error
+    if extractor.model.num_classes != data.num_classes:
+        raise ValueError(
+            f"classifier={name!r} has {extractor.model.num_classes} classes, but data {data.name!r} has "
+            f"{data.num_classes}; choose a model of the same classes in the same order"
+        )
+    extractor.to(device)
+    return lambda images: extractor(images.to(device))[0]
 
 
 class Recognisability(NamedTuple):
@@ -22,6 +112,74 @@ class Recognisability(NamedTuple):
 
     confidence: Tensor
     correct: Tensor
+
+
+def recognise(
+    recogniser: Recogniser, rollout: Rollout, data: TokenSet, completed: Callable[[int], Tensor]
+) -> Recognisability:
+    """How well the images of a rollout are recognised before each step and at the end.
+
+    Args:
+        recogniser: the classifier, and what stands where blocks are hidden.
+        rollout: T steps on n images, T + 1 moments.
+        data: decodes tokens.
+        completed: the images at a moment with their hidden blocks drawn, (n, N) tokens, see `complete`; called for
+            fill "completion" alone.
+
+    Returns:
+        Confidence and correctness, (T + 1, n) each.
+    """
+    everything = torch.ones_like(rollout.visible[:1])
+    moments = [
+        progressive_recognisability(
+            recogniser.classify,
+            rollout.geometry,
+            shown_images(recogniser.fill, rollout, moment, data, completed),
+            rollout.labels,
+            everything,
+        )
+        for moment in range(len(rollout.visible))
+    ]
+    confidence, correct = (torch.cat(parts) for parts in zip(*moments, strict=True))
+    return Recognisability(confidence, correct)
+
+
+def shown_images(
+    fill: str, rollout: Rollout, moment: int, data: TokenSet, completed: Callable[[int], Tensor]
+) -> Tensor:
+    """The images of a rollout at a moment, (n, 3, height, width) uint8 on the CPU; arguments as in `recognise`."""
+    if fill == "completion":
+        return data.images(completed(moment).cpu())
+    return hide_blocks(data.images(rollout.tokens.cpu()), rollout.visible[moment].cpu(), rollout.geometry)
+
+
+@torch.no_grad()
+def complete(
+    backbone: Backbone, data: TokenSet, rollout: Rollout, moment: int, sampling: Sampling | None = None, seed: int = 0
+) -> Tensor:
+    """The images of a rollout at one moment, their hidden blocks drawn by the backbone one by one in raster order.
+
+    They are drawn under the dropped label: given the class, a backbone draws recognisable images from nothing.
+
+    Args:
+        backbone: draws.
+        data: any token set of the images' shape.
+        rollout: its visible blocks stand in the prefix in the order in which they were revealed.
+        moment: in 0..T.
+        sampling: how tokens are drawn; None is temperature 1 and no filter.
+        seed: of the draws; image i is drawn with seed + i.
+
+    Returns:
+        Tokens like those of the rollout, equal to them in visible blocks.
+    """
+    config = CoreConfig("generate", sampling=sampling or Sampling(), strict=True, hindsight=False)
+    core = NextBlockCore(backbone, data, len(rollout.tokens), config, seed)
+    core.reset(labels=torch.full_like(rollout.labels, backbone.num_classes))
+    core.tokens = rollout.tokens.clone()
+    core.show(rollout.order, rollout.visible[moment].sum(-1))
+    while not bool(core.visible.all()):
+        core.step((~core.visible).long().argmax(-1))
+    return core.tokens
 
 
 @torch.no_grad()
@@ -67,6 +225,21 @@ def progressive_recognisability(
     return Recognisability(
         confidence.unflatten(0, (moments, count)), (logits.argmax(-1) == target).unflatten(0, (moments, count))
     )
+
+
+def at_fractions(values: Tensor, fraction: Tensor, at: Tensor) -> Tensor:
+    """Values at given revealed fractions, held from their moment until the next one.
+
+    Args:
+        values: (T, n) at T moments.
+        fraction: (T, n), as in `area_over_fraction`.
+        at: (F,) in [0, 1].
+
+    Returns:
+        (F, n), dtype of the values.
+    """
+    moment = (fraction[:, None] <= at.to(fraction)[None, :, None] + 1e-6).sum(0) - 1  # (F, n)
+    return values.gather(0, moment)
 
 
 def area_over_fraction(values: Tensor, fraction: Tensor) -> Tensor:

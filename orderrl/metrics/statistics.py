@@ -1,8 +1,10 @@
-"""Intervals: bootstrap over images, paired where two policies saw the same images."""
+"""Intervals: bootstrap over images, paired where two policies saw the same images; p-values, Holm, effect sizes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -24,6 +26,21 @@ class Interval:
     def excludes_zero(self) -> bool:
         """True if zero lies outside [low, high]."""
         return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True)
+class Difference(Interval):
+    """A mean of paired differences.
+
+    Attributes:
+        p_value: two-sided bootstrap p-value of a mean of zero, from the same resamples as the interval: p < 1 - level
+            where the interval excludes zero. No smaller than 2 / (resamples + 1).
+        effect_size: paired Cohen's d, mean over standard deviation of the differences of single images (0.2 is called
+            small, 0.5 medium, 0.8 large); infinite if they are all equal and not zero.
+    """
+
+    p_value: float
+    effect_size: float
 
 
 def _checked(values: ArrayLike, name: str, ndim: int) -> NDArray[np.float64]:
@@ -55,13 +72,25 @@ def bootstrap_band(
         ValueError: if values have another shape or are not finite, or an argument is out of range.
     """
     array = _checked(values, "values", ndim=2)
+    low, high, _ = _resampled(array, np.mean, resamples, level, seed)
+    return array.mean(-1), low, high
+
+
+def _resampled(
+    array: NDArray[np.number], statistic: Callable[..., Any], resamples: int, level: float, seed: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Percentile interval and resampled values of a statistic of each row of (rows, n); images are resampled jointly.
+
+    Returns:
+        low and high, each (rows,), and the values of the resamples, (rows, resamples).
+    """
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, got {resamples}")
     if not 0 < level < 1:
         raise ValueError(f"level must lie in (0, 1), got {level}")
     result = stats.bootstrap(
         (array,),
-        np.mean,
+        statistic,
         n_resamples=resamples,
         batch=100,
         axis=-1,
@@ -69,7 +98,7 @@ def bootstrap_band(
         method="percentile",
         rng=np.random.default_rng(seed),
     )
-    return array.mean(-1), result.confidence_interval.low, result.confidence_interval.high
+    return result.confidence_interval.low, result.confidence_interval.high, result.bootstrap_distribution
 
 
 def bootstrap_mean(values: ArrayLike, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0) -> Interval:
@@ -88,15 +117,57 @@ def bootstrap_mean(values: ArrayLike, resamples: int = RESAMPLES, level: float =
     return Interval(float(mean[0]), float(low[0]), float(high[0]))
 
 
+def bootstrap_sums(
+    sums: ArrayLike,
+    statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
+    seed: int = 0,
+) -> Interval:
+    """A function of sums over images, such as a ratio or a pooled correlation, with a percentile interval.
+
+    An image is resampled with all that belongs to it, so several states of one image stay together (cluster bootstrap).
+
+    Args:
+        sums: (k, n), k quantities of n images.
+        statistic: takes their sums over images, (k, ...), and gives the value, (...).
+        resamples: as in `bootstrap_band`.
+        level: as in `bootstrap_band`.
+        seed: as in `bootstrap_band`.
+
+    Raises:
+        ValueError: as `bootstrap_band`.
+    """
+    array = _checked(sums, "sums", ndim=2)
+    images = np.arange(array.shape[1])[None]
+
+    def of_images(chosen: NDArray[np.int64], axis: int) -> NDArray[np.float64]:
+        return statistic(array[:, chosen].sum(axis))
+
+    low, high, _ = _resampled(images, of_images, resamples, level, seed)
+    return Interval(float(statistic(array.sum(-1))), float(low[0]), float(high[0]))
+
+
+def ratio(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The first sum over the second: (2, ...) -> (...); for `bootstrap_sums`."""
+    return sums[0] / sums[1]
+
+
+def share_interval(share: float, count: int, level: float = LEVEL) -> Interval:
+    """Wilson's interval of a share of `count` independent cases (`scipy.stats.binomtest`)."""
+    found = stats.binomtest(round(share * count), count).proportion_ci(level, method="wilson")
+    return Interval(share, float(found.low), float(found.high))
+
+
 def paired_bootstrap(
     a: ArrayLike, b: ArrayLike, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0
-) -> Interval:
+) -> Difference:
     """Mean of a - b over images that both saw, with a percentile interval of the paired differences.
 
     Args:
         a: (n,), or (seeds, n): seeds are averaged first, see `mean_over_seeds`.
         b: likewise, about the same images in the same order; its number of seeds may differ.
-        resamples: as in `bootstrap_band`.
+        resamples: as in `bootstrap_band`; p-values are no finer than 2 / (resamples + 1).
         level: as in `bootstrap_band`.
         seed: as in `bootstrap_band`.
 
@@ -106,7 +177,34 @@ def paired_bootstrap(
     first, second = _image_means(a, "a"), _image_means(b, "b")
     if first.shape != second.shape:
         raise ValueError(f"a and b must be about the same images, got {len(first)} and {len(second)}")
-    return bootstrap_mean(first - second, resamples, level, seed)
+    difference = first - second
+    low, high, means = _resampled(difference[None], np.mean, resamples, level, seed)
+    tail = min(np.count_nonzero(means <= 0), np.count_nonzero(means >= 0))
+    p_value = min(1.0, 2 * (tail + 1) / (resamples + 1))
+    return Difference(float(difference.mean()), float(low[0]), float(high[0]), p_value, cohens_d(difference))
+
+
+def cohens_d(difference: NDArray[np.float64]) -> float:
+    """Paired Cohen's d of differences (n,): mean over standard deviation (n - 1); 0 if all are 0."""
+    mean, spread = difference.mean(), difference.std(ddof=1)
+    return float(mean / spread) if spread > 0 else float(np.sign(mean) * np.inf if mean else 0.0)
+
+
+def holm(p_values: ArrayLike) -> NDArray[np.float64]:
+    """p-values adjusted for their number by Holm's step-down procedure (1979), (m,) float64.
+
+    Rejecting where the adjusted value is below alpha keeps the chance of any false rejection among the m hypotheses
+    below alpha, however they depend on each other.
+
+    Raises:
+        ValueError: if they are not (m,) numbers in [0, 1].
+    """
+    p = np.asarray(p_values, dtype=np.float64)
+    if p.ndim != 1 or not ((p >= 0) & (p <= 1)).all():
+        raise ValueError(f"p_values must have shape (m,) and lie in [0, 1], got {p_values!r}")
+    order = np.argsort(p)
+    adjusted = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    return np.minimum(adjusted, 1.0)[np.argsort(order)]
 
 
 def mean_over_seeds(values: ArrayLike, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0) -> Interval:

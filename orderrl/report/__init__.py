@@ -1,6 +1,6 @@
-"""The report: one self-contained HTML page with the table, the curves and the pictures of an evaluation."""
+"""The report: one self-contained HTML page with the table, the figures and the order viewer of an evaluation."""
 
-from orderrl.report.figures import PolicyDetail
+from orderrl.report.detail import Curve, Episode, Examples, PolicyDetail
 from orderrl.report.page import write_report
 
-__all__ = ["PolicyDetail", "write_report"]
+__all__ = ["Curve", "Episode", "Examples", "PolicyDetail", "write_report"]

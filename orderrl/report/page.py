@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -12,166 +13,55 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from orderrl.metrics.quality import INCEPTION, distance_name
-from orderrl.report import figures
-from orderrl.report.figures import PolicyDetail
+from orderrl.report import cost, figures, style
+from orderrl.report.columns import (
+    shown_columns,
+)
+from orderrl.report.detail import Curve, Examples, PolicyDetail
+from orderrl.report.summary import learned_policies, summary
+from orderrl.report.tables import (
+    comparison_cells,
+    comparison_columns,
+    header_cell,
+    line_cells,
+    loss_unit,
+    protocol_value,
+)
+from orderrl.report.viewer import partial_drawing, steps_at, viewer_data
 
-DASH = "–"
-MINUS = "−"
+STRIPS = 3  # example images drawn under every policy; the viewer has all of them
+SMALL = 100  # pixels; smaller pictures are enlarged without smoothing
 
 
 @dataclass(frozen=True)
-class Column:
-    """One column of the table: its key in `results.json`, header, unit, format and one-line explanation.
+class Plot:
+    """A figure on the page and beside it.
 
-    An optional column is shown only if a row has a value in it.
+    Attributes:
+        name: of its files.
+        title, caption: on the page.
+        draw: makes it.
     """
 
-    key: str
-    header: str
-    unit: str
-    show: Callable[[Any], str]
-    meaning: str
-    text: bool = False
-    optional: bool = False
+    name: str
+    title: str
+    caption: str
+    draw: style.Draw
 
 
-def _number(digits: int) -> Callable[[Any], str]:
-    return lambda value: f"{value:.{digits}f}".replace("-", MINUS)
-
-
-def _percent(value: Any) -> str:
-    return f"{100 * value:.1f}".replace("-", MINUS)
-
-
-def _words(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-COLUMNS = (
-    Column("policy", "policy", "", _words, "What chooses the next block.", text=True),
-    Column("objective", "objective", "", _words, "What a learned planner was trained for.", text=True),
-    Column("budgets", "budgets", "blocks", _words, "How many blocks it may reveal in one step.", text=True),
-    Column("R", "R", "passes", _words, "Latent reasoning passes of the planner."),
-    Column("seed", "seed", "", _words, "Training seed."),
-    Column(
-        "gain_auc",
-        "gain AUC ↑",
-        "share of loss",
-        _number(4),
-        "Information-gain AUC: area under gain against revealed fraction, divided by the image's loss with nothing "
-        "revealed; with its 95 % bootstrap interval over images.",
-    ),
-    Column(
-        "likelihood_return",
-        "likelihood return ↑",
-        "nats per token",
-        _number(3),
-        "Sum of rewards of the likelihood objective.",
-    ),
-    Column(
-        "far_gain",
-        "far gain ↑",
-        "%",
-        _percent,
-        "Far-context gain: share of the gain that falls on blocks which do not touch the revealed one.",
-    ),
-    Column(
-        "decode_nll",
-        "decode NLL ↓",
-        "nats per image",
-        _number(2),
-        "Code length of the image under the parallel block sampler with this schedule.",
-    ),
-    Column(
-        "decode_loss",
-        "decode loss ↓",
-        "DiffLoss per image",
-        _number(3),
-        "Sum of the diffusion losses charged by the parallel block sampler: masked models have no code length.",
-        optional=True,
-    ),
-    Column(
-        "recognisability_auc",
-        "recognisability ↑",
-        "area",
-        _number(3),
-        "Area under the classifier's confidence in the true class against revealed fraction.",
-    ),
-    Column(
-        "oracle_top1",
-        "oracle top-1 ↑",
-        "%",
-        _percent,
-        "How often the first-ranked block is the hindsight oracle's, on a shared set of states.",
-    ),
-    Column(
-        "oracle_spearman",
-        "oracle Spearman ↑",
-        "rank corr.",
-        _number(3),
-        "Rank correlation of block scores with the hindsight utility, on the same states.",
-    ),
-    Column(
-        "regret",
-        "regret ↓",
-        "nats per token",
-        _number(4),
-        "Best hindsight utility minus that of the first-ranked block, on the same states.",
-    ),
-    Column("steps", "steps", "per image", _number(1), "Planner steps until the image is complete."),
-    Column("decode_calls", "decode calls", "per image", _number(1), "Sequential calls of the backbone's decoder."),
-    Column(
-        "seconds_per_image", "time", "ms per image", lambda v: f"{1000 * v:.1f}", "Wall time of generating, batched."
-    ),
-    Column(
-        "frechet_distance",
-        "Fréchet distance ↓",
-        "squared features",
-        _number(2),
-        "Distance of samples from all real images in the features named beside it; FID only in Inception features.",
-    ),
-    Column(
-        "inception_score",
-        "inception score ↑",
-        "",
-        _number(2),
-        "How sure the extractor's classifier is of each sample, and how evenly the samples cover its classes.",
-        optional=True,
-    ),
-    Column(
-        "kid",
-        "kernel distance ↓",
-        "squared",
-        _number(4),
-        "Samples against real images by a cubic kernel: unbiased, so it may fall a little below 0; KID in Inception "
-        "features.",
-        optional=True,
-    ),
-    Column("precision", "precision ↑", "%", _percent, "Samples that lie near a real image.", optional=True),
-    Column("recall", "recall ↑", "%", _percent, "Real images that lie near a sample.", optional=True),
-    Column(
-        "spatial_frechet_distance",
-        "spatial Fréchet ↓",
-        "squared features",
-        _number(2),
-        "Fréchet distance of spatial features, before places are averaged; sFID in Inception features.",
-        optional=True,
-    ),
-    Column("features", "features", "", _words, "Feature extractor of the distances.", text=True),
-    Column("accuracy", "accuracy ↑", "%", _percent, "Samples that a classifier assigns to their class."),
-)
-
-
-def write_report(folder: Path, results: dict[str, Any], details: Sequence[PolicyDetail]) -> Path:
-    """Write `report.html` (self-contained) and its figures as PNG files beside it.
+def write_report(
+    folder: Path, results: dict[str, Any], details: Sequence[PolicyDetail], examples: Examples | None = None
+) -> Path:
+    """Write `report.html` (self-contained), and its figures as `figures/NAME.png` and `figures/NAME.svg` beside it.
 
     Args:
         folder: an existing or new folder.
         results: as in `results.json`: "protocol" (key to value), "rows" (dicts with the keys of `COLUMNS` and
-            "gain_auc_ci", null where a metric does not apply) and optionally "comparisons", a list of
+            intervals "<key>_ci", null where a metric does not apply) and optionally "comparisons", a list of
             {"name", "metric", "mean", "low", "high"} where name is "<policy> - <opponent>".
-        details: what the pictures show, one for each policy with pictures.
+        details: what the pictures show, one for each policy with pictures. Curves and maps are drawn of learned
+            planners and of policies that reveal one block a step; the viewer has all.
+        examples: the images of the episodes in the details; None shows neither viewer nor images.
 
     Returns:
         The path of the page.
@@ -185,29 +75,44 @@ def write_report(folder: Path, results: dict[str, Any], details: Sequence[Policy
     rows = results["rows"]
     if not all(row.get("policy") for row in rows):
         raise ValueError("results['rows'] must name a policy in every row")
-    folder.mkdir(parents=True, exist_ok=True)
-    columns = shown_columns(rows)
     learned = learned_policies(rows)
-    colours = figures.policy_colours(learned)
-    plots = [
-        _plot(
-            "gain_auc",
-            "Information-gain AUC",
-            "Dots: mean over test images. Bars: 95 % bootstrap interval. Dashed: raster.",
-            lambda ink: figures.gain_figure(rows, figures.policy_colours(learned, ink), ink),
-        )
-    ]
-    if details:
-        plots.append(
-            _plot(
-                "gain_curves",
-                "Gain against revealed fraction",
-                "Learned planners and raster are highlighted, with 95 % bands over images. "
-                "Below: mean gain minus raster's.",
-                lambda ink: figures.curves_figure(details, figures.policy_colours(learned, ink), ink),
-            )
-        )
-    _save_pngs(folder, plots, details, colours)
+    several = {row["policy"] for row in rows if _several_blocks(row)} - set(learned)
+    drawn = [detail for detail in details if detail.name not in several]
+    plots = _plots(rows, drawn, learned)
+    _save_figures(folder / "figures", plots, drawn, examples, style.policy_colours(learned))
+    groups = shown_columns(rows)
+    columns = [column for members in groups.values() for column in members]
+    comparisons = results.get("comparisons") or []
+    compared = comparison_columns(comparisons)
+    path = folder / "report.html"
+    path.write_text(
+        render(
+            "report.html.jinja",
+            summary=summary(results),
+            written=datetime.now().strftime("%Y-%m-%d %H:%M"),
+            protocol={key.replace("_", " "): protocol_value(value) for key, value in results["protocol"].items()},
+            groups=list(groups),
+            columns=[header_cell(column, rows, groups) for column in columns],
+            rows=[line_cells(row, learned, columns) for row in rows],
+            comparison_columns=compared,
+            comparisons=[comparison_cells(entry, compared) for entry in comparisons],
+            corrected=any("p_holm" in entry for entry in comparisons),
+            plots=[_on_page(plot) for plot in plots],
+            scale=style.png_uri(style.colour_pixels(np.linspace(0, 1, 64)[None])),
+            maps=[
+                {"name": detail.name, "image": style.png_uri(figures.order_pixels(detail)), "alt": _order_text(detail)}
+                for detail in drawn
+            ],
+            highlighted=["raster", *learned],
+            **_images(details, drawn, examples, learned, loss_unit(rows)),
+        ),
+        encoding="utf-8",
+    )
+    return path
+
+
+def render(template: str, **values: Any) -> str:
+    """A page from one of this package's templates; names go through the filter `breakable`."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -216,141 +121,178 @@ def write_report(folder: Path, results: dict[str, Any], details: Sequence[Policy
         lstrip_blocks=True,
     )
     environment.filters["breakable"] = _breakable
-    page = environment.get_template("report.html.jinja").render(
-        summary=summary(results),
-        written=datetime.now().strftime("%Y-%m-%d %H:%M"),
-        protocol={key.replace("_", " "): _protocol_value(value) for key, value in results["protocol"].items()},
-        columns=[_renamed(column, rows) for column in columns],
-        rows=[_cells(row, learned, columns) for row in rows],
-        comparisons=[_comparison(entry) for entry in results.get("comparisons") or []],
-        plots=plots,
-        scale=figures.png_uri(figures.colour_pixels(np.linspace(0, 1, 64)[None])),
-        maps=[
-            {"name": detail.name, "image": figures.png_uri(figures.order_pixels(detail)), "alt": _order_text(detail)}
-            for detail in details
-        ],
-        examples=_examples(details),
-        highlighted=list(colours),
-    )
-    path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
-    return path
+    return environment.get_template(template).render(**values)
 
 
-def shown_columns(rows: Sequence[dict[str, Any]]) -> list[Column]:
-    """The columns of the table: all but optional ones without a value."""
-    return [column for column in COLUMNS if not column.optional or any(row.get(column.key) is not None for row in rows)]
+def _several_blocks(row: dict[str, Any]) -> bool:
+    return (row.get("budgets") or [1]) != [1]
 
 
-def learned_policies(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Names of the learned planners, those with a number of reasoning passes R, in the order of the table."""
-    return list(dict.fromkeys(row["policy"] for row in rows if row.get("R") is not None))
+# -- figures ----------------------------------------------------------------------------------------------------------
 
 
-def summary(results: dict[str, Any]) -> str:
-    """One sentence: the best learned planner against raster, whichever way it turned out.
+def _plots(rows: Sequence[dict[str, Any]], details: Sequence[PolicyDetail], learned: Sequence[str]) -> list[Plot]:
+    unit = loss_unit(rows)
+    bands = "Learned planners and raster are highlighted, with 95 % bands over images. Below: mean minus raster's."
+    plots = [
+        Plot(
+            "gain_auc",
+            "Information-gain AUC",
+            "Dots: mean over test images. Bars: 95 % bootstrap interval. Dashed: raster.",
+            lambda ink: figures.gain_figure(rows, style.policy_colours(learned, ink), ink),
+        )
+    ]
+    if details:
+        gain = {detail.name: detail.gain for detail in details}
+        plots.append(
+            Plot(
+                "gain_curves",
+                "Information gained against revealed fraction",
+                bands,
+                lambda ink: figures.curves_figure(gain, "gain so far", unit, style.policy_colours(learned, ink), ink),
+            )
+        )
+    if recognised := _recognisability(rows):
+        plots.append(
+            Plot(
+                "recognisability_curves",
+                "Recognisability against revealed fraction",
+                bands,
+                lambda ink: figures.curves_figure(
+                    recognised, "confidence", "in the true class", style.policy_colours(learned, ink), ink
+                ),
+            )
+        )
+    for name, key in (("quality_steps", "steps"), ("quality_seconds", "seconds_per_image")):
+        if cost.cost_panels(rows, key):
+            plots.append(
+                Plot(
+                    name,
+                    f"Quality against {'steps' if key == 'steps' else 'time'}",
+                    "Lines join the schedules of one policy. Rings on the thick line: the Pareto front, which no other "
+                    "policy shown beats in cost and quality. Oracle and lookahead are left out.",
+                    lambda ink, key=key: cost.cost_figure(rows, key, ink),  # type: ignore[misc]
+                )
+            )
+    reliability = {row["policy"]: row["reliability"] for row in _of_first_seed(rows) if _has_reliability(row)}
+    if reliability:
+        plots.append(
+            Plot(
+                "calibration",
+                "Calibration",
+                "Scores, mapped to utilities by one least-squares line for each policy, against the hindsight "
+                "oracle's utility: means in bins of equal numbers of candidates on the shared states. On the dashed "
+                "line, predictions are right on average; R² says how much of the utility they explain.",
+                lambda ink: figures.calibration_figure(reliability, style.policy_colours(learned, ink), unit, ink),
+            )
+        )
+    return plots
 
-    "Best" is the highest information-gain AUC, averaged over the rows (seeds) of a policy. The interval is that of
-    the paired comparison "<planner> - raster" if there is one; without it no claim of a difference is made.
-    """
-    means = {name: _mean_gain(results["rows"], name) for name in learned_policies(results["rows"])}
-    known = {name: value for name, value in means.items() if value is not None}
-    if not known:
-        return "No learned planner was evaluated."
-    best = max(known, key=lambda name: known[name])
-    gain, raster = known[best], _mean_gain(results["rows"], "raster")
-    if raster is None:
-        return f"The best learned planner, {best}, reaches an information-gain AUC of {gain:.4f}; raster was not run."
-    figures_text = f"information-gain AUC {gain:.4f} against {raster:.4f}"
-    if raster > 0:
-        figures_text += f", {gain / raster:.2f} times raster's"
-    paired = _paired_with_raster(results.get("comparisons") or [], best)
-    if paired is None:
-        relation = "is above" if gain > raster else "is not above"
-        return f"The best learned planner, {best}, {relation} raster ({figures_text}); no paired interval was computed."
-    interval = f"paired difference {_signed(paired['mean'])}, 95 % interval {_interval(paired)}"
-    if paired["low"] > 0:
-        return f"The best learned planner, {best}, beats raster: {figures_text}; {interval}."
-    if paired["high"] < 0:
-        return f"No learned planner beats raster: the best, {best}, is worse; {figures_text}; {interval}."
-    return f"No learned planner beats raster beyond chance: the best is {best}; {figures_text}; {interval}."
+
+def _of_first_seed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row of each policy, of those that reveal one block a step or are learned."""
+    found = {row["policy"]: row for row in reversed(rows) if not _several_blocks(row) or row.get("R") is not None}
+    return list(reversed(found.values()))
 
 
-def _mean_gain(rows: Sequence[dict[str, Any]], policy: str) -> float | None:
-    values = [row["gain_auc"] for row in rows if row["policy"] == policy and row.get("gain_auc") is not None]
-    return sum(values) / len(values) if values else None
+def _has_reliability(row: dict[str, Any]) -> bool:
+    """The oracle's scores are the utilities themselves."""
+    return bool(row.get("reliability")) and row["policy"].partition("@")[0] != "oracle"
 
 
-def _paired_with_raster(comparisons: Sequence[dict[str, Any]], policy: str) -> dict[str, Any] | None:
-    wanted = f"{policy} - raster"
-    return next((c for c in comparisons if c["name"] == wanted and c["metric"] == "gain_auc"), None)
-
-
-def _signed(value: float, metric: str = "gain_auc") -> str:
-    """A difference in the digits and units of the metric's column."""
-    show = next((column.show for column in COLUMNS if column.key == metric), _number(4))
-    return ("+" if value > 0 else "") + show(value)
-
-
-def _interval(entry: dict[str, Any]) -> str:
-    return f"{_signed(entry['low'], entry['metric'])} to {_signed(entry['high'], entry['metric'])}"
-
-
-def _comparison(entry: dict[str, Any]) -> dict[str, Any]:
-    """One line of the paired comparisons as text."""
-    column = next((column for column in COLUMNS if column.key == entry["metric"]), None)
-    return {
-        "name": entry["name"].replace(" - ", f" {MINUS} "),
-        "metric": column.header if column else entry["metric"].replace("_", " "),
-        "unit": column.unit if column else "",
-        "mean": _signed(entry["mean"], entry["metric"]),
-        "interval": _interval(entry),
-        "excludes_zero": entry["low"] > 0 or entry["high"] < 0,
+def _recognisability(rows: Sequence[dict[str, Any]]) -> dict[str, Curve]:
+    curves = {
+        row["policy"]: row["recognisability_curve"] for row in _of_first_seed(rows) if row.get("recognisability_curve")
     }
+    keys = ("fraction", "confidence", "confidence_low", "confidence_high")
+    return {policy: Curve(*(curve[key] for key in keys)) for policy, curve in curves.items()}
 
 
-def _renamed(column: Column, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A column for the template; distances are headed FID, KID and sFID if all are in Inception features."""
-    header = column.header
-    inception = {
-        "frechet_distance": distance_name(INCEPTION),
-        "kid": "KID",
-        "spatial_frechet_distance": f"s{distance_name(INCEPTION)}",
-    }
-    used = {row.get("features") for row in rows if row.get("frechet_distance") is not None}
-    if column.key in inception and used == {INCEPTION}:
-        header = f"{inception[column.key]} ↓"
-    return {"header": header, "unit": column.unit, "meaning": column.meaning, "text": column.text}
+def _on_page(plot: Plot) -> dict[str, Any]:
+    description = f"{plot.title}. {plot.caption}"
+    svg = Markup(style.to_svg(plot.draw, plot.name, description))
+    return {"title": plot.title, "caption": plot.caption, "svg": svg}
+
+
+def _save_figures(
+    folder: Path,
+    plots: Sequence[Plot],
+    details: Sequence[PolicyDetail],
+    examples: Examples | None,
+    colours: dict[str, str],
+) -> None:
+    """The figures for slides and papers, beside the page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = {plot.name: plot.draw(style.INK) for plot in plots}
+    if details:
+        drawn["mean_orders"] = figures.orders_figure(details, colours)
+    if examples is not None:
+        shown = [detail for detail in details if detail.episodes]
+        for index in range(_strip_count(shown)):
+            drawn[f"strips_{index + 1}"] = figures.strips_figure(shown, examples, index)
+    for name, figure in drawn.items():
+        for suffix in ("png", "svg"):
+            style.save_figure(figure, folder / f"{name}.{suffix}")
 
 
 def _breakable(name: str) -> Markup:
-    """A name, escaped, that may be broken after its underscores."""
-    return escape(name).replace("_", Markup("_<wbr>"))
+    """A name, escaped, that may be broken after its underscores and in its schedule."""
+    return Markup(re.sub(r"[_@+]", r"\g<0><wbr>", str(escape(name))))
 
 
-def _cells(row: dict[str, Any], learned: Sequence[str], columns: Sequence[Column]) -> dict[str, Any]:
-    """One line of the table as text."""
-    kind = "learned" if row["policy"] in learned else "raster" if row["policy"] == "raster" else ""
-    cells = []
-    for column in columns:
-        value = row.get(column.key)
-        shown = DASH if value is None else column.show(value)
-        note = ""
-        if column.key == "gain_auc" and value is not None and row.get("gain_auc_ci"):
-            note = f"{column.show(row['gain_auc_ci'][0])} to {column.show(row['gain_auc_ci'][1])}"
-        cells.append({"shown": shown, "note": note, "text": column.text})
-    return {"kind": kind, "cells": cells}
+# -- images -----------------------------------------------------------------------------------------------------------
 
 
-def _protocol_value(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key}: {_protocol_value(inner)}" for key, inner in value.items())
-    return DASH if value is None else _words(value)
+def _images(
+    details: Sequence[PolicyDetail],
+    drawn: Sequence[PolicyDetail],
+    examples: Examples | None,
+    learned: Sequence[str],
+    unit: str,
+) -> dict[str, Any]:
+    """The parts of the page that show example images: their pictures, the viewer and the strips."""
+    known = [detail for detail in details if detail.episodes]
+    if examples is None or not known:
+        return {"pictures": [], "grid": None, "viewer": None, "strips": []}
+    data, count = viewer_data(known, examples, unit)
+    names = [detail.name for detail in known]
+    return {
+        "pictures": [
+            {"uri": style.png_uri(image.permute(1, 2, 0).numpy()), "small": image.shape[-1] < SMALL}
+            for image in examples.images[:count]
+        ],
+        "grid": {"rows": examples.rows, "columns": examples.columns},
+        "viewer": {
+            "json": Markup(data),
+            "labels": examples.labels[:count],
+            "names": names,
+            "start": next((name for name in learned if name in names), names[0]),
+            "unit": unit,
+        },
+        "strips": [
+            _strip(index, [detail for detail in drawn if detail.episodes], examples)
+            for index in range(min(count, _strip_count(drawn)))
+        ],
+    }
 
 
-def _plot(name: str, title: str, caption: str, draw: Callable[[str], figures.Figure]) -> dict[str, Any]:
-    svg = Markup(figures.to_svg(draw, name, f"{title}. {caption} The numbers are in the table."))
-    return {"name": name, "title": title, "caption": caption, "svg": svg, "draw": draw}
+def _strip_count(details: Sequence[PolicyDetail]) -> int:
+    return min([STRIPS, *(len(detail.episodes) for detail in details if detail.episodes)]) if details else 0
+
+
+def _strip(index: int, details: Sequence[PolicyDetail], examples: Examples) -> dict[str, Any]:
+    """One example image at five moments under every policy."""
+    fractions = list(map(style.percent, figures.STRIP_FRACTIONS))
+    lines = []
+    for detail in details:
+        episode = detail.episodes[index]
+        drawings = [
+            partial_drawing(f"example-{index + 1}", examples, episode.reveal_step, steps_at(episode, fraction))
+            for fraction in figures.STRIP_FRACTIONS
+        ]
+        alt = f"Image {index + 1} under {detail.name}, revealed {', '.join(fractions)}"
+        lines.append({"name": detail.name, "drawings": drawings, "alt": alt})
+    return {"label": examples.labels[index], "fractions": fractions, "lines": lines}
 
 
 def _order_text(detail: PolicyDetail) -> str:
@@ -361,38 +303,3 @@ def _order_text(detail: PolicyDetail) -> str:
         f"Mean order of {detail.name}: earliest block in row {first[0] + 1}, column {first[1] + 1} "
         f"({steps.min():.2f}); latest in row {last[0] + 1}, column {last[1] + 1} ({steps.max():.2f})."
     )
-
-
-def _examples(details: Sequence[PolicyDetail]) -> list[dict[str, Any]]:
-    """The strips of each example image, one line for each policy."""
-    count = min((len(detail.strips) for detail in details), default=0)
-    examples = []
-    for example in range(count):
-        lines = []
-        for detail in details:
-            pixels = figures.strip_pixels(detail.strips[example])
-            moments = ", ".join(map(figures.percent, detail.strip_fractions))
-            lines.append(
-                {
-                    "name": detail.name,
-                    "image": figures.png_uri(pixels),
-                    "height": pixels.shape[0],
-                    "width": pixels.shape[1],
-                    "alt": f"Image {example + 1} under {detail.name}, revealed {moments}",
-                }
-            )
-        examples.append({"fractions": list(map(figures.percent, details[0].strip_fractions)), "lines": lines})
-    return examples
-
-
-def _save_pngs(
-    folder: Path, plots: Sequence[dict[str, Any]], details: Sequence[PolicyDetail], colours: dict[str, str]
-) -> None:
-    """The figures for slides and papers, beside the page."""
-    drawn = {plot["name"]: plot["draw"](figures.INK) for plot in plots}
-    if details:
-        drawn["mean_orders"] = figures.orders_figure(details, colours)
-        for example in range(min(len(detail.strips) for detail in details)):
-            drawn[f"strips_{example + 1}"] = figures.strips_figure(details, example)
-    for name, figure in drawn.items():
-        (folder / f"{name}.png").write_bytes(figures.to_png(figure))

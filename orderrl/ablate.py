@@ -1,0 +1,270 @@
+"""Ablations of planners on held-out images: `python -m orderrl.ablate`.
+
+Do their scores use content, do the blocks they choose help the rest, and how do their orders compare?
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from orderrl.agents.registry import NamedPolicy
+from orderrl.backbones import Backbone
+from orderrl.entry import run_application
+from orderrl.evaluate import chosen_policies, describe, make_protocol, planner_paths
+from orderrl.metrics.ablations import (
+    REMOVALS,
+    Injection,
+    ablated_observations,
+    best_blocks,
+    content_ablation,
+    image_average,
+    injection,
+    order_agreements,
+    quality_curves,
+    random_injection,
+)
+from orderrl.metrics.comparison import Pair, compare
+from orderrl.metrics.evaluation import Evaluated, Protocol, evaluate_policy, first_choices
+from orderrl.metrics.row_entries import image_means
+from orderrl.oracle import utilities
+from orderrl.pipeline import announce, open_backbone, require_order_robust
+from orderrl.runs import Run, progress
+
+
+def ablate(config: DictConfig) -> Path:
+    """Run all ablations and return the run folder with `ablations.json`.
+
+    Raises:
+        ValueError: if a policy or checkpoint is unknown or does not fit, or `injected` is no list of numbers of blocks
+            that leaves some hidden.
+    """
+    backbone = open_backbone(config)
+    require_order_robust(config, backbone, "ablate")
+    counts = checked_counts(config.injected, backbone)
+    policies = [named for named, _ in chosen_policies(config, backbone, planner_paths(config, backbone))]
+    protocol = make_protocol(config, backbone)
+    with Run("ablate", config) as run:
+        with progress(len(policies), "evaluating", "policies") as advance:
+            rows = []
+            for named in policies:
+                rows.append(evaluate_policy(protocol, named, sampled=False))
+                advance(note=named.name)
+        scores = {named.name: first_choices(protocol, named)[1] for named in policies}
+        results = {
+            "protocol": describe(config, backbone, protocol),
+            "content": content(protocol, policies),
+            "injection": injections(protocol, scores, counts),
+            "orders": orders(protocol, rows),
+            "curves": {row.row["policy"]: quality_curves(protocol, row.rollout) for row in rows if row.rollout},
+        }
+        path = run.write_json("ablations.json", results)
+        print_ablations(results)
+        announce(f"ablations: {path}")
+    return run.folder
+
+
+def checked_counts(counts: Sequence[int], backbone: Backbone) -> list[int]:
+    """Numbers of blocks to inject.
+
+    Raises:
+        ValueError: if one of them is not positive or leaves no block hidden.
+    """
+    blocks = backbone.geometry.num_blocks
+    if not counts or min(counts) < 1 or max(counts) >= blocks:
+        raise ValueError(f"injected must be numbers of blocks from 1 to {blocks - 1}, got {list(counts)}")
+    return list(counts)
+
+
+def oracle_utility(protocol: Protocol) -> Tensor:
+    """U of every block in the shared states, (m, B), nats per image token."""
+    assert protocol.states is not None
+    gains = protocol.states["gains"]
+    return utilities(gains, protocol.backbone.geometry, torch.ones_like(gains[0]))
+
+
+def content(protocol: Protocol, policies: Sequence[NamedPolicy]) -> list[dict[str, Any]]:
+    """One entry for each policy that scores observations, with and without their content.
+
+    The family of comparisons, corrected by Holm, is all removals of all policies.
+    """
+    utility, observations = oracle_utility(protocol), ablated_observations(protocol)
+    found: list[dict[str, Any]] = []
+    pairs: list[Pair] = []
+    for named in policies:
+        if named.scorer is None:
+            continue
+        ablation = content_ablation(protocol, observations, named.scorer, utility)
+        known = torch.stack(list(ablation.spearman.values())).isfinite().all(0)
+        spearman = {name: values[known] for name, values in ablation.spearman.items()}
+        if int(known.sum()) < 2:
+            continue
+        pairs += [
+            Pair(f"{named.name}, {name}", "spearman", spearman["true"][None], spearman[name][None]) for name in REMOVALS
+        ]
+        found.append(
+            {
+                "policy": named.name,
+                "spearman": image_means(spearman, protocol.resamples, protocol.seed),
+                "r2": {name: asdict(interval) for name, interval in ablation.r2.items()},
+                "r2_difference": {name: asdict(interval) for name, interval in ablation.r2_difference.items()},
+            }
+        )
+    compared = iter(compare(pairs, protocol.resamples, protocol.seed))
+    for row in found:
+        row["spearman_difference"] = {name: next(compared) for name in REMOVALS}
+    return found
+
+
+def injections(protocol: Protocol, scores: Mapping[str, Tensor | None], counts: Sequence[int]) -> list[dict[str, Any]]:
+    """One entry for each number of blocks and policy with scores, for the oracle's best and for random blocks.
+
+    Drops are compared with those of random blocks; the family, corrected by Holm, is all of them.
+    """
+    states = protocol.states
+    assert states is not None
+    ranked = {name: values for name, values in scores.items() if values is not None and name != "random"}
+    ranked["oracle"] = oracle_utility(protocol)
+    found: list[dict[str, Any]] = []
+    pairs: list[Pair] = []
+    for count in counts:
+        chosen = states[(~states["visible"]).sum(1) > count]
+        rows = (~states["visible"]).sum(1) > count
+        drops = {"random": random_injection(protocol, chosen, count)}
+        for name, values in ranked.items():
+            blocks = best_blocks(values[rows], chosen["visible"], count)
+            drops[name] = injection(protocol.backbone, protocol.data, chosen, blocks)
+        for name, drop in drops.items():
+            entry = {"policy": name, "blocks": count, "states": len(chosen)}
+            found.append(entry | _drop_entry(protocol, drop, chosen["image"]))
+            if name != "random":
+                mine, chance = (image_average(x.drop, chosen["image"])[None] for x in (drop, drops["random"]))
+                pairs.append(Pair(f"{name}, {count} blocks", "drop", mine, chance))
+    compared = iter(compare(pairs, protocol.resamples, protocol.seed))
+    for entry in found:
+        entry["against_random"] = None if entry["policy"] == "random" else next(compared)
+    return found
+
+
+def _drop_entry(protocol: Protocol, drop: Injection, image: Tensor) -> dict[str, Any]:
+    values = {"loss_before": drop.before, "loss_after": drop.after, "drop": drop.drop}
+    return image_means({name: image_average(x, image) for name, x in values.items()}, protocol.resamples, protocol.seed)
+
+
+def orders(protocol: Protocol, rows: Sequence[Evaluated]) -> dict[str, Any]:
+    """Rows of the table, paired differences from the first policy, and how alike the orders are."""
+    first = rows[0]
+    pairs = [
+        Pair(
+            f"{row.row['policy']} - {first.row['policy']}",
+            metric,
+            row.per_image[metric][None],
+            first.per_image[metric][None],
+        )
+        for row in rows[1:]
+        for metric in ("gain_auc", "decode_nll", "recognisability_auc")
+        if metric in row.per_image
+    ]
+    return {
+        "rows": [row.row for row in rows],
+        "comparisons": compare(pairs, protocol.resamples, protocol.seed),
+        "agreement": {
+            "policies": [row.row["policy"] for row in rows],
+            "spearman": order_agreements([row.rollout for row in rows if row.rollout is not None]),
+        },
+    }
+
+
+# ---------------------------------------------------------------------- on screen
+
+
+def print_ablations(results: Mapping[str, Any]) -> None:
+    """The four tables."""
+    console = Console()
+    console = console if console.is_terminal else Console(width=160)
+    for table in (
+        _content_table(results["content"]),
+        _injection_table(results["injection"]),
+        _order_table(results["orders"]),
+        _curve_table(results["curves"]),
+    ):
+        console.print(table)
+
+
+def _shown(mean: float, interval: Sequence[float], digits: int = 3) -> str:
+    low, high = interval
+    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _difference(entry: Mapping[str, Any], digits: int = 3) -> str:
+    """A difference with its interval, a star where it stands after Holm's correction."""
+    text = f"{entry['mean']:+.{digits}f} [{entry['low']:+.{digits}f}, {entry['high']:+.{digits}f}]"
+    return text + (" *" if entry["significant"] else "")
+
+
+def _content_table(entries: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table("policy", title="Spearman of scores and oracle, mean over images (* after Holm)")
+    for title in (
+        "with content",
+        *(f"with minus {name}" for name in REMOVALS),
+        "R² with",
+        *(f"R² {n}" for n in REMOVALS),
+    ):
+        table.add_column(title)
+    for entry in entries:
+        spearman, r2 = entry["spearman"], entry["r2"]
+        table.add_row(
+            entry["policy"],
+            _shown(spearman["true"], spearman["true_ci"]),
+            *(_difference(entry["spearman_difference"][name]) for name in REMOVALS),
+            *(f"{r2[name]['mean']:.3f}" for name in ("true", *REMOVALS)),
+        )
+    return table
+
+
+def _injection_table(entries: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(
+        "blocks", "policy", "drop", "against random", "share of loss",
+        title="drop of the loss of the rest when the best-scored blocks are revealed, nats per token (* after Holm)",
+    )  # fmt: skip
+    for entry in entries:
+        table.add_row(
+            str(entry["blocks"]),
+            entry["policy"],
+            _shown(entry["drop"], entry["drop_ci"], digits=4),
+            "–" if entry["against_random"] is None else _difference(entry["against_random"], 4),
+            f"{entry['drop'] / entry['loss_before']:.3f}",
+        )
+    return table
+
+
+def _order_table(found: Mapping[str, Any]) -> Table:
+    columns = {"gain_auc": 4, "decode_nll": 2, "far_gain": 3, "consecutive_distance": 2, "visible_neighbours": 3}
+    first = found["agreement"]["policies"][0]
+    table = Table("policy", *columns, f"Spearman with {first}", title="orders, means over images")
+    for row, agreement in zip(found["rows"], found["agreement"]["spearman"][0], strict=True):
+        cells = [
+            "–" if row[key] is None else _shown(row[key], row[f"{key}_ci"], digits) for key, digits in columns.items()
+        ]
+        table.add_row(row["policy"], *cells, f"{agreement:+.2f}")
+    return table
+
+
+def _curve_table(curves: Mapping[str, Any]) -> Table:
+    names = list(next(iter(curves.values())))
+    table = Table("policy", *names, title="areas under the curves against the revealed fraction, means over images")
+    for policy, found in curves.items():
+        table.add_row(policy, *(_shown(found[name]["area"][0], found[name]["area"][1:]) for name in names))
+    return table
+
+
+if __name__ == "__main__":
+    run_application("ablate", ablate)

@@ -1,0 +1,154 @@
+"""Quality against cost: what every policy with several budgets reaches in how many steps and seconds."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from orderrl.report.columns import COLUMNS
+from orderrl.report.style import COLOURS, INK, MARKERS, MUTED, WIDTH, grid_lines, new_figure, shorten
+from orderrl.report.summary import is_reference, learned_policies
+
+QUALITIES = ("decode_nll", "decode_loss", "frechet_distance", "accuracy")
+COSTS = {"steps": "planner steps per image", "seconds_per_image": "milliseconds per image"}
+_SCALE = {"accuracy": 100.0, "seconds_per_image": 1000.0}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One policy at one schedule, averaged over training seeds.
+
+    Attributes:
+        policy: as in the table.
+        cost: mean steps, or seconds, per image.
+        quality: the metric.
+    """
+
+    policy: str
+    cost: float
+    quality: float
+
+    @property
+    def family(self) -> str:
+        """The policy without its schedule."""
+        return self.policy.partition("@")[0]
+
+
+def cost_points(rows: Sequence[dict[str, Any]], cost: str, quality: str) -> list[Point]:
+    """The points of a panel, in the order of the table.
+
+    Left out are references, which know or try out hidden tokens and are evaluated on fewer images, and rows of plain
+    raster token order. Seconds are compared only among rows whose samples were scored, if there are any: theirs are
+    seconds of sampling, the others' are seconds of the evaluation.
+    """
+    timed = any(row.get("frechet_distance") is not None and row.get("budgets") for row in rows)
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        known = row.get(cost) is not None and row.get(quality) is not None
+        comparable = cost != "seconds_per_image" or not timed or row.get("frechet_distance") is not None
+        if known and comparable and row.get("budgets") and not is_reference(row["policy"]):
+            groups[row["policy"]].append(row)
+    return [
+        Point(policy, *(sum(row[key] for row in group) / len(group) for key in (cost, quality)))
+        for policy, group in groups.items()
+    ]
+
+
+def higher_is_better(quality: str) -> bool:
+    """Whether the metric's column says so."""
+    return next(column for column in COLUMNS if column.key == quality).header.endswith("↑")
+
+
+def pareto_front(points: Sequence[Point], higher: bool) -> list[Point]:
+    """The points that no other one beats in cost and quality, cheapest first.
+
+    Of points that are equal in both, the first one stands for all.
+    """
+    front: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.cost, -p.quality if higher else p.quality)):
+        if not front or (point.quality > front[-1].quality if higher else point.quality < front[-1].quality):
+            front.append(point)
+    return front
+
+
+def cost_panels(rows: Sequence[dict[str, Any]], cost: str) -> dict[str, list[Point]]:
+    """The metrics worth drawing against a cost, those with a policy at several costs, with their points."""
+    panels = {quality: cost_points(rows, cost, quality) for quality in QUALITIES}
+    return {quality: points for quality, points in panels.items() if _families(points)}
+
+
+def cost_figure(rows: Sequence[dict[str, Any]], cost: str, ink: str = INK) -> Figure:
+    """Every metric of `QUALITIES` against a cost, one panel each, with the Pareto front marked.
+
+    A line joins the schedules of one policy; policies with one schedule are single points.
+
+    Args:
+        rows: of `results.json`.
+        cost: a key of `COSTS`.
+        ink: colour of text and axes.
+    """
+    panels = cost_panels(rows, cost)
+    families = list(dict.fromkeys(family for points in panels.values() for family in _families(points)))
+    learned = [name for name in learned_policies(rows) if "@" not in name]
+    named = list(dict.fromkeys([*learned, *families, "raster"]))
+    named = [name for name in named if any(p.family == name for points in panels.values() for p in points)]
+    looks = {name: _look(index, name, ink) for index, name in enumerate(named)}
+    with new_figure(WIDTH, 0.5 + 2.3 * max(len(panels), 1) + 0.2 * ((len(named) + 3) // 2), ink) as figure:
+        grid = figure.subplots(max(len(panels), 1), sharex=True, squeeze=False)
+        for axes, (quality, points) in zip(grid[:, 0], panels.items(), strict=False):
+            _panel(axes, points, cost, quality, looks, ink)
+        grid[-1, 0].set_xlabel(COSTS[cost])
+        handles = [Line2D([], [], label=shorten(name, 24), **look) for name, look in looks.items()]
+        if any(point.family not in looks for points in panels.values() for point in points):
+            handles.append(Line2D([], [], color=MUTED, linestyle="", marker=".", label="other policies"))
+        handles.append(Line2D([], [], label="Pareto front", **_FRONT, color=ink))
+        figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, labelcolor=ink)
+    return figure
+
+
+_FRONT: Any = {"linewidth": 5, "alpha": 0.15, "solid_capstyle": "round", "solid_joinstyle": "round"}
+
+
+def _look(index: int, name: str, ink: str) -> dict[str, Any]:
+    colour = ink if name == "raster" else COLOURS[index % len(COLOURS)]
+    return {"color": colour, "marker": MARKERS[index % len(MARKERS)], "markersize": 5, "linewidth": 1.2}
+
+
+def _families(points: Sequence[Point]) -> list[str]:
+    """Policies at more than one cost."""
+    costs: dict[str, set[float]] = defaultdict(set)
+    for point in points:
+        costs[point.family].add(point.cost)
+    return [family for family, values in costs.items() if len(values) > 1]
+
+
+def _panel(
+    axes: Any, points: Sequence[Point], cost: str, quality: str, looks: dict[str, dict[str, Any]], ink: str
+) -> None:
+    across, up = _SCALE.get(cost, 1.0), _SCALE.get(quality, 1.0)
+    front = pareto_front(points, higher_is_better(quality))
+    axes.plot([across * p.cost for p in front], [up * p.quality for p in front], color=ink, zorder=1, **_FRONT)
+    for family in dict.fromkeys(point.family for point in points):
+        members = sorted((p for p in points if p.family == family), key=lambda p: p.cost)
+        look = looks.get(family, {"color": MUTED, "marker": ".", "markersize": 5, "linewidth": 0.7})
+        axes.plot([across * p.cost for p in members], [up * p.quality for p in members], zorder=3, **look)
+    for point in front:
+        axes.plot(
+            across * point.cost, up * point.quality, "o",
+            markersize=10, markerfacecolor="none", markeredgecolor=ink, markeredgewidth=0.8, zorder=4,
+        )  # fmt: skip
+    column = next(column for column in COLUMNS if column.key == quality)
+    axes.set_ylabel(f"{column.header}\n({column.unit})")
+    axes.set_xscale("log", base=2)
+    values = [across * p.cost for p in points]
+    narrow = max(values) < 4 * min(values)
+    axes.xaxis.set_major_locator(LogLocator(base=2, subs=(1.0, 1.25, 1.5, 1.75) if narrow else (1.0,)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    grid_lines(axes)

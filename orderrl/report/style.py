@@ -1,0 +1,116 @@
+"""House style of the report's figures, and figures and pictures as PNG and SVG."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+
+INK = "#1f2328"
+_INK_ON_PAGE = "#010203"  # stands for the page's text colour in inline SVG
+MUTED = "#8b949e"
+# Paul Tol's "vibrant" scheme: distinct for colour-blind readers, legible on white and on near-black. Lines and markers
+# change with the colour, so that no figure is told apart by colour alone.
+COLOURS = ("#0077bb", "#ee7733", "#009988", "#ee3377", "#cc3311", "#33bbee")
+DASHES: tuple[Any, ...] = ("solid", (0, (6, 1.5)), (0, (3, 1, 1, 1)), (0, (1.5, 1)), (0, (8, 2, 2, 2)), (0, (4, 3)))
+MARKERS = "osD^vPX<>*"
+COLOUR_MAP = "viridis"
+WIDTH = 4.5  # inches; the text keeps its size from a phone to a desktop column
+_STYLE: Any = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.7,
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "figure.dpi": 72,
+}
+
+Draw = Callable[[str], Figure]
+"""Makes a figure from the colour of its ink."""
+
+
+def policy_colours(learned: Sequence[str], ink: str = INK) -> dict[str, str]:
+    """Colours of the highlighted policies: learned planners in colour, raster in the colour of the text."""
+    return {"raster": ink} | {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(learned)}
+
+
+@contextmanager
+def new_figure(width: float, height: float, ink: str) -> Iterator[Figure]:
+    """A figure of the house style that no window system knows about; sizes in inches."""
+    colours = dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "text.color"), ink)
+    with matplotlib.rc_context(_STYLE | colours):
+        yield Figure(figsize=(width, height), layout="constrained")
+
+
+def grid_lines(axes: Any, axis: str = "both") -> None:
+    """Faint grid lines behind the data."""
+    axes.grid(axis=axis, linewidth=0.4, alpha=0.35, color=MUTED)
+    axes.set_axisbelow(True)
+
+
+def save_figure(figure: Figure, path: Any) -> None:
+    """Write a figure on white in the format of the file's suffix; PNG with 144 dots per inch."""
+    FigureCanvasAgg(figure)
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": path.stem}):
+        metadata = {"Date": None} if path.suffix == ".svg" else None
+        figure.savefig(path, dpi=144, facecolor="white", metadata=metadata)
+
+
+def to_svg(draw: Draw, name: str, description: str) -> str:
+    """An inline SVG that takes the page's text colour and font.
+
+    Args:
+        draw: makes the figure from the colour of its ink.
+        name: distinguishes the identifiers of several figures on a page.
+        description: what assistive technology reads out.
+    """
+    buffer = io.StringIO()
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        draw(_INK_ON_PAGE).savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace(_INK_ON_PAGE, "currentColor").replace("'DejaVu Sans'", "inherit")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg)
+    svg = re.sub(r'(\sid="|href="#|url\(#)', rf"\1{name}-", svg)  # two drawings on a page share no identifier
+    svg = re.sub(r'(<svg[^>]*?)\swidth="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?)\sheight="[^"]*"', r"\1", svg, count=1)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{_attribute(description)}"', 1)
+
+
+def colour_pixels(values: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """Values in [0, 1] on the common colour scale: (...) -> (..., 3) uint8."""
+    pixels: NDArray[np.uint8] = matplotlib.colormaps[COLOUR_MAP](values, bytes=True)[..., :3]
+    return pixels
+
+
+def png_uri(pixels: NDArray[np.uint8]) -> str:
+    """(H, W, 3 or 4) uint8 -> data URI of a PNG with exactly these pixels."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="png", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def percent(fraction: float) -> str:
+    """A fraction as it is written over a strip: 12.5%, 50%."""
+    return f"{round(100 * fraction, 1):g}%"
+
+
+def shorten(name: str, length: int) -> str:
+    """A name cut to a length."""
+    return name if len(name) <= length else name[: length - 1] + "…"
+
+
+def _attribute(text: str) -> str:
+    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;").replace(">", "&gt;")

@@ -1,0 +1,153 @@
+"""The sentences on top of the page: what was compared with what, on what data, and who won by how much."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from orderrl.report.columns import show_difference, show_interval, show_value
+
+REFERENCES = ("oracle", "lookahead")
+"""Policies that are no rivals: they know or try out hidden tokens, and are evaluated on the first images only."""
+
+
+def is_reference(policy: str) -> bool:
+    """Whether a policy is one of `REFERENCES`, whatever its schedule."""
+    return policy.partition("@")[0].partition(":")[0] in REFERENCES
+
+
+def learned_policies(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Names of the learned planners, those with a number of reasoning passes R, in the order of the table."""
+    return list(dict.fromkeys(row["policy"] for row in rows if row.get("R") is not None))
+
+
+def summary(results: dict[str, Any]) -> str:
+    """What was compared, and how the best learned planner of each objective did, whichever way it turned out.
+
+    "Best" is the best value of the objective's metric, averaged over the rows (seeds) of a policy. Intervals are those
+    of the paired comparisons "<planner> - <opponent>"; without one no claim of a difference is made.
+    """
+    learned = learned_policies(results["rows"])
+    sentences = [_compared(results, learned)]
+    if not learned:
+        return " ".join([*sentences, "No learned planner was evaluated."])
+    objectives = {row["policy"]: row.get("objective") for row in results["rows"]}
+    context = [name for name in learned if objectives[name] != "likelihood"]
+    likelihood = [name for name in learned if objectives[name] == "likelihood"]
+    sentences += _gain_sentences(results, context) + _code_length_sentences(results, likelihood)
+    return " ".join(sentences)
+
+
+def _compared(results: dict[str, Any], learned: Sequence[str]) -> str:
+    policies = {row["policy"] for row in results["rows"] if row.get("budgets") or row["policy"] in learned}
+    others = len(policies - set(learned))
+    parts = [_count(len(learned), "learned planner")] if learned else []
+    parts += [_count(others, "other policy" if others == 1 else "other policies", "")] if others else []
+    what = " and ".join(parts) or "Nothing"
+    data = results["protocol"].get("data")
+    return f"{what[0].upper()}{what[1:]} on {data}." if data else f"{what[0].upper()}{what[1:]}."
+
+
+def _count(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number} {noun}{plural if number != 1 else ''}"
+
+
+def _gain_sentences(results: dict[str, Any], learned: Sequence[str]) -> list[str]:
+    means = _means(results["rows"], "gain_auc")
+    known = [name for name in learned if name in means]
+    if not known:
+        return []
+    best = max(known, key=lambda name: means[name])
+    rivals = [name for name in means if not is_reference(name) and name not in (*learned, "raster")]
+    rivals = [name for name in rivals if _paired(results, best, name, "gain_auc")]
+    strongest = max(rivals, key=lambda name: means[name], default=None)
+    found = [_against_raster(results, best, means)]
+    if strongest is not None:
+        paired = _paired(results, best, strongest, "gain_auc")
+        assert paired is not None
+        relation = {1: "It is ahead of", 0: "It cannot be told from", -1: "It is behind"}[_sign(paired)]
+        found.append(f"{relation} the strongest other order, {strongest} ({_difference(paired)}).")
+    return found
+
+
+def _against_raster(results: dict[str, Any], best: str, means: dict[str, float]) -> str:
+    gain, raster = means[best], means.get("raster")
+    if raster is None:
+        return f"The best learned planner, {best}, reaches an information-gain AUC of {gain:.4f}; raster was not run."
+    values = f"information-gain AUC {gain:.4f} against {raster:.4f}"
+    if raster > 0:
+        values += f", {gain / raster:.2f} times raster's"
+    paired = _paired(results, best, "raster", "gain_auc")
+    if paired is None:
+        relation = "is above" if gain > raster else "is not above"
+        return f"The best learned planner, {best}, {relation} raster ({values}); no paired interval was computed."
+    if _sign(paired) > 0:
+        return f"The best learned planner, {best}, beats raster: {values}; {_difference(paired)}."
+    if _sign(paired) < 0:
+        return f"No learned planner beats raster: the best, {best}, is worse; {values}; {_difference(paired)}."
+    return f"No learned planner beats raster beyond chance: the best is {best}; {values}; {_difference(paired)}."
+
+
+def _code_length_sentences(results: dict[str, Any], learned: Sequence[str]) -> list[str]:
+    """The best planner for code length against raster and the strongest order at its number of steps."""
+    rows = results["rows"]
+    metric = "decode_loss" if any(row.get("decode_loss") is not None for row in rows) else "decode_nll"
+    means, steps = _means(rows, metric), _means(rows, "steps")
+    known = [name for name in learned if name in means]
+    if not known:
+        return []
+    best = min(known, key=lambda name: means[name])
+    quantity, unit = ("code length", "nats") if metric == "decode_nll" else ("decode loss", "DiffLoss")
+    intro = f"For {quantity} {best} needs {show_value(metric, means[best])} {unit} per image"
+    if best in steps:
+        intro += f" in {steps[best]:.1f} steps"
+    paired = [entry for entry in results.get("comparisons") or [] if entry["metric"] == "decode_nll"]
+    rivals = [entry for entry in paired if entry["name"].startswith(f"{best} - ")]
+    raster = [entry for entry in rivals if entry["name"] == f"{best} - raster"]
+    equal = sorted((e for e in rivals if " at " in e["name"] and not is_reference(_opponent(e))), key=_mean)
+    parts = [f"raster's is {_relation(entry)} ({_difference(entry)})" for entry in raster]
+    parts += [f"that of {_opponent(entry)} is {_relation(entry)} ({_difference(entry)})" for entry in equal[-1:]]
+    return [f"{intro}; {'; '.join(parts)}." if parts else f"{intro}; no paired interval was computed."]
+
+
+def _relation(entry: dict[str, Any]) -> str:
+    """How the opponent's code length compares with the planner's."""
+    return {1: "shorter", 0: "the same within chance", -1: "longer"}[_sign(entry)]
+
+
+def _means(rows: Sequence[dict[str, Any]], metric: str) -> dict[str, float]:
+    """Mean over the rows of each policy that have the metric."""
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        if row.get(metric) is not None:
+            values.setdefault(row["policy"], []).append(row[metric])
+    return {name: sum(found) / len(found) for name, found in values.items()}
+
+
+def _paired(results: dict[str, Any], policy: str, opponent: str, metric: str) -> dict[str, Any] | None:
+    wanted = (f"{policy} - {opponent}", metric)
+    return next((c for c in results.get("comparisons") or [] if (c["name"], c["metric"]) == wanted), None)
+
+
+def _opponent(entry: dict[str, Any]) -> str:
+    return str(entry["name"]).partition(" - ")[2]
+
+
+def _mean(entry: dict[str, Any]) -> float:
+    return float(entry["mean"])
+
+
+def is_found(entry: dict[str, Any]) -> bool:
+    """Whether a difference is told from zero: after correction for the number of comparisons, where that was made."""
+    excludes_zero = entry["low"] > 0 or entry["high"] < 0
+    return bool(entry.get("significant", excludes_zero))
+
+
+def _sign(entry: dict[str, Any]) -> int:
+    """1 or -1 where a difference is found, else 0."""
+    return (1 if entry["mean"] > 0 else -1) if is_found(entry) else 0
+
+
+def _difference(entry: dict[str, Any]) -> str:
+    mean = show_difference(entry["metric"], entry["mean"])
+    return f"paired difference {mean}, 95 % interval {show_interval(entry)}"

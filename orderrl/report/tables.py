@@ -1,0 +1,105 @@
+"""The tables of a page as plain values for its template: cells, what they are sorted by, and headers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from orderrl.report.columns import (
+    COLUMNS,
+    DASH,
+    MINUS,
+    Column,
+    cell_of,
+    header_of,
+    show_difference,
+    show_interval,
+)
+from orderrl.report.summary import is_found
+
+_COMPARISONS = {
+    "pair": ("pair", ""),
+    "metric": ("metric", ""),
+    "mean": ("mean difference", ""),
+    "interval": ("95 % interval", "Of this comparison alone. Sorted by its lower end."),
+    "effect_size": ("effect size", "Paired Cohen's d: mean difference over the standard deviation over images."),
+    "p_holm": ("p (Holm)", "Two-sided bootstrap p-value, corrected for the number of comparisons."),
+}
+"""Headers and explanations of the paired comparisons."""
+
+
+def comparison_columns(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The columns of the paired comparisons; effect size and p-value where some entry has them."""
+    shown = [key for key in _COMPARISONS if key not in ("effect_size", "p_holm") or any(key in e for e in entries)]
+    ascending = ("pair", "metric", "p_holm")
+    return [
+        {
+            "key": key,
+            "header": _COMPARISONS[key][0],
+            "meaning": _COMPARISONS[key][1],
+            "text": key in ("pair", "metric"),
+            "order": "ascending" if key in ascending else "descending",
+        }
+        for key in shown
+    ]
+
+
+def header_cell(column: Column, rows: Sequence[dict[str, Any]], groups: dict[str, list[Column]]) -> dict[str, Any]:
+    header = header_of(column, rows)
+    starts = any(column is members[0] for members in list(groups.values())[1:])
+    order = "descending" if header.endswith("↑") else "ascending"
+    return {
+        "key": column.key,
+        "header": header,
+        "unit": column.unit.replace("nats per token", loss_unit(rows)),
+        "meaning": column.meaning,
+        "text": column.text,
+        "group": next(group for group, members in groups.items() if column in members),
+        "order": order,
+        "starts": starts,
+    }
+
+
+def line_cells(row: dict[str, Any], learned: Sequence[str], columns: Sequence[Column]) -> dict[str, Any]:
+    """One line of the table."""
+    kind = "learned" if row["policy"] in learned else "raster" if row["policy"] == "raster" else ""
+    return {"kind": kind, "cells": {column.key: cell_of(row, column) for column in columns}}
+
+
+def comparison_cells(entry: dict[str, Any], columns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The cells of a paired comparison."""
+    column = next((column for column in COLUMNS if column.key == entry["metric"]), None)
+    name = entry["name"].replace(" - ", f" {MINUS} ")
+    metric = column.header if column else entry["metric"].replace("_", " ")
+    effect, p_holm = entry.get("effect_size"), entry.get("p_holm")
+    cells = {
+        "pair": (name, name),
+        "metric": (metric, metric),
+        "mean": (show_difference(entry["metric"], entry["mean"]), entry["mean"]),
+        "interval": (show_interval(entry), entry["low"]),
+        "effect_size": (DASH, "") if effect is None else (f"{effect:+.2f}".replace("-", MINUS), effect),
+        "p_holm": (DASH, "") if p_holm is None else (f"{p_holm:.3f}" if p_holm >= 0.001 else "< 0.001", p_holm),
+    }
+    return [
+        {
+            "shown": cells[shown["key"]][0],
+            "sort": cells[shown["key"]][1],
+            "text": shown["text"],
+            "bold": shown["key"] == "mean" and is_found(entry),
+            "unit": column.unit if column and shown["key"] == "metric" else "",
+        }
+        for shown in columns
+    ]
+
+
+def protocol_value(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {protocol_value(inner)}" for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_protocol_value, value))
+    return DASH if value is None else str(value)
+
+
+def loss_unit(rows: Sequence[dict[str, Any]]) -> str:
+    """The unit of losses and gains: masked models have no nats."""
+    return "DiffLoss per token" if any(row.get("decode_loss") is not None for row in rows) else "nats per token"
