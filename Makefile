@@ -1,5 +1,6 @@
 # make quickstart   set up everything, train the planner on digits, compare it with raster order
 # make test         set up everything, then ruff, mypy and all tests
+# make test-slow    what takes minutes: every long command killed twenty times, a Slurm sweep's launcher
 # make results      the full table of the README: all rows, 3 seeds
 # make lint         ruff and mypy only
 
@@ -10,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 PYTEST_ARGS ?= -q --durations=15
 
 .DEFAULT_GOAL := quickstart
-.PHONY: quickstart test results lint
+.PHONY: quickstart test test-slow results lint
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -32,3 +33,6 @@ lint: $(INSTALLED)
 
 test: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m very_slow

@@ -8,20 +8,23 @@ loss: what the likelihood objective charges for revealing it now (the greedy pol
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 from torch.nn import functional as F
 
+from orderrl import distributed
 from orderrl.geometry import BlockGrid
 from orderrl.oracle import WEIGHTS, distance_weights, utilities
 from orderrl.planner import OrderHead
+from orderrl.resuming import Part, Unfinished, steps_of
 
 TARGETS = ("label", "soft", "utility", "charged")
+_CHUNK = 4096  # contexts whose gains are read at a time
 
 
 @dataclass(frozen=True)
@@ -114,61 +117,100 @@ def held_out_metrics(planner: OrderHead, data: TensorDict, utility: Tensor) -> d
     return {"chosen": chosen.mean().item(), "regret": (best - chosen).mean().item()}
 
 
-def clone(planner: OrderHead, labels: TensorDict, geometry: BlockGrid, config: BCConfig) -> Iterator[dict[str, float]]:
+def clone(
+    planner: OrderHead, labels: TensorDict, geometry: BlockGrid, config: BCConfig, work: Unfinished | None = None
+) -> Iterator[dict[str, float]]:
     """Train in place; on return the planner holds the weights that chose best on held-out images.
+
+    Labels are read batch by batch from where they are, memory or disk. Of several processes each takes its rows of
+    every batch, and the gradient is that of the whole batch.
 
     Args:
         planner: trained in place.
         labels: contexts as `label_contexts` stores them.
         geometry: the block grid.
         config: hyper-parameters.
+        work: keeps the training's state, so that an interrupted one continues.
 
     Yields:
         One dict of metrics a step: step, loss, reasoning_steps; at evaluations also chosen and regret
         (standard deviations of U).
 
     Raises:
-        ValueError: if the labels come from a single image, so that none can be kept back.
+        ValueError: if the labels come from a single image, so that none can be kept back, or there are more processes
+            than contexts in a batch.
     """
     generator = torch.Generator().manual_seed(config.seed)
-    weights = distance_weights(geometry, config.weight, config.sigma)
-    labels = labels.exclude("order", "length", inplace=False)
-    labels["action_mask"] = ~labels["visible"]
-    labels["fraction"] = labels["visible"].float().mean(-1, keepdim=True)
-    gains, losses = labels.pop("gains"), labels.pop("loss")
-    utility = -losses if config.target == "charged" else utilities(gains, geometry, weights)
-    utility = utility / utility[labels["action_mask"]].std().clamp_min(1e-12)  # a backbone may see no difference
-    images = labels["image"].unique()
-    if len(images) < 2:
-        raise ValueError(f"labels must come from at least 2 images, one is kept back; got {len(images)}")
-    held_out_images = min(max(1, int(config.held_out * len(images))), len(images) - 1)
-    kept_back = images[torch.randperm(len(images), generator=generator)[:held_out_images]]
-    is_held_out = torch.isin(labels["image"], kept_back)
-    held_out, held_out_utility = labels[is_held_out], utility[is_held_out]
-    train, train_utility = labels[~is_held_out], utility[~is_held_out]
+    utility = _targets(labels, geometry, config)
+    train, held_out = _split(labels["image"], config.held_out, generator)
+    kept_back = _observations(labels, held_out)
     optimizer = torch.optim.AdamW(planner.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     # 0.11 and not 0.1: a warm-up of exactly one step would make OneCycleLR divide by zero
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, config.steps, pct_start=0.11)
-    best, best_state = -float("inf"), copy.deepcopy(planner.state_dict())
+    best: dict[str, Any] = {"chosen": -float("inf"), "weights": _copy(planner)}
     final = planner.config.reasoning_steps
-    for step in range(config.steps):
-        rows = torch.randint(len(train), (config.batch_size,), generator=generator)
-        batch = train[rows]
+    parts: dict[str, Part] = {
+        "planner": planner, "optimizer": optimizer, "schedule": schedule, "generator": generator, "best": best,
+    }  # fmt: skip
+    for step in steps_of(work, config.steps, **parts):
+        drawn = train[torch.randint(len(train), (config.batch_size,), generator=generator)]
+        rows = distributed.rows_of(drawn)
+        batch = _observations(labels, rows)
         planner.train()
         reasoning = reasoning_steps_at(step, config.steps, final)
         scores, _, _ = planner(batch, reasoning)
-        loss = bc_loss(scores, train_utility[rows], batch["action_mask"], config.target, config.temperature)
+        loss = bc_loss(scores, utility[rows], batch["action_mask"], config.target, config.temperature)
         optimizer.zero_grad()
-        loss.backward()
+        mean = distributed.backward(loss, planner.parameters(), _weight(labels, rows, drawn, config.target))
         torch.nn.utils.clip_grad_norm_(planner.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        row = {"step": step + 1, "loss": loss.item(), "reasoning_steps": float(reasoning)}
+        row = {"step": step + 1, "loss": mean, "reasoning_steps": float(reasoning)}
         if (step + 1) % config.evaluate_every == 0 or step + 1 == config.steps:
-            row |= held_out_metrics(planner, held_out, held_out_utility)
+            row |= held_out_metrics(planner, kept_back, utility[held_out])
             trained = reasoning == final or step + 1 == config.steps
-            if trained and row["chosen"] > best:
-                best, best_state = row["chosen"], copy.deepcopy(planner.state_dict())
+            if trained and row["chosen"] > best["chosen"]:
+                best |= {"chosen": row["chosen"], "weights": _copy(planner)}
         yield row
-    planner.load_state_dict(best_state)
+    planner.load_state_dict(best["weights"])
     planner.eval()
+
+
+def _targets(labels: TensorDict, geometry: BlockGrid, config: BCConfig) -> Tensor:
+    """(n, B) worth of every block, in standard deviations over all candidates."""
+    if config.target == "charged":
+        utility = -labels["loss"]
+    else:
+        weights = distance_weights(geometry, config.weight, config.sigma)
+        chunks = torch.arange(len(labels)).split(_CHUNK)  # gains (n, B, B) may be larger than the memory
+        utility = torch.cat([utilities(labels["gains"][rows], geometry, weights) for rows in chunks])
+    return utility / utility[~labels["visible"]].std().clamp_min(1e-12)  # a backbone may see no difference
+
+
+def _split(image: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Rows (int64) of contexts to learn from and of those kept back, by image."""
+    images = image.unique()
+    if len(images) < 2:
+        raise ValueError(f"labels must come from at least 2 images, one is kept back; got {len(images)}")
+    count = min(max(1, int(share * len(images))), len(images) - 1)
+    kept_back = torch.isin(image, images[torch.randperm(len(images), generator=generator)[:count]])
+    return (~kept_back).nonzero().flatten(), kept_back.nonzero().flatten()
+
+
+def _observations(labels: TensorDict, rows: Tensor) -> TensorDict:
+    """What a planner sees of some contexts."""
+    batch = labels.exclude("order", "length", "gains", "loss")[rows]
+    batch["action_mask"] = ~batch["visible"]
+    batch["fraction"] = batch["visible"].float().mean(-1, keepdim=True)
+    return batch
+
+
+def _weight(labels: TensorDict, rows: Tensor, drawn: Tensor, target: str) -> float:
+    """Share of some rows in the mean loss of the batch: in candidates where they are regressed, else in states."""
+    if target in ("utility", "charged"):
+        return int((~labels["visible"][rows]).sum()) / int((~labels["visible"][drawn]).sum())
+    return len(rows) / len(drawn)
+
+
+def _copy(planner: OrderHead) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in planner.state_dict().items()}

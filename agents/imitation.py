@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from orderrl.agents.distribution import RankedBlocks
 from orderrl.agents.policies import Policy
 from orderrl.envs.core import NextBlockCore
 from orderrl.planner import OrderHead
+from orderrl.resuming import Part, Unfinished, steps_of
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,11 @@ class ImitationConfig:
 
 
 def imitate(
-    planner: OrderHead, core: NextBlockCore, policy: Policy, config: ImitationConfig
+    planner: OrderHead,
+    core: NextBlockCore,
+    policy: Policy,
+    config: ImitationConfig,
+    work: Unfinished | None = None,
 ) -> Iterator[dict[str, float]]:
     """Train in place, in eval mode: minus log-probability of the policy's action, minus the entropy bonus.
 
@@ -59,6 +64,7 @@ def imitate(
         core: in mode "teacher"; its context losses are not read.
         policy: gives the action to learn in every state.
         config: hyper-parameters.
+        work: keeps the training's state, so that an interrupted one continues.
 
     Yields:
         One dict of metrics a step: step, loss, entropy, agreement (share of states in which the most likely first
@@ -79,7 +85,15 @@ def imitate(
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, config.steps, pct_start=0.11)
     core.seed(config.seed * core.num_envs)
     core.reset()
-    for step in range(config.steps):
+    played: list[Tensor] = []  # all actions: replayed, they give the episodes' caches to the last bit
+    moves = 0
+    parts: dict[str, Part] = {
+        "planner": planner, "optimizer": optimizer, "rate": rate, "generator": generator, "played": played,
+    }  # fmt: skip
+    for step in steps_of(work, config.steps, **parts):
+        for actions in played[moves:]:  # an interrupted run's
+            core.step(actions.to(core.device), restart=core.finished)
+        moves = len(played)
         observation = core.observation()
         shown = policy(observation, generator)
         scores, budget_logits, _ = planner(observation)
@@ -103,5 +117,7 @@ def imitate(
         own = torch.rand(len(shown), device=core.device) < config.own_share
         actions = torch.where(own.view(-1, *[1] * (shown.ndim - 1)), distribution.sample(), shown)
         core.step(actions, restart=core.finished)
+        played.append(actions.cpu())
+        moves += 1
         agreement = (same[:, 0] & same[:, -1]).float().mean().item()
         yield {"step": step + 1, "loss": loss.item(), "entropy": entropy.item(), "agreement": agreement}

@@ -3,6 +3,10 @@
 The loop reads as its pseudo-code: collect, estimate advantages, take clipped steps. It starts from a cloned
 planner; the action is a ranked list of blocks and a budget. In training the critic may see what is
 hidden (key `context_loss`), because the true hidden tokens are most of the reward's variance.
+
+Of several processes each plays its share of the environments, with the seeds that they have in one process, and takes
+its share of every minibatch; gradients are averaged. Advantages are normalised, and actions drawn, in every process on
+its own.
 """
 
 from __future__ import annotations
@@ -21,10 +25,13 @@ from torchrl.modules import ProbabilisticActor
 from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import GAE
 
+from orderrl import distributed
 from orderrl.agents.distribution import RankedBlocks
 from orderrl.envs.torchrl import NextBlockTorchRLEnv
 from orderrl.planner import OrderHead
+from orderrl.resuming import Unfinished
 
+_PROCESS_SEEDS = 1_000_000_007  # between the random numbers of processes
 OBSERVATION_KEYS = ("hidden", "entropy", "visible", "label", "fraction")
 
 
@@ -162,17 +169,19 @@ class PPO:
 
     Args:
         planner: the start; a copy is trained, `planner` of this object is the current one.
-        env: in mode "teacher"; with `privileged` if the config's critic sees context losses.
-        config: hyper-parameters.
+        env: in mode "teacher"; with `privileged` if the config's critic sees context losses. Of several processes each
+            has its share of `config.num_envs`.
+        config: hyper-parameters, of all processes together.
 
     Raises:
-        ValueError: if the environment is not the one that the config describes.
+        ValueError: if the environment is not the one that the config describes, or the config can't be shared out.
     """
 
     def __init__(self, planner: OrderHead, env: NextBlockTorchRLEnv, config: PPOConfig) -> None:
         if config.privileged_critic and not env.privileged:
             raise ValueError("privileged_critic=True needs an environment made with privileged=True")
-        if env.core.num_envs != config.num_envs:
+        self._check_shares(config)
+        if env.core.num_envs * distributed.size() != config.num_envs:
             raise ValueError(f"num_envs={config.num_envs} needs as many environments, this one has {env.core.num_envs}")
         budgets = env.core.config.budgets
         torch.manual_seed(config.seed)
@@ -219,36 +228,54 @@ class PPO:
         )
         self.iteration = 0
 
+    @staticmethod
+    def _check_shares(config: PPOConfig) -> None:
+        processes = distributed.size()
+        for name, unit in (("num_envs", config.group_size), ("frames_per_batch", 1), ("minibatch_size", 1)):
+            if getattr(config, name) % (processes * unit):
+                raise ValueError(
+                    f"{name}={getattr(config, name)} must be a multiple of {processes * unit}: {processes} processes"
+                    + (f" with groups of {unit}" if unit > 1 else "")
+                )
+
     # ------------------------------------------------------------------ training
 
-    def train(self) -> Iterator[dict[str, float]]:
+    def train(self, work: Unfinished | None = None) -> Iterator[dict[str, float]]:
         """Rounds until `config.iterations`; yields one dict of metrics a round.
+
+        Args:
+            work: keeps the state between rounds, so that an interrupted training continues.
 
         Metrics: step, frames, return (of each image's first episode, nats per image), planner_steps (of the same),
         illegal (share of void steps), value_error (share of the value target's variance not explained), entropy,
         clip_fraction and the parts of the loss.
         """
         config, core = self.config, self.env.core
-        while self.iteration < config.iterations:
+        minibatch = config.minibatch_size // distributed.size()
+        rounds = range(self.iteration, config.iterations) if work is None else work.steps(config.iterations, ppo=self)
+        for number in rounds:
             # every round is keyed by its number, so a resumed run sees what an uninterrupted one sees
-            torch.manual_seed(config.seed * 1_000_003 + self.iteration)
+            torch.manual_seed(config.seed * 1_000_003 + number + _PROCESS_SEEDS * distributed.rank())
             core.seed(self._round_seeds())
-            progress = self.iteration / config.iterations
+            progress = number / config.iterations
             self._anneal(progress)
             data = self._collect()
             self._estimate(data)
             row = self._summary(data)
             frames = data.reshape(-1)
-            warming = self.iteration < config.critic_warmup
+            warming = number < config.critic_warmup
             for _ in range(config.epochs):
-                for rows in torch.randperm(len(frames)).split(config.minibatch_size):
+                for rows in torch.randperm(len(frames)).split(minibatch):
                     row |= self._update(frames[rows], warming)
             self.iteration += 1
-            yield {"step": self.iteration, "frames": self.iteration * config.frames_per_batch} | row
+            counts = {"step": self.iteration, "frames": self.iteration * config.frames_per_batch}
+            yield counts | distributed.mean_of(row)
 
     def _round_seeds(self) -> Tensor:
-        """(num_envs,) seeds of a round; a seed draws the images, so those of a group share it."""
-        members = torch.arange(self.config.num_envs) // self.config.group_size * self.config.group_size
+        """Seeds of this process's environments in a round; a seed draws the images, so those of a group share it."""
+        count = self.env.core.num_envs
+        members = torch.arange(count * distributed.rank(), count * (distributed.rank() + 1))
+        members = members // self.config.group_size * self.config.group_size
         return (self.config.seed * 100_003 + self.iteration) * self.config.num_envs + members
 
     @torch.no_grad()
@@ -260,12 +287,13 @@ class PPO:
             data["advantage"] -= others[..., None]
 
     def _collect(self) -> Any:
-        """One round of sampled episodes, batch (num_envs, steps)."""
+        """One round of sampled episodes, batch (environments of this process, steps)."""
+        frames = self.config.frames_per_batch // distributed.size()
         collector = Collector(
             self.env,
             self.actor,
-            frames_per_batch=self.config.frames_per_batch,
-            total_frames=self.config.frames_per_batch,
+            frames_per_batch=frames,
+            total_frames=frames,
             exploration_type=ExplorationType.RANDOM,
             auto_register_policy_transforms=False,
         )
@@ -286,7 +314,7 @@ class PPO:
         if not warming:
             total = total + parts["loss_objective"] + parts["loss_entropy"]
         self.optimizer.zero_grad()
-        total.backward()
+        distributed.backward(total, (*self.planner.parameters(), *self.critic.parameters()))
         nn.utils.clip_grad_norm_(self.planner.parameters(), self.config.max_grad_norm)
         nn.utils.clip_grad_norm_(self.critic.parameters(), self.config.max_grad_norm)
         self.optimizer.step()

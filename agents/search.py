@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from orderrl.agents.schedules import growing
 from orderrl.backbones import Backbone
 from orderrl.data import TokenSet
 from orderrl.envs.core import CoreConfig, NextBlockCore
+from orderrl.resuming import Unfinished
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ def search_schedule(
     step_cost: float,
     config: SearchConfig,
     advance: Callable[[float], None] | None = None,
+    work: Unfinished | None = None,
 ) -> RankingPolicy:
     """The cheapest fixed schedule for images of a token set, as a policy.
 
@@ -88,17 +91,28 @@ def search_schedule(
         step_cost: cost of a step, nats per image; decides how many steps the schedule takes.
         config: how it is searched.
         advance: told how many schedules were played, of `config.played` in all.
+        work: keeps what was played and annealed, so that an interrupted search continues.
     """
     generator = torch.Generator().manual_seed(config.seed)
     blocks = backbone.geometry.num_blocks
     order = torch.rand(config.episodes, blocks, generator=generator).argsort(1)
-    visible, excess, start = record_losses(backbone, data, order, torch.arange(blocks).expand_as(order), advance)
+    visible, excess, start = record_losses(
+        backbone, data, order, torch.arange(blocks).expand_as(order), advance, work=work
+    )
     for refinement in range(config.refinements + 1):
-        model = fit_mean_losses(visible, excess + start, config)
-        order, step, cost = anneal(model, blocks, budgets, step_cost, config, generator)
+
+        def search(visible: Tensor = visible, excess: Tensor = excess) -> dict[str, Any]:
+            model = fit_mean_losses(visible, excess + start, config)
+            order, step, cost = anneal(model, blocks, budgets, step_cost, config, generator)
+            return {"order": order, "step": step, "cost": cost, "generator": generator.get_state()}
+
+        found = search() if work is None else work.piece(f"annealed-{refinement:03d}", search)
+        generator.set_state(found["generator"])
+        order, step, cost = found["order"], found["step"], found["cost"]
         if refinement < config.refinements:
             turns = torch.arange(config.replayed) % config.chains
-            played = record_losses(backbone, data, order[turns], step[turns], advance)
+            name = f"refinement-{refinement:03d}"
+            played = record_losses(backbone, data, order[turns], step[turns], advance, work=work, name=name)
             visible, excess = torch.cat([visible, played[0]]), torch.cat([excess, played[1]])
     best = int(cost.argmin())
     sizes = tuple(torch.bincount(step[best]).tolist())
@@ -113,6 +127,8 @@ def record_losses(
     step: Tensor,
     advance: Callable[[float], None] | None = None,
     batch: int = 128,
+    work: Unfinished | None = None,
+    name: str = "played",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Play schedules on images in turn and look before every step.
 
@@ -123,32 +139,46 @@ def record_losses(
         step: (m, B) int64, the step of each place of the order, ascending from 0.
         advance: told how many schedules were played.
         batch: schedules played together.
+        work: keeps every batch under `name`.
+        name: see `work`.
 
     Returns:
         visible (n, B) bool of all n states with a hidden block; excess (n, B) float32, the losses in nats less those of
         the same image when nothing is visible (most of the differences between images cancel); and the mean of what
         was taken off, (B,).
     """
-    visible, excess, starts = [], [], []
-    sizes = F.one_hot(step).sum(1)  # (m, T)
-    largest, width = int(sizes.max()), order.shape[1]
-    places = torch.arange(largest)
-    for rows in torch.arange(len(order)).split(batch):
-        core = NextBlockCore(backbone, data, len(rows), CoreConfig(budgets=tuple(range(1, largest + 1))))
-        core.reset(index=rows % len(data))
-        start = core.losses.cpu().clone()
-        starts.append(start)
-        revealed = torch.zeros_like(rows)
-        for size in sizes[rows].T:
-            playing = revealed < width
-            visible.append(core.visible.cpu()[playing])
-            excess.append((core.losses.cpu() - start)[playing])
-            listed = order[rows].gather(1, (revealed[:, None] + places).clamp_max(width - 1))
-            core.step(torch.cat([listed, size[:, None] - 1], 1) if core.multi else listed[:, 0])
-            revealed += size
+    parts: list[dict[str, Tensor]] = []
+    largest = int(F.one_hot(step).sum(1).max())
+    for number, rows in enumerate(torch.arange(len(order)).split(batch)):
+
+        def play(rows: Tensor = rows) -> dict[str, Tensor]:
+            return _play(backbone, data, rows % len(data), order[rows], step[rows], largest)
+
+        parts.append(play() if work is None else work.piece(f"{name}-{number:05d}", play))
         if advance is not None:
             advance(len(rows))
-    return torch.cat(visible), torch.cat(excess), torch.cat(starts).mean(0)
+    visible, excess, start = (torch.cat([part[key] for part in parts]) for key in ("visible", "excess", "start"))
+    return visible, excess, start.mean(0)
+
+
+def _play(
+    backbone: Backbone, data: TokenSet, images: Tensor, order: Tensor, step: Tensor, largest: int
+) -> dict[str, Tensor]:
+    """What `record_losses` keeps of some schedules; `largest` is the largest number of blocks in a step of any."""
+    sizes, width = F.one_hot(step).sum(1), order.shape[1]  # sizes (m, T)
+    core = NextBlockCore(backbone, data, len(order), CoreConfig(budgets=tuple(range(1, largest + 1))))
+    core.reset(index=images)
+    start = core.losses.cpu().clone()
+    revealed = torch.zeros(len(order), dtype=torch.int64)
+    visible, excess = [], []
+    for size in sizes.T:
+        playing = revealed < width
+        visible.append(core.visible.cpu()[playing])
+        excess.append((core.losses.cpu() - start)[playing])
+        listed = order.gather(1, (revealed[:, None] + torch.arange(largest)).clamp_max(width - 1))
+        core.step(torch.cat([listed, size[:, None] - 1], 1) if core.multi else listed[:, 0])
+        revealed += size
+    return {"visible": torch.cat(visible), "excess": torch.cat(excess), "start": start}
 
 
 class MeanLosses(nn.Module):

@@ -28,7 +28,7 @@ from orderrl.generation import generate_images
 from orderrl.oracle import Contexts, LabelConfig, distance_weights, label_contexts, utilities
 from orderrl.planner import OrderHead, PlannerConfig
 
-LABEL_REPEATS = {"digits": 8}  # contexts of each length; elsewhere 2
+LABEL_REPEATS = {"digits": 8}  # contexts of each length; elsewhere 1
 TARGET_FRACTIONS = (0.5, 0.25)
 
 
@@ -132,7 +132,7 @@ def every_length(backbone: Backbone, repeats: int) -> Contexts:
 @torch.no_grad()
 def labels(settings: Settings) -> Iterator[Row]:
     """Gains of every pair of hidden blocks, contexts of all lengths."""
-    repeats = LABEL_REPEATS.get(settings.shape.name, 2)
+    repeats = LABEL_REPEATS.get(settings.shape.name, 1)
     first = settings.backbone(settings.dtypes[0])
     contexts, counter = every_length(first, repeats), Counter(first)
     data = settings.shape.images(first, len(contexts.length))

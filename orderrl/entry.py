@@ -93,8 +93,8 @@ def run_application(command: str, main: Callable[[DictConfig], Any], *, config_m
 
     Everything that Hydra offers works: ``key=value``, ``group=choice``, ``--multirun``, ``--cfg job``,
     ``hydra/launcher=...``. ``--help`` lists the groups and explains every key. Wrong input ends the program with
-    code 2 and one line, ``error: ...``; so do ``ValueError`` and ``FileNotFoundError`` of ``main``. With
-    ``HYDRA_FULL_ERROR=1`` they show their traceback.
+    code 2 and one line, ``error: ...``; so do ``ValueError`` and ``OSError`` (a missing file, a full disk) of ``main``.
+    With ``HYDRA_FULL_ERROR=1`` they show their traceback.
 
     Args:
         command: the name of the primary configuration, such as ``train``.
@@ -108,7 +108,7 @@ def run_application(command: str, main: Callable[[DictConfig], Any], *, config_m
             _print_help(command, list(filter(_is_override, arguments)), config_module)
             return
         _run_hydra(command, lambda config: _run_job(command, main, full_error, config), arguments, config_module)
-    except (HydraException, OmegaConfBaseException, ValueError, FileNotFoundError) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
         if full_error:
             raise
         _refuse(_explain_anew(error, command, arguments, config_module))
@@ -147,7 +147,7 @@ def _run_job(command: str, main: Callable[[DictConfig], Any], full_error: bool, 
             raise ValueError(f"{command} needs {missing[0]}=...; see --help")
         OmegaConf.resolve(config)
         return main(config)
-    except (ValueError, FileNotFoundError, OmegaConfBaseException) as error:
+    except (ValueError, OSError, OmegaConfBaseException) as error:
         if full_error:
             raise
         _refuse(_line(error))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from orderrl.backbones import Backbone, backbone_fingerprint, load_backbone
 from orderrl.backbones.masked import MaskedTransformer
 from orderrl.backbones.protocol import backbone_device
 from orderrl.backbones.registry import TrainableBackbone
-from orderrl.classifier import CLASSIFIERS
 from orderrl.data import load_split
+from orderrl.distributed import is_main, launched
 from orderrl.entry import run_application
+from orderrl.metrics.calibration import lookahead_utility
 from orderrl.metrics.comparison import comparisons
 from orderrl.metrics.evaluation import (
     EMPTY_ROW,
@@ -30,9 +32,12 @@ from orderrl.metrics.evaluation import (
     evaluate_policy,
     evaluate_token_raster,
     policy_detail,
+    statistics_described,
 )
 from orderrl.metrics.features import Features, extract_features
 from orderrl.metrics.quality import Quality, real_floor, sample_quality
+from orderrl.metrics.recognisability import make_recogniser
+from orderrl.metrics.recording import example_images
 from orderrl.metrics.references import Reference, open_reference, reference_of
 from orderrl.oracle import utilities
 from orderrl.pipeline import (
@@ -45,7 +50,9 @@ from orderrl.pipeline import (
 )
 from orderrl.report import write_report
 from orderrl.report.markdown import markdown_comparisons, markdown_table
-from orderrl.runs import Run, progress, write_json
+from orderrl.resuming import Unfinished
+from orderrl.rows import Job, evaluation_key, log_values, make_rows, publish_samples
+from orderrl.runs import Run, write_json
 
 AGENTS = ("bc", "ppo")
 FLOOR_REPEATS = 5  # random halves of the real images
@@ -82,12 +89,17 @@ def make_protocol(config: DictConfig, backbone: Backbone) -> Protocol:
     real, reference = real_and_reference(config, backbone_device(backbone)) if e.features is not None else (None, None)
     images = min(e.images, len(data))
     subset = replace(data, tokens=data.tokens[:images], labels=data.labels[:images])
+    recogniser = make_recogniser(e.classifier, data, e.hidden_fill, backbone_device(backbone))
+    states = _shared_states(config, backbone, images) if backbone.order_robust else None
+    lookahead = None
+    if states is not None and e.lookahead_states is not None and backbone.vocab_size:
+        lookahead = lookahead_utility(backbone, subset, states, e.lookahead_states, e.lookahead_draws, config.seed)
     return Protocol(
         backbone,
         subset,
         real,
         reference,
-        _shared_states(config, backbone, images) if backbone.order_robust else None,
+        states,
         e.features,
         e.samples,
         e.reference_images,
@@ -96,6 +108,10 @@ def make_protocol(config: DictConfig, backbone: Backbone) -> Protocol:
         config.seed,
         feature_weights(config),
         e.kid_subsets,
+        lookahead=lookahead,
+        recogniser=recogniser,
+        distance_resamples=e.distance_resamples,
+        extrapolate=e.fid_infinity,
     )
 
 
@@ -139,7 +155,16 @@ def all_splits(name: str) -> list[Any]:
     return [load_split(name, split) for split in ("backbone", "planner", "test")]
 
 
-def chosen_policies(config: DictConfig, backbone: Backbone) -> list[tuple[NamedPolicy, bool]]:
+def planner_paths(config: DictConfig, backbone: Backbone) -> list[str]:
+    """Checkpoints of the planners of the table; none where there is no order to choose."""
+    paths: list[str] = []
+    for entry in config.eval.planners if backbone.order_robust else []:
+        found = newest_planners(config, backbone) if entry == "newest" else [entry]
+        paths += [str(path) for path in found]
+    return paths
+
+
+def chosen_policies(config: DictConfig, backbone: Backbone, paths: list[str]) -> list[tuple[NamedPolicy, bool]]:
     """Policies of the table, each with whether its samples are scored; all names are checked before any work."""
     order: dict[str, Tensor] = {}
 
@@ -154,10 +179,6 @@ def chosen_policies(config: DictConfig, backbone: Backbone) -> list[tuple[NamedP
             f"{config.backbone.name} draws in raster order only: no policy to compare, its raster row stands alone"
         )
         return []
-    paths: list[str] = []
-    for entry in e.planners:
-        found = newest_planners(config, backbone) if entry == "newest" else [entry]
-        paths += [str(path) for path in found]
     for path in paths:
         announce(f"planner: {path}")
     named = [(make_policy(path, backbone), True) for path in paths]
@@ -172,48 +193,66 @@ def evaluate(config: DictConfig) -> Path:
         ValueError: if a policy or checkpoint is unknown, does not fit, or acts illegally.
     """
     backbone = open_backbone(config)
-    policies = chosen_policies(config, backbone)
+    paths = planner_paths(config, backbone)
+    policies = chosen_policies(config, backbone, paths)
     protocol = make_protocol(config, backbone)
-    rows: list[Evaluated] = []
-    raster = list(config.eval.token_raster) if backbone.order_robust else ["self"]
-    with Run("evaluate", config) as run:
-        if config.eval.keep_samples:
-            protocol = replace(protocol, samples_folder=run.folder / "samples")
-        with progress(len(policies) + len(raster), "evaluating", "policies") as advance:
-            for named, sampled in policies:
-                rows.append(evaluate_policy(protocol, named, sampled))
-                run.log({k: v for k, v in rows[-1].row.items() if isinstance(v, float)}, len(rows))
-                advance(note=named.name)
-            for name in raster:
-                own = name == "self"
-                other = backbone if own else load_backbone(name, device=config.device)
-                if not isinstance(other, TrainableBackbone):
-                    raise ValueError(f"token_raster={name!r} must be a causal backbone of this package")
-                rows.append(evaluate_token_raster(protocol, "token_raster" if own else name, other))
-                advance(note=name)
-        reached = real_row(protocol)
-        known = {} if reached is None else {"policy": "real images", "features": protocol.features, **asdict(reached)}
-        floor = [EMPTY_ROW | known] if known else []
-        results: dict[str, Any] = {
-            "protocol": describe(config, backbone, protocol),
-            "rows": [row.row for row in rows] + floor,
-            "comparisons": comparisons(rows, protocol.resamples, config.seed),
-        }
-        write_json(run.folder / "results.json", results)
-        details = [policy_detail(protocol, row) for row in rows if _pictured(row)]
-        report = write_report(run.folder, results, details)
-        tables = markdown_table(results["rows"]) + "\n" + markdown_comparisons(results["comparisons"])
-        (run.folder / "results.md").write_text(tables, encoding="utf-8")
-        print_table(results["rows"])
-        print_comparisons(results["comparisons"])
-        announce(f"results: {run.folder / 'results.json'}\nreport: {report}")
+    jobs = row_jobs(config, backbone, policies)
+    key = evaluation_key(config, backbone, protocol.data, [named for named, _ in policies], paths)
+    with Run("evaluate", config) as run, Unfinished(config.cache_dir, f"evaluation-{key}") as work:
+        rows = make_rows(jobs, protocol, work, config.eval.keep_samples)
+        if is_main():
+            for number, row in enumerate(rows):
+                run.log(log_values(row.row), number + 1)
+            publish_samples(work, run.folder / "samples")
+            _write_table(config, backbone, protocol, rows, run)
     return run.folder
 
 
+def row_jobs(config: DictConfig, backbone: Backbone, policies: list[tuple[NamedPolicy, bool]]) -> list[Job]:
+    """Every row of the table as something to be made."""
+    raster = list(config.eval.token_raster) if backbone.order_robust else ["self"]
+
+    def policy_row(protocol: Protocol, named: NamedPolicy, sampled: bool) -> Evaluated:
+        return evaluate_policy(protocol, named, sampled)
+
+    def raster_row(protocol: Protocol, name: str) -> Evaluated:
+        own = name == "self"
+        other = backbone if own else load_backbone(name, device=config.device)
+        if not isinstance(other, TrainableBackbone):
+            raise ValueError(f"token_raster={name!r} must be a causal backbone of this package")
+        return evaluate_token_raster(protocol, "token_raster" if own else name, other)
+
+    return [
+        *(Job(named.name, partial(policy_row, named=named, sampled=sampled)) for named, sampled in policies),
+        *(Job(name, partial(raster_row, name=name)) for name in raster),
+    ]
+
+
+def _write_table(config: DictConfig, backbone: Backbone, protocol: Protocol, rows: list[Evaluated], run: Run) -> None:
+    """Compare the rows, write results and report, and print the main columns."""
+    reached = real_row(protocol)
+    known = {} if reached is None else {"policy": "real images", "features": protocol.features, **asdict(reached)}
+    floor = [EMPTY_ROW | known] if known else []
+    results: dict[str, Any] = {
+        "protocol": describe(config, backbone, protocol),
+        "rows": [row.row for row in rows] + floor,
+        "comparisons": comparisons(rows, protocol.resamples, config.seed),
+    }
+    write_json(run.folder / "results.json", results)
+    details = [policy_detail(protocol, row) for row in rows if _pictured(row)]
+    examples = example_images(protocol.data, backbone.geometry) if details else None
+    report = write_report(run.folder, results, details, examples)
+    run.log_figures(sorted((run.folder / "figures").glob("*.png")))
+    tables = markdown_table(results["rows"]) + "\n" + markdown_comparisons(results["comparisons"])
+    (run.folder / "results.md").write_text(tables, encoding="utf-8")
+    print_table(results["rows"])
+    print_comparisons(results["comparisons"])
+    announce(f"results: {run.folder / 'results.json'}\nreport: {report}")
+
+
 def _pictured(row: Evaluated) -> bool:
-    """Whether the report draws a policy: everything that reveals one block a step, and planners of one seed."""
-    first_seed = row.row["seed"] in (None, 0)
-    return row.rollout is not None and first_seed and (row.row["budgets"] == [1] or row.row["R"] is not None)
+    """Whether the report shows a policy's orders: planners of one seed, and everything else that has an order."""
+    return row.rollout is not None and row.row["seed"] in (None, 0)
 
 
 def describe(config: DictConfig, backbone: Backbone, protocol: Protocol) -> dict[str, Any]:
@@ -229,13 +268,11 @@ def describe(config: DictConfig, backbone: Backbone, protocol: Protocol) -> dict
         "references": f"oracle and lookahead on the first {protocol.reference_images} images",
         "samples": _compared(protocol),
         "features": protocol.features,
-        "recognisability": "classifier confidence in the true class, hidden blocks grey"
-        if protocol.data.name in CLASSIFIERS
-        else None,
+        "recognisability": None if protocol.recogniser is None else protocol.recogniser.described,
         "losses": _loss_unit(backbone, protocol),
         "sampling": OmegaConf.to_container(OmegaConf.create(vars(protocol.sampling))),
         "seconds_per_image": "of sampling in batches of 250 where samples are scored, else of the rollout",
-        "intervals": f"95 % paired bootstrap over images, {protocol.resamples} resamples",
+        **statistics_described(protocol),
         "seed": config.seed,
     }
 
@@ -297,4 +334,4 @@ def print_comparisons(entries: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    run_application("evaluate", evaluate)
+    run_application("evaluate", launched(evaluate))

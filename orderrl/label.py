@@ -6,8 +6,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from orderrl.distributed import launched
 from orderrl.entry import run_application
-from orderrl.pipeline import announce, find_or_make_labels, open_backbone, open_labels
+from orderrl.pipeline import announce, find_or_make_labels, open_backbone
 from orderrl.runs import Run
 
 
@@ -16,11 +17,11 @@ def label(config: DictConfig) -> Path:
     backbone = open_backbone(config)
     with Run("label", config) as run:
         folder = find_or_make_labels(config, backbone, run=run)
-        contexts = open_labels(folder, backbone)
-        run.write_json("labels.json", {"folder": str(folder), "contexts": len(contexts)})
-        announce(f"labels: {len(contexts)} contexts in {folder}\nrun: {run.folder}")
+        contexts = config.labels.contexts
+        run.write_json("labels.json", {"folder": str(folder), "contexts": contexts})
+        announce(f"labels: {contexts} contexts in {folder}\nrun: {run.folder}")
     return folder
 
 
 if __name__ == "__main__":
-    run_application("label", label)
+    run_application("label", launched(label))

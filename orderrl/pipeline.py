@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
+from torch import Tensor
 
+from orderrl import distributed
 from orderrl.agents.bc import BCConfig, clone
 from orderrl.agents.imitation import ImitationConfig, imitate
 from orderrl.agents.ppo import PPO, PPOConfig
@@ -24,17 +26,20 @@ from orderrl.agents.search import SearchConfig, search_schedule
 from orderrl.backbones import Backbone, Sampling, backbone_fingerprint, load_backbone
 from orderrl.backbones.protocol import backbone_device, check_fits
 from orderrl.backbones.registry import weights_fingerprint
+from orderrl.backbones.sharding import shard_backbone
 from orderrl.data import TokenSet, load_split
 from orderrl.entry import compose
 from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.envs.reward import RewardConfig
 from orderrl.envs.torchrl import NextBlockTorchRLEnv
-from orderrl.oracle import LabelConfig, label_contexts, random_contexts
+from orderrl.labelling import assemble, label_shard, label_shard_together, make_shards, plan_shards
+from orderrl.oracle import LabelConfig, random_contexts
 from orderrl.planner import OrderHead, PlannerConfig, load_planner, save_planner
+from orderrl.resuming import Unfinished, forget
 from orderrl.runs import Cache, Run, fingerprint, progress
 
 CHEAPEST = RewardConfig(objective="likelihood", form="charged")  # needs no context losses
-LABELS, PLANNERS, UNFINISHED = "labels", "planners", "unfinished"
+LABELS, PLANNERS = "labels", "planners"
 FORMAT = 1  # of what is cached; raised when the meaning of stored files changes
 
 
@@ -60,9 +65,11 @@ def open_backbone(config: DictConfig) -> Backbone:
     backbone = load_backbone(
         chosen.name,
         chosen.get("path"),
-        device=config.device,
+        device="cpu" if config.get("shard") else config.device,  # no device ever holds all of a backbone to be split
         dtype=chosen.get("dtype"),
         shape=chosen.get("shape"),
+        memory_gb=chosen.get("memory_gb"),
+        compile=chosen.get("compile"),
     )
     check_fits(backbone, load_split(config.data.name, "test"))
     return backbone
@@ -102,8 +109,28 @@ def with_values(config: DictConfig, values: dict[str, Any]) -> DictConfig:
 
 
 def announce(text: str) -> None:
-    """Tell the user what a step does or found."""
-    print(text, flush=True)
+    """Tell the user what a step does or found; of many processes the main one does."""
+    if distributed.is_main():
+        print(text, flush=True)
+
+
+def follow(rows: Iterator[dict[str, float]], work: Unfinished, run: Run | None, report: Callable[[Any], None]) -> None:
+    """Run a training loop to its end and log its rows.
+
+    Args:
+        rows: of the loop, one a step; the loop uses `work`.
+        work: a loop that continues has the rows of its earlier steps there, which are logged again.
+        run: gets the rows.
+        report: moves a progress bar; gets the last row, and as its key "new" how many steps were done.
+    """
+    shown = 0
+    for row in rows:
+        work.history.append(row)
+        for earlier in work.history[shown:]:
+            if run is not None:
+                run.log(earlier, int(earlier["step"]))
+        report(row | {"new": len(work.history) - shown})
+        shown = len(work.history)
 
 
 # ---------------------------------------------------------------------- labels
@@ -111,7 +138,7 @@ def announce(text: str) -> None:
 
 def label_description(config: DictConfig, backbone: Backbone, data: TokenSet, **changes: Any) -> dict[str, Any]:
     """What determines a set of labels."""
-    labels = section(config, "labels", "batch_size") | changes
+    labels = section(config, "labels", "batch_size", "shard_size") | changes
     return {"format": FORMAT, "backbone": backbone_fingerprint(backbone), "data": data.fingerprint, "labels": labels}
 
 
@@ -131,11 +158,12 @@ def find_or_make_labels(
     data = load_split(config.data.name, split)
     description = label_description(config, backbone, data, **changes)
     cache, key = Cache(config.cache_dir), fingerprint(description)
-    found = cache.find(LABELS, key)
+    found = distributed.on_main(lambda: cache.find(LABELS, key))
     if found is not None:
+        forget(config.cache_dir, f"{LABELS}-{key}")
         announce(f"labels: {found} (cached)")
         return found
-    settings = LabelConfig(**(section(config, "labels") | changes))
+    settings = LabelConfig(**(section(config, "labels", "shard_size") | changes))
     if settings.kind != "pointwise" and not backbone.vocab_size:
         raise ValueError(
             f"labels.kind={settings.kind!r} needs token probabilities, which a backbone of continuous tokens does not "
@@ -143,15 +171,28 @@ def find_or_make_labels(
         )
     announce(f"labels: none for this config yet, labelling {settings.contexts} contexts of {data.name}/{split}")
     contexts = random_contexts(settings, len(data), backbone.geometry.num_blocks)
-    parts = []
-    with progress(settings.contexts, "labelling", "contexts") as advance:
-        for part in label_contexts(backbone, data.tokens, data.labels, settings, contexts):
-            parts.append(TensorDict(part, batch_size=[len(part["label"])]))
-            advance(len(part["label"]))
-            if run is not None:
-                run.log({"mean_gain": part["gains"].mean().item()}, len(parts))
-    with cache.store(LABELS, key, description) as folder:
-        TensorDict.cat(parts).memmap_(str(folder / "contexts"))
+    shards = plan_shards(contexts, settings.batch_size, config.labels.shard_size)
+    together = bool(config.get("shard", False))
+    if together:
+        shard_backbone(backbone, config.device)
+    with Unfinished(config.cache_dir, f"{LABELS}-{key}") as work:
+        with progress(None, "labelling", "contexts") as advance:
+
+            def make(shard: range) -> dict[str, Tensor]:
+                label = label_shard_together if together else label_shard
+                made = label(backbone, data, settings, contexts, shard, advance)
+                if run is not None:
+                    run.log({"mean_gain": made["gains"].mean().item()}, shard.stop)
+                return made
+
+            make_shards(work, shards, make, together)
+
+        def publish() -> None:
+            assemble(work, shards, work.folder / "contexts")
+            with cache.store(LABELS, key, description) as folder:
+                (work.folder / "contexts").rename(folder / "contexts")
+
+        distributed.on_main(publish)
     return cache.folder(LABELS, key)
 
 
@@ -192,15 +233,13 @@ def find_or_train_clone(config: DictConfig, backbone: Backbone, run: Run | None 
         "objective": "context",
     }
 
-    def train() -> OrderHead:
+    def train(work: Unfinished) -> OrderHead:
         torch.manual_seed(config.seed)
         planner = OrderHead(shape)
         contexts = open_labels(labels, backbone)
         with progress(settings.steps, f"cloning ({settings.target}, R = {shape.reasoning_steps})", "steps") as advance:
-            for row in clone(planner, contexts, backbone.geometry, settings):
-                advance(note=f"loss {row['loss']:.3f}")
-                if run is not None:
-                    run.log(row, int(row["step"]))
+            rows = clone(planner, contexts, backbone.geometry, settings, work)
+            follow(rows, work, run, lambda row: advance(row["new"], f"loss {row['loss']:.3f}"))
         return planner
 
     return _find_or_train(config, description, train, reuse)
@@ -229,22 +268,21 @@ def find_or_train_schedule(config: DictConfig, backbone: Backbone, run: Run | No
         "objective": environment.reward.objective,
     }
 
-    def train() -> OrderHead:
+    def train(work: Unfinished) -> OrderHead:
         data = load_split(config.data.name, "planner")
         with progress(search.played, f"searching a schedule on {data.name}/{data.split}", "orders") as advance:
             cost = environment.reward.step_cost
-            policy = search_schedule(backbone, data, environment.budgets, cost, search, advance)
+            policy = search_schedule(backbone, data, environment.budgets, cost, search, advance, work)
         torch.manual_seed(config.seed)
         planner = OrderHead(shape).to(backbone_device(backbone))
         core = NextBlockCore(backbone, data, settings.num_envs, replace(environment, reward=CHEAPEST))
         with progress(settings.steps, f"imitating the schedule (R = {shape.reasoning_steps})", "steps") as advance:
-            for row in imitate(planner, core, policy, settings):
-                advance(note=f"agreement {row['agreement']:.2f}")
-                if run is not None:
-                    run.log(row, int(row["step"]))
+            rows = imitate(planner, core, policy, settings, work)
+            follow(rows, work, run, lambda row: advance(row["new"], f"agreement {row['agreement']:.2f}"))
         return planner
 
-    return _find_or_train(config, description, train, reuse)
+    # short, and nothing in it can be shared out: the main process does it on its own
+    return distributed.on_main(lambda: _find_or_train(config, description, train, reuse))
 
 
 def find_or_train_ppo(config: DictConfig, backbone: Backbone, run: Run | None = None, reuse: bool = True) -> Path:
@@ -265,29 +303,21 @@ def find_or_train_ppo(config: DictConfig, backbone: Backbone, run: Run | None = 
         "budgets": list(config.env.budgets),
         "objective": config.env.objective,
     }
-    state_file = Path(config.cache_dir) / UNFINISHED / f"{fingerprint(description)}.pt"
 
-    def train() -> OrderHead:
+    def train(work: Unfinished) -> OrderHead:
         data = load_split(config.data.name, "planner")
-        core = NextBlockCore(backbone, data, settings.num_envs, core_config(config))
+        core = NextBlockCore(backbone, data, settings.num_envs // distributed.size(), core_config(config))
         env = NextBlockTorchRLEnv(core=core, privileged=settings.privileged_critic)
         ppo = PPO(planner, env, settings)
-        if state_file.exists():
-            ppo.load_state_dict(torch.load(state_file, weights_only=True))
-            announce(f"ppo: continuing after round {ppo.iteration} of {settings.iterations}")
         with progress(settings.iterations, f"ppo ({config.env.objective})", "rounds") as advance:
-            advance(ppo.iteration)
-            for row in ppo.train():
-                advance(note=f"return {row['return']:.2f} nats, {row['planner_steps']:.1f} steps")
-                if run is not None:
-                    run.log(row, int(row["step"]))
-                if ppo.iteration % config.checkpoint_every == 0:
-                    _save_aside(ppo.state_dict(), state_file)
+
+            def report(row: dict[str, float]) -> None:
+                advance(row["new"], f"return {row['return']:.2f} nats, {row['planner_steps']:.1f} steps")
+
+            follow(ppo.train(work), work, run, report)
         return ppo.planner
 
-    path = _find_or_train(config, description, train, reuse)
-    state_file.unlink(missing_ok=True)
-    return path
+    return _find_or_train(config, description, train, reuse)
 
 
 def core_config(config: DictConfig) -> CoreConfig:
@@ -301,30 +331,38 @@ def _clone_to_start_from(config: DictConfig, backbone: Backbone) -> Path:
     """The planner that `start_target` names, of the same backbone, data, labels, planner and seed."""
     if config.agent.start_target == "schedule":
         searching = compose("train", ["agent=schedule"])
-        shared = ("backbone", "data", "env", "planner", "seed", "cache_dir", "device")
+        shared = ("backbone", "data", "env", "planner", "seed", "cache_dir", "device", "checkpoint_seconds")
         announce("ppo: starting from the fixed schedule of this config")
         return find_or_train_schedule(with_values(searching, {key: config[key] for key in shared}), backbone)
     cloning = compose("train", ["agent=bc", f"agent.target={config.agent.start_target}"])
-    shared = ("backbone", "data", "labels", "planner", "seed", "cache_dir", "device")
+    shared = ("backbone", "data", "labels", "planner", "seed", "cache_dir", "device", "checkpoint_seconds")
     announce(f"ppo: starting from the clone of this config with target {cloning.agent.target}")
     return find_or_train_clone(with_values(cloning, {key: config[key] for key in shared}), backbone)
 
 
 def _find_or_train(
-    config: DictConfig, description: dict[str, Any], train: Callable[[], OrderHead], reuse: bool
+    config: DictConfig, description: dict[str, Any], train: Callable[[Unfinished], OrderHead], reuse: bool
 ) -> Path:
+    """The cached planner of a description, or what `train` makes; an interrupted training continues."""
     cache, key = Cache(config.cache_dir), fingerprint(description)
-    found = cache.find(PLANNERS, key)
+    found = distributed.on_main(lambda: cache.find(PLANNERS, key))
+    path = cache.folder(PLANNERS, key) / "planner.safetensors"
     if found is not None and reuse:
-        announce(f"planner: {found / 'planner.safetensors'} (cached; reuse=false trains again)")
-        return found / "planner.safetensors"
-    planner = train()
-    if found is not None:  # trained again on purpose; the old one goes only now that there is a new one
-        shutil.rmtree(found)
-    with cache.store(PLANNERS, key, description) as folder:
-        save_planner(folder / "planner.safetensors", planner, description)
-    announce(f"planner: {cache.folder(PLANNERS, key) / 'planner.safetensors'}")
-    return cache.folder(PLANNERS, key) / "planner.safetensors"
+        forget(config.cache_dir, f"{PLANNERS}-{key}")
+        announce(f"planner: {path} (cached; reuse=false trains again)")
+        return path
+
+    def publish() -> None:
+        if found is not None:  # trained again on purpose; the old one goes only now that there is a new one
+            shutil.rmtree(found)
+        with cache.store(PLANNERS, key, description) as folder:
+            save_planner(folder / "planner.safetensors", planner, description)
+
+    with Unfinished(config.cache_dir, f"{PLANNERS}-{key}", config.checkpoint_seconds) as work:
+        planner = train(work)
+        distributed.on_main(publish)
+    announce(f"planner: {path}")
+    return path
 
 
 def newest_planner(config: DictConfig, backbone: Backbone, agent: str) -> Path | None:
@@ -336,10 +374,3 @@ def newest_planner(config: DictConfig, backbone: Backbone, agent: str) -> Path |
 
     found = Cache(config.cache_dir).newest(PLANNERS, fits)
     return None if found is None else found / "planner.safetensors"
-
-
-def _save_aside(state: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp")
-    torch.save(state, aside)
-    aside.replace(path)

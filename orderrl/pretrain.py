@@ -5,6 +5,7 @@ A published backbone continues from its weights: `backbone=llamagen_b backbone.p
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from omegaconf import DictConfig
 from orderrl.backbones import (
     OrderRobustTransformer,
     RasterTransformer,
+    backbone_fingerprint,
     build_backbone,
     published_names,
     save_backbone,
@@ -21,11 +23,14 @@ from orderrl.backbones import (
 from orderrl.backbones.loading import load_weights
 from orderrl.backbones.protocol import check_fits
 from orderrl.backbones.registry import TrainableBackbone, new_backbone
+from orderrl.backbones.sharding import is_sharded, whole_copy
 from orderrl.backbones.training import PretrainConfig, order_losses, pretrain
 from orderrl.data import TokenSet, augment_digits, augment_patches, load_split
+from orderrl.distributed import is_main, launched, on_main
 from orderrl.entry import run_application
-from orderrl.pipeline import announce, section, with_values
-from orderrl.runs import Run, progress
+from orderrl.pipeline import announce, follow, section, with_values
+from orderrl.resuming import Unfinished
+from orderrl.runs import Run, fingerprint, progress
 from orderrl.tokenize import find_or_make_tokens
 
 AUGMENTATIONS = {"digits": augment_digits, "digits_patches": augment_patches}
@@ -41,31 +46,60 @@ def pretrain_backbone(config: DictConfig) -> Path:
         ValueError: if a value of the config is not allowed, or the weights to start from don't fit.
     """
     if config.data.name == "folder":  # images become tokens first, with a tokeniser that is trained if need be
-        config = with_values(config, {"data": {"name": f"tokens:{find_or_make_tokens(config)}"}})
+        tokens = on_main(lambda: find_or_make_tokens(config))
+        config = with_values(config, {"data": {"name": f"tokens:{tokens}"}})
     train, held_out, test = (load_split(config.data.name, split) for split in ("backbone", "planner", "test"))
     settings = PretrainConfig(**section_of_training(config), seed=config.seed)
     torch.manual_seed(config.seed)
-    backbone = backbone_to_train(config, train).to(config.device)
-    with Run("pretrain", config) as run:
+    backbone = backbone_to_train(config, train)
+    description = {"data": config.data.name, "split": "backbone", "training": section_of_training(config)}
+    with (
+        Run("pretrain", config) as run,
+        Unfinished(config.cache_dir, f"backbone-{_key(config, backbone, train)}", config.checkpoint_seconds) as work,
+    ):
+        if not config.shard:
+            backbone = backbone.to(config.device)
         chosen, final = run.folder / "backbone.safetensors", run.folder / "backbone_final.safetensors"
-        description = {"data": config.data.name, "split": "backbone", "training": section_of_training(config)}
+        random_phase = work.folder / chosen.name
 
         def keep(averaged: TrainableBackbone) -> None:
-            save_backbone(chosen, averaged, description)
+            _save(random_phase, averaged, description)
 
         with progress(settings.steps, f"pretraining ({settings.order} order)", "steps") as advance:
             augment = AUGMENTATIONS.get(config.data.name)
-            for row in pretrain(backbone, train, held_out, settings, augment, keep):
-                advance(note=f"loss {row['loss']:.3f}")
-                run.log(row, int(row["step"]))
+            shard_on = config.device if config.shard else None
+            rows = pretrain(backbone, train, held_out, settings, augment, keep, work, shard_on)
+            follow(rows, work, run, lambda row: advance(row["new"], f"loss {row['loss']:.3f}"))
         losses = order_losses(backbone, test)
-        save_backbone(final if chosen.exists() else chosen, backbone, description | {"test": losses})
+        annealed = on_main(random_phase.exists)
+        _save(final if annealed else chosen, backbone, description | {"test": losses})
+        if annealed and is_main():
+            shutil.copyfile(random_phase, chosen)
         run.write_json("results.json", {"split": "test", "images": len(test), **losses})
         for name, value in losses.items():
             unit = "nats" if backbone.vocab_size else "DiffLoss units"
             announce(f"{name}: {value:.4f} {unit} per token on {len(test)} test images")
         announce(f"backbone: {chosen}\nrun: {run.folder}")
     return chosen
+
+
+def _key(config: DictConfig, backbone: TrainableBackbone, train: TokenSet) -> str:
+    """Fingerprint of everything that determines what is trained."""
+    description = {
+        "start": backbone_fingerprint(backbone),
+        "data": train.fingerprint,
+        "training": section_of_training(config),
+        "seed": config.seed,
+        "shard": config.shard,
+    }
+    return fingerprint(description)
+
+
+def _save(path: Path, backbone: TrainableBackbone, description: dict[str, Any]) -> None:
+    """Write a checkpoint in the main process; all must call it."""
+    whole = whole_copy(backbone) if is_sharded(backbone) else backbone
+    if is_main():
+        save_backbone(path, whole, description)
 
 
 def backbone_to_train(config: DictConfig, data: TokenSet) -> TrainableBackbone:
@@ -101,4 +135,4 @@ def section_of_training(config: DictConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_application("pretrain", pretrain_backbone)
+    run_application("pretrain", launched(pretrain_backbone))

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from orderrl.data.folder import FolderConfig, ImageSplit, folder_config, list_images, read_views
 from orderrl.entry import run_application
-from orderrl.pipeline import announce, section
-from orderrl.runs import Run, progress
+from orderrl.pipeline import announce, follow, section
+from orderrl.resuming import Unfinished
+from orderrl.runs import Run, fingerprint, progress
 from orderrl.tokenizers import VQConfig, VQTokenizer, save_tokenizer
 from orderrl.tokenizers.training import TokenizerTrainingConfig, reconstruction_quality, train_tokenizer
 
@@ -38,18 +39,21 @@ def pretrain_tokenizer(config: DictConfig) -> Path:
     torch.manual_seed(config.seed)
     tokenizer = VQTokenizer(VQConfig(**chosen["model"]), config.tokenizer.name).to(config.device)
     _check_size(folder, tokenizer)
-    with Run("pretrain_tokenizer", config) as run:
+    names = {split: part.names for split, part in splits.items()}
+    what = {"tokenizer": chosen, "data": section(config, "data", "workers"), "seed": config.seed, "images": names}
+    with (
+        Run("pretrain_tokenizer", config) as run,
+        Unfinished(config.cache_dir, f"tokenizer-{fingerprint(what)}", config.checkpoint_seconds) as work,
+    ):
         path = run.folder / "tokenizer.safetensors"
         description = {"data": section(config, "data"), "split": "backbone", "training": chosen["training"]}
         source = _Images(splits["backbone"], folder)
         held_out = splits["planner" if len(splits["planner"]) else "backbone"]
         with progress(settings.steps, "training the tokeniser", "steps") as advance:
-            steps = train_tokenizer(
-                tokenizer, source.draw, lambda: _batches(held_out, folder, settings.held_out_images), settings
+            rows = train_tokenizer(
+                tokenizer, source.draw, lambda: _batches(held_out, folder, settings.held_out_images), settings, work
             )
-            for row in steps:
-                advance(note=f"loss {row['loss']:.4f}")
-                run.log(row, int(row["step"]))
+            follow(rows, work, run, lambda row: advance(row["new"], f"loss {row['loss']:.4f}"))
         test = splits["test"] if len(splits["test"]) else held_out
         quality = reconstruction_quality(tokenizer, _batches(test, folder, len(test)))
         save_tokenizer(path, tokenizer, description | {"test": quality})

@@ -6,12 +6,13 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from orderrl.distributed import launched
 from orderrl.entry import compose, run_application
 from orderrl.evaluate import evaluate
 from orderrl.pipeline import announce, with_values
 from orderrl.train import train
 
-SHARED = ("backbone", "data", "labels", "logger", "output_dir", "cache_dir", "device")
+SHARED = ("backbone", "data", "labels", "logger", "output_dir", "cache_dir", "device", "checkpoint_seconds")
 
 
 def results(config: DictConfig) -> Path:
@@ -27,4 +28,4 @@ def results(config: DictConfig) -> Path:
 
 
 if __name__ == "__main__":
-    run_application("results", results)
+    run_application("results", launched(results))

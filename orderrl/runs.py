@@ -17,7 +17,7 @@ from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TextIO, TypeVar
 
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -32,6 +32,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+from orderrl import distributed
 
 T = TypeVar("T")
 _PACKAGES = (
@@ -139,7 +141,8 @@ class Run:
 
     The folder is ``<output_dir>/<command>/<date>_<time>`` (with ``-2``, ``-3`` ... if that exists) and holds
     ``config.yaml`` (resolved), ``versions.json`` and ``metrics.jsonl``: a JSON object a line, with ``step``, ``time``
-    in seconds since the start and the metrics. The command adds what it makes.
+    in seconds since the start and the metrics. The command adds what it makes. Of many processes the main one makes the
+    folder and writes; `log` and `write_json` do nothing in the others.
 
     Args:
         command: the entry point, such as ``train``.
@@ -161,12 +164,16 @@ class Run:
         name = self._logger.get("name", "local")
         if name not in ("local", "wandb"):
             raise ValueError(f"logger.name={name!r} is unknown; choose one of local, wandb")
-        self.folder = _new_folder(Path(self.config.get("output_dir", "runs")) / command)
-        (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(self.config), encoding="utf-8")
-        self.write_json("versions.json", versions())
+        parent = Path(self.config.get("output_dir", "runs")) / command
+        self.folder = distributed.on_main(lambda: _new_folder(parent))
         self._start = time.monotonic()
-        self._metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self._wandb = self._start_wandb() if name == "wandb" else None
+        self._metrics: TextIO | None = None
+        self._wandb: Any = None
+        if distributed.is_main():
+            (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(self.config), encoding="utf-8")
+            self.write_json("versions.json", versions())
+            self._metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
+            self._wandb = self._start_wandb() if name == "wandb" else None
 
     def __enter__(self) -> Self:
         return self
@@ -183,6 +190,8 @@ class Run:
             metrics: names and scalars (numbers or one-element tensors).
             step: the x axis; what it counts is the command's choice.
         """
+        if self._metrics is None:
+            return
         values = {name: float(value) for name, value in metrics.items()}
         line = {"step": int(step), "time": round(time.monotonic() - self._start, 3), **_finite(values)}
         self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
@@ -192,12 +201,21 @@ class Run:
 
     def write_json(self, name: str, value: Any) -> Path:
         """Write ``<folder>/<name>`` in one move and return its path; NaN and infinities become null."""
-        write_json(self.folder / name, value)
+        if distributed.is_main():
+            write_json(self.folder / name, value)
         return self.folder / name
+
+    def log_figures(self, paths: Iterable[Path]) -> None:
+        """Send pictures (PNG) to the logger, each under its file's name; the run's folder has them already."""
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({f"figures/{path.stem}": wandb.Image(str(path)) for path in paths})
 
     def close(self, failed: bool = False) -> None:
         """Finish the logs; called by the context manager."""
-        self._metrics.close()
+        if self._metrics is not None:
+            self._metrics.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=int(failed))
             self._wandb = None
@@ -316,6 +334,7 @@ def progress(total: int | None, description: str, unit: str = "it") -> Iterator[
     """Show how far a loop is: a bar with count, rate, time passed and time left.
 
     When the standard output is not a terminal, plain lines are printed instead, one in ten seconds and one at the end.
+    Of many processes the main one shows its own.
 
     Args:
         total: number of items, None if it is not known.
@@ -325,6 +344,9 @@ def progress(total: int | None, description: str, unit: str = "it") -> Iterator[
     Yields:
         A function to call when items are done.
     """
+    if not distributed.is_main():
+        yield lambda count=1, note="": None
+        return
     console = Console()
     if not console.is_terminal:
         lines = _PlainLines(total, description, unit)

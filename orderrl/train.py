@@ -7,6 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from orderrl.distributed import launched, on_main
 from orderrl.entry import run_application
 from orderrl.pipeline import announce, find_or_train_clone, find_or_train_ppo, find_or_train_schedule, open_backbone
 from orderrl.runs import Run
@@ -28,10 +29,10 @@ def train(config: DictConfig) -> Path:
     with Run("train", config) as run:
         path = AGENTS[config.agent.name](config, backbone, run, config.reuse)
         kept = run.folder / "planner.safetensors"
-        shutil.copyfile(path, kept)
+        on_main(lambda: shutil.copyfile(path, kept))
         announce(f"run: {run.folder}")
     return kept
 
 
 if __name__ == "__main__":
-    run_application("train", train)
+    run_application("train", launched(train))

@@ -49,7 +49,7 @@ SMALL_PPO = [
     "agent.minibatch_size=64",
     "agent.epochs=1",
     "agent.critic_warmup=1",
-    "checkpoint_every=1",
+    "checkpoint_seconds=0",
 ]
 SMALL_EVAL = [
     *SMALL_LABELS,
@@ -222,11 +222,11 @@ def test_ppo_continues_after_an_interruption_with_the_same_result(home: Path, cl
 
     config = configure(home, "train", *overrides, cache="cut")
     stop(config)
-    assert list((home / "cut" / "unfinished").glob("*.pt"))
+    assert list((home / "cut" / "unfinished").glob("*/state.*.pt"))
     resumed = train(config)
     one, other = load_planner(whole)[0].state_dict(), load_planner(resumed)[0].state_dict()
     assert all(torch.equal(one[key], other[key]) for key in one)
-    assert not list((home / "cut" / "unfinished").glob("*.pt"))
+    assert not list((home / "cut" / "unfinished").iterdir())
 
 
 @pytest.mark.parametrize("overrides", [SMALL_BC, SMALL_PPO], ids=["bc", "ppo"])
@@ -344,7 +344,7 @@ def test_newest_planner_is_the_last_one_of_its_agent(home: Path, improved: Path)
 
 def test_code_length_is_interpolated_at_equal_steps() -> None:
     def row(steps: float, nll: float) -> Evaluated:
-        return Evaluated({}, decode_nll=torch.full((3,), nll), steps=torch.full((3,), float(steps)))
+        return Evaluated({}, {"decode_nll": torch.full((3,), nll), "steps": torch.full((3,), float(steps))})
 
     family = [row(16, 70.0), row(8, 74.0), row(4, 80.0)]
     at_six = code_length_at(family, 6.0)
@@ -373,6 +373,10 @@ def test_code_length_is_interpolated_at_equal_steps() -> None:
         (evaluate, ["eval.reference=none.npz", "eval.features=null"], r"reference='none.npz' needs features"),
         (evaluate, ["eval.feature_weights=w.pth"], r"orderrl-digits has its own, pass None"),
         (evaluate, ["eval.kid_subsets=0"], r"kid_subsets must be at least 1, got 0"),
+        (evaluate, ["eval.classifier=vgg"], r"classifier='vgg' is unknown; choose one of own, digits, timm:MODEL"),
+        (evaluate, ["eval.hidden_fill=noise"], r"hidden_fill='noise' is unknown; choose one of grey, completion"),
+        (evaluate, ["eval.distance_resamples=1"], r"distance_resamples must be at least 2, or 0 for no interval"),
+        (evaluate, ["eval.lookahead_states=0"], r"lookahead_states must be at least 1, or null for none"),
         (generate, ["label=10"], r"label=10 is no class"),
         (generate, ["n=0"], r"n must be at least 1"),
         (generate, ["temperature=0"], r"temperature must be positive"),

@@ -16,14 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from orderrl import distributed
 from orderrl.backbones.masked import MaskedTransformer
 from orderrl.backbones.registry import TrainableBackbone
+from orderrl.backbones.sharding import WholeTraining, shard_backbone
 from orderrl.backbones.transformer import cross_entropy
 from orderrl.data import TokenSet
 from orderrl.geometry import BlockGrid
+from orderrl.resuming import Part, Unfinished, steps_of
 
 ORDERS = ("random", "raster")
 MAX_LOGITS = 2**26  # in one evaluation forward
+_PROCESS_SEEDS = 1_000_000_007  # between the random numbers of processes
 
 
 @dataclass(frozen=True)
@@ -161,8 +165,13 @@ def pretrain(
     config: PretrainConfig,
     augment: Callable[[Tensor, torch.Generator, float], Tensor] | None = None,
     on_random_phase_end: Callable[[TrainableBackbone], None] | None = None,
+    work: Unfinished | None = None,
+    shard_on: str | None = None,
 ) -> Iterator[dict[str, float]]:
     """Train in place; on return the backbone holds the averaged weights.
+
+    Of several processes each takes its rows of every batch. All draw the whole batch alike, so without dropout the
+    losses are those of one process; a masked model's noise is drawn by each process on its own.
 
     Args:
         backbone: trained in place.
@@ -171,24 +180,36 @@ def pretrain(
         config: hyper-parameters.
         augment: the data set's augmentation, called with tokens, generator and strength.
         on_random_phase_end: receives the averaged backbone at the last step with random orders only.
+        work: keeps the training's state, so that an interrupted one continues.
+        shard_on: device on which the weights are split over all processes; None leaves them whole.
 
     Yields:
         One dict of metrics a step: step, loss (nats per token), learning_rate, random_share; with
         held-out losses at every evaluation.
     """
-    device = next(backbone.parameters()).device
     generator = torch.Generator().manual_seed(config.seed)
+    averaged = AveragedModel(backbone, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+    mean = cast(TrainableBackbone, averaged.module).eval()
+    if shard_on is not None:
+        shard_backbone(backbone, shard_on)
+        shard_backbone(mean, shard_on)
+    device = next(backbone.parameters()).device
     optimizer = torch.optim.AdamW(
         _parameter_groups(backbone, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.95)
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, config))
-    averaged = AveragedModel(backbone, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
-    mean = cast(TrainableBackbone, averaged.module).eval()
-    kept_random = False
-    for step in range(config.steps):
+    phase = {"kept_random": False}
+    parts: dict[str, Part] = {"schedule": schedule, "generator": generator, "phase": phase}
+    if shard_on is not None:
+        parts["training"] = WholeTraining(backbone, averaged, optimizer)
+    else:
+        parts |= {"backbone": backbone, "averaged": averaged, "optimizer": optimizer}
+    if distributed.rank():  # dropout of its own in every process
+        torch.manual_seed(config.seed + _PROCESS_SEEDS * distributed.rank())
+    for step in steps_of(work, config.steps, **parts):
         share = random_share(step, config)
-        if share < 1 and config.order == "random" and not kept_random:
-            kept_random = True
+        if share < 1 and config.order == "random" and not phase["kept_random"]:
+            phase["kept_random"] = True
             if on_random_phase_end is not None:
                 on_random_phase_end(mean)
         rows = torch.randint(len(train), (config.batch_size,), generator=generator)
@@ -201,19 +222,20 @@ def pretrain(
             order = raster_token_orders(backbone.geometry, config.batch_size)
         else:
             order = block_orders(backbone.geometry, config.batch_size, share, generator)
-        tokens, labels, order = tokens.to(device), labels.to(device), order.to(device)
+        mine = distributed.rows_of(torch.arange(config.batch_size))
+        tokens, labels, order = tokens[mine].to(device), labels[mine].to(device), order[mine].to(device)
         backbone.train()
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-            loss = training_loss(backbone, tokens, labels, order, generator)
+            loss = training_loss(backbone, tokens, labels, order, _noise_generator(generator, config.seed, step))
         optimizer.zero_grad()
-        loss.backward()
+        total = distributed.backward(loss, backbone.parameters(), len(mine) / config.batch_size)
         nn.utils.clip_grad_norm_(backbone.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         averaged.update_parameters(backbone)
         row: dict[str, float] = {
             "step": step + 1,
-            "loss": loss.item(),
+            "loss": total,
             "learning_rate": float(schedule.get_last_lr()[0]),
             "random_share": share,
         }
@@ -222,3 +244,13 @@ def pretrain(
         yield row
     backbone.load_state_dict(mean.state_dict())
     backbone.eval()
+
+
+def _noise_generator(generator: torch.Generator, seed: int, step: int) -> torch.Generator:
+    """Source of a masked model's noise: the training's own, or of many processes one for each.
+
+    How much is drawn depends on the rows, so processes that shared one would no longer draw the same batches.
+    """
+    if distributed.size() == 1:
+        return generator
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) * distributed.size() + distributed.rank())

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from orderrl.resuming import Unfinished, steps_of
 from orderrl.tokenizers.layers import to_unit_range
 from orderrl.tokenizers.vq import VQTokenizer
 
@@ -161,6 +162,7 @@ def train_tokenizer(
     draw: Callable[[int, torch.Generator], Tensor],
     held_out: Callable[[], Iterable[Tensor]],
     config: TokenizerTrainingConfig,
+    work: Unfinished | None = None,
 ) -> Iterator[dict[str, float]]:
     """Train in place; on return the tokeniser holds the averaged weights.
 
@@ -169,6 +171,7 @@ def train_tokenizer(
         draw: gives a random batch (n, 3, H, W) uint8 of n training images.
         held_out: gives batches (n, 3, H, W) uint8 for the logged quality; never trained on.
         config: hyper-parameters.
+        work: keeps the training's state, so that an interrupted one continues.
 
     Yields:
         One dict of metrics a step: step, loss and its terms, learning_rate, restarted; with held_out_psnr (dB),
@@ -180,9 +183,13 @@ def train_tokenizer(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate_factor(step, config))
     averaged = AveragedModel(tokenizer, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
     mean = cast(VQTokenizer, averaged.module).eval()
-    chosen = torch.zeros(tokenizer.vocab_size, dtype=torch.bool, device=device)
+    used = {"chosen": torch.zeros(tokenizer.vocab_size, dtype=torch.bool)}
+    steps = steps_of(
+        work, config.steps, tokenizer=tokenizer, averaged=averaged, optimizer=optimizer, schedule=schedule,
+        generator=generator, used=used,
+    )  # fmt: skip
     tokenizer.train()
-    for step in range(config.steps):
+    for step in steps:
         images = to_unit_range(draw(config.batch_size, generator)).to(device)
         if config.flips:
             mirrored = torch.rand(len(images), 1, 1, 1, generator=generator).to(device) < 0.5
@@ -194,14 +201,14 @@ def train_tokenizer(
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)
-        chosen[tokenizer.quantize.nearest(latents).flatten()] = True
+        used["chosen"][tokenizer.quantize.nearest(latents).flatten().cpu()] = True
         optimizer.step()
         schedule.step()
         restarted = 0
         if (step + 1) % config.restart_every == 0 or step == 0:  # the first batch spreads the codes over its latents
             if step < config.restart_until * config.steps:
-                restarted = restart_codes(tokenizer, ~chosen, latents, generator)
-            chosen.zero_()
+                restarted = restart_codes(tokenizer, ~used["chosen"].to(device), latents, generator)
+            used["chosen"].zero_()
         averaged.update_parameters(tokenizer)
         row = {
             "step": step + 1,

@@ -30,7 +30,12 @@ def data(tmp_path: Path) -> list[str]:
 @pytest.fixture
 def trained(tmp_path: Path, data: list[str]) -> Path:
     """A tokeniser trained for two steps."""
-    return pretrain_tokenizer(compose("pretrain_tokenizer", [*data, *TRAINING, f"output_dir={tmp_path / 'runs'}"]))
+    return pretrain_tokenizer(
+        compose(
+            "pretrain_tokenizer",
+            [*data, *TRAINING, f"output_dir={tmp_path / 'runs'}", f"cache_dir={tmp_path / 'cache'}"],
+        )
+    )
 
 
 def test_the_commands_lead_from_images_to_a_token_set(tmp_path: Path, data: list[str], trained: Path) -> None:
@@ -49,7 +54,7 @@ def test_the_commands_lead_from_images_to_a_token_set(tmp_path: Path, data: list
 
 def test_tokens_of_a_config_are_made_once_with_their_tokeniser(tmp_path: Path, data: list[str]) -> None:
     where = [f"cache_dir={tmp_path / 'cache'}", f"output_dir={tmp_path / 'runs'}"]
-    config = compose("pretrain_tokenizer", [*data, *TRAINING, where[1], f"+{where[0]}"])
+    config = compose("pretrain_tokenizer", [*data, *TRAINING, *where])
     folder = find_or_make_tokens(config)
     runs = list((tmp_path / "runs" / "pretrain_tokenizer").iterdir())
     assert find_or_make_tokens(config) == folder and len(load_split(f"tokens:{folder}", "backbone")) == 14

@@ -1,0 +1,112 @@
+"""Backbones that do not fit on one device: their weights are split over all processes (FSDP2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.optim.swa_utils import AveragedModel
+
+from orderrl import distributed
+from orderrl.backbones.protocol import Backbone
+
+if TYPE_CHECKING:
+    from orderrl.backbones.registry import TrainableBackbone
+
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+# What is called on a backbone and uses its own weights; FSDP gathers weights for `forward` alone unless it is told.
+_BACKBONE_METHODS = ("start", "context_loss", "observe", "extend", "decode", "expected_gain", "teacher_forced")
+_LAYER_METHODS = ("chain",)
+
+
+def shard_backbone(backbone: Backbone, device: str) -> None:
+    """Split a backbone's weights over all processes, in place: every layer on its own, and the rest.
+
+    From then on all processes must make the same calls of it at the same time.
+
+    Args:
+        backbone: of the LlamaGen family (RandAR, LlamaGen), the same in every process; best on the CPU, so that no
+            device ever holds all of it.
+        device: of this process.
+
+    Raises:
+        ValueError: if there is one process only, or the backbone has no layers to split.
+    """
+    layers = _layers(backbone)
+    if not isinstance(backbone, nn.Module) or not layers:
+        raise ValueError("shard=true needs a backbone of the LlamaGen family: RandAR or LlamaGen")
+    if distributed.size() == 1:
+        raise ValueError("shard=true splits a backbone over processes; start several with torchrun --nproc-per-node=K")
+    if isinstance(backbone, FSDPModule):
+        return
+    mesh = init_device_mesh(torch.device(device).type, (distributed.size(),))
+    for layer in layers:
+        fully_shard(layer, mesh=mesh)
+        _register(layer, _LAYER_METHODS)
+    fully_shard(backbone, mesh=mesh)
+    _register(backbone, _BACKBONE_METHODS)
+
+
+def _layers(backbone: Any) -> list[nn.Module]:
+    """Layers whose weights are used by `forward` and `chain` alone."""
+    layers: Iterable[nn.Module] = getattr(backbone, "layers", ())
+    return list(layers) if isinstance(layers, nn.ModuleList) else []
+
+
+def _register(module: nn.Module, methods: tuple[str, ...]) -> None:
+    for method in methods:
+        if hasattr(module, method):
+            register_fsdp_forward_method(module, method)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether its weights are split over processes."""
+    return isinstance(module, FSDPModule)
+
+
+def whole_copy(backbone: TrainableBackbone) -> TrainableBackbone:
+    """A sharded backbone's weights in an unsharded backbone on the CPU, to be saved.
+
+    All processes must call it; only the main one gets the weights.
+    """
+    weights = get_model_state_dict(cast(nn.Module, backbone), options=_WHOLE)
+    family: Any = next(kind for kind in type(backbone).__mro__ if not issubclass(kind, FSDPModule))
+    whole: TrainableBackbone = family(backbone.config)
+    if weights:
+        whole.load_state_dict(weights)
+    return whole.eval()
+
+
+class WholeTraining:
+    """Model, averaged model and optimizer of a sharded training as whole tensors on the CPU, for a state that lasts."""
+
+    def __init__(self, model: nn.Module, averaged: AveragedModel, optimizer: torch.optim.Optimizer) -> None:
+        self.model, self.averaged, self.optimizer = model, averaged, optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whole tensors, in the main process alone."""
+        return {
+            "model": get_model_state_dict(self.model, options=_WHOLE),
+            "mean": get_model_state_dict(self.averaged.module, options=_WHOLE),
+            "averaged": self.averaged.n_averaged.cpu(),
+            "optimizer": get_optimizer_state_dict(self.model, self.optimizer, options=_WHOLE),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take whole tensors, which every process has read."""
+        options = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(self.model, state["model"], options=options)
+        set_model_state_dict(self.averaged.module, state["mean"], options=options)
+        self.averaged.n_averaged.copy_(state["averaged"])
+        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=options)

@@ -1,0 +1,121 @@
+"""Rows of an evaluation: shared out among processes, and kept until the table is written.
+
+An evaluation that was interrupted takes the rows that are there, if nothing that determines them has changed: config,
+backbone, data, checkpoints, own policies and the package's own code. A finished evaluation starts anew.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from omegaconf import DictConfig
+
+from orderrl import distributed
+from orderrl.agents.registry import NamedPolicy
+from orderrl.backbones import Backbone, backbone_fingerprint
+from orderrl.data import TokenSet
+from orderrl.data.shards import checksum
+from orderrl.geometry import BlockGrid
+from orderrl.metrics.evaluation import Evaluated, Protocol, _free_folder
+from orderrl.metrics.planning import Rollout
+from orderrl.pipeline import section
+from orderrl.resuming import Unfinished
+from orderrl.runs import fingerprint, progress
+
+_STORED = (Evaluated, Rollout, BlockGrid)  # classes that a row is made of
+
+
+class Job(NamedTuple):
+    """A row that is to be made.
+
+    Attributes:
+        name: of the policy.
+        make: evaluates it under a protocol.
+    """
+
+    name: str
+    make: Callable[[Protocol], Evaluated]
+
+
+def evaluation_key(
+    config: DictConfig, backbone: Backbone, data: TokenSet, policies: Sequence[NamedPolicy], checkpoints: Sequence[str]
+) -> str:
+    """Fingerprint of everything that determines the rows of an evaluation."""
+    settings = section(config, "eval", "planners")
+    files = [*checkpoints, *settings["token_raster"], settings["reference"], settings["feature_weights"]]
+    description = {
+        "backbone": backbone_fingerprint(backbone),
+        "data": data.fingerprint,
+        "eval": settings,
+        "labels": section(config, "labels"),
+        "seed": config.seed,
+        "files": [checksum(Path(file)) if file is not None and Path(file).is_file() else file for file in files],
+        "own": [_source(policy.name) for policy in policies if ":" in policy.name],
+        "code": code_fingerprint(),
+    }
+    return fingerprint(description)
+
+
+def code_fingerprint() -> str:
+    """Fingerprint of the package's own source."""
+    folders = [path for name in ("", ".agents", ".envs") for path in importlib.import_module(f"orderrl{name}").__path__]
+    files = sorted(file for folder in folders for file in Path(folder).rglob("*.py"))
+    return fingerprint([checksum(file) for file in files])
+
+
+def _source(policy: str) -> str:
+    """Checksum of the file that defines a user's policy, or the policy's name where there is none."""
+    try:
+        module: ModuleType = importlib.import_module(policy.partition(":")[0])
+        return checksum(Path(inspect.getfile(module)))
+    except (ImportError, TypeError):  # no module (lookahead:4), or one without a file
+        return policy
+
+
+def make_rows(jobs: Sequence[Job], protocol: Protocol, work: Unfinished, keep_samples: bool) -> list[Evaluated]:
+    """All rows in the order of the jobs; processes take the missing ones in turn.
+
+    Args:
+        jobs: what is to be made.
+        protocol: shared by all rows.
+        work: keeps finished rows.
+        keep_samples: also keep the generated images, in the work's folder.
+
+    Returns:
+        The rows in the main process, nothing in the others.
+    """
+    names = [f"row-{number:04d}" for number in range(len(jobs))]
+    missing = distributed.on_main(lambda: [i for i, name in enumerate(names) if not work.has(name)])
+    mine = distributed.share_of(missing)
+    with progress(len(mine), "evaluating", "policies") as advance:
+        for number in mine:
+            folder = work.folder / "samples" / names[number]
+            if folder.exists():  # of a row that was interrupted
+                shutil.rmtree(folder)
+            made = jobs[number].make(replace(protocol, samples_folder=folder) if keep_samples else protocol)
+            work.store(names[number], made)
+            advance(note=jobs[number].name)
+    distributed.barrier()
+    return [work.load(name, _STORED) for name in names] if distributed.is_main() else []
+
+
+def publish_samples(work: Unfinished, folder: Path) -> None:
+    """Copy the generated images of all rows to `folder/POLICY`, in the order of the rows.
+
+    The work keeps its own until all is done: an interruption can come between.
+    """
+    for row in sorted((work.folder / "samples").glob("row-*")):
+        for policy in sorted(row.iterdir()):
+            shutil.copytree(policy, _free_folder(folder, policy.name))
+
+
+def log_values(row: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a row."""
+    return {key: value for key, value in row.items() if isinstance(value, float)}
