@@ -26,7 +26,7 @@ from orderrl.agents.search import SearchConfig, search_schedule
 from orderrl.backbones import Backbone, Sampling, backbone_fingerprint, load_backbone
 from orderrl.backbones.protocol import backbone_device, check_fits
 from orderrl.backbones.registry import weights_fingerprint
-from orderrl.backbones.sharding import shard_backbone
+from orderrl.backbones.sharding import fix_memory, shard_backbone
 from orderrl.data import TokenSet, load_split
 from orderrl.entry import compose
 from orderrl.envs.core import CoreConfig, NextBlockCore
@@ -175,6 +175,7 @@ def find_or_make_labels(
     together = bool(config.get("shard", False))
     if together:
         shard_backbone(backbone, config.device)
+        fix_memory(backbone)
     with Unfinished(config.cache_dir, f"{LABELS}-{key}") as work:
         with progress(None, "labelling", "contexts") as advance:
 

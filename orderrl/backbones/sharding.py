@@ -19,7 +19,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.optim.swa_utils import AveragedModel
 
 from orderrl import distributed
-from orderrl.backbones.protocol import Backbone
+from orderrl.backbones.packing import Packing
+from orderrl.backbones.protocol import Backbone, backbone_device
 
 if TYPE_CHECKING:
     from orderrl.backbones.registry import TrainableBackbone
@@ -56,6 +57,15 @@ def shard_backbone(backbone: Backbone, device: str) -> None:
         _register(layer, _LAYER_METHODS)
     fully_shard(backbone, mesh=mesh)
     _register(backbone, _BACKBONE_METHODS)
+
+
+def fix_memory(backbone: Any) -> None:
+    """Let forwards take in every process what the process with the least free memory has.
+
+    How many forwards a call takes depends on the memory that they may take, and all processes must make as many.
+    """
+    budget = backbone.packing.budget(backbone_device(backbone))
+    backbone.packing = Packing(min(distributed.gather(budget)) / 1e9)
 
 
 def _layers(backbone: Any) -> list[nn.Module]:
