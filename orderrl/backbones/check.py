@@ -124,12 +124,14 @@ def _check_reuse(sample: _Sample) -> None:
 
 
 def _check_past(sample: _Sample) -> None:
-    if sample.hidden.shape[1] < 2:
+    if sample.hidden.shape[1] < 3:
         return
-    prefix, one, other = sample.prefix(), sample.hidden[:, :1], sample.hidden[:, 1:2]
-    _, past = sample.backbone.context_loss(prefix, sample.tokens, one, whole=True)
-    after, _ = sample.backbone.context_loss(prefix, sample.tokens, other, past=past)
-    sample.compare("a block given as past equals the same block revealed", after.loss, sample.naive(other, one))
+    prefix, pasts = sample.prefix(), sample.hidden[:, :2]
+    _, past = sample.backbone.context_loss(prefix, sample.tokens, pasts, whole=True)
+    targets = sample.hidden[:, [1, 2, 0, 2]]  # two chains behind each past
+    after, _ = sample.backbone.context_loss(prefix, sample.tokens, targets, past=past)
+    naive = [sample.naive(targets[:, 2 * p : 2 * p + 2], pasts[:, p : p + 1]) for p in range(2)]
+    sample.compare("a block given as past equals the same block revealed", after.loss, torch.cat(naive, 1))
 
 
 def _check_select(sample: _Sample) -> None:
