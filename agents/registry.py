@@ -15,7 +15,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -58,6 +59,7 @@ class NamedPolicy:
         objective: what a planner was trained for, else None.
         reasoning_steps: R of a planner, else None.
         seed: training seed of a planner, else None.
+        step_cost: nats per image that a step cost it in training; None of other policies.
     """
 
     name: str
@@ -67,6 +69,7 @@ class NamedPolicy:
     objective: str | None = None
     reasoning_steps: int | None = None
     seed: int | None = None
+    step_cost: float | None = None
 
     @property
     def reference(self) -> bool:
@@ -171,6 +174,7 @@ def _planner_policy(path: str, sizes: str, backbone: Backbone) -> NamedPolicy:
         description["objective"],
         reasoning,
         description["seed"],
+        description["env"]["step_cost"] if "env" in description else None,
     )
     if not sizes and not spaced:
         return named
@@ -178,6 +182,19 @@ def _planner_policy(path: str, sizes: str, backbone: Backbone) -> NamedPolicy:
     policy = RankingPolicy(planner_scorer(planner), backbone.geometry, budgets, schedule, SPACING if spaced else 0.0)
     name = f"{SPACED if spaced else ''}{named.name}{'@' + sizes if sizes else ''}"
     return replace(named, name=name, policy=policy, budgets=budgets)
+
+
+def tell_step_costs_apart(policies: Sequence[NamedPolicy]) -> list[NamedPolicy]:
+    """Planners of one name that were trained at different step costs are no seeds of each other: NAME@cost0.3."""
+    costs: dict[str, set[float | None]] = defaultdict(set)
+    for policy in policies:
+        costs[policy.name].add(policy.step_cost)
+    return [
+        replace(policy, name=f"{policy.name}@cost{policy.step_cost:g}")
+        if len(costs[policy.name]) > 1 and policy.step_cost is not None
+        else policy
+        for policy in policies
+    ]
 
 
 def _own_policy(spec: str, budgets: tuple[int, ...]) -> NamedPolicy:

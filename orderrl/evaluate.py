@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from orderrl.agents.fitted import fit_order
-from orderrl.agents.registry import NamedPolicy, make_policy
+from orderrl.agents.registry import NamedPolicy, make_policy, tell_step_costs_apart
 from orderrl.backbones import Backbone, backbone_fingerprint, load_backbone
 from orderrl.backbones.masked import MaskedTransformer
 from orderrl.backbones.protocol import backbone_device
@@ -23,6 +24,7 @@ from orderrl.backbones.registry import TrainableBackbone
 from orderrl.data import load_split
 from orderrl.distributed import is_main, launched
 from orderrl.entry import run_application
+from orderrl.evaluations import protocol_identity, save_values
 from orderrl.metrics.calibration import lookahead_utility
 from orderrl.metrics.comparison import comparisons
 from orderrl.metrics.evaluation import (
@@ -50,6 +52,7 @@ from orderrl.pipeline import (
 )
 from orderrl.report import write_report
 from orderrl.report.markdown import markdown_comparisons, markdown_table
+from orderrl.report.summary import is_reference
 from orderrl.resuming import Unfinished
 from orderrl.rows import Job, evaluation_key, log_values, make_rows, publish_samples
 from orderrl.runs import Run, write_json
@@ -181,9 +184,31 @@ def chosen_policies(config: DictConfig, backbone: Backbone, paths: list[str]) ->
         return []
     for path in paths:
         announce(f"planner: {path}")
-    named = [(make_policy(path, backbone), True) for path in paths]
-    budgets = tuple(e.get("budgets", (1,)))
-    return [(make_policy(s, backbone, fitted, budgets), s in e.sampled or ":" in s) for s in e.policies] + named
+    own_budgets = tuple(e.get("budgets", (1,)))
+
+    def build(spec: str) -> NamedPolicy:
+        return make_policy(spec, backbone, fitted, own_budgets)
+
+    baselines = dict.fromkeys(swept for spec in e.policies for swept in schedules(spec, (1,), e.sweep))
+    planners = dict.fromkeys(swept for path in paths for swept in schedules(path, build(path).budgets, e.sweep))
+    chosen = [(build(s), s in e.sampled or s.partition("@")[0] in swept_names(e) or ":" in s) for s in baselines]
+    return chosen + [(named, True) for named in tell_step_costs_apart([build(path) for path in planners])]
+
+
+def schedules(spec: str, budgets: tuple[int, ...], sweep: Sequence[int]) -> list[str]:
+    """A policy, and if it reveals one block a step by no schedule of its own the same at every budget of a sweep.
+
+    Own policies and references, which are evaluated on the first images only, stay as they are.
+    """
+    planner = spec.endswith(".safetensors")
+    if "@" in spec or budgets != (1,) or (not planner and (":" in spec or is_reference(spec))):
+        return [spec]
+    return [spec, *(f"{spec}@{budget}" for budget in sweep if budget != 1)]
+
+
+def swept_names(e: DictConfig) -> list[str]:
+    """Baselines whose samples are scored at every budget of the sweep."""
+    return [name for name in e.sampled if "@" not in name] if e.sweep else []
 
 
 def evaluate(config: DictConfig) -> Path:
@@ -233,11 +258,14 @@ def _write_table(config: DictConfig, backbone: Backbone, protocol: Protocol, row
     reached = real_row(protocol)
     known = {} if reached is None else {"policy": "real images", "features": protocol.features, **asdict(reached)}
     floor = [EMPTY_ROW | known] if known else []
+    identity = protocol_identity(config, backbone, protocol)
     results: dict[str, Any] = {
         "protocol": describe(config, backbone, protocol),
+        "identity": identity,
         "rows": [row.row for row in rows] + floor,
         "comparisons": comparisons(rows, protocol.resamples, config.seed),
     }
+    save_values(run.folder, identity, rows)
     write_json(run.folder / "results.json", results)
     details = [policy_detail(protocol, row) for row in rows if _pictured(row)]
     examples = example_images(protocol.data, backbone.geometry) if details else None

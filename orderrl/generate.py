@@ -17,6 +17,7 @@ from orderrl.envs.render import order_image, partial_images
 from orderrl.evaluate import fitted_order, newest_planners
 from orderrl.generation import Generated, balanced_labels, generate_images, generate_published
 from orderrl.geometry import BlockGrid
+from orderrl.metrics.images import save_images
 from orderrl.pipeline import announce, open_backbone, sampling_of
 from orderrl.runs import Run, progress
 
@@ -25,7 +26,7 @@ PUBLISHED = "published"  # the policy that is the model's own sampler
 
 
 def generate(config: DictConfig) -> Path:
-    """Generate images and return the run folder: `images.png`, `order.gif` and `order.png`.
+    """Generate images and return the run folder: `images.png`, `order.gif`, `order.png` and maybe `samples/`.
 
     Raises:
         ValueError: if the policy is unknown or a value is not allowed.
@@ -63,6 +64,9 @@ def generate(config: DictConfig) -> Path:
             grids.append(Image.fromarray(shown.permute(1, 2, 0).numpy()))
         grids[-1].save(run.folder / "images.png")
         grids[0].save(run.folder / "order.gif", save_all=True, append_images=grids[1:] + [grids[-1]] * 4, duration=250)
+        if config.keep_samples:
+            by_class = made.labels.argsort(stable=True)
+            save_images(data.images(made.tokens[by_class]), run.folder / "samples", made.labels[by_class])
         _order_grid(made, images.shape[-2], images.shape[-1], columns, geometry).save(run.folder / "order.png")
         steps = (made.reveal_step.amax(1) + 1).float().mean().item()
         run.log({"images": float(config.n), "seconds": made.seconds, "planner_steps": steps}, 0)

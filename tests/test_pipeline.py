@@ -23,6 +23,7 @@ from orderrl.backbones import (
 from orderrl.backbones.registry import weights_fingerprint
 from orderrl.data import load_split
 from orderrl.evaluate import evaluate
+from orderrl.evaluations import open_evaluation
 from orderrl.generate import generate
 from orderrl.label import label
 from orderrl.metrics.comparison import code_length_at
@@ -274,10 +275,10 @@ def test_torch_fidelity_measures_the_same_on_the_kept_samples(evaluated: Path, t
     save_images(torch.cat([split.images(split.tokens) for split in splits]), tmp_path / "real")
     for name in ("raster", "digits_raster"):
         folder = evaluated / "samples" / name
-        assert len(list(folder.glob("*.png"))) == 70
+        assert [len(list(part.glob("*.png"))) for part in sorted(folder.iterdir())] == [7] * 10  # a folder per class
         found = torch_fidelity.calculate_metrics(
             input1=str(folder), input2=str(tmp_path / "real"), feature_extractor=DIGITS, fid=True, isc=True, prc=True,
-            cuda=False, cache=False, save_cpu_ram=True, verbose=False,
+            samples_find_deep=True, cuda=False, cache=False, save_cpu_ram=True, verbose=False,
         )  # fmt: skip
         assert found["frechet_inception_distance"] == pytest.approx(rows[name]["frechet_distance"], rel=1e-4)
         assert found["inception_score_mean"] == pytest.approx(rows[name]["inception_score"], rel=1e-4)
@@ -291,6 +292,23 @@ def test_every_row_keeps_its_samples_in_a_folder_of_its_own(tmp_path: Path) -> N
         folder = _free_folder(tmp_path, folder_name("bc", 1))
         assert folder == tmp_path / expected
         folder.mkdir()
+
+
+def test_values_of_single_images_lie_beside_the_results(evaluated: Path) -> None:
+    found = open_evaluation(evaluated)
+    rows = {row.row["policy"]: row for row in found.rows}
+    assert found.identity["images"] == 12 and rows["real images"].per_image == {}
+    assert len(rows["oracle"].per_image["gain_auc"]) == 4 and len(rows["raster"].per_image["decode_nll"]) == 12
+    for row in found.rows:
+        for key, values in row.per_image.items():
+            assert row.row[key] == pytest.approx(values.double().mean().item()), key
+
+
+def test_generated_images_are_kept_in_folders_of_their_classes(home: Path) -> None:
+    folder = generate(configure(home, "generate", "policy=raster", "n=12", "keep_samples=true"))
+    kept = sorted(path.relative_to(folder / "samples").as_posix() for path in (folder / "samples").rglob("*.png"))
+    assert len(kept) == 12 and {name[:2] for name in kept} == {f"{label}/" for label in range(10)}
+    assert not (generate(configure(home, "generate", "policy=raster", "n=2")) / "samples").exists()
 
 
 def test_samples_are_scored_against_a_reference_of_statistics(home: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -14,6 +15,7 @@ import pytest
 import timm
 import torch
 import torch_fidelity
+import torchvision
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import linalg
@@ -25,9 +27,11 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from orderrl.classifier import load_classifier
 from orderrl.data import load_split
+from orderrl.data.folder import FolderConfig
+from orderrl.data.shards import token_set_splits
 from orderrl.metrics import features
 from orderrl.metrics.features import CLIP, DIGITS, INCEPTION, Features, extract_features, register_features
-from orderrl.metrics.images import ImageFolder, save_images
+from orderrl.metrics.images import ImageFolder, TokenImages, save_images
 from orderrl.metrics.quality import (
     class_accuracy,
     cmmd,
@@ -40,6 +44,8 @@ from orderrl.metrics.quality import (
     sample_quality,
 )
 from orderrl.metrics.references import Gaussian, Reference, fit_gaussian, open_reference, reference_of, save_reference
+from orderrl.tokenize import tokenize_folder
+from tests.tokenizers.helpers import image_folder, save_tiny_vq, tiny_vq
 
 
 @pytest.fixture(scope="module")
@@ -456,3 +462,67 @@ def test_only_inception_is_called_fid() -> None:
 def test_bad_input_is_named(call: Callable[..., object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(torch.zeros(8, 3, 8, 8, dtype=torch.uint8))
+
+
+def test_kept_samples_are_an_image_folder_of_classes(tmp_path: Path) -> None:
+    labels = torch.arange(12).repeat_interleave(2)
+    images = torch.randint(0, 256, (24, 3, 8, 8), dtype=torch.uint8)
+    save_images(images, tmp_path / "kept", labels)
+    found = torchvision.datasets.ImageFolder(tmp_path / "kept")  # sorts folders as text
+    assert found.targets == labels.tolist() and found.classes == [f"{label:02d}" for label in range(12)]
+    for (picture, _), image in zip(found, images, strict=True):
+        assert torch.equal(torch.from_numpy(np.array(picture)).permute(2, 0, 1), image)
+    folder = ImageFolder(tmp_path / "kept")
+    read = torch.stack([folder[i] for i in range(24)])
+    assert torch.equal(read, images)
+    with pytest.raises(ValueError, match=r"labels must have shape \(24,\)"):
+        save_images(images, tmp_path / "other", labels[:3])
+
+
+@pytest.mark.parametrize("features", [CLIP, "clip-vit-b-32", "dinov2-vit-b-14"])
+def test_cmmd_stands_beside_the_other_numbers_in_clip_features_alone(features: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (Features(features, torch.randn(40, 6, generator=generator)) for _ in range(2))
+    found = sample_quality(x, reference_of(y, features), 1)
+    assert found.cmmd == (pytest.approx(cmmd(x, y)) if features.startswith("clip") else None)
+    statistics = replace(reference_of(y, features), found=None)
+    assert sample_quality(x, statistics, 1).cmmd is None
+
+
+# ---------------------------------------------------------------------- token sets as reference
+
+
+@pytest.fixture
+def token_folder(tmp_path: Path) -> Path:
+    """Forty decoded images: backbone (with mirror images), planner and test."""
+    source = FolderConfig(str(image_folder(tmp_path / "images", per_class=10)), image_size=8, flips=True)
+    weights = save_tiny_vq(tmp_path / "tokenizer.safetensors")
+    return tokenize_folder(tiny_vq(), source, tmp_path / "set", weights, shard_size=4)
+
+
+def test_a_token_set_is_a_reference_of_all_its_decoded_images(token_folder: Path) -> None:
+    splits = token_set_splits(token_folder)
+    images = torch.cat([part.images(part.tokens[:]) for part in splits.values()])
+    assert list(splits) == ["backbone", "planner", "test"] and len(images) == sum(map(len, splits.values()))
+    found = open_reference(token_folder, DIGITS)
+    expected = reference_of(images, DIGITS)
+    assert found.source == f"{len(images)} images of the token set {token_folder}"
+    np.testing.assert_allclose(found.pooled.mean, expected.pooled.mean, rtol=1e-6)
+    np.testing.assert_allclose(found.pooled.covariance, expected.pooled.covariance, rtol=1e-6)
+    assert found.found is not None and len(found.found) == len(images)
+
+
+def test_token_images_come_in_any_order_over_the_bounds_of_splits(token_folder: Path) -> None:
+    splits = token_set_splits(token_folder)
+    images = torch.cat([part.images(part.tokens[:]) for part in splits.values()])
+    read = TokenImages(list(splits.values()))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tolist()
+    assert len(read) == len(images) and torch.equal(torch.stack(read.__getitems__(order)), images[order])
+    assert torch.equal(read[len(images) - 1], images[-1])
+
+
+def test_a_damaged_token_set_is_refused(token_folder: Path) -> None:
+    shard = next(token_folder.glob("test*tokens*.npy"))
+    shard.write_bytes(shard.read_bytes()[:-3])
+    with pytest.raises(ValueError, match="truncated or altered"):
+        open_reference(token_folder, DIGITS)

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from orderrl.report import write_report
+from orderrl.report.runs_page import write_runs_page
 from orderrl.report.style import colour_pixels
 from tests.report_data import RESULTS, details, examples
 
@@ -290,3 +291,30 @@ def test_without_scripts_the_page_says_so(browser: Any, address: str) -> None:
     assert page.get_by_text("The viewer needs JavaScript").is_visible()
     assert page.locator("table.results").first.is_visible()
     context.close()
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_the_page_of_several_runs_sorts_fits_and_asks_nothing_of_the_network(
+    browser: Any, tmp_path: Path, width: int
+) -> None:
+    rows = [row | {"run": "before, after" if row["policy"] == "raster" else "after"} for row in RESULTS["rows"]]
+    title, protocol = "Comparison", RESULTS["protocol"]
+    path = write_runs_page(tmp_path / "comparison.html", title, "Runs.", rows, RESULTS["comparisons"], protocol)
+    context = browser.new_context(viewport={"width": width, "height": 740})
+    page, errors, requests = context.new_page(), [], []
+    page.on("console", lambda message: errors.append(message.text))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(path.as_uri())
+    table = page.locator("table.results.sortable")
+    assert table.locator("thead tr").last.locator("th").all_inner_texts()[:2] == ["policy", "run"]
+    table.get_by_role("button", name="gain AUC").click()
+    assert table.locator("tbody th").all_inner_texts()[:3] == ["oracle", "bc_utility", "random"]
+    table.get_by_role("button", name="run", exact=True).click()
+    assert table.locator("tbody tr").last.locator("th").inner_text() == "raster"
+    differences = page.get_by_role("region", name="Paired comparisons").locator("tbody")
+    page.get_by_role("button", name="mean difference").click()
+    assert "raster" in differences.locator("tr").first.inner_text()  # +0.025, before -0.1
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    context.close()
+    assert errors == [] and [url for url in requests if not url.startswith("data:")] == [path.as_uri()]

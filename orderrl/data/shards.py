@@ -391,6 +391,16 @@ def load_token_set(folder: Path | str, split: str, mapped: bool | None = None) -
     )
 
 
+def token_set_splits(folder: Path | str) -> dict[str, TokenSet]:
+    """All splits of a token set on disk that have images, by name.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_token_set`.
+    """
+    images = read_description(Path(folder))["identity"]["images"]
+    return {split: load_token_set(folder, split) for split, count in images.items() if count}
+
+
 def class_names(folder: Path | str) -> list[str]:
     """Names of the classes of a token set on disk, by label."""
     return [str(name) for name in read_description(Path(folder))["identity"]["classes"]]

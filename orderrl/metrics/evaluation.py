@@ -87,6 +87,7 @@ WITHOUT_INTERVAL = (
     "frechet_distance_infinity",
     "inception_score",
     "kid",
+    "cmmd",
     "features",
 )
 EMPTY_ROW: dict[str, Any] = dict.fromkeys([*WITHOUT_INTERVAL, *WITH_INTERVAL, *(f"{key}_ci" for key in WITH_INTERVAL)])
@@ -315,15 +316,16 @@ def _quality(p: Protocol, row: dict[str, Any], made: Generated) -> dict[str, Any
     seconds = {"seconds_per_image": made.seconds / len(made.tokens)}
     if p.features is None and p.samples_folder is None:
         return seconds
-    images = p.data.images(made.tokens)
+    by_class = made.labels.argsort(stable=True)  # the order of the kept files, on which random splits depend
+    images, labels = p.data.images(made.tokens[by_class]), made.labels[by_class]
     if p.samples_folder is not None:
-        save_images(images, _free_folder(p.samples_folder, folder_name(row["policy"], row["seed"])))
+        save_images(images, _free_folder(p.samples_folder, folder_name(row["policy"], row["seed"])), labels)
     if p.features is None or p.reference is None:
         return seconds
     found = extract_features(images, p.features, p.weights, p.device)
     scores: dict[str, Any] = asdict(sample_quality(found, p.reference, p.kid_subsets))
     if p.data.name in CLASSIFIERS:
-        scores["accuracy"] = class_accuracy(images, made.labels, DIGITS)
+        scores["accuracy"] = class_accuracy(images, labels, DIGITS)
     if p.extrapolate:
         scores["frechet_distance_infinity"] = fid_infinity(found, p.reference, seed=p.seed)
     intervals = quality_intervals(scores, found, p.reference, p.distance_resamples, p.seed)

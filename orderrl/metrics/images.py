@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from orderrl.data import TokenSet
 
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 
@@ -59,6 +63,36 @@ class ImageFolder(Dataset[Tensor]):
             raise ValueError(f"{self.files[index]} can't be read as an image ({error})") from error
 
 
+class TokenImages(Dataset[Tensor]):
+    """Images of token sets, one set after the other: (3, H, W) uint8. They are decoded when they are asked for.
+
+    Args:
+        parts: of one image size.
+        device: where tokens are decoded; None is the CPU, to which images come back.
+    """
+
+    def __init__(self, parts: Sequence[TokenSet], device: torch.device | None = None) -> None:
+        self.parts, self.device = list(parts), device
+        self._ends = list(accumulate(map(len, self.parts)))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Tensor]:
+        """Images by their numbers; those of a set are decoded together (PyTorch's loaders ask for whole batches)."""
+        found: dict[int, Tensor] = {}
+        for number, part in enumerate(self.parts):
+            start = self._ends[number - 1] if number else 0
+            mine = [index for index in indices if start <= index < self._ends[number]]
+            if mine:
+                tokens = part.tokens[torch.tensor(mine) - start].to(self.device or "cpu")
+                found |= zip(mine, part.images(tokens).cpu(), strict=True)
+        return [found[index] for index in indices]
+
+
 def _size(path: Path) -> tuple[int, int]:
     """Width and height, from the head of the file."""
     try:
@@ -68,18 +102,35 @@ def _size(path: Path) -> tuple[int, int]:
         raise ValueError(f"{path} can't be read as an image ({error})") from error
 
 
-def save_images(images: Tensor, folder: Path) -> None:
-    """Write (n, 3, H, W) uint8 images as 000000.png, 000001.png, … into a new or empty folder.
+def save_images(images: Tensor, folder: Path, labels: Tensor | None = None) -> None:
+    """Write images as PNG into a new or empty folder: 000000.png, 000001.png, …, or with labels LABEL/000000.png, ….
+
+    Labels have leading zeros where some have more digits, so that torchvision's `ImageFolder` finds them in order.
+    With labels in ascending order the files, sorted by path, are in the order of the images: torch-fidelity then reads
+    them as they were scored (`--samples-find-deep`).
+
+    Args:
+        images: (n, 3, H, W) uint8.
+        folder: where to.
+        labels: (n,) int64, at least 0.
 
     Raises:
-        ValueError: if images are not uint8 (n >= 1, 3, H, W) or the folder holds files.
+        ValueError: if images are not uint8 (n >= 1, 3, H, W), labels do not fit them, or the folder holds files.
     """
     check_images(images, "images", at_least=1)
+    if labels is not None and (labels.shape != images.shape[:1] or bool((labels < 0).any())):
+        raise ValueError(f"labels must have shape ({len(images)},) and be at least 0, got {tuple(labels.shape)}")
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise ValueError(f"folder={str(folder)!r} must be empty, or its files would be taken for samples")
-    for number, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
-        Image.fromarray(image).save(folder / f"{number:06d}.png")
+    parents = [folder] * len(images)
+    if labels is not None:
+        digits = len(str(int(labels.max())))
+        parents = [folder / f"{label:0{digits}d}" for label in labels.tolist()]
+        for parent in set(parents):
+            parent.mkdir()
+    for number, (image, parent) in enumerate(zip(images.permute(0, 2, 3, 1).cpu().numpy(), parents, strict=True)):
+        Image.fromarray(image).save(parent / f"{number:06d}.png")
 
 
 def check_images(images: Tensor, name: str, at_least: int = 2) -> None:

@@ -50,6 +50,8 @@ class Quality:
             3 nearest neighbours (Kynkäänniemi et al., 2019). None as `kid`, or with fewer than 4 images.
         spatial_frechet_distance: the Fréchet distance of spatial features (sFID; Nash et al., 2021; ADM's definition);
             None where the extractor or the reference has none.
+        cmmd: kernel distance of CLIP features of unit length, times 1,000 (Jayasumana et al., 2024); None in other
+            features, or where the images of the reference are not known.
     """
 
     frechet_distance: float
@@ -58,6 +60,7 @@ class Quality:
     precision: float | None
     recall: float | None
     spatial_frechet_distance: float | None
+    cmmd: float | None = None
 
 
 def distance_name(features: str) -> str:
@@ -93,7 +96,12 @@ def sample_quality(generated: Features, reference: Reference, kid_subsets: int =
         precision=precision,
         recall=recall,
         spatial_frechet_distance=spatial,
+        cmmd=cmmd(generated, reference.found) if _is_clip(generated) and reference.found is not None else None,
     )
+
+
+def _is_clip(features: Features) -> bool:
+    return features.name.startswith("clip-")
 
 
 def gaussian_distance(first: Gaussian, second: Gaussian) -> float:

@@ -1,8 +1,8 @@
 """What samples are compared with: real images, or statistics of them that others have published.
 
-`open_reference` reads an image folder, a `.npz` of ADM's evaluator (Dhariwal and Nichol, 2021), and a statistics file
-from torch-fidelity's cache. Statistics without the images behind them have a mean and a covariance only: they give
-Fréchet distances, but no kernel distance, precision or recall.
+`open_reference` reads an image folder, a token set on disk, a `.npz` of ADM's evaluator (Dhariwal and Nichol, 2021),
+and a statistics file from torch-fidelity's cache. Statistics without the images behind them have a mean and a
+covariance only: they give Fréchet distances, but no kernel distance, precision or recall.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from torch.utils.data import Dataset
 from torch_fidelity.metric_fid import fid_features_to_statistics
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
+from orderrl.data.shards import DESCRIPTION, token_set_splits
 from orderrl.metrics.features import INCEPTION, Features, extract_features, register_features
-from orderrl.metrics.images import ImageFolder
+from orderrl.metrics.images import ImageFolder, TokenImages
 
-KINDS = "an image folder, a .npz file of ADM's evaluator, or a .pt statistics file of torch-fidelity"
+KINDS = "an image folder, a token set's folder, a .npz of ADM's evaluator, or a .pt statistics file of torch-fidelity"
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,8 @@ def open_reference(
 ) -> Reference:
     """Read a reference.
 
+    Of a token set, all images of all splits count, as they are decoded.
+
     A `.npz` file has `mu` and `sigma` (and `mu_s`, `sigma_s` of spatial features), or `arr_0`, images (n, H, W, 3)
     uint8; ADM's own files have both, and then distances use the statistics, precision and recall the images. A
     statistics file of torch-fidelity (`…-EXTRACTOR-stat-fid-LAYER.pt`) holds `mu` and `sigma`. The file says whose
@@ -133,6 +136,9 @@ def open_reference(
     register_features(features)
     path = path.expanduser()
     if path.is_dir():
+        if (path / DESCRIPTION).is_file():
+            found = TokenImages(list(token_set_splits(path).values()), device)
+            return reference_of(found, features, weights, device, f"{len(found)} images of the token set {path}")
         images = ImageFolder(path)
         return reference_of(images, features, weights, device, f"{len(images)} images of {path}")
     if not path.is_file():

@@ -224,6 +224,14 @@ GROUPS: dict[str, tuple[Column, ...]] = {
             "Samples against real images by a cubic kernel: unbiased, so it may fall a little below 0; KID in "
             "Inception features.",
         ),
+        Column(
+            "cmmd",
+            "CMMD ↓",
+            "times 1,000",
+            _number(3),
+            "Samples against real images by a Gaussian kernel on CLIP features of unit length; published numbers are "
+            "in the features clip-vit-l-14-336px.",
+        ),
         Column("precision", "precision ↑", "%", _percent, "Samples that lie near a real image."),
         Column("recall", "recall ↑", "%", _percent, "Real images that lie near a sample."),
         Column(

@@ -18,12 +18,13 @@ COLUMNS = {
     "frechet_distance": ("Fréchet ↓", 2),
     "inception_score": ("inception score ↑", 2),
     "kid": ("kernel distance ↓", 4),
+    "cmmd": ("CMMD ↓", 3),
     "precision": ("precision ↑", 3),
     "recall": ("recall ↑", 3),
     "spatial_frechet_distance": ("spatial Fréchet ↓", 2),
     "accuracy": ("accuracy ↑", 3),
 }
-OPTIONAL = ("decode_loss", "inception_score", "kid", "precision", "recall", "spatial_frechet_distance")
+OPTIONAL = ("decode_loss", "inception_score", "kid", "cmmd", "precision", "recall", "spatial_frechet_distance")
 """Columns that are left out where no row has a value."""
 
 

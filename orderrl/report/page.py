@@ -14,19 +14,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from orderrl.report import cost, figures, style
-from orderrl.report.columns import (
-    shown_columns,
-)
+from orderrl.report.columns import shown_columns
 from orderrl.report.detail import Curve, Examples, PolicyDetail
 from orderrl.report.summary import learned_policies, summary
-from orderrl.report.tables import (
-    comparison_cells,
-    comparison_columns,
-    header_cell,
-    line_cells,
-    loss_unit,
-    protocol_value,
-)
+from orderrl.report.tables import comparison_values, loss_unit, protocol_values, results_values
 from orderrl.report.viewer import partial_drawing, steps_at, viewer_data
 
 STRIPS = 3  # example images drawn under every policy; the viewer has all of them
@@ -80,23 +71,12 @@ def write_report(
     drawn = [detail for detail in details if detail.name not in several]
     plots = _plots(rows, drawn, learned)
     _save_figures(folder / "figures", plots, drawn, examples, style.policy_colours(learned))
-    groups = shown_columns(rows)
-    columns = [column for members in groups.values() for column in members]
-    comparisons = results.get("comparisons") or []
-    compared = comparison_columns(comparisons)
     path = folder / "report.html"
     path.write_text(
         render(
             "report.html.jinja",
             summary=summary(results),
             written=datetime.now().strftime("%Y-%m-%d %H:%M"),
-            protocol={key.replace("_", " "): protocol_value(value) for key, value in results["protocol"].items()},
-            groups=list(groups),
-            columns=[header_cell(column, rows, groups) for column in columns],
-            rows=[line_cells(row, learned, columns) for row in rows],
-            comparison_columns=compared,
-            comparisons=[comparison_cells(entry, compared) for entry in comparisons],
-            corrected=any("p_holm" in entry for entry in comparisons),
             plots=[_on_page(plot) for plot in plots],
             scale=style.png_uri(style.colour_pixels(np.linspace(0, 1, 64)[None])),
             maps=[
@@ -104,6 +84,9 @@ def write_report(
                 for detail in drawn
             ],
             highlighted=["raster", *learned],
+            **results_values(rows, learned, shown_columns(rows)),
+            **comparison_values(results.get("comparisons") or []),
+            **protocol_values(results["protocol"]),
             **_images(details, drawn, examples, learned, loss_unit(rows)),
         ),
         encoding="utf-8",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orderrl.report.columns import (
@@ -28,7 +28,45 @@ _COMPARISONS = {
 """Headers and explanations of the paired comparisons."""
 
 
-def comparison_columns(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def results_values(
+    rows: Sequence[dict[str, Any]], learned: Sequence[str], groups: dict[str, list[Column]]
+) -> dict[str, Any]:
+    """What `results.html.jinja` shows.
+
+    Args:
+        rows: of `results.json`.
+        learned: names of the policies that are tinted.
+        groups: the columns, from `shown_columns`.
+    """
+    columns = [column for members in groups.values() for column in members]
+    return {
+        "groups": list(groups),
+        "columns": [_header_cell(column, rows, groups) for column in columns],
+        "rows": [_line_cells(row, learned, columns) for row in rows],
+    }
+
+
+def comparison_values(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What `comparisons.html.jinja` shows of paired comparisons."""
+    columns = _comparison_columns(entries)
+    return {
+        "comparison_columns": columns,
+        "comparisons": [_comparison_cells(entry, columns) for entry in entries],
+        "corrected": any("p_holm" in entry for entry in entries),
+    }
+
+
+def protocol_values(protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """What `protocol.html.jinja` shows."""
+    return {"protocol": {key.replace("_", " "): _protocol_value(value) for key, value in protocol.items()}}
+
+
+def loss_unit(rows: Sequence[dict[str, Any]]) -> str:
+    """The unit of losses and gains: masked models have no nats."""
+    return "DiffLoss per token" if any(row.get("decode_loss") is not None for row in rows) else "nats per token"
+
+
+def _comparison_columns(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The columns of the paired comparisons; effect size and p-value where some entry has them."""
     shown = [key for key in _COMPARISONS if key not in ("effect_size", "p_holm") or any(key in e for e in entries)]
     ascending = ("pair", "metric", "p_holm")
@@ -44,7 +82,7 @@ def comparison_columns(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]
     ]
 
 
-def header_cell(column: Column, rows: Sequence[dict[str, Any]], groups: dict[str, list[Column]]) -> dict[str, Any]:
+def _header_cell(column: Column, rows: Sequence[dict[str, Any]], groups: dict[str, list[Column]]) -> dict[str, Any]:
     header = header_of(column, rows)
     starts = any(column is members[0] for members in list(groups.values())[1:])
     order = "descending" if header.endswith("↑") else "ascending"
@@ -60,13 +98,13 @@ def header_cell(column: Column, rows: Sequence[dict[str, Any]], groups: dict[str
     }
 
 
-def line_cells(row: dict[str, Any], learned: Sequence[str], columns: Sequence[Column]) -> dict[str, Any]:
+def _line_cells(row: dict[str, Any], learned: Sequence[str], columns: Sequence[Column]) -> dict[str, Any]:
     """One line of the table."""
     kind = "learned" if row["policy"] in learned else "raster" if row["policy"] == "raster" else ""
     return {"kind": kind, "cells": {column.key: cell_of(row, column) for column in columns}}
 
 
-def comparison_cells(entry: dict[str, Any], columns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _comparison_cells(entry: dict[str, Any], columns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The cells of a paired comparison."""
     column = next((column for column in COLUMNS if column.key == entry["metric"]), None)
     name = entry["name"].replace(" - ", f" {MINUS} ")
@@ -92,14 +130,9 @@ def comparison_cells(entry: dict[str, Any], columns: Sequence[dict[str, Any]]) -
     ]
 
 
-def protocol_value(value: Any) -> str:
+def _protocol_value(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key}: {protocol_value(inner)}" for key, inner in value.items())
+        return ", ".join(f"{key}: {_protocol_value(inner)}" for key, inner in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(map(_protocol_value, value))
     return DASH if value is None else str(value)
-
-
-def loss_unit(rows: Sequence[dict[str, Any]]) -> str:
-    """The unit of losses and gains: masked models have no nats."""
-    return "DiffLoss per token" if any(row.get("decode_loss") is not None for row in rows) else "nats per token"

@@ -1,0 +1,211 @@
+"""Finished evaluations: the identity of their protocol, and the values of single images that pairing needs.
+
+Numbers of two runs compare if their identities are equal: `require_one_protocol` names what differs. How many resamples
+made an interval is no part of it, and neither is which policies were evaluated.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from orderrl.backbones import Backbone, backbone_fingerprint
+from orderrl.data import load_split
+from orderrl.data.shards import DESCRIPTION, checksum, read_description, token_set_splits
+from orderrl.metrics.evaluation import Evaluated, Protocol
+from orderrl.runs import fingerprint
+
+VALUES = "per_image.safetensors"
+VERSION = 1  # of what the columns mean; raised when a number is measured in another way
+_OF_THE_MACHINE = ("seconds_per_image",)  # differs between two evaluations of one policy
+
+
+def protocol_identity(config: DictConfig, backbone: Backbone, protocol: Protocol) -> dict[str, Any]:
+    """Everything that the numbers of an evaluation depend on, apart from the policies, as plain values.
+
+    Files and data stand here by their content and not by their place.
+    """
+    e, geometry = config.eval, backbone.geometry
+    return {
+        "version": VERSION,
+        "data": protocol.data.name.partition(":")[0],  # without the folder of a token set
+        "split": protocol.data.split,
+        "images": len(protocol.data),
+        "content": protocol.data.fingerprint,
+        "backbone": backbone_fingerprint(backbone),
+        "blocks": [geometry.rows, geometry.columns, geometry.block_size],
+        "states": None if protocol.states is None else len(protocol.states),
+        "lookahead": None if protocol.lookahead is None else [len(protocol.lookahead.rows), protocol.lookahead.draws],
+        "reference_images": protocol.reference_images,
+        "recognisability": None if protocol.recogniser is None else protocol.recogniser.described,
+        "samples": protocol.samples,
+        "sampling": asdict(protocol.sampling),
+        "features": protocol.features,
+        "feature_weights": None if protocol.weights is None else checksum(protocol.weights),
+        "reference": None if protocol.reference is None else _reference_identity(config),
+        "kid_subsets": protocol.kid_subsets,
+        "real_images": None if protocol.real is None else e.real_images,
+        "seed": protocol.seed,
+    }
+
+
+def _reference_identity(config: DictConfig) -> str:
+    """What stands for the images or statistics that samples are compared with."""
+    e = config.eval
+    if e.reference is None:
+        splits = [load_split(config.data.name, split).fingerprint for split in ("backbone", "planner", "test")]
+        return fingerprint([splits, e.real_images])
+    path = Path(e.reference).expanduser()
+    if path.is_file():
+        return checksum(path)
+    if (path / DESCRIPTION).is_file():
+        tokenizer = read_description(path)["identity"]["tokenizer"]["fingerprint"]
+        return fingerprint([tokenizer, [part.fingerprint for part in token_set_splits(path).values()]])
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return fingerprint([[str(file.relative_to(path)), checksum(file)] for file in files])
+
+
+def save_values(folder: Path, identity: dict[str, Any], rows: Sequence[Evaluated]) -> Path:
+    """Write `per_image.safetensors`: values of images as "<row>/<key>", and the fingerprint of the protocol."""
+    values = {
+        f"{number}/{key}": value.contiguous() for number, row in enumerate(rows) for key, value in row.per_image.items()
+    }
+    save_file(values, folder / VALUES, metadata={"identity": fingerprint(identity)})
+    return folder / VALUES
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A finished run of `orderrl.evaluate`.
+
+    Attributes:
+        name: what it is called beside others.
+        folder: of the run.
+        identity: of its protocol, from `protocol_identity`.
+        protocol: the same in words, for people.
+        rows: of its table, with the values of single images where they were measured.
+    """
+
+    name: str
+    folder: Path
+    identity: dict[str, Any]
+    protocol: dict[str, Any]
+    rows: list[Evaluated]
+
+
+def open_evaluation(folder: Path, name: str | None = None) -> Evaluation:
+    """Read a run folder.
+
+    Args:
+        folder: of a finished run of `orderrl.evaluate`.
+        name: what to call it; None is the folder's name.
+
+    Raises:
+        ValueError: if it is none, was written before runs kept the values of single images, or its files do not belong
+            together.
+    """
+    if not (folder / "results.json").is_file():
+        raise ValueError(
+            f"{str(folder)!r} is no finished evaluation: it has no results.json; give folders that "
+            "`python -m orderrl.evaluate` wrote, runs/evaluate/DATE"
+        )
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    if "identity" not in results or not (folder / VALUES).is_file():
+        raise ValueError(f"{str(folder)!r} has no identity of its protocol or no {VALUES}; evaluate again")
+    values: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    try:
+        stored, metadata = load_file(folder / VALUES), _metadata(folder / VALUES)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{str(folder / VALUES)!r} can't be read ({error})") from error
+    if metadata.get("identity") != fingerprint(results["identity"]):
+        raise ValueError(f"{str(folder)!r}: {VALUES} and results.json are of different evaluations")
+    for key, value in stored.items():
+        number, _, metric = key.partition("/")
+        values[int(number)][metric] = value
+    rows = [Evaluated(row, values.get(number, {})) for number, row in enumerate(results["rows"])]
+    return Evaluation(name or folder.name, folder, results["identity"], results["protocol"], rows)
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
+
+
+def open_evaluations(arguments: Sequence[str]) -> list[Evaluation]:
+    """Read runs of one protocol from a command line's arguments, each FOLDER or NAME=FOLDER.
+
+    Folders without a name are called by their own, with as many of their parents as it takes to tell them apart.
+
+    Raises:
+        ValueError: if a folder is no finished evaluation or given twice, names are equal, or protocols differ.
+    """
+    named = [_name_and_folder(argument) for argument in arguments]
+    resolved = [folder.resolve() for _, folder in named]
+    for folder in resolved:
+        if resolved.count(folder) > 1:
+            raise ValueError(f"{str(folder)!r} is given twice")
+    depth = 1
+    while len({folder.parts[-depth:] for folder in resolved}) < len(resolved):
+        depth += 1
+    names = [name or "/".join(folder.parts[-depth:]) for (name, _), folder in zip(named, resolved, strict=True)]
+    if len(set(names)) < len(names):
+        raise ValueError(f"runs must have different names, got {', '.join(names)}")
+    found = [open_evaluation(folder, name) for name, (_, folder) in zip(names, named, strict=True)]
+    require_one_protocol(found)
+    return found
+
+
+def _name_and_folder(argument: str) -> tuple[str, Path]:
+    name, equals, folder = argument.partition("=")
+    if not equals or Path(argument).expanduser().is_dir():  # a folder's own name may have an equals sign
+        return "", Path(argument).expanduser()
+    return name, Path(folder).expanduser()
+
+
+def require_one_protocol(evaluations: Sequence[Evaluation]) -> None:
+    """Refuse evaluations whose numbers do not compare.
+
+    Raises:
+        ValueError: naming everything in which a protocol differs from the first one's, with both values.
+    """
+    first, *others = evaluations
+    for other in others:
+        differing = [
+            f"{key} ({_shown(first.identity.get(key))} in {first.name}, {_shown(other.identity.get(key))} in "
+            f"{other.name})"
+            for key in dict.fromkeys([*first.identity, *other.identity])
+            if first.identity.get(key) != other.identity.get(key)
+        ]
+        if differing:
+            raise ValueError(f"the runs have different protocols and do not compare: {'; '.join(differing)}")
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value).replace('"', "") if value is not None else "none"
+
+
+def collected_rows(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
+    """The rows of all runs, with the names of their runs under "run".
+
+    A row that several runs have with equal numbers stands once, with all their names; seconds may differ.
+    """
+    found: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = []
+    for evaluation in evaluations:
+        for evaluated in evaluation.rows:
+            numbers = evaluated.row.items()
+            key = {name: value for name, value in numbers if value is not None and name not in _OF_THE_MACHINE}
+            known = next((runs for other, _, runs in found if other == key and evaluation.name not in runs), None)
+            if known is None:
+                found.append((key, evaluated.row, [evaluation.name]))
+            else:
+                known.append(evaluation.name)
+    return [row | {"run": ", ".join(runs)} for _, row, runs in found]
