@@ -225,7 +225,12 @@ class ChainBackbone:
         return Growing(ChainEntries(tuple(parts[:layers]), tuple(parts[layers:])))
 
     def observe(self, prefix: PrefixCache, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = self._continue(prefix, self.block_tokens[blocks][:, :, 0], None, None)
+        rows = []
+        for states, parts in plan(*blocks.shape, 1, self.packing.entries(prefix.keys, prefix.slots // 2)):
+            seen = prefix.select(states)
+            row = [self._continue(seen, self.block_tokens[blocks[states, part]][:, :, 0], None, None) for part in parts]
+            rows.append(torch.cat(row, 1))
+        hidden = torch.cat(rows)
         spread = self._losses(hidden.flatten(0, 1)[:, None], torch.zeros_like(blocks).flatten()[:, None])[1]
         return hidden.float(), spread.view(blocks.shape)
 
@@ -237,6 +242,18 @@ class ChainBackbone:
         count: Tensor,
         first: ChainEntries | None = None,
     ) -> PrefixCache:
+        cost = self.entries_per_token * self.geometry.tokens_per_block * blocks.shape[1]
+        lengths = []
+        for states, _ in plan(len(blocks), 1, cost, self.packing.entries(prefix.keys, prefix.slots // 2)):
+            known = None if first is None else first.select(states)
+            part = self._extend(prefix.select(states), tokens[states], blocks[states], count[states], known)
+            lengths.append(part.length)  # its entries are written into the prefix's own
+        return PrefixCache(prefix.keys, prefix.values, torch.cat(lengths))
+
+    def _extend(
+        self, prefix: PrefixCache, tokens: Tensor, blocks: Tensor, count: Tensor, first: ChainEntries | None
+    ) -> PrefixCache:
+        """`extend` of one forward, in place."""
         positions = self.block_tokens[blocks].flatten(1)  # (M, K*p*p)
         remaining = self.entries_per_token * self.geometry.tokens_per_block * count
         done = 0

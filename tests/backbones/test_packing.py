@@ -45,9 +45,13 @@ def test_less_memory_means_smaller_forwards_and_the_same_losses(
     prefix = backbone.start(data.labels)
     whole, entries = backbone.context_loss(prefix, data.tokens, orders, whole=True)
     sizes = entries_of_forwards(backbone, monkeypatch)
-    largest = []
+    largest, seen = [], []
     for memory in (10.0, 1e-4, 1e-9):
         monkeypatch.setattr(backbone, "packing", Packing(memory), raising=False)
+        shown, revealed = torch.tensor([0, 1, 2, 3, 2, 1]), backbone.start(data.labels)
+        extended = backbone.extend(revealed, data.tokens, orders[:, :3], shown)
+        first, _ = backbone.observe(extended, orders[:, 3:])
+        seen.append((extended.length, first))
         sizes.clear()
         losses, again = backbone.context_loss(prefix, data.tokens, orders, whole=True)
         assert torch.allclose(losses.loss, whole.loss, atol=1e-5)
@@ -55,6 +59,8 @@ def test_less_memory_means_smaller_forwards_and_the_same_losses(
         assert again is not None and entries is not None
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(again.values, entries.values, strict=True))
         largest.append(max(sizes))
+    assert all(torch.equal(seen[0][0], length) for length, _ in seen)
+    assert all(torch.allclose(seen[0][1], first, atol=1e-5) for _, first in seen)
     assert largest[0] > largest[1] > largest[2] == 8  # a chain of one block is never split
 
 
