@@ -9,7 +9,7 @@ import psutil
 import torch
 from torch import Tensor
 
-CPU_BYTES = 2**21  # of an activation: more make no forward faster on a CPU, and leave its caches
+CPU_BYTES = 2**22  # of an activation: more make no forward faster on a CPU, and leave its caches
 SHARE_OF_FREE = 0.8
 WIDTHS_PER_ENTRY = 20  # activations of an entry that live at once, in widths of the model
 SCORES_PER_ENTRY = 4  # attention scores of an entry that live at once, in entries seen
