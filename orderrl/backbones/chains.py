@@ -226,7 +226,9 @@ class ChainBackbone:
 
     def observe(self, prefix: PrefixCache, blocks: Tensor) -> tuple[Tensor, Tensor]:
         rows = []
-        for states, parts in plan(*blocks.shape, 1, self.packing.entries(prefix.keys, prefix.slots // 2)):
+        for states, parts in plan(
+            len(blocks), blocks.shape[1], 1, self.packing.entries(prefix.keys, prefix.slots // 2)
+        ):
             seen = prefix.select(states)
             row = [self._continue(seen, self.block_tokens[blocks[states, part]][:, :, 0], None, None) for part in parts]
             rows.append(torch.cat(row, 1))
