@@ -17,7 +17,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.suites import SHAPES, SUITES, Settings
+from benchmarks.shapes import SHAPES
+from benchmarks.suites import SUITES, Settings
 
 COLUMNS = {
     "seconds": "{:.3f}",

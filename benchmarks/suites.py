@@ -16,7 +16,7 @@ from benchmarks.counts import Counter, Pass
 from benchmarks.limits import Limits, measured_limits, timed
 from benchmarks.naive import naive_episode, naive_label, raster_images
 from benchmarks.profile import share_inside
-from benchmarks.shapes import SHAPES, Shape, raster_twin
+from benchmarks.shapes import Shape, raster_twin
 from orderrl.agents.policies import RankingPolicy, fixed_order
 from orderrl.agents.ppo import PPO, PPOConfig
 from orderrl.agents.schedules import fixed
@@ -352,4 +352,3 @@ def _core(backbone: Backbone, data: TokenSet, count: int) -> NextBlockCore:
 
 
 SUITES = {"labels": labels, "env": env, "generation": generation, "ppo": ppo, "context": context}
-__all__ = ["SHAPES", "SUITES", "Settings"]

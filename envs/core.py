@@ -383,8 +383,10 @@ class NextBlockCore:
         revealing = [value for value in count.unique().tolist() if value]
         if not revealing:
             return
-        first, first_unconditional = self._first_entries(blocks[:, 0]), None
-        if drawing is not None:
+        first_unconditional = None
+        if drawing is None:
+            first = self._first_entries(blocks[:, 0])
+        else:
             zero = torch.zeros_like(count)
             first = None if drawing.entries is None else drawing.entries.chain(zero)
             first_unconditional = None if drawing.unconditional is None else drawing.unconditional.chain(zero)

@@ -23,7 +23,7 @@ from orderrl.backbones import Backbone, backbone_fingerprint
 from orderrl.data import TokenSet
 from orderrl.data.shards import checksum
 from orderrl.geometry import BlockGrid
-from orderrl.metrics.evaluation import Evaluated, Protocol, _free_folder
+from orderrl.metrics.evaluation import Evaluated, Protocol, free_folder
 from orderrl.metrics.planning import Rollout
 from orderrl.pipeline import section
 from orderrl.resuming import Unfinished
@@ -113,7 +113,7 @@ def publish_samples(work: Unfinished, folder: Path) -> None:
     """
     for row in sorted((work.folder / "samples").glob("row-*")):
         for policy in sorted(row.iterdir()):
-            shutil.copytree(policy, _free_folder(folder, policy.name))
+            shutil.copytree(policy, free_folder(folder, policy.name))
 
 
 def log_values(row: dict[str, Any]) -> dict[str, float]:

@@ -27,7 +27,7 @@ from orderrl.evaluations import open_evaluation
 from orderrl.generate import generate
 from orderrl.label import label
 from orderrl.metrics.comparison import code_length_at
-from orderrl.metrics.evaluation import EMPTY_ROW, Evaluated, _free_folder, folder_name
+from orderrl.metrics.evaluation import EMPTY_ROW, Evaluated, folder_name, free_folder
 from orderrl.metrics.features import DIGITS
 from orderrl.metrics.images import save_images
 from orderrl.metrics.references import reference_of, save_reference
@@ -289,7 +289,7 @@ def test_every_row_keeps_its_samples_in_a_folder_of_its_own(tmp_path: Path) -> N
     assert folder_name("my.module:policy/2", None) == "my.module_policy_2"
     assert folder_name("multiscale@1+1+14", None) == "multiscale@1+1+14"
     for expected in ("bc_seed1", "bc_seed1-2", "bc_seed1-3"):
-        folder = _free_folder(tmp_path, folder_name("bc", 1))
+        folder = free_folder(tmp_path, folder_name("bc", 1))
         assert folder == tmp_path / expected
         folder.mkdir()
 

@@ -156,7 +156,7 @@ class ARPG(nn.Module, ChainBackbone):
         Returns:
             Entries of half the layers and, last, the pair that the second pass reads.
         """
-        shared, keys, values = prefix.levels(), [], []
+        shared, keys, values = prefix.levels, [], []
         length = x.shape[2]
         for number, layer in enumerate(cast(list[_Layer], self.layers.self_dec)):
             attention = cast(_SelfAttention, layer.attn)
@@ -195,12 +195,9 @@ class ARPG(nn.Module, ChainBackbone):
             past: entries that come before the chains, shared as in `encode`.
             causal: off, every query sees all of `own`.
         """
-        levels, length = [prefix.levels()[-1], *_given(past, -1)], positions.shape[2]
+        levels, length = [prefix.levels[-1], *_given(past, -1)], positions.shape[2]
         if own.length:
-            mask = None
-            if causal and length > 1:
-                mask = torch.ones(length, own.length, dtype=torch.bool, device=positions.device)
-                mask = mask.tril(own.length - length)
+            mask = causal_mask(length, own.length, positions.device) if causal else None
             levels.append(Level(own.keys[-1], own.values[-1], mask))
         rope = self.rope[positions + 1]
         x = self._mask_queries(positions.shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -89,8 +90,12 @@ class PrefixCache:
         """Entries that fit."""
         return self.keys.shape[3] - 1
 
+    @cached_property
     def levels(self) -> list[Level]:
-        """What every chain of a state sees, layer by layer, up to the longest state."""
+        """What every chain of a state sees, layer by layer, up to the longest state: views of the entries.
+
+        Kept, because asking for the longest waits for the device, and chains that grow token by token ask every time.
+        """
         shortest, longest = (int(end) for end in self.length.aminmax()) if len(self.length) else (0, 0)
         mask = None
         if shortest < longest:  # broadcast to (M, heads, C, T, L)

@@ -58,12 +58,14 @@ class ChainBackbone:
     Attributes:
         geometry: the block grid.
         block_tokens: (B, p*p) int64, raster positions of each block, on the model's device.
+        vocab_size: token values.
         entries_per_token: cache entries that a visible token takes.
         packing: how much one forward may take; results do not depend on it.
     """
 
     geometry: BlockGrid
     block_tokens: Tensor
+    vocab_size: int
     entries_per_token: int
     packing: Packing = Packing()
 
@@ -181,8 +183,7 @@ class ChainBackbone:
     def _losses(self, queries: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Loss of chains and entropy of their first query, each (n,) nats: queries (n, p*p, D), targets (n, p*p)."""
         losses, spreads = [], []
-        vocabulary = self.logits(queries[:1, :1]).shape[-1] if len(queries) else 1
-        at_once = max(1, LOGITS_AT_ONCE // (targets.shape[1] * vocabulary))
+        at_once = max(1, LOGITS_AT_ONCE // (targets.shape[1] * self.vocab_size))
         for query, target in zip(queries.split(at_once), targets.split(at_once), strict=True):
             log_probs = self.logits(query).float().log_softmax(-1)
             losses.append(-log_probs.gather(-1, target[..., None]).sum((-2, -1)))

@@ -138,7 +138,7 @@ class CausalTransformer(nn.Module):
         Returns:
             Hidden states (M, C, outputs, dim) before the final norm, and the new entries.
         """
-        shared, keys, values = prefix.levels(), [], []
+        shared, keys, values = prefix.levels, [], []
         for number, layer in enumerate(self._blocks()):
             levels = [shared[number]]
             if past is not None:

@@ -319,7 +319,7 @@ def _quality(p: Protocol, row: dict[str, Any], made: Generated) -> dict[str, Any
     by_class = made.labels.argsort(stable=True)  # the order of the kept files, on which random splits depend
     images, labels = p.data.images(made.tokens[by_class]), made.labels[by_class]
     if p.samples_folder is not None:
-        save_images(images, _free_folder(p.samples_folder, folder_name(row["policy"], row["seed"])), labels)
+        save_images(images, free_folder(p.samples_folder, folder_name(row["policy"], row["seed"])), labels)
     if p.features is None or p.reference is None:
         return seconds
     found = extract_features(images, p.features, p.weights, p.device)
@@ -332,7 +332,7 @@ def _quality(p: Protocol, row: dict[str, Any], made: Generated) -> dict[str, Any
     return seconds | scores | intervals | {"features": p.features}
 
 
-def _free_folder(parent: Path, name: str) -> Path:
+def free_folder(parent: Path, name: str) -> Path:
     """A folder that no other row has: two checkpoints may have one name and seed."""
     number = 1
     while (folder := parent / (name if number == 1 else f"{name}-{number}")).exists():

@@ -30,7 +30,7 @@ def test_append_equals_concatenation_of_what_counts() -> None:
         cache = cache.append(new, torch.tensor(count))
         for row, n in enumerate(count):
             wanted[row].append(keys_of(new)[:, row, :, 0, :n])
-    levels = cache.levels()
+    levels = cache.levels
     keys = torch.stack([level.keys[:, :, 0] for level in levels])
     assert keys.shape[3] == levels[0].values.shape[3] == 5
     assert levels[0].mask is None and cache.slots == 6  # all are equally long
@@ -41,7 +41,7 @@ def test_append_equals_concatenation_of_what_counts() -> None:
 def test_append_fills_the_last_slot() -> None:
     new = entries(2, 1, 3)
     cache = empty(2, 3).append(new, torch.tensor([3, 1]))
-    level = cache.levels()[1]
+    level = cache.levels[1]
     assert torch.equal(level.keys[0, :, 0], new.keys[1][0, :, 0])
     assert level.mask is not None and level.mask[:, 0, 0, 0].tolist() == [[True] * 3, [True, False, False]]
 
