@@ -1,20 +1,23 @@
 """Data sets as token images, by name."""
 
+from orderrl.data.canvas import augment_canvas, load_canvas_split
 from orderrl.data.digits import augment_digits, augment_patches, load_digits_split, load_patches_split
 from orderrl.data.shards import load_token_set
 from orderrl.data.tokens import TokenSet
 
 __all__ = [
     "TokenSet",
+    "augment_canvas",
     "augment_digits",
     "augment_patches",
+    "load_canvas_split",
     "load_digits_split",
     "load_patches_split",
     "load_split",
     "load_token_set",
 ]
 
-_LOADERS = {"digits": load_digits_split, "digits_patches": load_patches_split}
+_LOADERS = {"digits": load_digits_split, "digits_patches": load_patches_split, "canvas": load_canvas_split}
 _ON_DISK = "tokens:"
 
 
@@ -22,7 +25,7 @@ def load_split(name: str, split: str) -> TokenSet:
     """Load one split of a data set by name.
 
     Args:
-        name: "digits", "digits_patches", or "tokens:FOLDER" for a token set that `python -m orderrl.tokenize` wrote.
+        name: "digits", "digits_patches", "canvas", or "tokens:FOLDER" for a token set that `python -m orderrl.tokenize` wrote.
         split: "backbone", "planner" or "test".
 
     Raises:
