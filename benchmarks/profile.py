@@ -1,4 +1,4 @@
-"""How much of a round of PPO is spent inside the models."""
+"""How much of a call is spent inside the models."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.limits import timed, wait
 from orderrl.agents.ppo import PPO
+from orderrl.planner import OrderHead
 
 
 class Stopwatch:
@@ -60,3 +61,12 @@ def share_inside(backbone: Any, agent: PPO, call: Callable[[], Any]) -> dict[str
     ):
         seconds = timed(call, device)
     return {"backbone_share": of_backbone.seconds / seconds, "planner_share": of_planner.seconds / seconds}
+
+
+def planner_share(planner: OrderHead, call: Callable[[], Any]) -> dict[str, float]:
+    """Share of a call's time that a planner's forward takes."""
+    device = planner.position.device
+    watch = Stopwatch(device)
+    with watching(watch, planner, "forward"):
+        seconds = timed(call, device)
+    return {"planner_share": watch.seconds / seconds}

@@ -15,12 +15,13 @@ from torch import Tensor
 from benchmarks.counts import Counter, Pass
 from benchmarks.limits import Limits, measured_limits, timed
 from benchmarks.naive import naive_episode, naive_label, raster_images
-from benchmarks.profile import share_inside
+from benchmarks.profile import planner_share, share_inside
 from benchmarks.shapes import Shape, raster_twin
-from orderrl.agents.policies import RankingPolicy, fixed_order
+from orderrl.agents.policies import PlannerPolicy, RankingPolicy, fixed_order
 from orderrl.agents.ppo import PPO, PPOConfig
 from orderrl.agents.schedules import fixed
 from orderrl.backbones import Backbone
+from orderrl.backbones.protocol import backbone_device
 from orderrl.data import TokenSet
 from orderrl.envs import NextBlockTorchRLEnv
 from orderrl.envs.core import CoreConfig, NextBlockCore
@@ -303,8 +304,25 @@ def generation(settings: Settings) -> Iterator[Row]:
                     _generation_limit(counter, limits, count, budget),
                 )
             )
+        variants.append(_planned(dtype, backbone, data, classes))
     for dtype in settings.dtypes:  # each type against decoding in the same type
         yield from measure("generation", settings, [v for v in variants if f"{dtype}:" in v.name], "images")
+
+
+def _planned(dtype: str, backbone: Any, data: TokenSet, classes: Tensor) -> Variant:
+    """Drawing in a planner's order, and what share of the time the planner itself takes."""
+    planner = OrderHead(PlannerConfig.for_backbone(backbone, reasoning_steps=2)).to(backbone_device(backbone)).eval()
+    variant = Variant(f"{dtype}: 1 block a step, planner R = 2", lambda: None, len(classes))
+
+    def draw() -> None:
+        variant.extra = planner_share(planner, lambda: _draw_planned(backbone, data, planner, classes))
+
+    variant.call = draw
+    return variant
+
+
+def _draw_planned(backbone: Any, data: TokenSet, planner: OrderHead, classes: Tensor) -> None:
+    generate_images(backbone, data, PlannerPolicy(planner), (1,), classes)
 
 
 def _generation_limit(counter: Counter, limits: Limits, count: int, budget: int) -> float:
