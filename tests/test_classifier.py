@@ -1,4 +1,4 @@
-"""The shipped digits classifier: accurate, shaped as torch-fidelity needs it, and reproducible."""
+"""The shipped classifiers: accurate, shaped as torch-fidelity needs them, and reproducible."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,49 +6,81 @@ from pathlib import Path
 import pytest
 import torch
 
+from orderrl import compose
 from orderrl.classifier import (
-    DigitsClassifier,
+    CLASSIFIERS,
+    Classifier,
     classifier_accuracy,
     load_classifier,
+    own_classifier,
     random_visible,
     save_classifier,
     train_classifier,
 )
 from orderrl.data import load_split
 from orderrl.data.pictures import HIDDEN_GREY, hide_blocks
+from orderrl.evaluate import feature_name, raster_backbones
 from orderrl.geometry import BlockGrid
 
 GRID = BlockGrid(8, 8, 2)
+NAMES = list(CLASSIFIERS)
 
 
-def test_shipped_weights_reach_97_percent_on_the_test_split() -> None:
-    assert classifier_accuracy(load_classifier("digits"), load_split("digits", "test")) >= 0.97
+@pytest.mark.parametrize("name", NAMES)
+def test_shipped_weights_reach_97_percent_on_the_test_split(name: str) -> None:
+    assert classifier_accuracy(load_classifier(name), load_split(name, "test")) >= 0.97
 
 
-def test_shipped_classifier_still_knows_most_half_revealed_images() -> None:
-    test = load_split("digits", "test")
+@pytest.mark.parametrize(("name", "least"), [("digits", 0.8), ("canvas", 0.7)])
+def test_shipped_classifier_still_knows_most_half_revealed_images(name: str, least: float) -> None:
+    test = load_split(name, "test")
     half = torch.rand(len(test), 16, generator=torch.Generator().manual_seed(1)).argsort(1) < 8
-    assert classifier_accuracy(load_classifier("digits"), test, half) >= 0.8
+    assert classifier_accuracy(load_classifier(name), test, half) >= least
 
 
-def test_nothing_revealed_gives_no_confidence() -> None:
-    images = torch.full((1, 3, 8, 8), HIDDEN_GREY, dtype=torch.uint8)
-    assert load_classifier("digits")(images).softmax(-1).max() < 0.9
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_revealed_gives_no_confidence(name: str) -> None:
+    side = CLASSIFIERS[name].side
+    images = torch.full((1, 3, side, side), HIDDEN_GREY, dtype=torch.uint8)
+    assert load_classifier(name)(images).softmax(-1).max() < 0.9
 
 
-def test_features_and_logits_have_their_shapes_and_the_head_connects_them() -> None:
-    classifier = load_classifier("digits")
-    data = load_split("digits", "test")
+@pytest.mark.parametrize("name", NAMES)
+def test_features_and_logits_have_their_shapes_and_the_head_connects_them(name: str) -> None:
+    classifier = load_classifier(name)
+    data = load_split(name, "test")
     images = data.images(data.tokens[:5])
     features = classifier.features(images)
     assert features.shape == (5, 64)
     torch.testing.assert_close(classifier(images), classifier.head(features))
 
 
-def test_training_is_reproducible_and_depends_on_the_seed() -> None:
-    first, again, other = (train_classifier(seed=seed, steps=3, batch_size=8) for seed in (0, 0, 1))
-    for name, value in first.state_dict().items():
-        assert torch.equal(value, again.state_dict()[name])
+def test_data_sets_of_one_kind_of_images_share_a_classifier() -> None:
+    for data in ("digits", "digits_patches", "canvas"):
+        name = own_classifier(data)
+        assert name is not None
+        images = load_split(data, "test")
+        assert images.images(images.tokens[:1]).shape[-2:] == (CLASSIFIERS[name].side,) * 2
+    assert own_classifier("tokens:photographs") is None
+
+
+def test_evaluations_take_what_ships_with_their_data() -> None:
+    features = {"digits": "orderrl-digits", "digits_patches": "orderrl-digits", "canvas": "orderrl-canvas"}
+    for data, own in features.items():
+        config = compose("evaluate", [f"data={data}"])
+        assert feature_name(config) == own
+        assert raster_backbones(config) == (["digits_raster"] if data == "digits" else [])
+    tokens = ["data=tokens", "data.path=photographs"]
+    assert feature_name(compose("evaluate", [*tokens, "eval.features=null"])) is None
+    with pytest.raises(ValueError, match="no feature extractor ships for data 'tokens:photographs'"):
+        feature_name(compose("evaluate", tokens))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_training_is_reproducible_and_depends_on_the_seed(name: str) -> None:
+    first, again, other = (train_classifier(name, seed=seed, steps=3, batch_size=8) for seed in (0, 0, 1))
+    for key, value in first.state_dict().items():
+        assert torch.equal(value, again.state_dict()[key])
     assert not torch.equal(first.head.weight, other.head.weight)
 
 
@@ -60,12 +92,20 @@ def test_training_leaves_the_global_generator_alone() -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_saved_classifier_loads_unchanged(tmp_path: Path) -> None:
-    classifier = DigitsClassifier().eval()
+@pytest.mark.parametrize("name", NAMES)
+def test_saved_classifier_loads_unchanged(name: str, tmp_path: Path) -> None:
+    classifier = Classifier(CLASSIFIERS[name]).eval()
     save_classifier(classifier, tmp_path / "c.safetensors")
-    loaded = load_classifier("digits", tmp_path / "c.safetensors")
-    images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    loaded = load_classifier(name, tmp_path / "c.safetensors")
+    side = CLASSIFIERS[name].side
+    images = torch.randint(0, 256, (4, 3, side, side), dtype=torch.uint8)
     torch.testing.assert_close(loaded(images), classifier(images))
+
+
+def test_weights_of_another_classifier_are_refused(tmp_path: Path) -> None:
+    save_classifier(Classifier(CLASSIFIERS["canvas"]), tmp_path / "c.safetensors")
+    with pytest.raises(ValueError, match=r"c\.safetensors"):
+        load_classifier("digits", tmp_path / "c.safetensors")
 
 
 def test_hide_blocks_keeps_visible_pixels_and_greys_the_others() -> None:
@@ -96,10 +136,12 @@ def test_half_of_the_training_images_show_everything() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: load_classifier("letters"), "name='letters'.*digits"),
+        (lambda: load_classifier("letters"), "name='letters'.*digits, canvas"),
+        (lambda: train_classifier("letters"), "name='letters'.*digits, canvas"),
         (lambda: train_classifier(steps=0), "steps must be at least 1, got 0"),
-        (lambda: DigitsClassifier()(torch.zeros(2, 3, 8, 8)), r"uint8 of shape \(n, 3, 8, 8\), got float32"),
-        (lambda: DigitsClassifier()(torch.zeros(2, 1, 8, 8, dtype=torch.uint8)), r"got uint8 \(2, 1, 8, 8\)"),
+        (lambda: load_classifier("digits")(torch.zeros(2, 3, 8, 8)), r"uint8 of shape \(n, 3, 8, 8\), got float32"),
+        (lambda: load_classifier("digits")(torch.zeros(2, 1, 8, 8).byte()), r"got uint8 \(2, 1, 8, 8\)"),
+        (lambda: load_classifier("canvas")(torch.zeros(2, 3, 8, 8).byte()), r"\(n, 3, 12, 12\), got uint8"),
         (lambda: hide_blocks(torch.zeros(3, 9, 8), torch.ones(16).bool(), GRID), "9x8 pixels"),
         (lambda: hide_blocks(torch.zeros(3, 8, 8), torch.ones(4).bool(), GRID), "B=16 entries"),
     ],

@@ -247,5 +247,5 @@ def _cast(module: torch.nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-for _name in ("digits", "digits_raster"):
+for _name in ("digits", "digits_raster", "canvas"):
     register_backbone(_name, lambda name=_name: _from_file(WEIGHTS / f"{name}.safetensors"))  # type: ignore[misc]

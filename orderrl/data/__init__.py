@@ -1,11 +1,16 @@
 """Data sets as token images, by name."""
 
+from collections.abc import Callable
+
+from torch import Generator, Tensor
+
 from orderrl.data.canvas import augment_canvas, load_canvas_split
 from orderrl.data.digits import augment_digits, augment_patches, load_digits_split, load_patches_split
 from orderrl.data.shards import load_token_set
 from orderrl.data.tokens import TokenSet
 
 __all__ = [
+    "AUGMENTATIONS",
     "TokenSet",
     "augment_canvas",
     "augment_digits",
@@ -18,6 +23,12 @@ __all__ = [
 ]
 
 _LOADERS = {"digits": load_digits_split, "digits_patches": load_patches_split, "canvas": load_canvas_split}
+AUGMENTATIONS: dict[str, Callable[[Tensor, Generator, float], Tensor]] = {
+    "digits": augment_digits,
+    "digits_patches": augment_patches,
+    "canvas": augment_canvas,
+}
+"""The mild augmentation of a data set: (tokens, generator, strength) -> tokens; others have none."""
 _ON_DISK = "tokens:"
 
 
@@ -25,7 +36,8 @@ def load_split(name: str, split: str) -> TokenSet:
     """Load one split of a data set by name.
 
     Args:
-        name: "digits", "digits_patches", "canvas", or "tokens:FOLDER" for a token set that `python -m orderrl.tokenize` wrote.
+        name: "digits", "digits_patches", "canvas", or "tokens:FOLDER" for a token set that `python -m orderrl.tokenize`
+            wrote.
         split: "backbone", "planner" or "test".
 
     Raises:

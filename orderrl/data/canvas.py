@@ -39,6 +39,7 @@ def load_canvas_split(split: str) -> TokenSet:
         width=WIDTH,
         vocab_size=digits.vocab_size,
         num_classes=digits.num_classes,
+        class_names=digits.class_names,
     )
 
 

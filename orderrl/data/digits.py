@@ -53,6 +53,7 @@ def load_digits_split(split: str) -> TokenSet:
         width=WIDTH,
         vocab_size=LEVELS,
         num_classes=NUM_CLASSES,
+        class_names=tuple(map(str, range(NUM_CLASSES))),
     )
 
 
@@ -70,6 +71,7 @@ def load_patches_split(split: str) -> TokenSet:
         num_classes=NUM_CLASSES,
         token_dim=PATCH**2,
         decoder=patches_to_images,
+        class_names=digits.class_names,
     )
 
 

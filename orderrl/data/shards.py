@@ -388,6 +388,7 @@ def load_token_set(folder: Path | str, split: str, mapped: bool | None = None) -
         token_dim=identity["token_dim"] if continuous else 0,
         decoder=SetDecoder(folder, described),
         identity=fingerprint([identity["grid"], identity["vocab_size"], identity["classes"], split, checksums]),
+        class_names=tuple(map(str, identity["classes"])),
     )
 
 

@@ -27,6 +27,7 @@ class TokenSet:
         token_dim: channels of a continuous token; 0 if tokens are discrete.
         decoder: tokens (m, N) or (m, N, token_dim) to pixels (m, 3, H, W) uint8; None where tokens are grey levels.
         identity: what stands for the content in `fingerprint` where hashing it would take long; None hashes it.
+        class_names: of the labels, in words that a caption can hold; None where they have none.
     """
 
     name: str
@@ -40,6 +41,7 @@ class TokenSet:
     token_dim: int = 0
     decoder: Callable[[Tensor], Tensor] | None = None
     identity: str | None = None
+    class_names: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -65,6 +65,7 @@ def test_every_split_holds_the_tokens_of_its_images(folder: Path, source: Folder
         assert torch.equal(data.labels, labels) and data.tokens.dtype == torch.int64
         assert (data.tokens == tokens).float().mean() > 0.99  # another batch size may decide a tie otherwise
         assert (data.height, data.width, data.vocab_size, data.num_classes) == (4, 4, 24, 2)
+        assert data.class_names == ("cat", "dog")
     assert class_names(folder) == ["cat", "dog"]
     files = (folder / "images.tsv").read_text().splitlines()
     assert len(files) == 21 and files[1].split("\t")[0] == "backbone"

@@ -25,6 +25,7 @@ def test_digits_are_grey_levels() -> None:
     assert images.shape == (4, 3, 8, 8) and images.dtype == torch.uint8
     assert torch.equal(images[:, 0].flatten(1), (data.tokens[:4] * 255 / 16).round().to(torch.uint8))
     assert data.decoder is None and data.token_dim == 0
+    assert data.class_names == tuple("0123456789")
 
 
 def test_the_decoder_sees_one_dimension_of_images_whatever_the_shape() -> None:
