@@ -9,7 +9,9 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-Schedule = Callable[[TensorDictBase], Tensor]
+Schedule = Callable[[TensorDictBase, Tensor], Tensor]
+"""(observation, ranked blocks (M, K) int64) -> place in the list of budgets (M,) int64."""
+
 T = TypeVar("T", bound=Callable[..., Any])
 
 
@@ -24,16 +26,22 @@ def reads_content(function: object) -> bool:
     return bool(getattr(function, "reads_content", True))
 
 
-def legal_place(schedule: Schedule, observation: TensorDictBase) -> Tensor:
-    """What a schedule chooses, lowered to the largest legal budget where fewer blocks are left: (M,) int64."""
-    return torch.minimum(schedule(observation), observation["budget_mask"].sum(-1) - 1)
+def legal_place(schedule: Schedule, observation: TensorDictBase, ranked: Tensor) -> Tensor:
+    """The place in the list of budgets that a schedule chooses, lowered where fewer blocks are left: (M,) int64.
+
+    Args:
+        schedule: chooses.
+        observation: batch (M,).
+        ranked: (M, K) int64, the first choices, K the largest budget; past the number of hidden blocks they are any.
+    """
+    return torch.minimum(schedule(observation, ranked), observation["budget_mask"].sum(-1) - 1)
 
 
 def fixed(place: int = 0) -> Schedule:
-    """Always the budget at one place of the list: observation -> (M,) int64."""
+    """Always the budget at one place of the list."""
 
     @places_only
-    def schedule(observation: TensorDictBase) -> Tensor:
+    def schedule(observation: TensorDictBase, ranked: Tensor) -> Tensor:
         return torch.full_like(observation["label"], place)
 
     return schedule
@@ -57,7 +65,7 @@ def growing(budgets: tuple[int, ...], sizes: tuple[int, ...]) -> Schedule:
     places = torch.tensor([budgets.index(size) for size in named])
 
     @places_only
-    def schedule(observation: TensorDictBase) -> Tensor:
+    def schedule(observation: TensorDictBase, ranked: Tensor) -> Tensor:
         blocks = observation["visible"].shape[-1]
         if sum(sizes) != blocks:
             raise ValueError(
@@ -78,7 +86,7 @@ def entropy_threshold(budgets: tuple[int, ...], threshold: float) -> Schedule:
         threshold: nats.
     """
 
-    def schedule(observation: TensorDictBase) -> Tensor:
+    def schedule(observation: TensorDictBase, ranked: Tensor) -> Tensor:
         mask = observation["action_mask"]
         entropy = torch.where(mask, observation["entropy"], torch.inf).sort(-1).values
         chosen = torch.zeros_like(observation["label"])
@@ -86,5 +94,24 @@ def entropy_threshold(budgets: tuple[int, ...], threshold: float) -> Schedule:
             fits = entropy[..., :budget].mean(-1) < threshold
             chosen = torch.where(fits, place, chosen)
         return chosen
+
+    return schedule
+
+
+def information_threshold(budgets: tuple[int, ...], threshold: float) -> Schedule:
+    """The largest budget k whose first k ranked blocks have a summed first-token entropy below a threshold.
+
+    A step reveals about equally much information everywhere, many blocks where they say little (the idea of InfoTok,
+    arXiv:2512.16975). The blocks are the policy's own first choices; the smallest budget where none fits.
+
+    Args:
+        budgets: the environment's budgets.
+        threshold: nats.
+    """
+
+    def schedule(observation: TensorDictBase, ranked: Tensor) -> Tensor:
+        summed = observation["entropy"].gather(-1, ranked).cumsum(-1)
+        places = torch.tensor(budgets, device=ranked.device) - 1
+        return (summed[..., places] < threshold).sum(-1).sub(1).clamp_min(0)
 
     return schedule

@@ -23,7 +23,7 @@ def build_core(
     form: str = "future_loss",
     weight: str = "uniform",
     sigma: float = 1.5,
-    step_cost: float = 0.0,
+    step_cost: float | tuple[float, float] = 0.0,
     sampling: Sampling | None = None,
     strict: bool = False,
     seed: int = 0,

@@ -7,7 +7,7 @@ context loss already computed) and makes one packed forward over the chains of t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,57 +15,14 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from orderrl.backbones.protocol import Backbone, Drawing, backbone_device, check_fits
-from orderrl.backbones.sampling import Sampling
 from orderrl.data import TokenSet
-from orderrl.envs.reward import ILLEGAL_REWARD, Reward, RewardConfig
+from orderrl.envs.config import CoreConfig, Transition
+from orderrl.envs.reward import ILLEGAL_REWARD, Reward, RewardConfig, chosen_step_cost, drawn_step_cost
 from orderrl.random import Stream, keyed_index, keyed_uniform
 
-MODES = ("teacher", "generate")
+__all__ = ["CoreConfig", "NextBlockCore", "Transition", "replay_return"]
+
 BUCKET = 3  # episodes in one packed forward hide numbers of blocks that differ by less than this
-
-
-@dataclass(frozen=True)
-class CoreConfig:
-    """What an environment is, apart from backbone, data and seed.
-
-    Attributes:
-        mode: "teacher" reveals true tokens, "generate" lets the backbone draw them.
-        budgets: how many blocks an action may reveal; ascending.
-        reward: what is paid for.
-        sampling: how tokens are drawn in mode "generate".
-        strict: raise on an illegal action instead of voiding the step.
-        hindsight: in mode "generate", replay finished images for their return; off, the reward is 0.
-    """
-
-    mode: str = "teacher"
-    budgets: tuple[int, ...] = (1,)
-    reward: RewardConfig = field(default_factory=RewardConfig)
-    sampling: Sampling = field(default_factory=Sampling)
-    strict: bool = False
-    hindsight: bool = True
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "budgets", tuple(int(k) for k in self.budgets))
-        if self.mode not in MODES:
-            raise ValueError(f"mode={self.mode!r} is unknown; choose one of {', '.join(MODES)}")
-        if not self.budgets or list(self.budgets) != sorted(set(self.budgets)) or self.budgets[0] < 1:
-            raise ValueError(f"budgets must be ascending positive numbers of blocks, got {self.budgets}")
-
-
-class Transition(NamedTuple):
-    """What a step gave, each (M,).
-
-    Attributes:
-        reward: float32, nats per image token.
-        terminated: bool, the image is complete.
-        truncated: bool, 2 * B steps are used up.
-        illegal: bool, the step was void.
-    """
-
-    reward: Tensor
-    terminated: Tensor
-    truncated: Tensor
-    illegal: Tensor
 
 
 class _Look(NamedTuple):
@@ -128,6 +85,8 @@ class NextBlockCore:
         self.step_count = zeros.clone()
         self.image_index = zeros.clone()
         self.labels = zeros.clone()
+        costs = config.reward.step_cost_range
+        self.step_cost = None if costs is None else torch.full((m,), costs[0], device=self.device)
         self.tokens = self._data_tokens.new_zeros(m, *self._data_tokens.shape[1:])
         self.visible = torch.zeros(m, b, dtype=torch.bool, device=self.device)
         self.reveal_step = torch.full((m, b), -1, dtype=torch.int64, device=self.device)
@@ -173,7 +132,8 @@ class NextBlockCore:
         """What a policy sees, batch (M,); no hidden token has any influence on it.
 
         Keys: hidden (B, D) float32, entropy (B,) float32 nats, visible (B,) bool, label () int64,
-        fraction (1,) float32, action_mask (B,) bool; with several budgets budget_mask (n,) bool.
+        fraction (1,) float32, action_mask (B,) bool; with several budgets budget_mask (n,) bool; if the cost of a step
+        is drawn anew for every episode, step_cost (1,) float32, nats per image.
         """
         parts = {
             "hidden": self.hidden,
@@ -185,6 +145,8 @@ class NextBlockCore:
         }
         if self.multi:
             parts["budget_mask"] = self.budget_mask()
+        if self.step_cost is not None:
+            parts["step_cost"] = self.step_cost[:, None]
         return TensorDict({k: v.clone() for k, v in parts.items()}, batch_size=[self.num_envs])
 
     # ------------------------------------------------------------------ episodes
@@ -203,7 +165,11 @@ class NextBlockCore:
 
     @torch.no_grad()
     def reset(
-        self, rows: Tensor | None = None, index: Tensor | int | None = None, labels: Tensor | None = None
+        self,
+        rows: Tensor | None = None,
+        index: Tensor | int | None = None,
+        labels: Tensor | None = None,
+        step_cost: Tensor | float | None = None,
     ) -> None:
         """Begin new episodes.
 
@@ -211,19 +177,30 @@ class NextBlockCore:
             rows: (m,) int64 sub-environments; None is all.
             index: () or (m,) images of the data set; None draws them from (seed, episode).
             labels: (m,) int64 classes to condition on; None takes the image's, or in mode "generate" draws them.
+            step_cost: () or (m,) nats per image, if the config's is a range; None draws it from (seed, episode).
 
         Raises:
-            ValueError: if an index lies outside the data set.
+            ValueError: if an index lies outside the data set, or a cost outside the config's range.
         """
         rows = torch.arange(self.num_envs, device=self.device) if rows is None else rows.to(self.device)
-        self._begin(rows, index, labels)
+        self._begin(rows, index, labels, step_cost)
         self._looks = [] if len(rows) == self.num_envs else self._looks
         self._look(rows)
 
-    def _begin(self, rows: Tensor, index: Tensor | int | None, labels: Tensor | None = None) -> None:
+    def _begin(
+        self,
+        rows: Tensor,
+        index: Tensor | int | None = None,
+        labels: Tensor | None = None,
+        step_cost: Tensor | float | None = None,
+    ) -> None:
         if not len(rows):
             return
+        told = None if step_cost is None else chosen_step_cost(self.config.reward, step_cost, len(rows))
         self.episode[rows] += 1
+        if self.step_cost is not None:
+            drawn = drawn_step_cost(self.config.reward, self.seeds[rows], self.episode[rows])
+            self.step_cost[rows] = drawn if told is None else told.to(self.device)
         key = (Stream.IMAGE, self.seeds[rows], self.episode[rows])
         if self.config.mode == "generate":
             self.labels[rows] = keyed_index(key, self.backbone.num_classes, self.device)
@@ -317,12 +294,12 @@ class NextBlockCore:
         self._record(blocks, count)
         self.step_count += (~idle).long()
         self._looks = []
-        self._begin(restart.nonzero().flatten(), None)
+        self._begin(restart.nonzero().flatten())
         self._look((~self.visible.all(-1)).nonzero().flatten())
         terminated = self.visible.all(-1)
         truncated = self.finished & ~terminated
         if self.config.mode == "teacher":
-            reward = self.reward(before, self.losses, revealed, self.visible)
+            reward = self.reward(before, self.losses, revealed, self.visible, self.step_cost)
         else:
             reward = self._hindsight_return(terminated & (count > 0))
         reward = torch.where(illegal, ILLEGAL_REWARD, reward)
@@ -476,6 +453,7 @@ class NextBlockCore:
             self.reveal_step[rows],
             self.reveal_rank[rows],
             self.config.reward,
+            None if self.step_cost is None else self.step_cost[rows],
         )
         return reward
 
@@ -488,6 +466,7 @@ def replay_return(
     reveal_step: Tensor,
     reveal_rank: Tensor,
     reward: RewardConfig,
+    step_cost: Tensor | None = None,
 ) -> Tensor:
     """Return of finished images under the order in which they were revealed.
 
@@ -499,16 +478,22 @@ def replay_return(
         reveal_step: (m, B) int64, the step that revealed each block; void steps are skipped numbers.
         reveal_rank: (m, B) int64, its place in the action of that step.
         reward: what is paid for.
+        step_cost: (m,) float32, what a step cost each image, nats per image; given where the reward's is a range.
 
     Returns:
         (m,) float32, nats per image token; every planner step that revealed something is charged.
+
+    Raises:
+        ValueError: if the reward's step_cost is a range and what the images had of it is not given.
     """
+    if reward.step_cost_range is not None and step_cost is None:
+        raise ValueError(f"step_cost must be given for every image: the reward's is the range {reward.step_cost}")
     images = replace(data, split="replay", tokens=tokens.cpu(), labels=labels.cpu(), identity=None)
     sizes = torch.nn.functional.one_hot(reveal_step).sum(1)  # (m, steps)
     largest = int(sizes.max())
     config = CoreConfig(budgets=tuple(range(1, largest + 1)), reward=reward)
     core = NextBlockCore(backbone, images, len(tokens), config)
-    core.reset(index=torch.arange(len(tokens)))
+    core.reset(index=torch.arange(len(tokens)), step_cost=step_cost)
     total = torch.zeros(len(tokens), device=core.device)
     places = torch.arange(largest, device=core.device)
     for step in range(sizes.shape[1]):

@@ -30,8 +30,8 @@ class NextBlockEnv(gym.Env[dict[str, Any], Any]):
     ## Observation Space
     A `Dict`: `hidden` (B, D) float32, the backbone's hidden state at the first query of each hidden block (zero
     where visible); `entropy` (B,) float32, entropy of that query's prediction, nats; `visible` (B,) int8; `label`;
-    `fraction` (1,) float32, revealed share; `action_mask` (B,) int8; with several budgets `budget_mask` (n,) int8.
-    No hidden token influences any of them.
+    `fraction` (1,) float32, revealed share; `action_mask` (B,) int8; with several budgets `budget_mask` (n,) int8;
+    with a range of step costs `step_cost` (1,) float32, the episode's own. No hidden token influences any of them.
 
     ## Rewards
     Nats per image token. Objective "likelihood": U(a|S) = 1/N sum over still hidden blocks of the drop of their
@@ -41,7 +41,8 @@ class NextBlockEnv(gym.Env[dict[str, Any], Any]):
 
     ## Starting State
     Everything hidden; the image (or label) is drawn from (seed, episode). `reset(options={"index": i})` takes
-    image i of the data set.
+    image i of the data set. If `step_cost` is a range, the episode's cost is drawn from it log-uniformly, from
+    (seed, episode) too, or chosen: `options={"step_cost": c}`.
 
     ## Episode End
     Terminated when all blocks are visible, truncated after 2 * B steps.
@@ -52,7 +53,7 @@ class NextBlockEnv(gym.Env[dict[str, Any], Any]):
     - `mode`: "teacher" or "generate".
     - `budgets`: numbers of blocks that a step may reveal, ascending ((1,)).
     - `objective`: "context" or "likelihood"; `form`: "future_loss" or "charged"; `weight`: "uniform" or "far" with
-      `sigma` in blocks; `step_cost` in nats per image.
+      `sigma` in blocks; `step_cost` in nats per image, a number or a range (low, high).
     - `sampling`: a `Sampling` for mode "generate".
     - `strict`: raise on illegal actions.
     - `seed`: used by resets without a seed; `device`: where the backbone runs.
@@ -67,21 +68,27 @@ class NextBlockEnv(gym.Env[dict[str, Any], Any]):
         self.render_mode = render_mode
         self._seeded = "seed" in arguments
         self.core = build_core(1, **arguments)
-        budgets = self.core.config.budgets
-        self.observation_space = observation_space(self.core.backbone, budgets)
+        budgets, costs = self.core.config.budgets, self.core.config.reward.step_cost_range
+        self.observation_space = observation_space(self.core.backbone, budgets, costs)
         self.action_space = action_space(self.core.backbone, budgets)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Begin an episode; `options={"index": i}` chooses the image."""
+        """Begin an episode.
+
+        Args:
+            seed: starts the history of episodes again.
+            options: "index" chooses the image; "step_cost", if the environment's is a range, what a step costs.
+        """
         super().reset(seed=seed)
         if seed is None and not self._seeded:
             seed = int(self.np_random.integers(2**31))
         if seed is not None:
             self.core.seed(seed)
             self._seeded = True
-        self.core.reset(index=(options or {}).get("index"))
+        options = options or {}
+        self.core.reset(index=options.get("index"), step_cost=options.get("step_cost"))
         return self._observation(), self._info(False)
 
     def step(self, action: Any) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from orderrl.geometry import BlockGrid
 from orderrl.oracle import WEIGHTS, distance_weights
+from orderrl.random import Stream, keyed_log_uniform
 
 OBJECTIVES = ("context", "likelihood")
 FORMS = ("future_loss", "charged")
@@ -26,14 +29,15 @@ class RewardConfig:
             which differs from U by a potential and needs only their chains (likelihood, uniform weight).
         weight: "uniform" or "far" (Algorithm 2 of the plan).
         sigma: reach of "far", in blocks.
-        step_cost: cost of a planner step, nats per image.
+        step_cost: cost of a planner step, nats per image; of a range (low, high) every episode draws its own,
+            log-uniformly, and the observation tells it.
     """
 
     objective: str = "context"
     form: str = "future_loss"
     weight: str = "uniform"
     sigma: float = 1.5
-    step_cost: float = 0.0
+    step_cost: float | tuple[float, float] = 0.0
 
     def __post_init__(self) -> None:
         for name, allowed in (("objective", OBJECTIVES), ("form", FORMS), ("weight", WEIGHTS)):
@@ -41,13 +45,65 @@ class RewardConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}")
         if not self.sigma > 0:
             raise ValueError(f"sigma must be positive (in blocks), got {self.sigma}")
-        if not self.step_cost >= 0:
+        if isinstance(self.step_cost, list | tuple):  # a list in configs
+            object.__setattr__(self, "step_cost", _checked_range(self.step_cost))
+        elif not self.step_cost >= 0:
             raise ValueError(f"step_cost must be at least 0 nats per image, got {self.step_cost}")
         if self.form == "charged" and (self.objective != "likelihood" or self.weight != "uniform"):
             raise ValueError(
                 "form='charged' equals the utility up to a potential only for objective='likelihood' and "
                 f"weight='uniform', got objective={self.objective!r}, weight={self.weight!r}"
             )
+
+    @property
+    def step_cost_range(self) -> tuple[float, float] | None:
+        """The range that episodes draw their cost of a step from; None if it is one number."""
+        return self.step_cost if isinstance(self.step_cost, tuple) else None
+
+    @property
+    def typical_step_cost(self) -> float:
+        """The cost of a step, of a range its geometric mean: the median of what is drawn. Nats per image."""
+        return math.sqrt(math.prod(self.step_cost)) if isinstance(self.step_cost, tuple) else self.step_cost
+
+
+def _checked_range(limits: Sequence[float]) -> tuple[float, float]:
+    """A range of step costs as two floats; refused unless costs can be drawn from it log-uniformly."""
+    if len(limits) != 2 or not 0 < limits[0] < limits[1] < math.inf:
+        raise ValueError(f"step_cost must be a number or a range (low, high) with 0 < low < high, got {tuple(limits)}")
+    return float(limits[0]), float(limits[1])
+
+
+def drawn_step_cost(config: RewardConfig, seeds: Tensor, episode: Tensor) -> Tensor:
+    """What a step costs in some episodes: log-uniform in the config's range, (m,) float32, nats per image.
+
+    Args:
+        config: its step_cost is a range.
+        seeds, episode: (m,) int64; the draw depends on nothing else.
+    """
+    assert config.step_cost_range is not None
+    low, high = config.step_cost_range
+    drawn = keyed_log_uniform((Stream.STEP_COST, seeds, episode), low, high, seeds.device)
+    return drawn.float().clamp(low, high)  # rounding may not leave the range
+
+
+def chosen_step_cost(config: RewardConfig, cost: Tensor | float, count: int) -> Tensor:
+    """Costs that a caller chose for `count` episodes, checked: (count,) float32, nats per image.
+
+    Raises:
+        ValueError: if the config's step_cost is no range, or a cost lies outside it.
+    """
+    if config.step_cost_range is None:
+        raise ValueError(
+            f"step_cost={cost} can be chosen for an episode only if the environment's step_cost is a range (low, "
+            f"high); it is {config.step_cost}"
+        )
+    chosen = torch.as_tensor(cost, dtype=torch.float32)
+    low, high = torch.tensor(config.step_cost_range)  # rounded as the costs are
+    if chosen.shape not in [(), (1,), (count,)] or not bool(((chosen.cpu() >= low) & (chosen.cpu() <= high)).all()):
+        raise ValueError(
+            f"step_cost must be one number or {count} in the range {config.step_cost_range}, got {chosen.tolist()}"
+        )
+    return chosen.expand(count)
 
 
 def future_loss_reduction(before: Tensor, after: Tensor, hidden: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -93,7 +149,14 @@ class Reward:
         self.geometry = geometry
         self.pair_weights = distance_weights(geometry, config.weight, config.sigma)
 
-    def __call__(self, before: Tensor, after: Tensor | None, revealed: Tensor, visible: Tensor) -> Tensor:
+    def __call__(
+        self,
+        before: Tensor,
+        after: Tensor | None,
+        revealed: Tensor,
+        visible: Tensor,
+        step_cost: Tensor | None = None,
+    ) -> Tensor:
         """Reward of one step.
 
         Args:
@@ -101,6 +164,7 @@ class Reward:
             after: (M, B) losses given S_{t+1}, nats, zero where visible; not read for form "charged".
             revealed: (M, B) bool, the blocks of this step.
             visible: (M, B) bool, visible after this step.
+            step_cost: (M,) what the step costs each episode, nats per image; None is the config's number.
 
         Returns:
             (M,) float32, nats per image token.
@@ -113,4 +177,7 @@ class Reward:
             value = future_loss_reduction(before, after, ~visible, weights)
             if self.config.objective == "context":
                 value = value * (1 - visible.float().mean(-1))
-        return (value - self.config.step_cost) / self.geometry.num_tokens
+        cost = self.config.step_cost if step_cost is None else step_cost
+        if isinstance(cost, tuple):
+            raise ValueError(f"step_cost must be given for every episode: the config's is the range {cost}")
+        return (value - cost) / self.geometry.num_tokens

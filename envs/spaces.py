@@ -37,8 +37,10 @@ def entropy_bounds(backbone: Backbone) -> tuple[float, float]:
     return low, high * (1 + _SLACK)
 
 
-def observation_space(backbone: Backbone, budgets: tuple[int, ...]) -> spaces.Dict:
-    """Space of a single observation."""
+def observation_space(
+    backbone: Backbone, budgets: tuple[int, ...], step_cost_range: tuple[float, float] | None = None
+) -> spaces.Dict:
+    """Space of a single observation; `step_cost_range` where every episode draws its own cost of a step."""
     b = backbone.geometry.num_blocks
     bound = np.broadcast_to(hidden_bound(backbone), (b, backbone.hidden_size))
     parts: dict[str, spaces.Space[Any]] = {
@@ -51,6 +53,8 @@ def observation_space(backbone: Backbone, budgets: tuple[int, ...]) -> spaces.Di
     }
     if budgets != (1,):
         parts["budget_mask"] = spaces.MultiBinary(len(budgets))
+    if step_cost_range is not None:
+        parts["step_cost"] = spaces.Box(*step_cost_range, (1,), np.float32)
     return spaces.Dict(parts)
 
 

@@ -19,7 +19,8 @@ class NextBlockTorchRLEnv(EnvBase):
     """M environments as one batched TorchRL `EnvBase`; description and rewards as in `NextBlockEnv`.
 
     Observation keys are those of the core: hidden, entropy, visible, label, fraction, action_mask and, with
-    several budgets, budget_mask (masks are bool). `illegal` says whether the last step was void.
+    several budgets, budget_mask (masks are bool), with a range of step costs step_cost. `illegal` says whether the
+    last step was void.
 
     Args:
         num_envs: M.
@@ -59,6 +60,8 @@ class NextBlockTorchRLEnv(EnvBase):
         if core.multi:
             n = len(core.config.budgets)
             specs["budget_mask"] = Binary(n, (m, n), dtype=torch.bool)
+        if (costs := core.config.reward.step_cost_range) is not None:
+            specs["step_cost"] = Bounded(*costs, (m, 1), dtype=torch.float32)
         if self.privileged:
             specs["context_loss"] = Unbounded((m, b), dtype=torch.float32)
         self.observation_spec = Composite(specs, shape=(m,), device=core.device)
@@ -84,7 +87,7 @@ class NextBlockTorchRLEnv(EnvBase):
         rows = None
         if tensordict is not None and "_reset" in tensordict:
             rows = tensordict["_reset"].flatten().nonzero().flatten()
-        self.core.reset(rows, kwargs.get("index"))
+        self.core.reset(rows, kwargs.get("index"), step_cost=kwargs.get("step_cost"))
         falsehood = torch.zeros(self.core.num_envs, dtype=torch.bool, device=self.device)
         done = {key: falsehood[:, None].clone() for key in ("done", "terminated", "truncated")}
         return TensorDict(self._observe(falsehood) | done, batch_size=self.batch_size, device=self.device)

@@ -48,8 +48,8 @@ class NextBlockVectorEnv(VectorEnv[dict[str, Any], Any, np.ndarray]):
         self.num_envs = num_envs
         self._seeded = np.full(num_envs, "seed" in arguments)
         self.core = build_core(num_envs, **arguments)
-        budgets = self.core.config.budgets
-        self.single_observation_space = observation_space(self.core.backbone, budgets)
+        budgets, costs = self.core.config.budgets, self.core.config.reward.step_cost_range
+        self.single_observation_space = observation_space(self.core.backbone, budgets, costs)
         self.single_action_space = action_space(self.core.backbone, budgets)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
@@ -63,13 +63,14 @@ class NextBlockVectorEnv(VectorEnv[dict[str, Any], Any, np.ndarray]):
         Args:
             seed: s seeds sub-environment i with s + i; of a sequence, None leaves a sub-environment's history alone.
             options: "reset_mask" (M,) bool chooses sub-environments, which alone are seeded and begin anew; "index"
-                chooses the images of those that begin, one for all or one for each.
+                chooses the images of those that begin, "step_cost" of a range what a step costs them, one for all or
+                one for each.
         """
         options = options or {}
         rows = self._rows(options.get("reset_mask"))
         super().reset(seed=seed if isinstance(seed, int) else None)
         self._seed(seed, rows)
-        self.core.reset(rows, options.get("index"))
+        self.core.reset(rows, options.get("index"), step_cost=options.get("step_cost"))
         self._done[rows] = False
         begun = np.zeros(self.num_envs, dtype=bool)
         begun[rows.numpy()] = True

@@ -27,6 +27,7 @@ class Stream(IntEnum):
     POLICY = 4
     NOISE = 5
     TARGET = 6
+    STEP_COST = 7
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
@@ -61,6 +62,13 @@ def keyed_uniform(keys: Iterable[Tensor | int], device: torch.device | str = "cp
 def keyed_index(keys: Iterable[Tensor | int], count: int, device: torch.device | str = "cpu") -> Tensor:
     """Uniform int64 indices in [0, count), one for each broadcast combination of the keys."""
     return (keyed_uniform(keys, device) * count).long().clamp_max(count - 1)
+
+
+def keyed_log_uniform(
+    keys: Iterable[Tensor | int], low: float, high: float, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Numbers in [low, high) with uniform logarithms, one for each broadcast combination of the keys; float64."""
+    return low * (high / low) ** keyed_uniform(keys, device)
 
 
 def keyed_normal(keys: Iterable[Tensor | int], device: torch.device | str = "cpu") -> Tensor:

@@ -27,6 +27,7 @@ CASES = [
     {"budgets": (4,), "objective": "likelihood", "form": "charged"},
     {"mode": "generate", "budgets": (1, 2), "sampling": Sampling(guidance=2.0)},
     {"backbone": tiny_backbone(4, 6, 2), "weight": "far"},
+    {"budgets": (1, 2), "step_cost": (0.05, 0.7)},
 ]
 
 

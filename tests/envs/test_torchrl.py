@@ -24,6 +24,7 @@ CASES = [
     {"budgets": (1, 2, 4), "objective": "likelihood", "form": "charged"},
     {"budgets": (1, 2, 4), "mode": "generate", "sampling": Sampling(guidance=2.0)},
     {"backbone": tiny_backbone(4, 6, 2), "budgets": (4,)},
+    {"budgets": (1, 2), "step_cost": (0.05, 0.7)},
 ]
 
 

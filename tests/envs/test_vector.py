@@ -21,6 +21,7 @@ MODES = ["NEXT_STEP", "SAME_STEP", "DISABLED"]
 CASES = [
     {"budgets": (1,)},
     {"budgets": (1, 2, 4), "objective": "likelihood", "step_cost": 0.5},
+    {"budgets": (1, 2), "objective": "likelihood", "step_cost": (0.05, 2.0)},
     {"budgets": (1,), "mode": "generate"},
     {"budgets": (1, 2, 4), "mode": "generate", "sampling": Sampling(guidance=1.5, temperature=0.8)},
 ]
