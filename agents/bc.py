@@ -4,6 +4,15 @@ Targets: "utility" regresses U of every candidate (default: the label's argmax i
 are less so; design, section 3, fact 5), "soft" is listwise cross-entropy to softmax(U / temperature), "label"
 is cross-entropy on the argmax (the first version of the research plan). "charged" regresses minus the block's own
 loss: what the likelihood objective charges for revealing it now (the greedy policy of the reward's other form).
+
+"pairs" is for sets. It regresses U and, for every two hidden blocks, what they tell about each other, (G[a, b] +
+G[b, a]) / 2. As long as gains add up, a set A revealed in one step is worth
+
+    U(A | S) = sum_{a in A} U(a | S) - (2 / N) sum_{pairs {a, b} in A} (G[a, b] + G[b, a]) / 2:
+
+its blocks do not see each other, so what U counts of them within the set is not gained. That fixes the planner's pair
+strength, the exchange rate between the two standard deviations: scores minus repulsion is what the next block adds to
+this value (`orderrl.agents.policies.PairedPolicy`). The gains of pairs are never weighted by distance.
 """
 
 from __future__ import annotations
@@ -20,11 +29,13 @@ from torch.nn import functional as F
 from orderrl import distributed
 from orderrl.geometry import BlockGrid
 from orderrl.oracle import WEIGHTS, distance_weights, utilities
-from orderrl.planner import OrderHead
+from orderrl.planner import OrderHead, PlannerOutput
 from orderrl.resuming import Part, Unfinished, steps_of
 
-TARGETS = ("label", "soft", "utility", "charged")
+TARGETS = ("label", "soft", "utility", "charged", "pairs")
+REGRESSED = ("utility", "charged", "pairs")  # a mean over candidates, not over states
 _CHUNK = 4096  # contexts whose gains are read at a time
+_FORWARD = 256  # held-out contexts in a forward
 
 
 @dataclass(frozen=True)
@@ -32,7 +43,7 @@ class BCConfig:
     """How a planner is cloned from labels.
 
     Attributes:
-        target: "utility", "soft", "label" or "charged".
+        target: "utility", "soft", "label", "charged" or "pairs".
         steps: optimiser steps.
         batch_size: contexts per step.
         learning_rate: peak of the cosine schedule.
@@ -42,6 +53,10 @@ class BCConfig:
         sigma: reach of "far", in blocks.
         held_out: share of the images kept for choosing the best checkpoint.
         evaluate_every: steps between evaluations on the held-out images.
+        dagger_rounds: rounds of DAgger: label states that the planner reaches itself, train anew on all labels.
+        dagger_contexts: own states labelled in a round.
+        dagger_steps: optimiser steps of a round.
+        dagger_own_share: share of the planner's own actions on the way to these states; the others are random.
         seed: of the split and batches.
     """
 
@@ -55,15 +70,23 @@ class BCConfig:
     sigma: float = 1.5
     held_out: float = 0.1
     evaluate_every: int = 50
+    dagger_rounds: int = 0
+    dagger_contexts: int = 2000
+    dagger_steps: int = 400
+    dagger_own_share: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name, allowed in (("target", TARGETS), ("weight", WEIGHTS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}")
-        for name in ("steps", "batch_size", "evaluate_every"):
+        for name in ("steps", "batch_size", "evaluate_every", "dagger_contexts", "dagger_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.dagger_rounds < 0:
+            raise ValueError(f"dagger_rounds must be at least 0, got {self.dagger_rounds}")
+        if not 0 <= self.dagger_own_share <= 1:
+            raise ValueError(f"dagger_own_share must lie in [0, 1], got {self.dagger_own_share}")
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out must lie in (0, 1), got {self.held_out}")
         if not self.temperature > 0:
@@ -71,7 +94,7 @@ class BCConfig:
 
 
 def bc_loss(scores: Tensor, utility: Tensor, hidden: Tensor, target: str, temperature: float) -> Tensor:
-    """Loss of predicted block scores.
+    """Loss of predicted block scores; of target "pairs" the scores' part.
 
     Args:
         scores: (M, B).
@@ -81,9 +104,9 @@ def bc_loss(scores: Tensor, utility: Tensor, hidden: Tensor, target: str, temper
         temperature: of target "soft".
 
     Returns:
-        () mean over states (targets "label", "soft") or candidates ("utility").
+        () mean over states (targets "label", "soft") or candidates (the others).
     """
-    if target in ("utility", "charged"):
+    if target in REGRESSED:
         return F.mse_loss(scores[hidden], utility[hidden])
     log_probs = scores.masked_fill(~hidden, -1e9).log_softmax(-1)
     masked = utility.masked_fill(~hidden, -torch.inf)
@@ -91,6 +114,21 @@ def bc_loss(scores: Tensor, utility: Tensor, hidden: Tensor, target: str, temper
         return F.nll_loss(log_probs, masked.argmax(-1))
     goal = (masked / temperature).softmax(-1)
     return -(goal * log_probs).sum(-1).mean()
+
+
+def pair_loss(dependence: Tensor, gains: Tensor, hidden: Tensor) -> Tensor:
+    """Mean squared error of the predicted dependence over pairs of two hidden blocks; 0 where there are none.
+
+    Args:
+        dependence: (M, B, B), symmetric.
+        gains: (M, B, B), symmetric, in standard deviations.
+        hidden: (M, B) bool.
+
+    Returns:
+        ().
+    """
+    pairs = _pairs(hidden)
+    return F.mse_loss(dependence[pairs], gains[pairs], reduction="sum") / pairs.sum().clamp_min(1)
 
 
 def reasoning_steps_at(step: int, steps: int, final: int) -> int:
@@ -111,7 +149,7 @@ def held_out_metrics(planner: OrderHead, data: TensorDict, utility: Tensor) -> d
     """
     planner.eval()
     hidden = ~data["visible"]
-    scores = planner(data)[0].masked_fill(~hidden, -torch.inf)
+    scores = torch.cat([planner(part).scores for part in data.split(_FORWARD)]).masked_fill(~hidden, -torch.inf)
     chosen = utility.gather(1, scores.argmax(-1, keepdim=True))[:, 0]
     best = utility.masked_fill(~hidden, -torch.inf).amax(-1)
     return {"chosen": chosen.mean().item(), "regret": (best - chosen).mean().item()}
@@ -120,10 +158,11 @@ def held_out_metrics(planner: OrderHead, data: TensorDict, utility: Tensor) -> d
 def clone(
     planner: OrderHead, labels: TensorDict, geometry: BlockGrid, config: BCConfig, work: Unfinished | None = None
 ) -> Iterator[dict[str, float]]:
-    """Train in place; on return the planner holds the weights that chose best on held-out images.
+    """Train in place; on return the planner holds the weights that were best on held-out images.
 
-    Labels are read batch by batch from where they are, memory or disk. Of several processes each takes its rows of
-    every batch, and the gradient is that of the whole batch.
+    Best is the largest U of the first-ranked block; of target "pairs" the least loss. Labels are read batch by batch
+    from where they are, memory or disk. Of several processes each takes its rows of every batch, and the gradient is
+    that of the whole batch.
 
     Args:
         planner: trained in place.
@@ -134,20 +173,26 @@ def clone(
 
     Yields:
         One dict of metrics a step: step, loss, reasoning_steps; at evaluations also chosen and regret
-        (standard deviations of U).
+        (standard deviations of U). Target "pairs" adds the loss's parts, loss_scores and loss_pairs, and at
+        evaluations those on held-out images, held_out_scores and held_out_pairs.
 
     Raises:
-        ValueError: if the labels come from a single image, so that none can be kept back, or there are more processes
-            than contexts in a batch.
+        ValueError: if the labels come from a single image, so that none can be kept back, there are more processes
+            than contexts in a batch, or the target is "pairs" and the planner has none.
     """
     generator = torch.Generator().manual_seed(config.seed)
-    utility = _targets(labels, geometry, config)
-    train, held_out = _split(labels["image"], config.held_out, generator)
+    if config.target == "pairs":
+        planner.config.require_pairs("target='pairs'")
+    utility, spread = score_targets(labels, geometry, config)
+    pairs = PairTargets(labels) if config.target == "pairs" else None
+    if pairs is not None:
+        planner.set_pair_strength(2 * pairs.spread / (geometry.num_tokens * spread))
+    train, held_out = split_images(labels["image"], config.held_out, generator)
     kept_back = _observations(labels, held_out)
     optimizer = torch.optim.AdamW(planner.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     # 0.11 and not 0.1: a warm-up of exactly one step would make OneCycleLR divide by zero
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, config.steps, pct_start=0.11)
-    best: dict[str, Any] = {"chosen": -float("inf"), "weights": _copy(planner)}
+    best: dict[str, Any] = {"quality": -float("inf"), "weights": _copy(planner)}
     final = planner.config.reasoning_steps
     parts: dict[str, Part] = {
         "planner": planner, "optimizer": optimizer, "schedule": schedule, "generator": generator, "best": best,
@@ -158,36 +203,110 @@ def clone(
         batch = _observations(labels, rows)
         planner.train()
         reasoning = reasoning_steps_at(step, config.steps, final)
-        scores, _, _ = planner(batch, reasoning)
-        loss = bc_loss(scores, utility[rows], batch["action_mask"], config.target, config.temperature)
+        losses = cloning_losses(planner(batch, reasoning), utility, pairs, labels, rows, drawn, config)
         optimizer.zero_grad()
-        mean = distributed.backward(loss, planner.parameters(), _weight(labels, rows, drawn, config.target))
+        mean = distributed.backward(torch.stack([*losses.values()]).sum(), planner.parameters(), 1.0)
         torch.nn.utils.clip_grad_norm_(planner.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         row = {"step": step + 1, "loss": mean, "reasoning_steps": float(reasoning)}
+        if pairs is not None:
+            shares = distributed.gather({name: loss.item() for name, loss in losses.items()})
+            row |= {f"loss_{name}": sum(share[name] for share in shares) for name in losses}
         if (step + 1) % config.evaluate_every == 0 or step + 1 == config.steps:
             row |= held_out_metrics(planner, kept_back, utility[held_out])
+            quality = row["chosen"]
+            if pairs is not None:
+                errors = _held_out_losses(planner, utility, pairs, labels, held_out, config)
+                quality, row = -sum(errors.values()), row | errors
             trained = reasoning == final or step + 1 == config.steps
-            if trained and row["chosen"] > best["chosen"]:
-                best |= {"chosen": row["chosen"], "weights": _copy(planner)}
+            if trained and quality > best["quality"]:
+                best |= {"quality": quality, "weights": _copy(planner)}
         yield row
     planner.load_state_dict(best["weights"])
     planner.eval()
 
 
-def _targets(labels: TensorDict, geometry: BlockGrid, config: BCConfig) -> Tensor:
-    """(n, B) worth of every block, in standard deviations over all candidates."""
+def cloning_losses(
+    output: PlannerOutput,
+    utility: Tensor,
+    pairs: PairTargets | None,
+    labels: TensorDict,
+    rows: Tensor,
+    drawn: Tensor,
+    config: BCConfig,
+) -> dict[str, Tensor]:
+    """The parts of the loss, each the share that some rows have in the mean over all that were drawn."""
+    hidden = ~labels["visible"][rows]
+    scores = bc_loss(output.scores, utility[rows], hidden, config.target, config.temperature)
+    losses = {"scores": scores * _weight(labels, rows, drawn, config.target)}
+    if pairs is not None:
+        losses["pairs"] = pair_loss(output.dependence, pairs(rows), hidden) * pairs.weight(rows, drawn)
+    return losses
+
+
+@torch.no_grad()
+def _held_out_losses(
+    planner: OrderHead, utility: Tensor, pairs: PairTargets, labels: TensorDict, rows: Tensor, config: BCConfig
+) -> dict[str, float]:
+    """The parts of the loss on contexts of images kept back, in eval mode."""
+    planner.eval()
+    found = [
+        cloning_losses(planner(_observations(labels, part)), utility, pairs, labels, part, rows, config)
+        for part in rows.split(_FORWARD)
+    ]
+    return {f"held_out_{name}": sum(losses[name].item() for losses in found) for name in found[0]}
+
+
+class PairTargets:
+    """What every two hidden blocks tell about each other, read batch by batch from where the labels are.
+
+    Attributes:
+        spread: its standard deviation over all pairs of all contexts, nats.
+    """
+
+    def __init__(self, labels: TensorDict) -> None:
+        self.labels = labels
+        count, total, squares = 0, 0.0, 0.0
+        for rows in torch.arange(len(labels)).split(_CHUNK):
+            values = self._gains(rows)[_pairs(~labels["visible"][rows])].double()
+            count, total, squares = count + len(values), total + values.sum().item(), squares + (values**2).sum().item()
+        variance = (squares - total**2 / max(count, 1)) / max(count - 1, 1)
+        self.spread = max(variance, 0.0) ** 0.5
+
+    def _gains(self, rows: Tensor) -> Tensor:
+        gains = self.labels["gains"][rows]
+        return (gains + gains.mT) / 2
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """(m, B, B) of some contexts, in standard deviations."""
+        return self._gains(rows) / max(self.spread, 1e-12)  # a backbone may see no difference
+
+    def weight(self, rows: Tensor, drawn: Tensor) -> float:
+        """Share of some rows in the mean over all pairs of the batch."""
+        mine, whole = (int(_pairs(~self.labels["visible"][part]).sum()) for part in (rows, drawn))
+        return mine / max(whole, 1)
+
+
+def _pairs(hidden: Tensor) -> Tensor:
+    """Pairs of two hidden blocks: (M, B) bool -> (M, B, B) bool."""
+    same = torch.eye(hidden.shape[-1], dtype=torch.bool, device=hidden.device)
+    return hidden[:, :, None] & hidden[:, None] & ~same
+
+
+def score_targets(labels: TensorDict, geometry: BlockGrid, config: BCConfig) -> tuple[Tensor, float]:
+    """(n, B) worth of every block in standard deviations over all candidates, and what these are."""
     if config.target == "charged":
         utility = -labels["loss"]
     else:
         weights = distance_weights(geometry, config.weight, config.sigma)
         chunks = torch.arange(len(labels)).split(_CHUNK)  # gains (n, B, B) may be larger than the memory
         utility = torch.cat([utilities(labels["gains"][rows], geometry, weights) for rows in chunks])
-    return utility / utility[~labels["visible"]].std().clamp_min(1e-12)  # a backbone may see no difference
+    spread = utility[~labels["visible"]].std().clamp_min(1e-12)  # a backbone may see no difference
+    return utility / spread, spread.item()
 
 
-def _split(image: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def split_images(image: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Rows (int64) of contexts to learn from and of those kept back, by image."""
     images = image.unique()
     if len(images) < 2:
@@ -207,7 +326,7 @@ def _observations(labels: TensorDict, rows: Tensor) -> TensorDict:
 
 def _weight(labels: TensorDict, rows: Tensor, drawn: Tensor, target: str) -> float:
     """Share of some rows in the mean loss of the batch: in candidates where they are regressed, else in states."""
-    if target in ("utility", "charged"):
+    if target in REGRESSED:
         return int((~labels["visible"][rows]).sum()) / int((~labels["visible"][drawn]).sum())
     return len(rows) / len(drawn)
 

@@ -6,8 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from tensordict import TensorDictBase
 from torch import Tensor
 from torch.distributions import Distribution, constraints
+
+from orderrl.planner import PlannerOutput
 
 _LOWEST = -1e9  # finite, so that gradients of masked entries are zero and not NaN
 
@@ -150,6 +153,18 @@ class RankedBlocks(Distribution):
             reaches = (torch.minimum(self.budgets, self.legal[..., None]) > place).float()
             total = total + (budget_probs * reaches).sum(-1) * unbiased[..., place].mean(0)
         return total
+
+
+def planner_actions(output: PlannerOutput, observation: TensorDictBase, budgets: tuple[int, ...]) -> RankedBlocks:
+    """A planner's actions in the states that it was asked about.
+
+    Args:
+        output: for the observation.
+        observation: gives the masks, batch (M,).
+        budgets: the environment's, as many as the planner's.
+    """
+    masks = observation["action_mask"], observation.get("budget_mask", None)
+    return RankedBlocks(output.logits, masks[0], output.budget_logits, masks[1], budgets, output.repulsion)
 
 
 def _gumbel(like: Tensor, generator: torch.Generator | None) -> Tensor:

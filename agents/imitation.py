@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from orderrl.agents.distribution import RankedBlocks
+from orderrl.agents.distribution import planner_actions
 from orderrl.agents.policies import Policy
 from orderrl.envs.core import NextBlockCore
 from orderrl.planner import OrderHead
@@ -96,15 +96,7 @@ def imitate(
         moves = len(played)
         observation = core.observation()
         shown = policy(observation, generator)
-        scores, budget_logits, _ = planner(observation)
-        distribution = RankedBlocks(
-            planner.block_logits(scores),
-            observation["action_mask"],
-            budget_logits,
-            observation.get("budget_mask", None),
-            budgets,
-            planner.repulsion.expand(len(scores), -1, -1),
-        )
+        distribution = planner_actions(planner(observation), observation, budgets)
         playing = ~core.visible.all(-1)
         entropy = distribution.entropy()[playing].mean()
         loss = -distribution.log_prob(shown)[playing].mean() - config.entropy_coeff * entropy

@@ -13,7 +13,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from orderrl.agents.distribution import RankedBlocks
+from orderrl.agents.distribution import planner_actions
 from orderrl.agents.schedules import Schedule, fixed, legal_place, places_only, reads_content
 from orderrl.envs.core import NextBlockCore
 from orderrl.geometry import BlockGrid
@@ -56,29 +56,81 @@ class RankingPolicy:
 
     def __call__(self, observation: TensorDictBase, generator: torch.Generator) -> Tensor:
         scores = self.scorer(observation, generator).float()
-        scores = scores.masked_fill(~observation["action_mask"].bool(), _LOWEST)
-        if self.budgets == (1,):
-            return scores.argmax(-1)
-        ranked = spaced_ranking(scores, self.closeness.to(scores), self.budgets[-1])
-        return torch.cat([ranked, legal_place(self.schedule, observation)[:, None]], dim=-1)
+        return scheduled_action(scores, self.closeness.to(scores), observation, self.budgets, self.schedule)
+
+
+class PairedPolicy:
+    """Reveal the set that a planner itself values most, chosen greedily, as many blocks as the schedule says.
+
+    Every chosen block takes the planner's repulsion from the others' logits. After cloning target "pairs" that is the
+    predicted value of the set (`orderrl.agents.bc`): the blocks' utilities without what they tell about each other.
+
+    Args:
+        planner: in eval mode, with `pairs`.
+        budgets: the environment's budgets.
+        schedule: as in `RankingPolicy`.
+        reasoning_steps: R; None takes the planner's.
+
+    Raises:
+        ValueError: if the planner has no `pairs`.
+    """
+
+    def __init__(
+        self,
+        planner: OrderHead,
+        budgets: tuple[int, ...] = (1,),
+        schedule: Schedule | None = None,
+        reasoning_steps: int | None = None,
+    ) -> None:
+        planner.config.require_pairs("a paired policy")
+        self.planner, self.budgets, self.schedule = planner, tuple(budgets), schedule or fixed(0)
+        self.reasoning_steps = reasoning_steps
+
+    @torch.no_grad()
+    def __call__(self, observation: TensorDictBase, generator: torch.Generator) -> Tensor:
+        output = self.planner(observation, self.reasoning_steps)
+        return scheduled_action(output.logits, output.repulsion, observation, self.budgets, self.schedule)
+
+
+def scheduled_action(
+    scores: Tensor, closeness: Tensor, observation: TensorDictBase, budgets: tuple[int, ...], schedule: Schedule
+) -> Tensor:
+    """The best-scored legal blocks, each with regard to those before it, and the schedule's budget.
+
+    Args:
+        scores: (M, B).
+        closeness: (B, B) or (M, B, B), what a chosen block takes from each other's score.
+        observation: batch (M,).
+        budgets: the environment's budgets.
+        schedule: chooses among them.
+
+    Returns:
+        int64 (M,) for budgets == (1,), else (M, K + 1).
+    """
+    scores = scores.masked_fill(~observation["action_mask"].bool(), _LOWEST)
+    if budgets == (1,):
+        return scores.argmax(-1)
+    ranked = spaced_ranking(scores, closeness, budgets[-1])
+    return torch.cat([ranked, legal_place(schedule, observation, ranked)[:, None]], dim=-1)
 
 
 def spaced_ranking(scores: Tensor, closeness: Tensor, places: int) -> Tensor:
-    """Greedy ranking in which every chosen block lowers the scores of its neighbours.
+    """Greedy ranking in which every chosen block lowers the scores of those that are close to it.
 
     Args:
         scores: (M, B); very low where a block may not be chosen.
-        closeness: (B, B), what a chosen block takes from each other's score.
+        closeness: (B, B) or (M, B, B), what a chosen block takes from each other's score.
         places: K.
 
     Returns:
         (M, K) int64.
     """
     ranked = []
+    closeness, rows = closeness.expand(len(scores), -1, -1), torch.arange(len(scores), device=scores.device)
     for _ in range(places):
         block = scores.argmax(-1, keepdim=True)
         ranked.append(block)
-        scores = (scores - closeness[block[:, 0]]).scatter(-1, block, 2 * _LOWEST)
+        scores = (scores - closeness[rows, block[:, 0]]).scatter(-1, block, 2 * _LOWEST)
     return torch.cat(ranked, dim=-1)
 
 
@@ -126,7 +178,7 @@ def planner_scorer(planner: OrderHead, reasoning_steps: int | None = None) -> Sc
 
     @torch.no_grad()
     def score(observation: TensorDictBase, generator: torch.Generator) -> Tensor:
-        return planner(observation, reasoning_steps)[0]
+        return planner(observation, reasoning_steps).scores
 
     return score
 
@@ -161,16 +213,42 @@ class PlannerPolicy:
 
     @torch.no_grad()
     def __call__(self, observation: TensorDictBase, generator: torch.Generator) -> Tensor:
-        scores, budget_logits, _ = self.planner(observation, self.reasoning_steps)
-        distribution = RankedBlocks(
-            self.planner.block_logits(scores),
-            observation["action_mask"],
-            budget_logits,
-            observation.get("budget_mask", None),
-            self.budgets,
-            self.planner.repulsion.expand(len(scores), -1, -1),
-        )
+        output = self.planner(observation, self.reasoning_steps)
+        distribution = planner_actions(output, observation, self.budgets)
         return distribution.mode if self.deterministic else distribution.sample(generator=generator)
+
+
+class AmongBudgets:
+    """A policy in an environment that offers more budgets: the same blocks, the same number of them.
+
+    Args:
+        policy: acts with `own`.
+        own: its budgets.
+        offered: the environment's budgets.
+
+    Raises:
+        ValueError: if one of its budgets is not offered.
+    """
+
+    def __init__(self, policy: Policy, own: tuple[int, ...], offered: tuple[int, ...]) -> None:
+        if missing := sorted(set(own) - set(offered)):
+            raise ValueError(f"budgets={offered} of the environment lack {missing}, which the policy chooses")
+        self.policy, self.own, self.offered = policy, tuple(own), tuple(offered)
+        self.place = torch.tensor([offered.index(budget) for budget in own])
+        self.reads_content = reads_content(policy)
+
+    def __call__(self, observation: TensorDictBase, generator: torch.Generator) -> Tensor:
+        action = self.policy(observation, generator)
+        if self.own == self.offered:
+            return action
+        if self.own == (1,):
+            action = torch.stack([action, torch.zeros_like(action)], -1)
+        blocks, chosen = action[:, :-1], action[:, -1]
+        # places beyond the policy's own list are ignored by the environment, but it asks for a list of full length
+        ranked = torch.nn.functional.pad(blocks, (0, self.offered[-1] - blocks.shape[1]))
+        # with few blocks left its own smallest budget may be too large
+        place = torch.minimum(self.place.to(chosen.device)[chosen], observation["budget_mask"].sum(-1) - 1)
+        return torch.cat([ranked, place[:, None]], -1)
 
 
 # ---------------------------------------------------------------------- references
@@ -196,7 +274,7 @@ class ReferencePolicy:
         if self.budgets == (1,):
             return scores.argmax(-1)
         ranked = scores.topk(self.budgets[-1], dim=-1).indices
-        return torch.cat([ranked, legal_place(self.schedule, core.observation())[:, None]], dim=-1)
+        return torch.cat([ranked, legal_place(self.schedule, core.observation(), ranked)[:, None]], dim=-1)
 
 
 @torch.no_grad()

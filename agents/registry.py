@@ -3,10 +3,14 @@
     raster              one block a step
     multiscale@4        four blocks a step
     halton@1+1+2+4+8    a growing schedule
-    random@<1.5         1, 2 or 4 blocks, by an entropy threshold in nats
+    random@<1.5         1, 2 or 4 blocks, by the mean entropy of the most certain ones, in nats
+    random@i<6          1, 2 or 4 blocks, by the summed entropy of the first ranked ones, in nats
+    random@i<6/1,2,4,8  thresholds with other budgets
     spaced_random@4     blocks of one step keep apart
     lookahead:4         a reference with four draws
     PATH.safetensors    a planner with its own budget; PATH@4 its block scores with four blocks a step
+    PATH@cost0.5        a planner trained on a range of step costs, told 0.5 nats a step; PATH@cost0.5@4
+    paired_PATH@4       a planner with `pairs`: blocks of one step depend little on each other, as it predicts
     my_module:my_policy any callable of the policy interface
 
 `policy_names` lists the names.
@@ -15,6 +19,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +33,7 @@ from orderrl.agents.policies import (
     Confidence,
     Lookahead,
     Oracle,
+    PairedPolicy,
     PlannerPolicy,
     Policy,
     RankingPolicy,
@@ -36,7 +42,7 @@ from orderrl.agents.policies import (
     fixed_order,
     planner_scorer,
 )
-from orderrl.agents.schedules import Schedule, entropy_threshold, fixed, growing
+from orderrl.agents.schedules import Schedule, entropy_threshold, fixed, growing, information_threshold
 from orderrl.backbones.protocol import Backbone
 from orderrl.planner import load_planner
 
@@ -44,7 +50,11 @@ REFERENCES = ("confidence", "lookahead", "oracle")
 NEED_PROBABILITIES = ("lookahead", "confidence")
 SPACED = "spaced_"
 SPACING = 1.0
+PAIRED = "paired_"
 THRESHOLD_BUDGETS = (1, 2, 4)
+_THRESHOLD = re.compile(r"(i?)<(-?\d*\.?\d+)(?:/(\d+(?:,\d+)*))?")  # kind, nats, budgets
+_STEPS = re.compile(r"\d+(?:\+\d+)*")
+_COST = re.compile(r"cost(\d*\.?\d+(?:e-?\d+)?)(?:@(.*))?")  # nats per image, schedule
 
 
 @dataclass(frozen=True)
@@ -52,14 +62,16 @@ class NamedPolicy:
     """A policy with what a table says about it.
 
     Attributes:
-        name: as given, or "<agent>_<target or objective>_r<R>" for a planner.
+        name: as given, or "<agent>_<target or objective>_r<R>" for a planner, "..._conditioned_r<R>" if it was trained
+            on a range of step costs.
         policy: the policy.
         budgets: of the environment that it acts in.
         scorer: its block scores, where it has them.
         objective: what a planner was trained for, else None.
         reasoning_steps: R of a planner, else None.
         seed: training seed of a planner, else None.
-        step_cost: nats per image that a step cost it in training; None of other policies.
+        step_cost: nats per image that a step cost it in training, or that it is told; None of other policies.
+        step_cost_range: of a planner that still must be told what a step costs, by the observation; else None.
     """
 
     name: str
@@ -70,6 +82,7 @@ class NamedPolicy:
     reasoning_steps: int | None = None
     seed: int | None = None
     step_cost: float | None = None
+    step_cost_range: tuple[float, float] | None = None
 
     @property
     def reference(self) -> bool:
@@ -106,8 +119,7 @@ def make_policy(
             f"policy {spec!r} needs token probabilities, which a backbone of continuous tokens does not have; "
             "choose another policy"
         )
-    blocks = backbone.geometry.num_blocks
-    chosen, schedule = _schedule(spec, sizes, blocks)
+    chosen, schedule = _schedule(spec, sizes, backbone)
     name, _, argument = base.partition(":")
     if name in REFERENCES:
         return NamedPolicy(spec, _reference(name, argument, chosen, schedule), chosen)
@@ -130,18 +142,19 @@ def _scorer(name: str, spec: str, backbone: Backbone, fitted: Callable[[], Tenso
     )
 
 
-def _schedule(spec: str, sizes: str, blocks: int) -> tuple[tuple[int, ...], Schedule]:
+def _schedule(spec: str, sizes: str, backbone: Backbone) -> tuple[tuple[int, ...], Schedule]:
     """Budgets and schedule of the part behind '@'."""
     if not sizes:
         return (1,), fixed(0)
-    try:
-        if sizes.startswith("<"):
-            return THRESHOLD_BUDGETS, entropy_threshold(THRESHOLD_BUDGETS, float(sizes[1:]))
-        steps = tuple(int(size) for size in sizes.split("+"))
-    except ValueError:
+    blocks = backbone.geometry.num_blocks
+    if threshold := _THRESHOLD.fullmatch(sizes):
+        return _threshold(spec, threshold, backbone)
+    if not _STEPS.fullmatch(sizes):
         raise ValueError(
-            f"policy {spec!r}: {sizes!r} is no schedule; write @4, @1+1+2+4+8 or @<1.5 (entropy threshold, nats)"
-        ) from None
+            f"policy {spec!r}: {sizes!r} is no schedule; write @4, @1+1+2+4+8, or a threshold in nats: @<1.5 (mean "
+            "entropy), @i<6 (summed entropy), @i<6/1,2,4,8 (other budgets); a planner's step cost is written @cost0.5"
+        )
+    steps = tuple(int(size) for size in sizes.split("+"))
     if min(steps) < 1 or max(steps) > blocks:
         raise ValueError(f"policy {spec!r}: a step must reveal between 1 and {blocks} blocks")
     if len(steps) == 1:
@@ -152,6 +165,25 @@ def _schedule(spec: str, sizes: str, blocks: int) -> tuple[tuple[int, ...], Sche
     return budgets, growing(budgets, steps)
 
 
+def _threshold(spec: str, threshold: re.Match[str], backbone: Backbone) -> tuple[tuple[int, ...], Schedule]:
+    """Budgets and schedule of a threshold on entropies."""
+    information, nats, named = threshold.groups()
+    blocks = backbone.geometry.num_blocks
+    budgets = tuple(k for k in THRESHOLD_BUDGETS if k <= blocks)
+    if named is not None:
+        budgets = tuple(sorted({int(k) for k in named.split(",")}))
+        if budgets[0] < 1 or budgets[-1] > blocks:
+            raise ValueError(f"policy {spec!r}: budgets must lie between 1 and {blocks} blocks, got {named}")
+    if not information:
+        return budgets, entropy_threshold(budgets, float(nats))
+    if not backbone.vocab_size:
+        raise ValueError(
+            f"policy {spec!r} sums entropies in nats, which a backbone of continuous tokens does not have; choose "
+            "another schedule"
+        )
+    return budgets, information_threshold(budgets, float(nats))
+
+
 def _reference(name: str, argument: str, budgets: tuple[int, ...], schedule: Schedule) -> ReferencePolicy:
     if name == "lookahead":
         if argument and not argument.isdigit():
@@ -160,27 +192,47 @@ def _reference(name: str, argument: str, budgets: tuple[int, ...], schedule: Sch
     return {"oracle": Oracle, "confidence": Confidence}[name](budgets, schedule)
 
 
-def _planner_policy(path: str, sizes: str, backbone: Backbone) -> NamedPolicy:
-    spaced, file = path.startswith(SPACED), path.removeprefix(SPACED)
-    planner, description = load_planner(Path(file), backbone)
+def _planner_policy(path: str, rest: str, backbone: Backbone) -> NamedPolicy:
+    """The planner of a file; `rest` of its name is a step cost, a schedule, both ("cost0.5@4") or nothing."""
+    how = next((prefix for prefix in (SPACED, PAIRED) if path.startswith(prefix)), "")
+    planner, description = load_planner(Path(path.removeprefix(how)), backbone)
+    if how == PAIRED:
+        planner.config.require_pairs(f"policy {path!r}")
     agent = description["agent"]
-    what = agent["target"] if agent["name"] == "bc" else description["objective"]
-    reasoning = planner.config.reasoning_steps
+    what = agent.get("target", description["objective"])
+    reasoning, costs = planner.config.reasoning_steps, planner.config.step_cost_range
+    made = f"{agent['name']}_{what}{'_conditioned' if costs else ''}_r{reasoning}"
+    name = description.get("name", made)
+    cost, sizes = description.get("env", {}).get("step_cost"), rest
+    step_cost = None if isinstance(cost, list) else cost  # a range: it is told, or what it imitates knows no costs
+    if told := _COST.fullmatch(rest):
+        step_cost, sizes = float(told[1]), told[2] or ""
+        try:
+            planner, costs = planner.at_step_cost(step_cost), None
+        except ValueError as error:
+            raise ValueError(f"policy '{path}@{rest}': {error}") from None
+        name = f"{name}@cost{step_cost:g}"
     named = NamedPolicy(
-        f"{agent['name']}_{what}_r{reasoning}",
+        name,
         PlannerPolicy(planner, tuple(description["budgets"])),
         tuple(description["budgets"]),
         planner_scorer(planner),
         description["objective"],
         reasoning,
         description["seed"],
-        description["env"]["step_cost"] if "env" in description else None,
+        step_cost,
+        costs,
     )
-    if not sizes and not spaced:
+    if not sizes and not how:
         return named
-    budgets, schedule = _schedule(path, sizes, backbone.geometry.num_blocks)
-    policy = RankingPolicy(planner_scorer(planner), backbone.geometry, budgets, schedule, SPACING if spaced else 0.0)
-    name = f"{SPACED if spaced else ''}{named.name}{'@' + sizes if sizes else ''}"
+    budgets, schedule = _schedule(path, sizes, backbone)
+    policy: Policy
+    if how == PAIRED:
+        policy = PairedPolicy(planner, budgets, schedule)
+    else:
+        spacing = SPACING if how == SPACED else 0.0
+        policy = RankingPolicy(planner_scorer(planner), backbone.geometry, budgets, schedule, spacing)
+    name = f"{how}{named.name}{'@' + sizes if sizes else ''}"
     return replace(named, name=name, policy=policy, budgets=budgets)
 
 

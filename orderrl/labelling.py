@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import IO
 
 import torch
 from tensordict import TensorDict
@@ -127,18 +128,50 @@ def assemble(work: Unfinished, shards: list[range], folder: Path) -> None:
         ValueError: if a shard is missing, truncated, altered or of another length.
         OSError: if the disk is full.
     """
-    if folder.exists():  # half of it, from an interruption
-        shutil.rmtree(folder)
     first = work.load(shard_name(shards[0]))
-    TensorDict(first, batch_size=[len(shards[0])])[:1].expand(shards[-1].stop).memmap_like(str(folder))
-    with ExitStack() as stack:
-        files = {key: stack.enter_context((folder / f"{key}.memmap").open("r+b")) for key in first}
+    with _filling(folder, TensorDict(first, batch_size=[len(shards[0])]), shards[-1].stop) as files:
         for shard in shards:
             part = work.load(shard_name(shard))
             for key, values in part.items():
                 if len(values) != len(shard):
                     raise ValueError(f"{work.folder}: {shard_name(shard)} has {len(values)} rows, not {len(shard)}")
                 files[key].write(values.contiguous().view(torch.uint8).numpy().data)  # numpy has no bfloat16
+
+
+def join(sets: Sequence[Path], folder: Path) -> None:
+    """Write label sets one behind the other to a memory-mapped TensorDict; nothing is held in memory.
+
+    Args:
+        sets: folders that `assemble` made, of one backbone.
+        folder: made anew.
+
+    Raises:
+        OSError: if the disk is full.
+    """
+    opened = [TensorDict.load_memmap(str(part)) for part in sets]
+    with _filling(folder, opened[0], sum(map(len, opened))) as files:
+        for part in sets:
+            for key, file in files.items():
+                with _file(part, key).open("rb") as source:
+                    shutil.copyfileobj(source, file)
+
+
+def _file(folder: Path, key: str) -> Path:
+    return folder / f"{key}.memmap"
+
+
+@contextmanager
+def _filling(folder: Path, like: TensorDict, rows: int) -> Iterator[dict[str, IO[bytes]]]:
+    """The open files of a new memory-mapped TensorDict by key, flushed to the disk at the end."""
+    if folder.exists():  # half of it, from an interruption
+        shutil.rmtree(folder)
+    like[:1].expand(rows).memmap_like(str(folder))
+    with ExitStack() as stack:
+        files: dict[str, IO[bytes]] = {
+            str(key): stack.enter_context(_file(folder, str(key)).open("r+b"))
+            for key in like.keys()  # noqa: SIM118 - not a mapping
+        }
+        yield files
         for file in files.values():
             file.flush()
             os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""The steps of the main job, each found in the cache or made: labels, a cloned planner, a planner improved by PPO.
+"""What the commands share: parts of a config, and the first step of the main job, labels, found in the cache or made.
 
 A step is described by plain values: everything that determines its result. The fingerprint of the description is its
 key in the cache, so nothing is made twice and nothing stale is taken.
@@ -7,39 +7,35 @@ key in the cache, so nothing is made twice and nothing stale is taken.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
 from torch import Tensor
 
 from orderrl import distributed
-from orderrl.agents.bc import BCConfig, clone
-from orderrl.agents.imitation import ImitationConfig, imitate
-from orderrl.agents.ppo import PPO, PPOConfig
-from orderrl.agents.search import SearchConfig, search_schedule
+from orderrl.agents.bc import BCConfig
+from orderrl.agents.dagger import own_contexts
+from orderrl.agents.policies import PlannerPolicy
 from orderrl.backbones import Backbone, Sampling, backbone_fingerprint, load_backbone
-from orderrl.backbones.protocol import backbone_device, check_fits
+from orderrl.backbones.protocol import check_fits
 from orderrl.backbones.registry import weights_fingerprint
 from orderrl.backbones.sharding import fix_memory, shard_backbone
 from orderrl.data import TokenSet, load_split
-from orderrl.entry import compose
 from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.envs.reward import RewardConfig
-from orderrl.envs.torchrl import NextBlockTorchRLEnv
 from orderrl.labelling import assemble, label_shard, label_shard_together, make_shards, plan_shards
-from orderrl.oracle import LabelConfig, random_contexts
-from orderrl.planner import OrderHead, PlannerConfig, load_planner, save_planner
+from orderrl.oracle import Contexts, LabelConfig, random_contexts
+from orderrl.planner import load_planner
 from orderrl.resuming import Unfinished, forget
 from orderrl.runs import Cache, Run, fingerprint, progress
 
 CHEAPEST = RewardConfig(objective="likelihood", form="charged")  # needs no context losses
-LABELS, PLANNERS = "labels", "planners"
+LABELS = "labels"
+DAGGER = ("dagger_rounds", "dagger_contexts", "dagger_steps", "dagger_own_share")  # nothing without rounds
 FORMAT = 1  # of what is cached; raised when the meaning of stored files changes
 
 
@@ -157,20 +153,64 @@ def find_or_make_labels(
     require_order_robust(config, backbone, "label")
     data = load_split(config.data.name, split)
     description = label_description(config, backbone, data, **changes)
+    settings = LabelConfig(**(section(config, "labels", "shard_size") | changes))
+
+    def contexts() -> Contexts:
+        return random_contexts(settings, len(data), backbone.geometry.num_blocks)
+
+    return _find_or_label(config, backbone, data, settings, contexts, description, run)
+
+
+def find_or_make_own_labels(config: DictConfig, backbone: Backbone, start: Path, images: Tensor, number: int) -> Path:
+    """Folder of the labels of states that a planner reaches itself.
+
+    Args:
+        config: of agent=bc.
+        backbone: scores the blocks.
+        start: the planner's checkpoint.
+        images: (n,) int64, planner images that it plays: those that its labels came from.
+        number: of the round, from 1.
+    """
+    cloning = BCConfig(**section(config, "agent", "name"), seed=config.seed)
+    count, share = cloning.dagger_contexts, cloning.dagger_own_share
+    planner, _ = load_planner(start, backbone)
+    data = load_split(config.data.name, "planner")
+    settings = replace(LabelConfig(**section(config, "labels", "shard_size")), contexts=count)
+    described = {"planner": weights_fingerprint(planner), "contexts": count, "own_share": share, "round": number}
+    description = label_description(config, backbone, data) | {"own": described | {"seed": config.seed}}
+
+    def contexts() -> Contexts:
+        core = NextBlockCore(backbone, data, min(settings.batch_size, count), CoreConfig(reward=CHEAPEST))
+        seed, first = config.seed * 1_000_003 + number, config.labels.contexts + (number - 1) * count
+        return own_contexts(PlannerPolicy(planner), core, images, count, share, seed, first)
+
+    # one process plays for all: another one's rounding might choose another block
+    return _find_or_label(config, backbone, data, settings, lambda: distributed.on_main(contexts), description, None)
+
+
+def _find_or_label(
+    config: DictConfig,
+    backbone: Backbone,
+    data: TokenSet,
+    settings: LabelConfig,
+    make_contexts: Callable[[], Contexts],
+    description: dict[str, Any],
+    run: Run | None,
+) -> Path:
+    """The cached labels of a description, or those of the contexts that are made; interrupted labelling continues."""
     cache, key = Cache(config.cache_dir), fingerprint(description)
     found = distributed.on_main(lambda: cache.find(LABELS, key))
     if found is not None:
         forget(config.cache_dir, f"{LABELS}-{key}")
         announce(f"labels: {found} (cached)")
         return found
-    settings = LabelConfig(**(section(config, "labels", "shard_size") | changes))
     if settings.kind != "pointwise" and not backbone.vocab_size:
         raise ValueError(
             f"labels.kind={settings.kind!r} needs token probabilities, which a backbone of continuous tokens does not "
             "have; use labels=pointwise"
         )
-    announce(f"labels: none for this config yet, labelling {settings.contexts} contexts of {data.name}/{split}")
-    contexts = random_contexts(settings, len(data), backbone.geometry.num_blocks)
+    announce(f"labels: none for this config yet, labelling {settings.contexts} contexts of {data.name}/{data.split}")
+    contexts = make_contexts()
     shards = plan_shards(contexts, settings.batch_size, config.labels.shard_size)
     together = bool(config.get("shard", False))
     if together:
@@ -211,167 +251,3 @@ def open_labels(folder: Path, backbone: Backbone) -> TensorDict:
             "`python -m orderrl.label`"
         )
     return TensorDict.load_memmap(str(folder / "contexts"))
-
-
-# ---------------------------------------------------------------------- planners
-
-
-def find_or_train_clone(config: DictConfig, backbone: Backbone, run: Run | None = None, reuse: bool = True) -> Path:
-    """Checkpoint of the planner that `agent=bc` trains."""
-    require_order_robust(config, backbone, "agent=bc")
-    settings = BCConfig(**section(config, "agent", "name"), seed=config.seed)
-    shape = PlannerConfig.for_backbone(backbone, **section(config, "planner"))
-    labels = find_or_make_labels(config, backbone)
-    description = {
-        "format": FORMAT,
-        "agent": section(config, "agent"),
-        "planner": section(config, "planner"),
-        "labels": labels.name,
-        "seed": config.seed,
-        "backbone": backbone_fingerprint(backbone),
-        "data": config.data.name,
-        "budgets": [1],
-        "objective": "context",
-    }
-
-    def train(work: Unfinished) -> OrderHead:
-        torch.manual_seed(config.seed)
-        planner = OrderHead(shape)
-        contexts = open_labels(labels, backbone)
-        with progress(settings.steps, f"cloning ({settings.target}, R = {shape.reasoning_steps})", "steps") as advance:
-            rows = clone(planner, contexts, backbone.geometry, settings, work)
-            follow(rows, work, run, lambda row: advance(row["new"], f"loss {row['loss']:.3f}"))
-        return planner
-
-    return _find_or_train(config, description, train, reuse)
-
-
-def find_or_train_schedule(config: DictConfig, backbone: Backbone, run: Run | None = None, reuse: bool = True) -> Path:
-    """Checkpoint of the planner that `agent=schedule` trains: it imitates the best fixed schedule found."""
-    search = SearchConfig(**section(config.agent, "search"), seed=config.seed)
-    settings = ImitationConfig(**section(config.agent, "imitation"), seed=config.seed)
-    environment = core_config(config)
-    if environment.reward.objective != "likelihood":
-        raise ValueError(
-            f"agent=schedule searches for objective='likelihood', got env.objective={environment.reward.objective!r}; "
-            "use env=likelihood"
-        )
-    shape = PlannerConfig.for_backbone(backbone, **section(config, "planner"), num_budgets=len(environment.budgets))
-    description = {
-        "format": FORMAT,
-        "agent": section(config, "agent"),
-        "planner": section(config, "planner"),
-        "env": section(config, "env"),
-        "seed": config.seed,
-        "backbone": backbone_fingerprint(backbone),
-        "data": config.data.name,
-        "budgets": list(environment.budgets),
-        "objective": environment.reward.objective,
-    }
-
-    def train(work: Unfinished) -> OrderHead:
-        data = load_split(config.data.name, "planner")
-        with progress(search.played, f"searching a schedule on {data.name}/{data.split}", "orders") as advance:
-            cost = environment.reward.step_cost
-            policy = search_schedule(backbone, data, environment.budgets, cost, search, advance, work)
-        torch.manual_seed(config.seed)
-        planner = OrderHead(shape).to(backbone_device(backbone))
-        core = NextBlockCore(backbone, data, settings.num_envs, replace(environment, reward=CHEAPEST))
-        with progress(settings.steps, f"imitating the schedule (R = {shape.reasoning_steps})", "steps") as advance:
-            rows = imitate(planner, core, policy, settings, work)
-            follow(rows, work, run, lambda row: advance(row["new"], f"agreement {row['agreement']:.2f}"))
-        return planner
-
-    # short, and nothing in it can be shared out: the main process does it on its own
-    return distributed.on_main(lambda: _find_or_train(config, description, train, reuse))
-
-
-def find_or_train_ppo(config: DictConfig, backbone: Backbone, run: Run | None = None, reuse: bool = True) -> Path:
-    """Checkpoint of the planner that `agent=ppo` trains; continues an interrupted run of the same config."""
-    require_order_robust(config, backbone, "agent=ppo")
-    settings = PPOConfig(**section(config, "agent", "name", "start", "start_target"), seed=config.seed)
-    start = Path(config.agent.start) if config.agent.start else _clone_to_start_from(config, backbone)
-    planner, _ = load_planner(start, backbone)
-    description = {
-        "format": FORMAT,
-        "agent": section(config, "agent", "start", "start_target"),
-        "planner": section(config, "planner"),
-        "start": weights_fingerprint(planner),
-        "env": section(config, "env"),
-        "seed": config.seed,
-        "backbone": backbone_fingerprint(backbone),
-        "data": config.data.name,
-        "budgets": list(config.env.budgets),
-        "objective": config.env.objective,
-    }
-
-    def train(work: Unfinished) -> OrderHead:
-        data = load_split(config.data.name, "planner")
-        core = NextBlockCore(backbone, data, settings.num_envs // distributed.size(), core_config(config))
-        env = NextBlockTorchRLEnv(core=core, privileged=settings.privileged_critic)
-        ppo = PPO(planner, env, settings)
-        with progress(settings.iterations, f"ppo ({config.env.objective})", "rounds") as advance:
-
-            def report(row: dict[str, float]) -> None:
-                advance(row["new"], f"return {row['return']:.2f} nats, {row['planner_steps']:.1f} steps")
-
-            follow(ppo.train(work), work, run, report)
-        return ppo.planner
-
-    return _find_or_train(config, description, train, reuse)
-
-
-def core_config(config: DictConfig) -> CoreConfig:
-    """The environment of a config group env."""
-    values = section(config, "env")
-    budgets = tuple(values.pop("budgets"))
-    return CoreConfig(budgets=budgets, reward=RewardConfig(**values))
-
-
-def _clone_to_start_from(config: DictConfig, backbone: Backbone) -> Path:
-    """The planner that `start_target` names, of the same backbone, data, labels, planner and seed."""
-    if config.agent.start_target == "schedule":
-        searching = compose("train", ["agent=schedule"])
-        shared = ("backbone", "data", "env", "planner", "seed", "cache_dir", "device", "checkpoint_seconds")
-        announce("ppo: starting from the fixed schedule of this config")
-        return find_or_train_schedule(with_values(searching, {key: config[key] for key in shared}), backbone)
-    cloning = compose("train", ["agent=bc", f"agent.target={config.agent.start_target}"])
-    shared = ("backbone", "data", "labels", "planner", "seed", "cache_dir", "device", "checkpoint_seconds")
-    announce(f"ppo: starting from the clone of this config with target {cloning.agent.target}")
-    return find_or_train_clone(with_values(cloning, {key: config[key] for key in shared}), backbone)
-
-
-def _find_or_train(
-    config: DictConfig, description: dict[str, Any], train: Callable[[Unfinished], OrderHead], reuse: bool
-) -> Path:
-    """The cached planner of a description, or what `train` makes; an interrupted training continues."""
-    cache, key = Cache(config.cache_dir), fingerprint(description)
-    found = distributed.on_main(lambda: cache.find(PLANNERS, key))
-    path = cache.folder(PLANNERS, key) / "planner.safetensors"
-    if found is not None and reuse:
-        forget(config.cache_dir, f"{PLANNERS}-{key}")
-        announce(f"planner: {path} (cached; reuse=false trains again)")
-        return path
-
-    def publish() -> None:
-        if found is not None:  # trained again on purpose; the old one goes only now that there is a new one
-            shutil.rmtree(found)
-        with cache.store(PLANNERS, key, description) as folder:
-            save_planner(folder / "planner.safetensors", planner, description)
-
-    with Unfinished(config.cache_dir, f"{PLANNERS}-{key}", config.checkpoint_seconds) as work:
-        planner = train(work)
-        distributed.on_main(publish)
-    announce(f"planner: {path}")
-    return path
-
-
-def newest_planner(config: DictConfig, backbone: Backbone, agent: str) -> Path | None:
-    """The newest cached planner of an agent for this backbone and data."""
-    want = {"format": FORMAT, "backbone": backbone_fingerprint(backbone), "data": config.data.name}
-
-    def fits(description: dict[str, Any]) -> bool:
-        return description["agent"]["name"] == agent and want.items() <= description.items()
-
-    found = Cache(config.cache_dir).newest(PLANNERS, fits)
-    return None if found is None else found / "planner.safetensors"

@@ -5,13 +5,17 @@ Notable:
 - Latent reasoning: R passes of one weight-shared core over the block tokens and a few scratchpad latents,
   carried from pass to pass and never decoded (Chain of Continuous Thought, Hao et al., 2024). R = 0 is the
   one-shot planner; the same weights run with any R.
+- Sets (`pairs`): a bilinear form of the block tokens predicts how much two blocks depend on each other given what is
+  visible; blocks listed in one step take it from each other's logits.
 """
 
 from __future__ import annotations
 
+import copy
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDictBase
@@ -40,6 +44,9 @@ class PlannerConfig:
         content: read hidden states and entropies; without, the planner sees positions and masks alone.
         privileged: also read context losses (a critic in training).
         dropout: dropout rate in the blocks.
+        pairs: predict the dependence of every two blocks; without, those listed together repel each other by their
+            places alone.
+        step_cost_range: lowest and highest cost of a step, nats per image, that the observation tells; None tells none.
     """
 
     num_blocks: int
@@ -55,6 +62,8 @@ class PlannerConfig:
     content: bool = True
     privileged: bool = False
     dropout: float = 0.0
+    pairs: bool = False
+    step_cost_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_blocks", "hidden_size", "num_classes", "num_budgets", "dim", "core", "heads", "latents"):
@@ -67,11 +76,65 @@ class PlannerConfig:
             raise ValueError(f"heads={self.heads} must divide dim={self.dim}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+        if self.step_cost_range is not None:  # a list in checkpoints
+            low, high = self.step_cost_range
+            if not 0 < low < high:
+                raise ValueError(f"step_cost_range must be (low, high) with 0 < low < high, got {(low, high)}")
+            object.__setattr__(self, "step_cost_range", (low, high))
+
+    def require_pairs(self, what: str) -> None:
+        """Raise ValueError, saying what needs them, if the planner has no `pairs`."""
+        if not self.pairs:
+            raise ValueError(
+                f"{what} needs a planner with pairs=True, this one has pairs=False; train one with planner.pairs=true"
+            )
 
     @classmethod
     def for_backbone(cls, backbone: Backbone, **shape: Any) -> PlannerConfig:
         """The config that fits a backbone."""
         return cls(backbone.geometry.num_blocks, backbone.hidden_size, backbone.num_classes, **shape)
+
+
+class PlannerOutput(NamedTuple):
+    """What an `OrderHead` says about M states.
+
+    Attributes:
+        scores: (M, B), the worth of each block.
+        logits: (M, B), the policy's block logits: scores times the learned sharpness.
+        budget_logits: (M, num_budgets).
+        value: (M, 1), the return from here on.
+        dependence: (M, B, B), symmetric, how much two blocks tell about each other; zero without `pairs`. Trained by
+            cloning target "pairs" it is (G[a, b] + G[b, a]) / 2 in standard deviations. The diagonal means nothing.
+        repulsion: (M, B, B), what block a, once listed, takes from the logit of block b in the same step.
+    """
+
+    scores: Tensor
+    logits: Tensor
+    budget_logits: Tensor
+    value: Tensor
+    dependence: Tensor
+    repulsion: Tensor
+
+
+class PairHead(nn.Module):
+    """Symmetric low-rank bilinear form of block tokens, (M, B, dim) -> (M, B, B); zero at the start.
+
+    Args:
+        dim: width of the tokens; the rank is a quarter of it.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        rank = max(dim // 4, 1)
+        self.left, self.right = nn.Linear(dim, rank), nn.Linear(dim, rank)
+        nn.init.zeros_(self.right.weight)
+        nn.init.zeros_(self.right.bias)
+        # what one unit of dependence takes from a block's score; not zero, or nothing would move the zeros above
+        self.strength = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = self.left(x) @ self.right(x).mT / self.left.out_features**0.5
+        return (product + product.mT) / 2
 
 
 class OrderHead(nn.Module):
@@ -88,6 +151,7 @@ class OrderHead(nn.Module):
         self.project_hidden = nn.Sequential(nn.LayerNorm(config.hidden_size), nn.Linear(config.hidden_size, dim))
         self.project_scalars = nn.Linear(3, dim)  # entropy, visible, fraction
         self.project_losses = nn.Linear(1, dim) if config.privileged else None
+        self.project_step_cost = nn.Linear(1, dim) if config.step_cost_range else None
         self.position = nn.Parameter(0.02 * torch.randn(config.num_blocks, dim))
         self.label = nn.Embedding(config.num_classes, dim)
         self.scratchpad = nn.Parameter(0.02 * torch.randn(config.latents, dim))
@@ -100,10 +164,14 @@ class OrderHead(nn.Module):
         for head in (self.score_head, self.budget_head, self.value_head):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
+        if self.project_step_cost is not None:  # told costs change nothing at the start
+            nn.init.zeros_(self.project_step_cost.weight)
+            nn.init.zeros_(self.project_step_cost.bias)
         nn.init.normal_(self.label.weight, std=0.02)
-        # what a listed block takes from the others' logits in the same step; planners of one block a step leave it zero
+        # the part of the repulsion that is the same in every state; planners of one block a step leave it zero
         self.repulsion = nn.Parameter(torch.zeros(config.num_blocks, config.num_blocks))
         self.sharpness = nn.Parameter(torch.zeros(()))  # log of the factor from scores to policy logits
+        self.pair_head = PairHead(dim) if config.pairs else None
 
     def _blocks(self, depth: int) -> list[nn.Module]:
         c = self.config
@@ -120,6 +188,14 @@ class OrderHead(nn.Module):
             x = x + self.project_hidden(observation["hidden"])
         if self.project_losses is not None:
             x = x + self.project_losses(observation["context_loss"][..., None])
+        if self.project_step_cost is not None:
+            if "step_cost" not in observation:
+                raise ValueError(
+                    f"this planner was trained on step costs in the range {self.config.step_cost_range} and must be "
+                    "told one: act in an environment whose step_cost is a range, or at one cost, for example "
+                    "PATH.safetensors@cost0.5 by name, or planner.at_step_cost(0.5)"
+                )
+            x = x + self.project_step_cost(self._standardised(observation["step_cost"]))[:, None]
         x = self.stem(x)
         steps = self.config.reasoning_steps if reasoning_steps is None else reasoning_steps
         latents = self.scratchpad.expand(len(x), -1, -1)
@@ -128,8 +204,8 @@ class OrderHead(nn.Module):
             x, latents = both[:, : self.config.num_blocks], both[:, self.config.num_blocks :]
         return self.norm(x)
 
-    def forward(self, observation: TensorDictBase, reasoning_steps: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Block scores (M, B), budget logits (M, num_budgets), value (M, 1).
+    def forward(self, observation: TensorDictBase, reasoning_steps: int | None = None) -> PlannerOutput:
+        """Scores, value and all that the policy's distribution is made from.
 
         Args:
             observation: keys as in the environment, batch (M,).
@@ -137,19 +213,84 @@ class OrderHead(nn.Module):
         """
         x = self.encode(observation, reasoning_steps)
         pooled = x.mean(1)
-        return self.score_head(x)[..., 0], self.budget_head(pooled), self.value_head(pooled)
+        scores, sharpness = self.score_head(x)[..., 0], self.sharpness.exp()
+        repulsion = self.repulsion.expand(len(x), -1, -1)
+        dependence = scores.new_zeros(()).expand_as(repulsion)
+        if self.pair_head is not None:
+            dependence = self.pair_head(x)
+            # in units of scores, so sharper logits keep the balance between a block's worth and its dependence
+            repulsion = repulsion + sharpness * self.pair_head.strength * dependence
+        return PlannerOutput(
+            scores, sharpness * scores, self.budget_head(pooled), self.value_head(pooled), dependence, repulsion
+        )
 
-    def block_logits(self, scores: Tensor) -> Tensor:
-        """Policy logits of block scores: scaled by the learned sharpness."""
-        return scores * self.sharpness.exp()
+    def _standardised(self, step_cost: Tensor) -> Tensor:
+        """Logarithms of costs with mean 0 and variance 1 over the range that they are drawn from."""
+        assert self.config.step_cost_range is not None
+        low, high = self.config.step_cost_range
+        return (step_cost.log() - math.log(low * high) / 2) * (math.sqrt(12) / math.log(high / low))
 
-    def with_budgets(self, num_budgets: int) -> OrderHead:
-        """A copy with another number of budgets; the budget head starts anew (uniform) if it changes."""
-        other = OrderHead(replace(self.config, num_budgets=num_budgets)).train(self.training)
-        same = num_budgets == self.config.num_budgets
-        kept = {k: v for k, v in self.state_dict().items() if same or not k.startswith("budget_head.")}
-        other.load_state_dict(kept, strict=same)
+    @torch.no_grad()
+    def set_pair_strength(self, strength: float) -> None:
+        """Set what one unit of dependence takes from a block's score, a learnable number.
+
+        Raises:
+            ValueError: if the planner has no `pairs`.
+        """
+        self.config.require_pairs(f"pair_strength={strength:g}")
+        assert self.pair_head is not None
+        self.pair_head.strength.fill_(strength)
+
+    def with_budgets(self, num_budgets: int, step_cost_range: tuple[float, float] | None = None) -> OrderHead:
+        """A copy with another number of budgets; the budget head starts anew (uniform) if it changes.
+
+        Args:
+            num_budgets: of the copy.
+            step_cost_range: costs that the copy is told; None keeps the planner's own. Until it is trained the copy
+                does what this planner does, at every cost.
+        """
+        told = step_cost_range or self.config.step_cost_range
+        other = OrderHead(replace(self.config, num_budgets=num_budgets, step_cost_range=told)).train(self.training)
+        kept = self.state_dict()
+        if num_budgets != self.config.num_budgets:
+            kept = {k: v for k, v in kept.items() if not k.startswith("budget_head.")}
+        if self.project_step_cost is not None and told != self.config.step_cost_range:
+            # the same function of the cost in the other range's units: ours = shift + scale * theirs
+            ends = self._standardised(torch.tensor(told))
+            shift, scale = ends.mean().item(), (ends[1] - ends[0]).item() / math.sqrt(12)
+            weight = kept["project_step_cost.weight"]
+            kept["project_step_cost.bias"] = kept["project_step_cost.bias"] + shift * weight[:, 0]
+            kept["project_step_cost.weight"] = scale * weight
+        missing, unexpected = other.load_state_dict(kept, strict=False)
+        assert not unexpected and all(key.startswith(("budget_head.", "project_step_cost.")) for key in missing)
         return other.to(self.position.device)
+
+    def at_step_cost(self, step_cost: float) -> OrderHead:
+        """A copy that acts at one step cost, in any environment, and need not be told it.
+
+        Args:
+            step_cost: nats per image.
+
+        Raises:
+            ValueError: if the planner is told no costs, or none like this one.
+        """
+        limits = self.config.step_cost_range
+        if self.project_step_cost is None or limits is None:
+            raise ValueError(
+                f"step_cost={step_cost:g} can't be chosen: this planner was not trained on a range of step costs "
+                "(env.step_cost=[LOW,HIGH])"
+            )
+        if not limits[0] <= step_cost <= limits[1]:
+            raise ValueError(
+                f"step_cost={step_cost:g} lies outside the range that the planner was trained on, "
+                f"{limits[0]:g} to {limits[1]:g} nats per image"
+            )
+        other = copy.deepcopy(self)
+        with torch.no_grad():
+            told = self._standardised(torch.tensor([step_cost], device=self.position.device))
+            other.position.add_(self.project_step_cost(told))  # both are added to every block token
+        other.config, other.project_step_cost = replace(self.config, step_cost_range=None), None
+        return other
 
 
 def save_planner(path: Path, planner: OrderHead, description: dict[str, Any]) -> None:

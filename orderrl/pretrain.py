@@ -25,15 +25,13 @@ from orderrl.backbones.protocol import check_fits
 from orderrl.backbones.registry import TrainableBackbone, new_backbone
 from orderrl.backbones.sharding import is_sharded, whole_copy
 from orderrl.backbones.training import PretrainConfig, order_losses, pretrain
-from orderrl.data import TokenSet, augment_canvas, augment_digits, augment_patches, load_split
+from orderrl.data import AUGMENTATIONS, TokenSet, load_split
 from orderrl.distributed import is_main, launched, on_main
 from orderrl.entry import run_application
 from orderrl.pipeline import announce, follow, section, with_values
 from orderrl.resuming import Unfinished
 from orderrl.runs import Run, fingerprint, progress
 from orderrl.tokenize import find_or_make_tokens
-
-AUGMENTATIONS = {"digits": augment_digits, "digits_patches": augment_patches, "canvas": augment_canvas}
 
 
 def pretrain_backbone(config: DictConfig) -> Path:

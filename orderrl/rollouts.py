@@ -29,11 +29,12 @@ from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.envs.spaces import action_space, observation_space, to_numpy
 from orderrl.evaluate import fitted_order, newest_planners
 from orderrl.metrics.planning import act
-from orderrl.pipeline import announce, core_config, open_backbone, require_order_robust
+from orderrl.pipeline import announce, open_backbone, require_order_robust
+from orderrl.planners import core_config
 from orderrl.runs import Run, progress
 
 ENVIRONMENT = "orderrl/NextBlock-v0"
-OBSERVATION = ("hidden", "entropy", "visible", "label", "fraction", "action_mask", "budget_mask")
+OBSERVATION = ("hidden", "entropy", "visible", "label", "fraction", "action_mask", "budget_mask", "step_cost")
 
 
 def record(
@@ -140,11 +141,12 @@ def write_minari(
     environment: dict[str, Any],
     policy: str,
     seed: int,
+    step_cost_range: tuple[float, float] | None = None,
 ) -> Any:
     """Write recorded episodes as a Minari data set (HDF5), where Minari keeps them (MINARI_DATASETS_PATH).
 
     Observations, actions and infos are in the dtypes of the Gymnasium environment, which the data set can recover;
-    an episode's options hold the index of its image.
+    an episode's options hold the index of its image, and what a step cost it if that was drawn.
 
     Args:
         dataset_id: NAME-vN or NAMESPACE/NAME-vN.
@@ -153,6 +155,7 @@ def write_minari(
         environment: its keyword arguments, plain values.
         policy: its name.
         seed: of the recording.
+        step_cost_range: of the environment, if its step cost is a range.
 
     Raises:
         ValueError: if Minari is not installed, or there is such a data set already.
@@ -168,7 +171,7 @@ def write_minari(
             dataset_id,
             _episodes(transitions, seed),
             env=spec,
-            observation_space=observation_space(backbone, budgets),
+            observation_space=observation_space(backbone, budgets, step_cost_range),
             action_space=action_space(backbone, budgets),
             algorithm_name=policy,
             description=f"Episodes of {policy} in {ENVIRONMENT}, mode teacher.",
@@ -212,7 +215,8 @@ def _episodes(transitions: TensorDict, seed: int) -> Iterator[Any]:
         yield EpisodeBuffer(
             id=number,
             seed=seed,
-            options={"index": int(episode["image"][0])},
+            options={"index": int(episode["image"][0])}
+            | ({"step_cost": float(episode["step_cost"][0])} if "step_cost" in episode else {}),
             observations=observations,
             actions=episode["action"].numpy(),
             rewards=outcome["reward"],
@@ -236,6 +240,9 @@ def rollouts(config: DictConfig) -> Path:
     spec = str(newest_planners(config, backbone)[-1]) if config.policy == "newest" else config.policy
     named = make_policy(spec, backbone, lambda: fitted_order(config, backbone), tuple(config.env.budgets))
     environment = replace(core_config(config), budgets=named.budgets)
+    costs, told = environment.reward.step_cost_range, named.step_cost_range
+    if costs and told and not told[0] <= costs[0] < costs[1] <= told[1]:
+        raise ValueError(f"env.step_cost={costs} reaches beyond the range that the planner was trained on, {told}")
     data = load_split(config.data.name, config.split)
     with Run("rollouts", config) as run:
         folder = run.folder / "transitions" if config.output is None else Path(config.output).expanduser()
@@ -249,7 +256,7 @@ def rollouts(config: DictConfig) -> Path:
         if config.minari is not None:
             known = {"backbone": config.backbone.name, "data": config.data.name, "split": config.split}
             arguments = known | {"budgets": list(named.budgets)} | asdict(environment.reward)
-            write_minari(config.minari, found, backbone, named.budgets, arguments, named.name, config.seed)
+            write_minari(config.minari, found, backbone, named.budgets, arguments, named.name, config.seed, costs)
             announce(f"Minari data set: {config.minari}")
     return folder
 

@@ -1,4 +1,4 @@
-"""Train a planner: `python -m orderrl.train agent=bc`, then `python -m orderrl.train agent=ppo`."""
+"""Train a planner: `python -m orderrl.train agent=bc`, then `agent=ppo`, `agent=grpo` or `agent=joint`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,26 @@ from omegaconf import DictConfig
 
 from orderrl.distributed import launched, on_main
 from orderrl.entry import run_application
-from orderrl.pipeline import announce, find_or_train_clone, find_or_train_ppo, find_or_train_schedule, open_backbone
+from orderrl.joint_tuning import find_or_train_joint
+from orderrl.pipeline import announce, open_backbone
+from orderrl.planners import (
+    find_or_train_clone,
+    find_or_train_grpo,
+    find_or_train_imitation,
+    find_or_train_ppo,
+    find_or_train_schedule,
+)
 from orderrl.runs import Run
 
-AGENTS = {"bc": find_or_train_clone, "ppo": find_or_train_ppo, "schedule": find_or_train_schedule}
+AGENTS = {
+    "bc": find_or_train_clone,
+    "ppo": find_or_train_ppo,
+    "grpo": find_or_train_grpo,
+    "schedule": find_or_train_schedule,
+    "imitation": find_or_train_imitation,
+    "joint": find_or_train_joint,
+}
+KEPT = ("planner.safetensors", "backbone.safetensors", "results.json")  # the last two of joint tuning alone
 
 
 def train(config: DictConfig) -> Path:
@@ -28,10 +44,13 @@ def train(config: DictConfig) -> Path:
     backbone = open_backbone(config)
     with Run("train", config) as run:
         path = AGENTS[config.agent.name](config, backbone, run, config.reuse)
-        kept = run.folder / "planner.safetensors"
-        on_main(lambda: shutil.copyfile(path, kept))
+        on_main(lambda: [shutil.copyfile(found, run.folder / found.name) for found in _results(path.parent)])
         announce(f"run: {run.folder}")
-    return kept
+    return run.folder / path.name
+
+
+def _results(folder: Path) -> list[Path]:
+    return [folder / name for name in KEPT if (folder / name).exists()]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch_fidelity
 from omegaconf import DictConfig
 from PIL import Image
 
-from orderrl import compose, pipeline
+from orderrl import compose, planners
 from orderrl.agents import ppo
 from orderrl.backbones import (
     OrderRobustTransformer,
@@ -31,8 +31,9 @@ from orderrl.metrics.evaluation import EMPTY_ROW, Evaluated, folder_name, free_f
 from orderrl.metrics.features import DIGITS
 from orderrl.metrics.images import save_images
 from orderrl.metrics.references import reference_of, save_reference
-from orderrl.pipeline import find_or_train_ppo, newest_planner, open_backbone, open_labels
+from orderrl.pipeline import open_backbone, open_labels
 from orderrl.planner import load_planner
+from orderrl.planners import find_or_train_ppo, newest_planner
 from orderrl.pretrain import pretrain_backbone
 from orderrl.train import AGENTS, train
 from tests.helpers import tiny_backbone
@@ -165,12 +166,12 @@ def test_start_target_schedule_searches_in_the_environment_of_ppo(home: Path) ->
         made.append(config)
         raise KeyboardInterrupt
 
-    original, pipeline.find_or_train_schedule = pipeline.find_or_train_schedule, remember  # type: ignore[assignment]
+    original, planners.find_or_train_schedule = planners.find_or_train_schedule, remember  # type: ignore[assignment]
     try:
         with pytest.raises(KeyboardInterrupt):
             find_or_train_ppo(config, open_backbone(config))
     finally:
-        pipeline.find_or_train_schedule = original
+        planners.find_or_train_schedule = original
     assert made[0].agent.name == "schedule" and made[0].seed == 3 and made[0].env.step_cost == 0.7
 
 
@@ -182,18 +183,18 @@ def test_a_schedule_is_refused_for_context(home: Path) -> None:
 def test_ppo_makes_the_clone_it_needs(home: Path) -> None:
     config = configure(home, "train", *SMALL_PPO, "seed=5", cache="other_cache")
     made: list[DictConfig] = []
-    original = pipeline.find_or_train_clone
+    original = planners.find_or_train_clone
 
     def remember(config: DictConfig, *args: Any, **kwargs: Any) -> Path:
         made.append(config)
         config.agent.steps, config.agent.evaluate_every = 4, 2
         return original(config, *args, **kwargs)
 
-    pipeline.find_or_train_clone = remember
+    planners.find_or_train_clone = remember
     try:
         path = find_or_train_ppo(config, open_backbone(config))
     finally:
-        pipeline.find_or_train_clone = original
+        planners.find_or_train_clone = original
     assert made and made[0].agent.name == "bc" and made[0].seed == 5
     planner, description = load_planner(path)
     assert planner.config.num_budgets == 3 and description["objective"] == "likelihood"
@@ -391,8 +392,18 @@ def test_code_length_is_interpolated_at_equal_steps() -> None:
         (evaluate, ["eval.reference=none.npz", "eval.features=null"], r"reference='none.npz' needs features"),
         (evaluate, ["eval.feature_weights=w.pth"], r"orderrl-digits has its own, pass None"),
         (evaluate, ["eval.kid_subsets=0"], r"kid_subsets must be at least 1, got 0"),
-        (evaluate, ["eval.classifier=vgg"], r"classifier='vgg' is unknown; choose one of own, digits, timm:MODEL"),
-        (evaluate, ["eval.hidden_fill=noise"], r"hidden_fill='noise' is unknown; choose one of grey, completion"),
+        (evaluate, ["eval.classifier=vgg"], r"classifier='vgg' is unknown; choose one of own, digits, canvas, timm"),
+        (
+            evaluate,
+            ["eval.hidden_fill=noise", "eval.classifier=null"],
+            r"hidden_fill='noise' is unknown; choose one of grey",
+        ),
+        (
+            evaluate,
+            ["eval.reference_images=1", "eval.planners=[none]"],
+            r"eval.reference_images must be at least 2, .* got 1",
+        ),
+        (evaluate, ["eval.images=1", "eval.planners=[none]"], r"eval.images must be at least 2, the fewest .* got 1"),
         (evaluate, ["eval.distance_resamples=1"], r"distance_resamples must be at least 2, or 0 for no interval"),
         (evaluate, ["eval.lookahead_states=0"], r"lookahead_states must be at least 1, or null for none"),
         (generate, ["label=10"], r"label=10 is no class"),

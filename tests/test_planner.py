@@ -22,19 +22,20 @@ def observe(rows: int = 4) -> TensorDict:
 @pytest.mark.parametrize("steps", [0, 1, 2, 5])
 def test_the_same_weights_run_with_any_number_of_passes(steps: int) -> None:
     planner, observation = tiny_planner(num_budgets=3), observe()
-    scores, budget_logits, value = planner(observation, steps)
+    scores, logits, budget_logits, value, dependence, repulsion = planner(observation, steps)
     assert scores.shape == (4, 9) and budget_logits.shape == (4, 3) and value.shape == (4, 1)
+    assert logits.shape == (4, 9) and dependence.shape == repulsion.shape == (4, 9, 9)
     assert torch.isfinite(scores).all()
-    assert not torch.allclose(scores, planner(observation, steps + 1)[0])
+    assert not torch.allclose(scores, planner(observation, steps + 1).scores)
     again = OrderHead(PlannerConfig(**(planner.config.__dict__ | {"reasoning_steps": steps})))
     again.load_state_dict(planner.state_dict())
-    assert torch.equal(again.eval()(observation)[0], scores)
+    assert torch.equal(again.eval()(observation).scores, scores)
 
 
 def gradients(planner: OrderHead, steps: int) -> set[str]:
     """Names of the parameters that the scores depend on."""
     planner.zero_grad()
-    planner(observe(), steps)[0].square().sum().backward()
+    planner(observe(), steps).scores.square().sum().backward()
     return {name for name, p in planner.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
 
 
@@ -59,17 +60,18 @@ def test_the_scratchpad_is_carried_and_never_decoded() -> None:
     assert block_tokens.shape == (4, 9, 16)
     assert [latents.shape for latents in seen] == [(4, 2, 16)] * 2
     assert torch.equal(seen[0], planner.scratchpad.expand(4, -1, -1)) and not torch.allclose(seen[0], seen[1])
-    scores = planner(observation, 2)[0]
+    scores = planner(observation, 2).scores
     assert torch.allclose(scores, planner.score_head(block_tokens)[..., 0])
     with torch.no_grad():
         planner.scratchpad.add_(torch.linspace(-1, 1, 32).view(2, 16).roll(5, 1))
-    assert torch.equal(planner(observation, 0)[0], tiny_planner()(observation, 0)[0])
-    assert not torch.allclose(planner(observation, 2)[0], scores)
+    assert torch.equal(planner(observation, 0).scores, tiny_planner()(observation, 0).scores)
+    assert not torch.allclose(planner(observation, 2).scores, scores)
 
 
 @pytest.mark.parametrize("steps", [0, 2])
-def test_rows_do_not_depend_on_their_batch(steps: int) -> None:
-    planner, observation = tiny_planner(num_budgets=2), observe(6)
+@pytest.mark.parametrize("pairs", [False, True])
+def test_rows_do_not_depend_on_their_batch(pairs: bool, steps: int) -> None:
+    planner, observation = tiny_planner(num_budgets=2, pairs=pairs), observe(6)
     whole = planner(observation, steps)
     for row in range(6):
         for all_rows, alone in zip(whole, planner(observation[row : row + 1], steps), strict=True):
@@ -79,11 +81,13 @@ def test_rows_do_not_depend_on_their_batch(steps: int) -> None:
 @pytest.mark.parametrize("key", ["hidden", "entropy", "visible", "label", "fraction"])
 @pytest.mark.parametrize("content", [True, False])
 def test_which_parts_are_read(key: str, content: bool) -> None:
-    planner, observation = tiny_planner(content=content), observe()
+    planner, observation = tiny_planner(content=content, pairs=True), observe()
     changed = observation.clone()
     changed[key] = observation[key].roll(1, 0) if key not in ("label", "fraction") else (observation[key] + 1) % 3
-    same = torch.equal(planner(observation, 1)[0], planner(changed, 1)[0])
-    assert same == (not content and key in ("hidden", "entropy"))
+    before, after = planner(observation, 1), planner(changed, 1)
+    read = content or key not in ("hidden", "entropy")
+    assert torch.equal(before.scores, after.scores) != read
+    assert torch.equal(before.dependence, after.dependence) != read
 
 
 def test_only_a_privileged_planner_reads_context_losses() -> None:
@@ -94,17 +98,63 @@ def test_only_a_privileged_planner_reads_context_losses() -> None:
     changed["context_loss"] = core.losses + 1
     for privileged in (False, True):
         planner = tiny_planner(privileged=privileged)
-        assert torch.equal(planner(observation)[2], planner(changed)[2]) != privileged
+        assert torch.equal(planner(observation).value, planner(changed).value) != privileged
 
 
 def test_a_new_planner_prefers_nothing() -> None:
-    scores, budget_logits, value = tiny_planner(noisy=False, num_budgets=3)(observe())
-    assert (scores == 0).all() and (budget_logits == 0).all() and (value == 0).all()
+    assert all((part == 0).all() for part in tiny_planner(noisy=False, num_budgets=3, pairs=True)(observe()))
+
+
+# ---------------------------------------------------------------------- pairs
+
+
+def with_pairs(plain: OrderHead) -> OrderHead:
+    """The same planner with a pair head that is new."""
+    planner = tiny_planner(noisy=False, pairs=True)
+    planner.load_state_dict(plain.state_dict(), strict=False)
+    return planner
+
+
+def test_a_new_pair_head_changes_nothing_and_can_learn() -> None:
+    plain = tiny_planner()
+    torch.nn.init.normal_(plain.repulsion)
+    planner, observation = with_pairs(plain), observe()
+    output = planner(observation)
+    for ours, theirs in zip(output, plain(observation), strict=True):
+        assert torch.equal(ours, theirs)
+    output.repulsion.square().sum().backward()  # exactly zero on both sides would have no gradient
+    assert planner.pair_head is not None and planner.pair_head.right.weight.grad is not None
+    assert planner.pair_head.right.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_dependence_is_symmetric_and_differs_between_states(steps: int) -> None:
+    dependence = tiny_planner(pairs=True)(observe(), steps).dependence
+    assert torch.allclose(dependence, dependence.mT, atol=1e-6)
+    assert not torch.allclose(dependence[0], dependence[1], atol=0.01)
+
+
+def test_repulsion_is_a_constant_and_the_dependence_in_units_of_scores() -> None:
+    planner, observation = tiny_planner(pairs=True), observe()
+    torch.nn.init.normal_(planner.repulsion)
+    planner.set_pair_strength(0.25)
+    with torch.no_grad():
+        planner.sharpness.fill_(3.0).log_()
+    output = planner(observation)
+    assert torch.allclose(output.logits, 3 * output.scores)
+    assert torch.allclose(output.repulsion, planner.repulsion + 3 * 0.25 * output.dependence, atol=1e-5)
+
+
+def test_a_planner_without_pairs_has_no_pair_strength() -> None:
+    with pytest.raises(
+        ValueError, match=r"pair_strength=0\.5 needs a planner with pairs=True, this one has pairs=False"
+    ):
+        tiny_planner().set_pair_strength(0.5)
 
 
 @pytest.mark.parametrize("num_budgets", [1, 2, 3])
 def test_with_budgets_keeps_all_but_the_budget_head(num_budgets: int) -> None:
-    planner = tiny_planner(num_budgets=2, reasoning_steps=2)
+    planner = tiny_planner(num_budgets=2, reasoning_steps=2, pairs=True)
     with torch.no_grad():
         planner.sharpness.fill_(0.7)
     other = planner.with_budgets(num_budgets)
@@ -118,11 +168,12 @@ def test_with_budgets_keeps_all_but_the_budget_head(num_budgets: int) -> None:
             assert (theirs[name] == 0).all(), name
         assert theirs[name].data_ptr() != value.data_ptr()
     observation = observe()
-    assert torch.equal(planner(observation)[0], other(observation)[0])
+    assert torch.equal(planner(observation).scores, other(observation).scores)
 
 
 def test_saving_and_loading_by_name(tmp_path: Path) -> None:
-    planner = tiny_planner(num_budgets=3, reasoning_steps=2)
+    planner = tiny_planner(num_budgets=3, reasoning_steps=2, pairs=True)
+    planner.set_pair_strength(0.3)
     path = tmp_path / "planner.safetensors"
     save_planner(path, planner, {"agent": "bc", "budgets": [1, 2, 4], "shape": {"dim": 5}, "kind": "other"})
     loaded, description = load_planner(path, tiny_backbone())
@@ -132,6 +183,15 @@ def test_saving_and_loading_by_name(tmp_path: Path) -> None:
     for ours, theirs in zip(planner(observation), loaded(observation), strict=True):
         assert torch.equal(ours, theirs)
     assert load_planner(str(path))[0].config == planner.config
+
+
+def test_a_checkpoint_from_before_pairs_loads(tmp_path: Path) -> None:
+    path, planner = tmp_path / "planner.safetensors", tiny_planner()
+    before = {name: value for name, value in planner.config.__dict__.items() if name != "pairs"}
+    save_checkpoint(path, planner.state_dict(), {"kind": "planner", "shape": before})
+    observation = observe()
+    for ours, theirs in zip(planner(observation), load_planner(path, tiny_backbone())[0](observation), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_a_planner_for_another_backbone_is_refused(tmp_path: Path) -> None:
@@ -169,4 +229,4 @@ def test_bad_shapes_are_named(change: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("stem", [0, 2])
 def test_any_depth(stem: int) -> None:
-    assert torch.isfinite(tiny_planner(stem=stem, core=2)(observe(), 2)[0]).all()
+    assert torch.isfinite(tiny_planner(stem=stem, core=2)(observe(), 2).scores).all()

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from orderrl.backbones.cache import ChainEntries, PrefixCache
-from orderrl.backbones.chains import ChainBackbone, Drawn, Growing
-from orderrl.backbones.layers import rotate
+from orderrl.backbones.chains import ChainBackbone, Drawn, Growing, entropy
+from orderrl.backbones.layers import EVERY, Level, rotate
 from orderrl.backbones.llamagen import CausalTransformer, RasterTransformer, TransformerConfig
 
 
@@ -73,13 +73,43 @@ class OrderRobustTransformer(CausalTransformer, ChainBackbone):
         Returns:
             (M, N, vocab) logits, in the order of generation.
         """
-        ordered = tokens.gather(1, token_order)
-        pairs, pair_rope = self.interleave(token_order, ordered)  # (M, 2N, dim)
-        start = self.cls_embedding(labels)[:, None]
-        x = torch.cat([start, pairs[:, :-1]], dim=1)  # the last content token predicts nothing
+        x, rope = self._sequence(tokens, labels, token_order)
+        # the last content token predicts nothing
+        return self.logits(self._forward(x[:, :-1], rope[:, :-1])[:, 1::2])
+
+    def observe_contexts(self, tokens: Tensor, labels: Tensor, blocks: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        """What `observe` gives for every block after `start` and `extend`, in one forward that has gradients.
+
+        It keeps no cache, because a cache is written in place. What the layers below those that are trained compute
+        has no gradient and costs no memory.
+
+        Args:
+            tokens: (M, N) int64, raster order.
+            labels: (M,) int64.
+            blocks: (M, K) int64, reveal order; entries past the count may be any blocks.
+            count: (M,) int64 in [0, K], how many of the blocks are visible.
+
+        Returns:
+            Hidden states (M, B, D) and entropies (M, B) in nats of the first query of each block; those of visible
+            blocks mean nothing.
+        """
+        x, rope = (part[:, None] for part in self._sequence(tokens, labels, self.geometry.token_order(blocks)))
+        query, query_rope = self.instructions(self.block_tokens[:, 0].expand(len(tokens), -1))
+        query, query_rope = query[:, :, None], query_rope[:, :, None]  # (M, B, 1, ...): a chain for each block
+        visible = 1 + self.entries_per_token * self.geometry.tokens_per_block * count
+        mask = (torch.arange(x.shape[2], device=x.device) < visible[:, None])[:, None, None, None]
+        for number, layer in enumerate(self._blocks()):
+            last = number + 1 == self.config.layers  # of which the context leaves keys and values alone
+            x, key, value = layer.chain(x, rope, [], queries=None if last else EVERY)
+            query, _, _ = layer.chain(query, query_rope, [Level(key, value, mask)])
+        hidden = self.norm(query[:, :, 0])
+        return hidden.float(), entropy(self.logits(hidden).float().log_softmax(-1))
+
+    def _sequence(self, tokens: Tensor, labels: Tensor, token_order: Tensor) -> tuple[Tensor, Tensor]:
+        """class, q1, x1, ..., qn, xn for a token order (M, n): embeddings (M, 2n + 1, dim) and rotations."""
+        pairs, pair_rope = self.interleave(token_order, tokens.gather(1, token_order))
         start_rope = self.rope[:1].expand(len(tokens), -1, -1, -1)
-        rope = torch.cat([start_rope, pair_rope[:, :-1]], dim=1)
-        return self.logits(self._forward(x, rope)[:, 1::2])
+        return torch.cat([self.cls_embedding(labels)[:, None], pairs], 1), torch.cat([start_rope, pair_rope], 1)
 
     # ------------------------------------------------------------------ chains over a prefix
 

@@ -49,7 +49,8 @@ def tiny_planner(
         torch.manual_seed(seed)
         planner = OrderHead(PlannerConfig.for_backbone(backbone or tiny_backbone(), **shape))
         if noisy:
-            for head in (planner.score_head, planner.budget_head, planner.value_head):
+            heads = [planner.score_head, planner.budget_head, planner.value_head]
+            for head in heads + ([planner.pair_head.right] if planner.pair_head else []):
                 torch.nn.init.normal_(head.weight)
     return planner.eval()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations, permutations
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,21 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from orderrl.agents import bc
-from orderrl.agents.bc import TARGETS, BCConfig, bc_loss, clone, held_out_metrics, reasoning_steps_at
+from orderrl.agents.bc import (
+    REGRESSED,
+    TARGETS,
+    BCConfig,
+    bc_loss,
+    clone,
+    held_out_metrics,
+    pair_loss,
+    reasoning_steps_at,
+)
 from orderrl.oracle import LabelConfig, label_contexts, random_contexts
 from orderrl.planner import OrderHead
 from tests.agents.helpers import tiny_labels, tiny_planner
 from tests.helpers import tiny_backbone, tiny_images
+from tests.processes import run_processes
 
 GEOMETRY = tiny_backbone().geometry
 
@@ -52,7 +63,7 @@ def test_losses_agree_with_their_formulas(target: str, states: tuple[Tensor, Ten
     for score, value, mask in zip(scores.detach(), utility, hidden, strict=True):
         score, value = score[mask], value[mask]
         log_probs = score - score.exp().sum().log()
-        if target in ("utility", "charged"):
+        if target in REGRESSED:
             expected += ((score - value) ** 2).sum().item() / candidates
         elif target == "label":
             expected -= log_probs[value.argmax()].item() / 6
@@ -76,6 +87,22 @@ def test_losses_ignore_visible_blocks(target: str, states: tuple[Tensor, Tensor,
 def test_soft_target_approaches_the_argmax_label(states: tuple[Tensor, Tensor, Tensor]) -> None:
     cold, label = (bc_loss(*states, target, 1e-3) for target in ("soft", "label"))
     assert torch.allclose(cold, label, atol=1e-4)
+
+
+def test_the_pair_loss_is_a_mean_over_pairs_of_hidden_blocks(states: tuple[Tensor, Tensor, Tensor]) -> None:
+    hidden = states[2]
+    dependence, gains = torch.randn(2, 6, 5, 5, generator=torch.Generator().manual_seed(1))
+    dependence.requires_grad_()
+    errors = []
+    for row in range(6):
+        for a, b in permutations(hidden[row].nonzero().flatten().tolist(), 2):
+            errors.append((dependence[row, a, b] - gains[row, a, b]).item() ** 2)
+    loss = pair_loss(dependence, gains, hidden)
+    assert loss.item() == pytest.approx(sum(errors) / len(errors), rel=1e-5)
+    loss.backward()
+    assert dependence.grad is not None and (dependence.grad != 0).sum() == len(errors)
+    lonely = torch.eye(5, dtype=torch.bool)[:3]  # one hidden block each: there is no pair
+    assert pair_loss(dependence[:3], gains[:3], lonely).item() == 0
 
 
 # ---------------------------------------------------------------------- curriculum and split
@@ -132,13 +159,82 @@ def test_labels_of_one_image_are_refused() -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_target_learns(target: str, reasoning_steps: int) -> None:
     """On images never seen the regret falls far below that of an arbitrary block."""
-    planner = tiny_planner(reasoning_steps=reasoning_steps, noisy=False)
+    planner = tiny_planner(reasoning_steps=reasoning_steps, noisy=False, pairs=target == "pairs")
     unseen = tiny_labels(seed=1)
     chance = regret(tiny_planner(), unseen, target)
     rows = train(planner, tiny_labels(), target=target)
     assert chance > 0.5
     assert regret(planner, unseen, target) < 0.2 * chance
     assert rows[-1]["loss"] < rows[0]["loss"] and not planner.training
+
+
+def planted_labels(seed: int = 0) -> TensorDict:
+    """Contexts in which blocks of one kind tell a lot about each other; the kind of a block is seen in its content."""
+    labels = tiny_labels(seed=seed)
+    generator, hidden = torch.Generator().manual_seed(seed + 1), ~labels["visible"]
+    kind = torch.randint(2, hidden.shape, generator=generator).float() * 2 - 1
+    labels["hidden"][..., :8] += (0.3 * kind * hidden)[..., None]
+    both = (hidden[:, :, None] & hidden[:, None]).float() * (1 - torch.eye(9))
+    noise = 0.2 * torch.randn(both.shape, generator=generator)  # not symmetric
+    labels["gains"] = both * (1 + kind[:, :, None] * kind[:, None] + noise)
+    return labels
+
+
+def test_pairs_learn_a_dependence_that_varies_with_content() -> None:
+    """On images never seen, far better than the best constant matrix, which is even fitted on those very images."""
+    planner, unseen = tiny_planner(noisy=False, pairs=True), planted_labels(seed=5)
+    rows = train(planner, planted_labels(), target="pairs")
+    observation, hidden = unseen.exclude("gains"), ~unseen["visible"]
+    observation["fraction"] = unseen["visible"].float().mean(-1, keepdim=True)
+    pairs = hidden[:, :, None] & hidden[:, None] & ~torch.eye(9, dtype=torch.bool)
+    goal = (unseen["gains"] + unseen["gains"].mT) / 2
+    goal = goal / goal[pairs].std()
+    constant = (goal * pairs).sum(0) / pairs.sum(0).clamp_min(1)
+    ours, fixed = (((guess - goal)[pairs] ** 2).mean() for guess in (planner(observation).dependence, constant))
+    assert fixed > 0.9 and ours < 0.3 * fixed
+    assert rows[-1]["held_out_pairs"] < 0.3 < rows[0]["loss_pairs"]
+    for row in rows:
+        assert row["loss"] == pytest.approx(row["loss_scores"] + row["loss_pairs"], rel=1e-5)
+
+
+def test_pair_strength_makes_scores_and_dependence_the_value_of_a_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a set gains is what its blocks tell about the others; the same from targets in standard deviations."""
+    monkeypatch.setattr(bc, "_CHUNK", 50)
+    labels, planner = planted_labels(), tiny_planner(noisy=False, pairs=True)
+    train(planner, labels, target="pairs", steps=1)
+    assert planner.pair_head is not None
+    strength, hidden = planner.pair_head.strength.item(), ~labels["visible"]
+    pairs = hidden[:, :, None] & hidden[:, None] & ~torch.eye(9, dtype=torch.bool)
+    utility, mean_gain = labels["gains"].sum(-1) / 36, (labels["gains"] + labels["gains"].mT) / 2
+    scale, pair_scale = utility[hidden].std(), mean_gain[pairs].std()
+    for row in range(20):
+        chosen = hidden[row].nonzero().flatten()[:3].tolist()
+        others = [b for b in range(9) if b not in chosen]
+        expected = labels["gains"][row][chosen][:, others].sum() / 36
+        dependence = sum(mean_gain[row, a, b] / pair_scale for a, b in combinations(chosen, 2))
+        value = (utility[row, chosen] / scale).sum() - strength * dependence
+        assert value.item() * scale.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_pairs_need_a_planner_with_pairs() -> None:
+    with pytest.raises(ValueError, match="target='pairs' needs a planner with pairs=True, this one has pairs=False"):
+        train(tiny_planner(), tiny_labels(), target="pairs")
+
+
+def first_step() -> tuple[list[dict[str, float]], list[Tensor]]:
+    """Metrics and gradients of one step on a batch that processes share unevenly, in blocks and in pairs."""
+    planner = tiny_planner(pairs=True)
+    rows = train(planner, planted_labels(), target="pairs", steps=1, batch_size=13)
+    return rows, [parameter.grad for parameter in planner.parameters() if parameter.grad is not None]
+
+
+def test_pairs_in_two_processes_have_the_gradient_of_the_whole_batch(tmp_path: Path) -> None:
+    (row,), gradients = first_step()
+    assert max(gradient.abs().max() for gradient in gradients) > 0.01
+    for (other,), others in run_processes(2, tmp_path, first_step):
+        assert {key: other[key] for key in row} == pytest.approx(row, rel=1e-5)
+        for mine, theirs in zip(gradients, others, strict=True):
+            torch.testing.assert_close(theirs, mine, rtol=1e-4, atol=1e-6)
 
 
 def test_utility_is_regressed_in_its_standard_deviations() -> None:
@@ -152,7 +248,7 @@ def test_utility_is_regressed_in_its_standard_deviations() -> None:
         train(planner, data, steps=60)
         observation = data.exclude("gains")
         observation["fraction"] = data["visible"].float().mean(-1, keepdim=True)
-        scores.append(planner(observation)[0].detach())
+        scores.append(planner(observation).scores.detach())
     assert torch.allclose(scores[0], scores[1], atol=1e-2)
     hidden = ~labels["visible"]
     utility = (labels["gains"].sum(-1) / 36)[hidden]
@@ -210,7 +306,7 @@ def test_labels_of_a_backbone_train_and_leave_it_alone() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"target": "argmax"}, "target='argmax' is unknown; choose one of label, soft, utility, charged"),
+        ({"target": "argmax"}, "target='argmax' is unknown; choose one of label, soft, utility, charged, pairs"),
         ({"weight": "near"}, "weight='near' is unknown; choose one of uniform, far"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),

@@ -112,6 +112,31 @@ def test_log_prob_is_budget_plus_plackett_luce(mask: str, repels: bool) -> None:
         assert torch.allclose(made.distribution.log_prob(action[None]).exp(), probability, atol=1e-12)
 
 
+@pytest.mark.parametrize("mask", ["all", "some"])
+def test_every_state_has_a_repulsion_of_its_own(mask: str) -> None:
+    """Probabilities, modes and entropies of three states are those of each alone, and the states differ."""
+    budgets, made = (1, 2, 4), make((1, 2, 4), mask, rows=3)
+    repulsion = 1.5 * torch.randn(3, 5, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+    def of(rows: slice) -> RankedBlocks:
+        legal = torch.tensor(MASKS[mask]).expand(3, -1)[rows]
+        logits, budget_logits = (part.expand(3, -1)[rows] for part in (made.logits, made.budget_logits))
+        fits = legal_budgets(budgets, legal)
+        return RankedBlocks(logits, legal, budget_logits, fits, budgets, repulsion[rows], entropy_samples=20_000)
+
+    actions = all_actions(budgets, mask)[:, None]
+    log_probs = of(slice(None)).log_prob(actions.expand(-1, 3, -1))
+    assert torch.allclose(log_probs.exp().sum(0), torch.ones(3, dtype=torch.float64))
+    torch.manual_seed(0)
+    entropy = of(slice(None)).entropy()
+    assert torch.allclose(entropy, -(log_probs.exp() * log_probs).sum(0), atol=0.02)
+    assert not torch.allclose(log_probs[:, 0], log_probs[:, 1], atol=0.1)
+    for row in range(3):
+        alone = of(slice(row, row + 1))
+        assert torch.equal(log_probs[:, row], alone.log_prob(actions)[:, 0])
+        assert torch.equal(of(slice(None)).mode[row], alone.mode[0])
+
+
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("budgets", BUDGETS[1:])
 def test_entries_past_the_budget_are_ignored(budgets: tuple[int, ...], mask: str) -> None:

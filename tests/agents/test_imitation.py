@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from orderrl.agents.imitation import ImitationConfig, imitate
-from orderrl.agents.policies import PlannerPolicy, RankingPolicy, fixed_order
+from orderrl.agents.policies import AmongBudgets, PlannerPolicy, RankingPolicy, fixed_order
 from orderrl.agents.schedules import growing
 from orderrl.metrics.planning import roll_out
 from tests.agents.helpers import tiny_core, tiny_planner
@@ -60,3 +60,25 @@ def test_a_planner_with_other_budgets_is_refused() -> None:
     core = tiny_core(budgets=BUDGETS, num_envs=2)
     with pytest.raises(ValueError, match="budgets"):
         next(imitate(tiny_planner(), core, teacher(core), ImitationConfig(steps=1)))
+
+
+@pytest.mark.parametrize("offered", [(1, 2, 4), (1, 2, 3, 4, 8)])
+def test_a_policy_among_more_budgets_reveals_the_same_blocks(offered: tuple[int, ...]) -> None:
+    core, wide = tiny_core(budgets=BUDGETS, num_envs=5), tiny_core(budgets=offered, num_envs=5)
+    policy = teacher(core)
+    ours = roll_out(wide, AmongBudgets(policy, BUDGETS, offered), torch.Generator(), torch.arange(5))
+    theirs = roll_out(core, policy, torch.Generator(), torch.arange(5))
+    assert torch.equal(ours.reveal_step, theirs.reveal_step)
+
+
+def test_single_blocks_among_more_budgets() -> None:
+    core, wide = tiny_core(num_envs=5), tiny_core(budgets=BUDGETS, num_envs=5)
+    policy = RankingPolicy(fixed_order(ORDER), core.geometry)
+    ours = roll_out(wide, AmongBudgets(policy, (1,), BUDGETS), torch.Generator(), torch.arange(5))
+    theirs = roll_out(core, policy, torch.Generator(), torch.arange(5))
+    assert torch.equal(ours.reveal_step, theirs.reveal_step) and int(ours.reveal_step.max()) == 8
+
+
+def test_a_policy_whose_budgets_are_not_offered_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"lack \[2, 4\]"):
+        AmongBudgets(teacher(tiny_core(budgets=BUDGETS, num_envs=2)), BUDGETS, (1, 8))

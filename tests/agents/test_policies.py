@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import combinations
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from orderrl.agents.policies import (
     Confidence,
     Lookahead,
     Oracle,
+    PairedPolicy,
     PlannerPolicy,
     Policy,
     RankingPolicy,
@@ -22,11 +25,13 @@ from orderrl.agents.policies import (
     planner_scorer,
     uniform_random,
 )
+from orderrl.agents.registry import make_policy
 from orderrl.agents.schedules import entropy_threshold, fixed, growing
 from orderrl.backbones.sampling import Sampling
 from orderrl.data import TokenSet
 from orderrl.envs.core import NextBlockCore
 from orderrl.metrics.planning import act, roll_out
+from orderrl.planner import OrderHead, save_planner
 from tests.agents.helpers import mid_episode, tiny_core, tiny_planner
 from tests.helpers import block_loss, tiny_backbone, tiny_images
 
@@ -49,6 +54,7 @@ POLICIES: dict[str, Maker] = {
     "planner": lambda budgets: PlannerPolicy(tiny_planner(num_budgets=len(budgets)), budgets),
     "sampled_planner": lambda budgets: PlannerPolicy(tiny_planner(num_budgets=len(budgets)), budgets, False, 2),
     "planner_scores": lambda budgets: RankingPolicy(planner_scorer(tiny_planner()), GEOMETRY, budgets),
+    "paired": lambda budgets: PairedPolicy(tiny_planner(pairs=True), budgets, fixed(len(budgets) - 1), 2),
     "threshold": lambda budgets: RankingPolicy(
         SCORERS["low_entropy"], GEOMETRY, budgets, entropy_threshold(budgets, 1.4)
     ),
@@ -157,7 +163,8 @@ def test_a_planner_with_another_number_of_budgets_is_refused(budgets: tuple[int,
 def test_planner_ranks_by_score_and_takes_its_likeliest_legal_budget() -> None:
     planner = tiny_planner(num_budgets=3)
     core = mid_episode(tiny_core((1, 2, 4), 8), steps=7)  # two blocks left: budget 4 is illegal
-    scores, budget_logits, _ = planner(core.observation())
+    output = planner(core.observation())
+    scores, budget_logits = output.scores, output.budget_logits
     action = act(PlannerPolicy(planner, (1, 2, 4)), core, torch.Generator())
     assert torch.equal(action[:, :2], scores.masked_fill(core.visible, -torch.inf).topk(2).indices)
     assert torch.equal(action[:, -1], budget_logits[:, :2].argmax(1))
@@ -171,6 +178,57 @@ def test_sampling_planner_follows_its_generator() -> None:
     torch.manual_seed(0)
     first, second, other = (act(policy, core, torch.Generator().manual_seed(s)) for s in (0, 0, 1))
     assert torch.equal(first, second) and not torch.equal(first, other)
+
+
+def paired_planner() -> OrderHead:
+    """Its dependence matters as much as its scores."""
+    planner = tiny_planner(pairs=True)
+    planner.set_pair_strength(3.0)
+    return planner
+
+
+def test_paired_policy_builds_the_best_set_block_by_block() -> None:
+    """Against the value of every larger set, computed as a whole: scores minus the dependence of all its pairs."""
+    planner, core = paired_planner(), mid_episode(tiny_core((4,), 8), steps=1)
+    output = planner(core.observation())
+    blocks = act(PairedPolicy(planner, (4,)), core, torch.Generator())[:, :4]
+
+    def value(row: int, chosen: list[int]) -> float:
+        pairs = sum(output.dependence[row, a, b].item() for a, b in combinations(chosen, 2))
+        return output.scores[row, chosen].sum().item() - 3.0 * pairs
+
+    for row, chosen in enumerate(blocks.tolist()):
+        for place, block in enumerate(chosen):
+            left = [b for b in range(9) if not core.visible[row, b] and b not in chosen[:place]]
+            assert block == max(left, key=lambda b: value(row, [*chosen[:place], b]))
+    by_scores = act(RankingPolicy(planner_scorer(planner), GEOMETRY, (4,)), core, torch.Generator())[:, :4]
+    assert torch.equal(blocks[:, 0], by_scores[:, 0]) and not torch.equal(blocks, by_scores)
+
+
+def saved(path: Path, planner: OrderHead) -> Path:
+    save_planner(path, planner, {
+        "agent": {"name": "bc", "target": "pairs"}, "objective": "context", "budgets": [1], "seed": 0,
+    })  # fmt: skip
+    return path
+
+
+def test_a_paired_policy_by_name(tmp_path: Path) -> None:
+    planner, core = paired_planner(), mid_episode(tiny_core((4,), 8), steps=1)
+    path = saved(tmp_path / "planner.safetensors", planner)
+    named = make_policy(f"paired_{path}@4", tiny_backbone())
+    assert named.name == "paired_bc_pairs_r0@4" and named.budgets == (4,)
+    expected = act(PairedPolicy(planner, (4,)), core, torch.Generator())
+    assert torch.equal(act(named.policy, core, torch.Generator()), expected)
+    spaced = make_policy(f"spaced_{path}@4", tiny_backbone())
+    assert not torch.equal(act(spaced.policy, core, torch.Generator()), expected)
+
+
+def test_a_paired_policy_needs_pairs(tmp_path: Path) -> None:
+    path = saved(tmp_path / "planner.safetensors", tiny_planner())
+    with pytest.raises(ValueError, match=r"policy 'paired_.*planner.safetensors' needs a planner with pairs=True"):
+        make_policy(f"paired_{path}@4", tiny_backbone())
+    with pytest.raises(ValueError, match="a paired policy needs a planner with pairs=True"):
+        PairedPolicy(tiny_planner())
 
 
 # ---------------------------------------------------------------------- references

@@ -181,9 +181,9 @@ def test_the_start_ranks_as_the_cloned_planner_does() -> None:
     assert ppo.planner.sharpness.exp().item() == pytest.approx(2.5)
     core = tiny_core(num_envs=8)
     core.reset()
-    scores, budget_logits, _ = ppo.planner(core.observation())
-    assert torch.equal(scores, planner(core.observation())[0])
-    assert (budget_logits == 0).all() and budget_logits.shape == (8, 2)
+    start = ppo.planner(core.observation())
+    assert torch.equal(start.scores, planner(core.observation()).scores)
+    assert (start.budget_logits == 0).all() and start.budget_logits.shape == (8, 2)
 
 
 # ---------------------------------------------------------------------- learning

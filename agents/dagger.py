@@ -1,0 +1,65 @@
+"""States that a planner reaches itself, to be labelled and learnt from: the contexts of a round of DAgger.
+
+A clone of random prefixes is asked, when it plays, about prefixes of its own making. DAgger (Ross et al., 2011) lets it
+play, labels the states it gets into with the same oracle, adds them to the labels and trains on all of them
+(`orderrl.pipeline.find_or_train_clone`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from orderrl.agents.policies import Policy
+from orderrl.envs.core import NextBlockCore
+from orderrl.oracle import Contexts
+
+
+@torch.no_grad()
+def own_contexts(
+    policy: Policy, core: NextBlockCore, images: Tensor, count: int, own_share: float, seed: int, first: int
+) -> Contexts:
+    """Prefixes of a policy's own trajectories, sorted by length.
+
+    The number of visible blocks is uniform on 0 .. B - 2, as in `orderrl.oracle.random_contexts`.
+
+    Args:
+        policy: reveals one block a step.
+        core: in mode "teacher", with budgets (1,); as many episodes as it has are played at once.
+        images: (n,) int64, indices in the core's data; they take turns, in an order that the seed draws.
+        count: contexts.
+        own_share: share of actions that are the policy's own; the others are uniform over the hidden blocks.
+        seed: of lengths, turns and random actions.
+        first: number of the first context.
+
+    Raises:
+        ValueError: if the core has other budgets, or there are no images.
+    """
+    if core.config.budgets != (1,):
+        raise ValueError(f"labelled contexts grow block by block: budgets must be (1,), got {core.config.budgets}")
+    if not len(images):
+        raise ValueError("images must name at least 1 image to play, got none")
+    generator = torch.Generator().manual_seed(seed)
+    blocks = core.geometry.num_blocks
+    image = images[torch.randperm(len(images), generator=generator)][torch.arange(count) % len(images)]
+    length = torch.randint(max(blocks - 1, 1), (count,), generator=generator)
+    by_length = length.argsort(stable=True)  # episodes of a batch end together
+    image, length = image[by_length], length[by_length]
+    order = torch.empty(count, blocks, dtype=torch.int64)
+    for rows in torch.arange(count).split(core.num_envs):
+        idle = rows[-1:].expand(core.num_envs - len(rows))
+        core.reset(index=image[torch.cat([rows, idle])])
+        for _ in range(int(length[rows[-1]])):
+            core.step(_actions(policy, core, own_share, generator))
+        revealed = torch.where(core.visible, core.reveal_step, blocks)
+        order[rows] = revealed.argsort(dim=1, stable=True)[: len(rows)].cpu()
+    return Contexts(first + torch.arange(count), image, order, length)
+
+
+def _actions(policy: Policy, core: NextBlockCore, own_share: float, generator: torch.Generator) -> Tensor:
+    """(M,) int64: the policy's blocks, and random ones in their place."""
+    observation = core.observation()
+    noise = torch.rand(core.num_envs, core.geometry.num_blocks, generator=generator).to(core.device)
+    own = torch.rand(core.num_envs, generator=generator).to(core.device) < own_share
+    anything = noise.masked_fill(core.visible, -1.0).argmax(-1)
+    return torch.where(own, policy(observation, generator), anything)

@@ -1,0 +1,294 @@
+"""What agents share that improve a planner on an environment with a clipped policy gradient.
+
+The loop reads as its pseudo-code: collect, estimate advantages, take clipped steps. It starts from a cloned planner;
+the action is a ranked list of blocks and a budget. How a round is collected, what an advantage is and what else the
+loss has is the agent's own (`orderrl.agents.ppo`, `orderrl.agents.grpo`).
+
+Of several processes each plays its share of the environments, with the seeds that they have in one process, and takes
+its share of every minibatch; gradients are averaged. Actions are drawn in every process on its own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModule
+from torch import Tensor, nn
+from torchrl.modules import ProbabilisticActor
+from torchrl.objectives import ClipPPOLoss
+
+from orderrl import distributed
+from orderrl.agents.distribution import RankedBlocks
+from orderrl.envs.torchrl import NextBlockTorchRLEnv
+from orderrl.planner import OrderHead
+from orderrl.resuming import Unfinished
+
+_PROCESS_SEEDS = 1_000_000_007  # between the random numbers of processes
+OBSERVATION_KEYS = ("hidden", "entropy", "visible", "label", "fraction")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyGradientConfig:
+    """Hyper-parameters that every agent has, named as in Schulman et al. (2017); `PPOConfig` and `GRPOConfig` say more.
+
+    Attributes:
+        iterations: rounds of collecting and learning.
+        num_envs: episodes in parallel.
+        group_size: episodes in parallel that play the same image.
+        epochs: passes over a round.
+        minibatch_size: of a gradient step.
+        learning_rate: of the planner; falls linearly to a tenth.
+        clip_epsilon: of the probability ratio.
+        entropy_coeff: weight of the entropy bonus; falls linearly to zero.
+        max_grad_norm: gradient clipping.
+        sharpness: factor from cloned scores to policy logits at the start; None keeps the start's own.
+        spacing: at the start, what a block listed in a step takes from the logit of a block in the same place,
+            falling with distance as exp(-d^2 / 2); learnt from there on, for every pair of blocks; None keeps the
+            start's own.
+        pair_strength: at the start, what one unit of the planner's own dependence (`pairs`) takes from a block's score;
+            learnt from there on; None keeps the start's own, 1 or what cloning target "pairs" made of it.
+        seed: of episodes, actions and minibatches.
+    """
+
+    iterations: int = 12
+    num_envs: int = 128
+    group_size: int = 1
+    epochs: int = 3
+    minibatch_size: int = 256
+    learning_rate: float = 6e-4
+    clip_epsilon: float = 0.2
+    entropy_coeff: float = 0.0
+    max_grad_norm: float = 1.0
+    sharpness: float | None = 5.0
+    spacing: float | None = 4.0
+    pair_strength: float | None = None
+    seed: int = 0
+
+    _counts: ClassVar[tuple[str, ...]] = ("iterations", "num_envs", "group_size", "epochs", "minibatch_size")
+    _positive: ClassVar[tuple[str, ...]] = ("learning_rate", "clip_epsilon", "max_grad_norm", "sharpness")
+    _not_negative: ClassVar[tuple[str, ...]] = ("entropy_coeff", "spacing", "pair_strength")
+    _shared_out: ClassVar[tuple[str, ...]] = ("minibatch_size",)  # besides num_envs: multiples of the processes
+
+    def __post_init__(self) -> None:
+        for name in self._counts:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_envs % self.group_size:
+            raise ValueError(f"group_size={self.group_size} must divide num_envs={self.num_envs}")
+        for name in self._positive:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        for name in self._not_negative:
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name} must be at least 0, got {value}")
+
+
+class Actor(nn.Module):
+    """A planner on separate observation tensors with any leading dimensions.
+
+    Args:
+        planner: gives logits of blocks and budgets, and the repulsion.
+        keys: of the observation, in the order of the tensors.
+    """
+
+    def __init__(self, planner: OrderHead, keys: tuple[str, ...]) -> None:
+        super().__init__()
+        self.planner, self.keys = planner, keys
+
+    def forward(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        observation, leading = flatten(self.keys, parts)
+        output = self.planner(observation)
+        shown = (output.logits, output.budget_logits, output.repulsion)
+        return tuple(part.unflatten(0, leading) for part in shown)
+
+
+def flatten(keys: tuple[str, ...], parts: tuple[Tensor, ...]) -> tuple[dict[str, Tensor], torch.Size]:
+    """An observation with one leading dimension, and the leading dimensions that it had."""
+    observation = dict(zip(keys, parts, strict=True))
+    leading = observation["label"].shape
+    return {key: part.flatten(0, len(leading) - 1) for key, part in observation.items()}, leading
+
+
+class PolicyGradient:
+    """A planner being improved on an environment, round by round.
+
+    Agents give `_collect`, `_estimate` and `_loss`, and call `_set_up` when they have built what they train.
+
+    Args:
+        planner: the start; a copy is trained, `planner` of this object is the current one.
+        env: in mode "teacher". Of several processes each has its share of `config.num_envs`.
+        config: hyper-parameters, of all processes together.
+
+    Attributes:
+        config, env: as given.
+        planner: the current one.
+        actor: TorchRL's policy made of it.
+        loss: TorchRL's clipped loss.
+        iteration: rounds done.
+        frames: environment steps that they played, in all processes.
+
+    Raises:
+        ValueError: if the environment is not the one that the config describes, or the config can't be shared out.
+    """
+
+    config: PolicyGradientConfig
+    loss: ClipPPOLoss
+
+    def __init__(self, planner: OrderHead, env: NextBlockTorchRLEnv, config: PolicyGradientConfig) -> None:
+        self._check_shares(config)
+        if env.core.num_envs * distributed.size() != config.num_envs:
+            raise ValueError(f"num_envs={config.num_envs} needs as many environments, this one has {env.core.num_envs}")
+        budgets, reward = env.core.config.budgets, env.core.config.reward
+        torch.manual_seed(config.seed)
+        self.config, self.env = config, env
+        self.keys = OBSERVATION_KEYS if reward.step_cost_range is None else (*OBSERVATION_KEYS, "step_cost")
+        if planner.config.step_cost_range and reward.step_cost_range is None:  # a start told many costs goes on at one
+            planner = planner.at_step_cost(reward.typical_step_cost)
+        # in eval mode: with dropout the ratio of new to old probabilities would not start at 1
+        self.planner = planner.with_budgets(len(budgets), reward.step_cost_range).to(env.core.device).eval()
+        if config.pair_strength is not None:
+            self.planner.set_pair_strength(config.pair_strength)
+        with torch.no_grad():
+            if config.sharpness is not None:
+                self.planner.sharpness.fill_(config.sharpness).log_()
+            if config.spacing is not None:
+                self.planner.repulsion.copy_(config.spacing * torch.exp(-(env.core.geometry.distances**2) / 2))
+        self.actor = self._actor_of(self.planner)
+        self.iteration, self.frames = 0, 0
+
+    def _actor_of(self, planner: OrderHead) -> ProbabilisticActor:
+        """TorchRL's policy of a planner."""
+        module = TensorDictModule(Actor(planner, self.keys), list(self.keys), ["logits", "budget_logits", "repulsion"])
+        parameters = {"logits": "logits", "action_mask": "action_mask"}
+        if self.env.core.multi:
+            parameters |= {key: key for key in ("budget_logits", "budget_mask", "repulsion")}
+        return ProbabilisticActor(
+            module,
+            in_keys=parameters,
+            distribution_class=RankedBlocks,
+            distribution_kwargs={"budgets": tuple(self.env.core.config.budgets)},
+            return_log_prob=True,
+        )
+
+    def _set_up(self, loss: ClipPPOLoss, **rates: float) -> None:
+        """Take the loss, and optimise the modules of this object that are named, at their learning rates."""
+        self.loss, self._rates = loss, rates
+        self._trained: dict[str, nn.Module] = {name: getattr(self, name) for name in rates}
+        groups = [{"params": list(self._trained[name].parameters()), "lr": rate} for name, rate in rates.items()]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+
+    @staticmethod
+    def _check_shares(config: PolicyGradientConfig) -> None:
+        processes = distributed.size()
+        for name, unit in (("num_envs", config.group_size), *((name, 1) for name in config._shared_out)):
+            if getattr(config, name) % (processes * unit):
+                raise ValueError(
+                    f"{name}={getattr(config, name)} must be a multiple of {processes * unit}: {processes} processes"
+                    + (f" with groups of {unit}" if unit > 1 else "")
+                )
+
+    # ------------------------------------------------------------------ training
+
+    def train(self, work: Unfinished | None = None) -> Iterator[dict[str, float]]:
+        """Rounds until `config.iterations`; yields one dict of metrics a round.
+
+        Args:
+            work: keeps the state between rounds, so that an interrupted training continues.
+
+        Metrics: step, frames, return (of each image's first episode, nats per image), planner_steps (of the same),
+        illegal (share of void steps), entropy, clip_fraction, the parts of the loss, and what the agent adds.
+        """
+        config, core = self.config, self.env.core
+        minibatch = config.minibatch_size // distributed.size()
+        rounds = range(self.iteration, config.iterations) if work is None else work.steps(config.iterations, agent=self)
+        for number in rounds:
+            # every round is keyed by its number, so a resumed run sees what an uninterrupted one sees
+            torch.manual_seed(config.seed * 1_000_003 + number + _PROCESS_SEEDS * distributed.rank())
+            core.seed(self._round_seeds())
+            self._anneal(number / config.iterations)
+            data = self._collect()
+            self._estimate(data)
+            row = self._summary(data)
+            self.frames += sum(distributed.gather(self._count(data)))
+            samples = self._samples(data)
+            for _ in range(config.epochs):
+                for rows in torch.randperm(len(samples)).split(minibatch):
+                    row |= self._update(samples[rows])
+            self.iteration += 1
+            yield {"step": self.iteration, "frames": self.frames} | distributed.mean_of(row)
+
+    def _round_seeds(self) -> Tensor:
+        """Seeds of this process's environments in a round; a seed draws the images, so those of a group share it."""
+        config, count = self.config, self.env.core.num_envs
+        members = torch.arange(count * distributed.rank(), count * (distributed.rank() + 1))
+        members = members // config.group_size * config.group_size
+        return (config.seed * 100_003 + self.iteration) * config.num_envs + members
+
+    def _collect(self) -> TensorDictBase:
+        """A round of sampled episodes, batch (episodes side by side, steps); rewards are nats per image."""
+        raise NotImplementedError
+
+    def _estimate(self, data: TensorDictBase) -> None:
+        """Write advantages."""
+        raise NotImplementedError
+
+    def _loss(self, minibatch: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+        """What a gradient step lowers, and its parts for the log."""
+        raise NotImplementedError
+
+    def _samples(self, data: TensorDictBase) -> TensorDictBase:
+        """What minibatches are drawn from: frames."""
+        return data.reshape(-1)
+
+    def _count(self, data: TensorDictBase) -> int:
+        """Environment steps in a round of this process."""
+        return data.numel()
+
+    def _anneal(self, progress: float) -> None:
+        for group, rate in zip(self.optimizer.param_groups, self._rates.values(), strict=True):
+            group["lr"] = rate * (1 - 0.9 * progress)
+        self.loss.entropy_coeff.fill_(self.config.entropy_coeff * (1 - progress))
+
+    def _update(self, minibatch: TensorDictBase) -> dict[str, float]:
+        total, parts = self._loss(minibatch)
+        self.optimizer.zero_grad()
+        modules = self._trained.values()
+        distributed.backward(total, [parameter for module in modules for parameter in module.parameters()])
+        for module in modules:
+            nn.utils.clip_grad_norm_(module.parameters(), self.config.max_grad_norm)
+        self.optimizer.step()
+        return {name: part.item() for name, part in parts.items()}
+
+    def _summary(self, data: TensorDictBase) -> dict[str, float]:
+        """Metrics of a round; return and steps are those of each image's first episode, if it ended."""
+        ended = data["next", "done"][..., 0]  # (num_envs, steps)
+        first = (ended.cumsum(1) - ended.long()) == 0
+        complete = ended.any(1)
+        returns = (data["next", "reward"][..., 0] * first).sum(1)[complete]
+        return {
+            "return": returns.mean().item(),
+            "planner_steps": first.sum(1)[complete].float().mean().item(),
+            "illegal": data["next", "illegal"].float().mean().item(),
+        }
+
+    # ------------------------------------------------------------------ resuming
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a round changes; with it a resumed run equals an uninterrupted one."""
+        parts = {name: copy.deepcopy(module.state_dict()) for name, module in self._trained.items()}
+        optimizer = copy.deepcopy(self.optimizer.state_dict())
+        return parts | {"optimizer": optimizer, "iteration": self.iteration, "frames": self.frames}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after the round in which `state` was taken."""
+        for name, module in self._trained.items():
+            module.load_state_dict(state[name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.iteration, self.frames = state["iteration"], state["frames"]

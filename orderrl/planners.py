@@ -1,0 +1,320 @@
+"""The steps of the main job that train planners, each found in the cache or made."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from tensordict import TensorDict
+
+from orderrl import distributed
+from orderrl.agents.bc import TARGETS, BCConfig, clone
+from orderrl.agents.grpo import GRPO, GRPOConfig
+from orderrl.agents.imitation import ImitationConfig, imitate
+from orderrl.agents.joint import OH_KEYS
+from orderrl.agents.policies import AmongBudgets, Policy, ReferencePolicy
+from orderrl.agents.policy_gradient import PolicyGradient, PolicyGradientConfig
+from orderrl.agents.ppo import PPO, PPOConfig
+from orderrl.agents.registry import make_policy
+from orderrl.agents.search import SearchConfig, search_schedule
+from orderrl.backbones import Backbone, backbone_fingerprint
+from orderrl.backbones.protocol import backbone_device
+from orderrl.backbones.registry import weights_fingerprint
+from orderrl.data import TokenSet, load_split
+from orderrl.entry import compose
+from orderrl.envs.core import CoreConfig, NextBlockCore
+from orderrl.envs.reward import RewardConfig
+from orderrl.envs.torchrl import NextBlockTorchRLEnv
+from orderrl.labelling import join
+from orderrl.pipeline import (
+    CHEAPEST,
+    DAGGER,
+    FORMAT,
+    announce,
+    find_or_make_labels,
+    find_or_make_own_labels,
+    follow,
+    open_labels,
+    require_order_robust,
+    section,
+    with_values,
+)
+from orderrl.planner import OrderHead, PlannerConfig, load_planner, save_planner
+from orderrl.resuming import Unfinished, forget
+from orderrl.runs import Cache, Run, fingerprint, progress
+
+PLANNERS = "planners"
+
+
+def find_or_train_clone(config: DictConfig, backbone: Backbone, run: Run | None = None, reuse: bool = True) -> Path:
+    """Checkpoint of the planner that `agent=bc` trains.
+
+    Each round of DAgger labels states that the last planner reaches and trains another one on all labels; labels and
+    planners of earlier rounds are found again. All play images that the first labels came from, so every round keeps
+    back the same ones, with the states that were reached on them.
+    """
+    require_order_robust(config, backbone, "agent=bc")
+    settings = BCConfig(**section(config, "agent", "name"), seed=config.seed)
+    if settings.target == "pairs":  # asked before labels are made, which takes long
+        PlannerConfig.for_backbone(backbone, **section(config, "planner")).require_pairs("agent.target=pairs")
+    labels = [find_or_make_labels(config, backbone)]
+    images = open_labels(labels[0], backbone)["image"].unique()
+    for number in range(settings.dagger_rounds):
+        before = with_values(config, {"agent": with_values(config.agent, {"dagger_rounds": number}), "name": None})
+        planner = _find_or_clone(before, backbone, labels, None, True)
+        announce(f"dagger: round {number + 1} of {settings.dagger_rounds}")
+        labels.append(find_or_make_own_labels(config, backbone, planner, images, number + 1))
+    return _find_or_clone(config, backbone, labels, run, reuse)
+
+
+def _find_or_clone(config: DictConfig, backbone: Backbone, labels: list[Path], run: Run | None, reuse: bool) -> Path:
+    """Checkpoint of the planner cloned from some sets of labels: random contexts, and those of each round of DAgger."""
+    settings = BCConfig(**section(config, "agent", "name"), seed=config.seed)
+    shape = PlannerConfig.for_backbone(backbone, **section(config, "planner"))
+    rounds = settings.dagger_rounds
+    description = {
+        "format": FORMAT,
+        "agent": section(config, "agent", *([] if rounds else DAGGER)),
+        "planner": section(config, "planner"),
+        "labels": labels[0].name,
+        "seed": config.seed,
+        "backbone": backbone_fingerprint(backbone),
+        "data": config.data.name,
+        "budgets": [1],
+        "objective": "context",
+    }
+    if rounds:
+        description["own_labels"] = [found.name for found in labels[1:]]
+        settings = replace(settings, steps=settings.dagger_steps)
+
+    def train(work: Unfinished) -> OrderHead:
+        torch.manual_seed(config.seed)
+        planner = OrderHead(shape)
+        contexts = _joined(labels, backbone, work)
+        with progress(settings.steps, f"cloning ({settings.target}, R = {shape.reasoning_steps})", "steps") as advance:
+            rows = clone(planner, contexts, backbone.geometry, settings, work)
+            follow(rows, work, run, lambda row: advance(row["new"], f"loss {row['loss']:.3f}"))
+        return planner
+
+    return find_or_train_planner(config, description, train, reuse)
+
+
+def _joined(labels: list[Path], backbone: Backbone, work: Unfinished) -> TensorDict:
+    """Sets of labels as one; several are copied to the job's folder, which goes when the job is done."""
+    opened = [open_labels(found, backbone) for found in labels]
+    if len(labels) == 1:
+        return opened[0]
+    folder = work.folder / "contexts"
+    distributed.on_main(lambda: join([found / "contexts" for found in labels], folder))
+    return TensorDict.load_memmap(str(folder))
+
+
+def find_or_train_schedule(config: DictConfig, backbone: Backbone, run: Run | None = None, reuse: bool = True) -> Path:
+    """Checkpoint of the planner that `agent=schedule` trains: it imitates the best fixed schedule found."""
+    search = SearchConfig(**section(config.agent, "search"), seed=config.seed)
+    environment = core_config(config)
+    cost = environment.reward.typical_step_cost  # one schedule needs one cost: of a range the geometric mean
+    if environment.reward.objective != "likelihood":
+        raise ValueError(
+            f"agent=schedule searches for objective='likelihood', got env.objective={environment.reward.objective!r}; "
+            "use env=likelihood"
+        )
+
+    def searched(data: TokenSet, work: Unfinished) -> Policy:
+        with progress(search.played, f"searching a schedule on {data.name}/{data.split}", "orders") as advance:
+            return search_schedule(backbone, data, environment.budgets, cost, search, advance, work)
+
+    return _find_or_imitate(config, backbone, searched, {"step_cost": cost}, run, reuse)
+
+
+def find_or_train_imitation(config: DictConfig, backbone: Backbone, run: Run | None = None, reuse: bool = True) -> Path:
+    """Checkpoint of the planner that `agent=imitation` trains: it imitates a policy of `orderrl.agents.registry`.
+
+    Raises:
+        ValueError: if the policy looks behind the observation, or chooses budgets that the environment does not have.
+    """
+    require_order_robust(config, backbone, "agent=imitation")
+    named = make_policy(config.agent.policy, backbone)
+    if isinstance(named.policy, ReferencePolicy):
+        raise ValueError(f"agent.policy={named.name!r} looks behind the observation; imitate another policy")
+    policy = AmongBudgets(named.policy, named.budgets, core_config(config).budgets)
+    return _find_or_imitate(config, backbone, lambda data, work: policy, {}, run, reuse)
+
+
+def _find_or_imitate(
+    config: DictConfig,
+    backbone: Backbone,
+    policy: Callable[[TokenSet, Unfinished], Policy],
+    changed: dict[str, Any],
+    run: Run | None,
+    reuse: bool,
+) -> Path:
+    """Checkpoint of a planner that imitates the policy which `policy` makes for planner images."""
+    settings = ImitationConfig(**section(config.agent, "imitation"), seed=config.seed)
+    environment = core_config(config)
+    shape = PlannerConfig.for_backbone(backbone, **section(config, "planner"), num_budgets=len(environment.budgets))
+    description = {
+        "format": FORMAT,
+        "agent": section(config, "agent"),
+        "planner": section(config, "planner"),
+        "env": section(config, "env") | changed,
+        "seed": config.seed,
+        "backbone": backbone_fingerprint(backbone),
+        "data": config.data.name,
+        "budgets": list(environment.budgets),
+        "objective": environment.reward.objective,
+    }
+
+    def train(work: Unfinished) -> OrderHead:
+        data = load_split(config.data.name, "planner")
+        shown = policy(data, work)
+        torch.manual_seed(config.seed)
+        planner = OrderHead(shape).to(backbone_device(backbone))
+        core = NextBlockCore(backbone, data, settings.num_envs, replace(environment, reward=CHEAPEST))
+        with progress(settings.steps, f"imitating (R = {shape.reasoning_steps})", "steps") as advance:
+            rows = imitate(planner, core, shown, settings, work)
+            follow(rows, work, run, lambda row: advance(row["new"], f"agreement {row['agreement']:.2f}"))
+        return planner
+
+    # short, and nothing in it can be shared out: the main process does it on its own
+    return distributed.on_main(lambda: find_or_train_planner(config, description, train, reuse))
+
+
+def find_or_train_ppo(config: DictConfig, backbone: Backbone, run: Run | None = None, reuse: bool = True) -> Path:
+    """Checkpoint of the planner that `agent=ppo` trains; continues an interrupted run of the same config."""
+    require_order_robust(config, backbone, "agent=ppo")
+    settings = PPOConfig(**section(config, "agent", "name", "start", "start_target"), seed=config.seed)
+
+    def make(planner: OrderHead, core: NextBlockCore) -> PPO:
+        return PPO(planner, NextBlockTorchRLEnv(core=core, privileged=settings.privileged_critic), settings)
+
+    return _find_or_improve(config, backbone, settings, make, run, reuse)
+
+
+def find_or_train_grpo(config: DictConfig, backbone: Backbone, run: Run | None = None, reuse: bool = True) -> Path:
+    """Checkpoint of the planner that `agent=grpo` trains; continues an interrupted run of the same config."""
+    require_order_robust(config, backbone, "agent=grpo")
+    settings = GRPOConfig(**section(config, "agent", "name", "start", "start_target"), seed=config.seed)
+
+    def make(planner: OrderHead, core: NextBlockCore) -> GRPO:
+        return GRPO(planner, NextBlockTorchRLEnv(core=core), settings)
+
+    return _find_or_improve(config, backbone, settings, make, run, reuse)
+
+
+def _find_or_improve(
+    config: DictConfig,
+    backbone: Backbone,
+    settings: PolicyGradientConfig,
+    make: Callable[[OrderHead, NextBlockCore], PolicyGradient],
+    run: Run | None,
+    reuse: bool,
+) -> Path:
+    """Checkpoint of a planner that starts from another and is improved on the environment of a config."""
+    start = Path(config.agent.start) if config.agent.start else planner_to_start_from(config, backbone)
+    planner, _ = load_planner(start, backbone)
+    description = {
+        "format": FORMAT,
+        "agent": section(config, "agent", "start", "start_target"),
+        "planner": section(config, "planner"),
+        "start": weights_fingerprint(planner),
+        "env": section(config, "env"),
+        "seed": config.seed,
+        "backbone": backbone_fingerprint(backbone),
+        "data": config.data.name,
+        "budgets": list(config.env.budgets),
+        "objective": config.env.objective,
+    }
+
+    def train(work: Unfinished) -> OrderHead:
+        data = load_split(config.data.name, "planner")
+        core = NextBlockCore(backbone, data, settings.num_envs // distributed.size(), core_config(config))
+        agent = make(planner, core)
+        with progress(settings.iterations, f"{config.agent.name} ({config.env.objective})", "rounds") as advance:
+
+            def report(row: dict[str, float]) -> None:
+                advance(row["new"], f"return {row['return']:.2f} nats, {row['planner_steps']:.1f} steps")
+
+            follow(agent.train(work), work, run, report)
+        return agent.planner
+
+    return find_or_train_planner(config, description, train, reuse)
+
+
+def core_config(config: DictConfig) -> CoreConfig:
+    """The environment of a config group env."""
+    values = section(config, "env")
+    budgets = tuple(values.pop("budgets"))
+    return CoreConfig(budgets=budgets, reward=RewardConfig(**values))
+
+
+def planner_to_start_from(config: DictConfig, backbone: Backbone) -> Path:
+    """The planner that `start_target` or L_OH names, of the same backbone, data, labels, planner and seed."""
+    agent = config.agent
+    target = agent.get("start_target")
+    if target is not None and target not in TARGETS:
+        searched = target == "schedule"
+        making = ["agent=schedule"] if searched else ["agent=imitation", f"agent.policy={target}"]
+        shared = ("backbone", "data", "env", "planner", "seed", "cache_dir", "device", "checkpoint_seconds")
+        announce(f"{agent.name}: starting from {'the fixed schedule of this config' if searched else target}")
+        start = with_values(compose("train", making), {key: config[key] for key in shared})
+        return (find_or_train_schedule if searched else find_or_train_imitation)(start, backbone)
+    chosen = {"target": target} if target is not None else {key: agent[key] for key in OH_KEYS}
+    cloning = compose("train", ["agent=bc", *(f"agent.{key}={value}" for key, value in chosen.items())])
+    shared = ("backbone", "data", "labels", "planner", "seed", "cache_dir", "device", "checkpoint_seconds")
+    announce(f"{agent.name}: starting from the clone of this config with target {cloning.agent.target}")
+    return find_or_train_clone(with_values(cloning, {key: config[key] for key in shared}), backbone)
+
+
+def find_or_train_planner(
+    config: DictConfig,
+    description: dict[str, Any],
+    train: Callable[[Unfinished], OrderHead],
+    reuse: bool,
+    save: Callable[[Path, OrderHead], None] | None = None,
+) -> Path:
+    """The cached planner of a description, or what `train` makes; an interrupted training continues.
+
+    `save` writes what was trained to a folder, as `planner.safetensors` and whatever belongs to it; None writes the
+    planner with the description.
+    """
+    if config.name is not None:
+        description |= {"name": config.name}
+    cache, key = Cache(config.cache_dir), fingerprint(description)
+    found = distributed.on_main(lambda: cache.find(PLANNERS, key))
+    path = cache.folder(PLANNERS, key) / "planner.safetensors"
+    if found is not None and reuse:
+        forget(config.cache_dir, f"{PLANNERS}-{key}")
+        announce(f"planner: {path} (cached; reuse=false trains again)")
+        return path
+
+    def publish() -> None:
+        if found is not None:  # trained again on purpose; the old one goes only now that there is a new one
+            shutil.rmtree(found)
+        with cache.store(PLANNERS, key, description) as folder:
+            if save is None:
+                save_planner(folder / "planner.safetensors", planner, description)
+            else:
+                save(folder, planner)
+
+    with Unfinished(config.cache_dir, f"{PLANNERS}-{key}", config.checkpoint_seconds) as work:
+        planner = train(work)
+        distributed.on_main(publish)
+    announce(f"planner: {path}")
+    return path
+
+
+def newest_planner(config: DictConfig, backbone: Backbone, agent: str) -> Path | None:
+    """The newest cached planner of an agent for this backbone and data."""
+    want = {"format": FORMAT, "backbone": backbone_fingerprint(backbone), "data": config.data.name}
+
+    def fits(description: dict[str, Any]) -> bool:
+        return description["agent"]["name"] == agent and want.items() <= description.items()
+
+    found = Cache(config.cache_dir).newest(PLANNERS, fits)
+    return None if found is None else found / "planner.safetensors"
