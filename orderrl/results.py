@@ -1,4 +1,4 @@
-"""The full table: every planner with several seeds, every baseline: `python -m orderrl.results`."""
+"""A whole table: all planners of a grid, several seeds, all baselines: `python -m orderrl.results grid=canvas`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from orderrl.evaluate import evaluate
 from orderrl.pipeline import announce, with_values
 from orderrl.train import train
 
-SHARED = ("backbone", "data", "labels", "logger", "output_dir", "cache_dir", "device", "checkpoint_seconds")
+SHARED = ("backbone", "data", "logger", "output_dir", "cache_dir", "device", "checkpoint_seconds")
 
 
 def results(config: DictConfig) -> Path:
@@ -22,7 +22,9 @@ def results(config: DictConfig) -> Path:
         for overrides in config.runs:
             announce(f"\n== seed {seed}: {' '.join(overrides)}")
             wanted = compose("train", [*overrides, f"seed={seed}"])
-            checkpoints.append(str(train(with_values(wanted, {key: config[key] for key in SHARED}))))
+            own_labels = any(override.startswith("labels") for override in overrides)
+            shared = SHARED if own_labels else (*SHARED, "labels")
+            checkpoints.append(str(train(with_values(wanted, {key: config[key] for key in shared}))))
     announce("\n== evaluation")
     return evaluate(with_values(config, {"eval": {"planners": checkpoints}}))
 
