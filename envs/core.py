@@ -7,6 +7,7 @@ context loss already computed) and makes one packed forward over the chains of t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from orderrl.backbones.protocol import Backbone, Drawing, backbone_device, check_fits
+from orderrl.backbones.protocol import Backbone, backbone_device, check_fits
 from orderrl.data import TokenSet
 from orderrl.envs.config import CoreConfig, Transition
 from orderrl.envs.reward import ILLEGAL_REWARD, Reward, RewardConfig, chosen_step_cost, drawn_step_cost
@@ -286,11 +287,9 @@ class NextBlockCore:
         blocks = torch.where(torch.arange(blocks.shape[1], device=self.device) < count[:, None], blocks, 0)
         before, revealed = self.losses.clone(), self._mark(blocks, count)
         if self.config.mode == "teacher" and self.config.reward.form == "charged" and not self._context_losses:
-            losses, _ = self.backbone.context_loss(self.prefix, self.tokens, blocks)
-            counted = torch.arange(blocks.shape[1], device=self.device) < count[:, None]
-            before = torch.zeros_like(before).scatter_add(1, blocks, torch.where(counted, losses.loss, 0.0))
-        drawing = self._draw(blocks, count) if self.config.mode == "generate" else None
-        self._append(blocks, count, drawing)
+            before = self._charged(blocks, count)
+        drawn = self._draw(blocks, count) if self.config.mode == "generate" else None
+        self._append(blocks, count, drawn)
         self._record(blocks, count)
         self.step_count += (~idle).long()
         self._looks = []
@@ -337,50 +336,68 @@ class NextBlockCore:
         marks = torch.zeros_like(self.losses).scatter_add(1, blocks, counted.float())
         return marks > 0
 
-    def _draw(self, blocks: Tensor, count: Tensor) -> Drawing:
-        """Sample the tokens of the chosen blocks with numbers keyed by (seed, episode, step, token)."""
-        positions = self._block_tokens[blocks]  # (M, K, p*p)
-        key = (self.seeds, self.episode, self.step_count)
-        uniforms = keyed_uniform((Stream.TOKEN, *(k[:, None, None] for k in key), positions), self.device)
-        drawing = self.backbone.decode(self.prefix, blocks, uniforms, self.config.sampling, self.unconditional)
-        counted = torch.arange(blocks.shape[1], device=self.device) < count[:, None]
-        index = torch.where(counted[..., None], positions, self.geometry.num_tokens)
-        padded = torch.cat([self.tokens, self.tokens[:, :1]], dim=1)  # the last place takes what does not count
-        padded[torch.arange(self.num_envs, device=self.device)[:, None, None], index] = drawing.tokens
-        self.tokens = padded[:, :-1]
-        return drawing
+    def _together(self, blocks: Tensor, count: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Episodes that reveal equally many blocks, and these: rows (m,), blocks (m, k); nothing is padded."""
+        for value in count.unique().tolist():
+            if value:
+                rows = (count == value).nonzero().flatten()
+                yield rows, blocks[rows, :value]
 
-    def _append(self, blocks: Tensor, count: Tensor, drawing: Drawing | None = None) -> None:
+    def _some(self, states: Any, rows: Tensor) -> Any:
+        """Some rows of a prefix or of chain entries, which may be None."""
+        return states if states is None or len(rows) == self.num_envs else states.select(rows)
+
+    def _charged(self, blocks: Tensor, count: Tensor) -> Tensor:
+        """(M, B): losses of the blocks that are revealed now, given what is visible before; zero elsewhere."""
+        charged = torch.zeros_like(self.losses)
+        for rows, chosen in self._together(blocks, count):
+            losses, _ = self.backbone.context_loss(self._some(self.prefix, rows), self.tokens[rows], chosen)
+            charged[rows[:, None], chosen] = losses.loss
+        return charged
+
+    def _draw(self, blocks: Tensor, count: Tensor) -> tuple[Any, Any]:
+        """Sample the tokens of the chosen blocks with numbers keyed by (seed, episode, step, token).
+
+        Returns:
+            Chain entries of every episode's first block, and the same under the dropped label; None if nothing can be
+            reused.
+        """
+        first: list[Any] = [None, None]
+        tokens = self.tokens.clone()
+        for rows, chosen in self._together(blocks, count):
+            positions = self._block_tokens[chosen]  # (m, k, p*p)
+            key = (self.seeds[rows], self.episode[rows], self.step_count[rows])
+            uniforms = keyed_uniform((Stream.TOKEN, *(k[:, None, None] for k in key), positions), self.device)
+            prefix, unconditional = self._some(self.prefix, rows), self._some(self.unconditional, rows)
+            drawing = self.backbone.decode(prefix, chosen, uniforms, self.config.sampling, unconditional)
+            tokens[rows[:, None, None], positions] = drawing.tokens
+            for place, entries in enumerate((drawing.entries, drawing.unconditional)):
+                if entries is not None:
+                    part = entries.chain(torch.zeros_like(rows))
+                    whole = len(rows) == self.num_envs
+                    first[place] = part if whole else part.spread(rows, self.num_envs, first[place])
+        self.tokens = tokens
+        return first[0], first[1]
+
+    def _append(self, blocks: Tensor, count: Tensor, drawn: tuple[Any, Any] | None = None) -> None:
         """Append the revealed blocks to the prefix, reusing the first block's chain entries.
 
-        Episodes are grouped by how many blocks they reveal, so that none is padded to another's number. An image that
-        becomes complete needs no prefix any more.
+        An image that becomes complete needs no prefix any more.
         """
         count = torch.where(count < self.hidden_count, count, 0)
-        revealing = [value for value in count.unique().tolist() if value]
-        if not revealing:
+        if not count.any():
             return
-        first_unconditional = None
-        if drawing is None:
-            first = self._first_entries(blocks[:, 0])
-        else:
-            zero = torch.zeros_like(count)
-            first = None if drawing.entries is None else drawing.entries.chain(zero)
-            first_unconditional = None if drawing.unconditional is None else drawing.unconditional.chain(zero)
-        for value in revealing:
-            rows = (count == value).nonzero().flatten()
-            self.prefix = self._extend(self.prefix, rows, blocks[:, :value], count, first)
+        first, first_unconditional = (self._first_entries(blocks[:, 0]), None) if drawn is None else drawn
+        for rows, chosen in self._together(blocks, count):
+            self.prefix = self._extend(self.prefix, rows, chosen, first)
             if self.unconditional is not None:
-                chosen = blocks[:, :value]
-                self.unconditional = self._extend(self.unconditional, rows, chosen, count, first_unconditional)
+                self.unconditional = self._extend(self.unconditional, rows, chosen, first_unconditional)
 
-    def _extend(self, prefix: Any, rows: Tensor, blocks: Tensor, count: Tensor, first: Any) -> Any:
-        """Extend the prefix of some episodes."""
-        if len(rows) == self.num_envs:
-            return self.backbone.extend(prefix, self.tokens, blocks, count, first)
-        own_first = None if first is None else first.select(rows)
-        part = self.backbone.extend(prefix.select(rows), self.tokens[rows], blocks[rows], count[rows], own_first)
-        return prefix.put(rows, part)
+    def _extend(self, prefix: Any, rows: Tensor, blocks: Tensor, first: Any) -> Any:
+        """Extend the prefix of some episodes, each by as many blocks."""
+        count = torch.full_like(rows, blocks.shape[1])
+        part = self.backbone.extend(self._some(prefix, rows), self.tokens[rows], blocks, count, self._some(first, rows))
+        return part if len(rows) == self.num_envs else prefix.put(rows, part)
 
     def _first_entries(self, block: Tensor) -> Any:
         """Chain entries of one block per row, gathered from the looks that computed them."""

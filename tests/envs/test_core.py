@@ -442,6 +442,23 @@ def test_generated_index_takes_the_label() -> None:
     assert torch.equal(core.labels, core.data.labels[[3, 5]])
 
 
+@pytest.mark.parametrize(("mode", "method"), [("teacher", "context_loss"), ("generate", "decode")])
+def test_only_revealed_blocks_are_scored_or_drawn(mode: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state that reveals one block, or is finished, does not pay for others that reveal four."""
+    core = make_core(5, (1, 2, 4), mode, objective="likelihood", form="charged")
+    core.config = replace(core.config, hindsight=False)
+    original, chains = getattr(core.backbone, method), 0
+
+    def counted(prefix: Any, *arguments: Any, **named: Any) -> Any:
+        nonlocal chains
+        chains += next(part for part in arguments if part.ndim == 2 and part.shape[1] <= 4).numel()
+        return original(prefix, *arguments, **named)
+
+    monkeypatch.setattr(core.backbone, method, counted)
+    play(core)
+    assert chains == 5 * core.geometry.num_blocks
+
+
 def test_without_hindsight_nothing_is_paid() -> None:
     backbone = tiny_backbone()
     config = CoreConfig("generate", hindsight=False)
