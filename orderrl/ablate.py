@@ -1,6 +1,7 @@
 """Ablations of planners on held-out images: `python -m orderrl.ablate`.
 
-Do their scores use content, do the blocks they choose help the rest, and how do their orders compare?
+Do their scores use content, do the blocks they choose help the rest, and how do their orders compare? What room has
+content at all, and what do latents do?
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from orderrl.agents.bc import BCConfig
+from orderrl.agents.policies import PlannerPolicy
 from orderrl.agents.registry import NamedPolicy
 from orderrl.backbones import Backbone
 from orderrl.entry import run_application
@@ -34,9 +37,12 @@ from orderrl.metrics.ablations import (
 )
 from orderrl.metrics.comparison import Pair, compare
 from orderrl.metrics.evaluation import Evaluated, Protocol, evaluate_policy, first_choices
+from orderrl.metrics.latents import latent_ablation, latent_probes
+from orderrl.metrics.room import LEVELS, measure_room
 from orderrl.metrics.row_entries import image_means
 from orderrl.oracle import utilities
-from orderrl.pipeline import announce, open_backbone, require_order_robust
+from orderrl.pipeline import announce, find_or_make_labels, open_backbone, open_labels, require_order_robust
+from orderrl.planner import PlannerConfig
 from orderrl.runs import Run, progress
 
 
@@ -65,6 +71,8 @@ def ablate(config: DictConfig) -> Path:
             "injection": injections(protocol, scores, counts),
             "orders": orders(protocol, rows),
             "curves": {row.row["policy"]: quality_curves(protocol, row.rollout) for row in rows if row.rollout},
+            "room": None if config.room is None else room(config, protocol),
+            "latents": latents(protocol, policies),
         }
         path = run.write_json("ablations.json", results)
         print_ablations(results)
@@ -183,19 +191,70 @@ def orders(protocol: Protocol, rows: Sequence[Evaluated]) -> dict[str, Any]:
     }
 
 
+def room(config: DictConfig, protocol: Protocol) -> list[dict[str, Any]]:
+    """What explains the gains in the shared states; planners are cloned from the labels of the config."""
+    backbone, settings = protocol.backbone, BCConfig("pairs", steps=config.room.steps, seed=config.seed)
+    labels = open_labels(find_or_make_labels(config, backbone), backbone)
+    draws = list(config.room.draws) if backbone.vocab_size else []  # lookahead needs token probabilities
+    with progress(len(LEVELS) * settings.steps + len(draws), "room", "steps") as advance:
+        shape = PlannerConfig.for_backbone(backbone)
+        states = config.room.lookahead_states
+        return measure_room(protocol, labels, shape, settings, draws, states, lambda name: advance(note=name))
+
+
+def latents(protocol: Protocol, policies: Sequence[NamedPolicy]) -> list[dict[str, Any]]:
+    """One entry for each planner that reasons: its variants against the oracle, and probes of what its latents know.
+
+    The family of comparisons, corrected by Holm, is all variants of all planners.
+    """
+    states, geometry = protocol.states, protocol.backbone.geometry
+    assert states is not None
+    found: list[dict[str, Any]] = []
+    pairs: list[Pair] = []
+    for named in policies:
+        if not isinstance(named.policy, PlannerPolicy) or not named.reasoning_steps:
+            continue
+        planner = named.policy.planner
+        variants = {name: variant._asdict() for name, variant in latent_ablation(planner, states, geometry).items()}
+        known = torch.stack([variant["spearman"] for variant in variants.values()]).isfinite().all(0)
+        for name, values in variants.items():
+            values = {metric: x[known] for metric, x in values.items()}
+            variants[name] = image_means(values, protocol.resamples, protocol.seed)
+            if name == "trained":
+                trained = values
+                continue
+            pairs += [
+                Pair(f"{named.name}, {name} - trained", metric, x[None], trained[metric][None])
+                for metric, x in values.items()
+            ]
+        probes = latent_probes(planner, states, geometry, protocol.resamples, protocol.seed)
+        found.append({"policy": named.name, "variants": variants, "probes": probes})
+    compared = iter(compare(pairs, protocol.resamples, protocol.seed))
+    for entry in found:
+        for name, variant in entry["variants"].items():
+            for metric in ("spearman", "regret"):
+                variant[f"{metric}_difference"] = None if name == "trained" else next(compared)
+    return found
+
+
 # ---------------------------------------------------------------------- on screen
 
 
 def print_ablations(results: Mapping[str, Any]) -> None:
-    """The four tables."""
+    """The tables."""
     console = Console()
     console = console if console.is_terminal else Console(width=160)
-    for table in (
+    tables = [
         _content_table(results["content"]),
         _injection_table(results["injection"]),
         _order_table(results["orders"]),
         _curve_table(results["curves"]),
-    ):
+    ]
+    if results["room"] is not None:
+        tables.append(_room_table(results["room"]))
+    if results["latents"]:
+        tables += [_variant_table(results["latents"]), _probe_table(results["latents"])]
+    for table in tables:
         console.print(table)
 
 
@@ -263,6 +322,56 @@ def _curve_table(curves: Mapping[str, Any]) -> Table:
     table = Table("policy", *names, title="areas under the curves against the revealed fraction, means over images")
     for policy, found in curves.items():
         table.add_row(policy, *(_shown(found[name]["area"][0], found[name]["area"][1:]) for name in names))
+    return table
+
+
+def _interval(entry: Mapping[str, float] | None, sign: str = "") -> str:
+    if entry is None:
+        return "–"
+    mean, low, high = (format(entry[key], f"{sign}.3f") for key in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def _room_table(entries: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(
+        "states", "predictor", "R² of U", "over", "R² of pairs", "over", "Spearman", "regret",
+        title="what explains gains on held-out images (over: class minus positions, all others minus class)",
+    )  # fmt: skip
+    for entry in entries:
+        cells = [
+            text
+            for key in ("utility", "dependence")
+            for text in (_interval(entry[f"r2_{key}"]), _interval(entry[f"gain_{key}"], "+"))
+        ]
+        cells += [_shown(entry[key], entry[f"{key}_ci"], digits) for key, digits in (("spearman", 3), ("regret", 4))]
+        table.add_row(str(entry["states"]), entry["predictor"], *cells)
+    return table
+
+
+def _variant_table(entries: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table("policy", "variant", title="latent reasoning without its passes or latents (* after Holm)")
+    for title in ("Spearman", "minus trained", "regret", "minus trained"):
+        table.add_column(title)
+    for entry in entries:
+        for name, variant in entry["variants"].items():
+            cells = []
+            for metric, digits in (("spearman", 3), ("regret", 4)):
+                difference = variant[f"{metric}_difference"]
+                cells += [
+                    _shown(variant[metric], variant[f"{metric}_ci"], digits),
+                    "–" if difference is None else _difference(difference, digits),
+                ]
+            table.add_row(entry["policy"], name, *cells)
+    return table
+
+
+def _probe_table(entries: Sequence[Mapping[str, Any]]) -> Table:
+    columns = ("policy", "target", "measure", "pass", "mean block token", "latents", "latents minus blocks")
+    table = Table(*columns, title="linear probes, cross-validated over images")
+    for entry in entries:
+        for found in entry["probes"]:
+            scores = (_interval(found["blocks"]), _interval(found["latents"]), _interval(found["difference"], "+"))
+            table.add_row(entry["policy"], found["target"], found["measure"], str(found["pass"]), *scores)
     return table
 
 

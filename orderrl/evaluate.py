@@ -17,7 +17,7 @@ from torch import Tensor
 
 from orderrl.agents.fitted import fit_order
 from orderrl.agents.registry import NamedPolicy, make_policy, tell_step_costs_apart
-from orderrl.backbones import Backbone, backbone_fingerprint, load_backbone
+from orderrl.backbones import Backbone, backbone_fingerprint, backbone_names, load_backbone
 from orderrl.backbones.masked import MaskedTransformer
 from orderrl.backbones.protocol import backbone_device
 from orderrl.backbones.registry import TrainableBackbone
@@ -26,30 +26,32 @@ from orderrl.distributed import is_main, launched
 from orderrl.entry import run_application
 from orderrl.evaluations import protocol_identity, save_values
 from orderrl.metrics.calibration import lookahead_utility
+from orderrl.metrics.clip_score import class_captions
 from orderrl.metrics.comparison import comparisons
 from orderrl.metrics.evaluation import (
     EMPTY_ROW,
     Evaluated,
     Protocol,
+    check_images_suffice,
     evaluate_policy,
     evaluate_token_raster,
     policy_detail,
     statistics_described,
 )
-from orderrl.metrics.features import Features, extract_features
+from orderrl.metrics.features import Features, extract_features, own_features
 from orderrl.metrics.quality import Quality, real_floor, sample_quality
-from orderrl.metrics.recognisability import make_recogniser
+from orderrl.metrics.recognisability import OWN, check_fill, make_recogniser
 from orderrl.metrics.recording import example_images
 from orderrl.metrics.references import Reference, open_reference, reference_of
 from orderrl.oracle import utilities
 from orderrl.pipeline import (
     announce,
     find_or_make_labels,
-    newest_planner,
     open_backbone,
     open_labels,
     sampling_of,
 )
+from orderrl.planners import newest_planner
 from orderrl.report import write_report
 from orderrl.report.markdown import markdown_comparisons, markdown_table
 from orderrl.report.summary import is_reference
@@ -57,7 +59,7 @@ from orderrl.resuming import Unfinished
 from orderrl.rows import Job, evaluation_key, log_values, make_rows, publish_samples
 from orderrl.runs import Run, write_json
 
-AGENTS = ("bc", "ppo")
+AGENTS = ("bc", "ppo", "grpo")
 FLOOR_REPEATS = 5  # random halves of the real images
 
 
@@ -86,13 +88,18 @@ def newest_planners(config: DictConfig, backbone: Backbone) -> list[Path]:
 def make_protocol(config: DictConfig, backbone: Backbone) -> Protocol:
     """What every row of the table shares."""
     e = config.eval
-    if e.features is None and e.reference is not None:
+    features = feature_name(config)
+    if features is None and e.reference is not None:
         raise ValueError(f"reference={e.reference!r} needs features to compare samples in, but features is null")
     data = load_split(config.data.name, "test")
-    real, reference = real_and_reference(config, backbone_device(backbone)) if e.features is not None else (None, None)
+    real, reference = real_and_reference(config, backbone_device(backbone)) if features is not None else (None, None)
     images = min(e.images, len(data))
     subset = replace(data, tokens=data.tokens[:images], labels=data.labels[:images])
-    recogniser = make_recogniser(e.classifier, data, e.hidden_fill, backbone_device(backbone))
+    device = backbone_device(backbone)
+    recogniser = make_recogniser(e.classifier, data, e.hidden_fill, device)
+    clip = None
+    if e.clip_model is not None:
+        clip = class_captions(data, e.clip_model, e.clip_weights, e.clip_prompt, device)
     states = _shared_states(config, backbone, images) if backbone.order_robust else None
     lookahead = None
     if states is not None and e.lookahead_states is not None and backbone.vocab_size:
@@ -103,7 +110,7 @@ def make_protocol(config: DictConfig, backbone: Backbone) -> Protocol:
         real,
         reference,
         states,
-        e.features,
+        features,
         e.samples,
         e.reference_images,
         sampling_of(e),
@@ -115,7 +122,37 @@ def make_protocol(config: DictConfig, backbone: Backbone) -> Protocol:
         recogniser=recogniser,
         distance_resamples=e.distance_resamples,
         extrapolate=e.fid_infinity,
+        clip=clip,
     )
+
+
+def check_settings(config: DictConfig) -> None:
+    """Refuse what can be told from the config alone, before any work.
+
+    Raises:
+        ValueError: naming the key, its value, and what is allowed.
+    """
+    for key in ("images", "reference_images"):
+        check_images_suffice(f"eval.{key}", config.eval[key])
+    check_fill(config.eval.hidden_fill)
+
+
+def feature_name(config: DictConfig) -> str | None:
+    """The feature extractor of a config, "own" by its name; None scores no samples.
+
+    Raises:
+        ValueError: if it is "own" and none ships for the data.
+    """
+    chosen: str | None = config.eval.features
+    if chosen != OWN:
+        return chosen
+    own = own_features(config.data.name)
+    if own is None:
+        raise ValueError(
+            f"eval.features={OWN}: no feature extractor ships for data {config.data.name!r}; choose one, such as "
+            "eval.features=inception-v3-compat, or eval.features=null, which scores no samples"
+        )
+    return own
 
 
 def feature_weights(config: DictConfig) -> Path | None:
@@ -125,15 +162,16 @@ def feature_weights(config: DictConfig) -> Path | None:
 
 def real_and_reference(config: DictConfig, device: torch.device) -> tuple[Features, Reference]:
     """Features of the data set's real images, and what samples are compared with: these, or `eval.reference`."""
-    e, weights = config.eval, feature_weights(config)
-    named = None if e.reference is None else open_reference(Path(e.reference), e.features, weights, device)
+    e, features, weights = config.eval, feature_name(config), feature_weights(config)
+    assert features is not None
+    named = None if e.reference is None else open_reference(Path(e.reference), features, weights, device)
     splits = all_splits(config.data.name)
     images = torch.cat([part.images(part.tokens[: e.real_images]) for part in splits])
-    real = extract_features(images, e.features, weights, device)
+    real = extract_features(images, features, weights, device)
     if named is not None:
         return real, named
     kept = "all" if len(images) == sum(map(len, splits)) else f"at most {e.real_images} of each of all"
-    return real, reference_of(real, e.features, source=f"{len(images)} real images ({kept} splits)")
+    return real, reference_of(real, features, source=f"{len(images)} real images ({kept} splits)")
 
 
 def real_row(protocol: Protocol) -> Quality | None:
@@ -190,9 +228,27 @@ def chosen_policies(config: DictConfig, backbone: Backbone, paths: list[str]) ->
         return make_policy(spec, backbone, fitted, own_budgets)
 
     baselines = dict.fromkeys(swept for spec in e.policies for swept in schedules(spec, (1,), e.sweep))
-    planners = dict.fromkeys(swept for path in paths for swept in schedules(path, build(path).budgets, e.sweep))
+    told = [spec for path in paths for spec in at_step_costs(path, build(path), e.step_costs)]
+    planners = dict.fromkeys(swept for spec in told for swept in schedules(spec, build(spec).budgets, e.sweep))
     chosen = [(build(s), s in e.sampled or s.partition("@")[0] in swept_names(e) or ":" in s) for s in baselines]
     return chosen + [(named, True) for named in tell_step_costs_apart([build(path) for path in planners])]
+
+
+def at_step_costs(spec: str, named: NamedPolicy, step_costs: Sequence[float] | None) -> list[str]:
+    """A planner that must be told what a step costs, once for every cost of a list; others stay as they are.
+
+    Args:
+        spec: its name, PATH or PATH@SCHEDULE.
+        named: the policy.
+        step_costs: nats per image; None takes the ends of the range that the planner was trained on and their geometric
+            mean, to two digits.
+    """
+    if named.step_cost_range is None:
+        return [spec]
+    low, high = named.step_cost_range
+    between = min(max(float(f"{(low * high) ** 0.5:.2g}"), low), high)
+    path, at, schedule = spec.partition("@")
+    return [f"{path}@cost{cost}{at}{schedule}" for cost in step_costs or (low, between, high)]
 
 
 def schedules(spec: str, budgets: tuple[int, ...], sweep: Sequence[int]) -> list[str]:
@@ -217,6 +273,7 @@ def evaluate(config: DictConfig) -> Path:
     Raises:
         ValueError: if a policy or checkpoint is unknown, does not fit, or acts illegally.
     """
+    check_settings(config)
     backbone = open_backbone(config)
     paths = planner_paths(config, backbone)
     policies = chosen_policies(config, backbone, paths)
@@ -235,7 +292,7 @@ def evaluate(config: DictConfig) -> Path:
 
 def row_jobs(config: DictConfig, backbone: Backbone, policies: list[tuple[NamedPolicy, bool]]) -> list[Job]:
     """Every row of the table as something to be made."""
-    raster = list(config.eval.token_raster) if backbone.order_robust else ["self"]
+    raster = raster_backbones(config) if backbone.order_robust else ["self"]
 
     def policy_row(protocol: Protocol, named: NamedPolicy, sampled: bool) -> Evaluated:
         return evaluate_policy(protocol, named, sampled)
@@ -251,6 +308,13 @@ def row_jobs(config: DictConfig, backbone: Backbone, policies: list[tuple[NamedP
         *(Job(named.name, partial(policy_row, named=named, sampled=sampled)) for named, sampled in policies),
         *(Job(name, partial(raster_row, name=name)) for name in raster),
     ]
+
+
+def raster_backbones(config: DictConfig) -> list[str]:
+    """Backbones scored in plain raster token order; "own" is the data set's shipped raster one, if there is one."""
+    own = f"{config.data.name}_raster"
+    known = [name for name in config.eval.token_raster if name != OWN or own in backbone_names()]
+    return [own if name == OWN else name for name in known]
 
 
 def _write_table(config: DictConfig, backbone: Backbone, protocol: Protocol, rows: list[Evaluated], run: Run) -> None:
@@ -296,10 +360,12 @@ def describe(config: DictConfig, backbone: Backbone, protocol: Protocol) -> dict
         "references": f"oracle and lookahead on the first {protocol.reference_images} images",
         "samples": _compared(protocol),
         "features": protocol.features,
+        "clip_score": None if protocol.clip is None else f"mean over the samples: {protocol.clip.described}",
         "recognisability": None if protocol.recogniser is None else protocol.recogniser.described,
         "losses": _loss_unit(backbone, protocol),
         "sampling": OmegaConf.to_container(OmegaConf.create(vars(protocol.sampling))),
-        "seconds_per_image": "of sampling in batches of 250 where samples are scored, else of the rollout",
+        "seconds_per_image": "of drawing samples in batches of 250; rollout_seconds_per_image: of scoring the test "
+        "images in the policy's order",
         **statistics_described(protocol),
         "seed": config.seed,
     }

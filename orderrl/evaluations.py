@@ -26,7 +26,7 @@ from orderrl.runs import fingerprint
 
 VALUES = "per_image.safetensors"
 VERSION = 1  # of what the columns mean; raised when a number is measured in another way
-_OF_THE_MACHINE = ("seconds_per_image",)  # differs between two evaluations of one policy
+_OF_THE_MACHINE = ("seconds_per_image", "rollout_seconds_per_image")  # differ between two evaluations of one policy
 
 
 def protocol_identity(config: DictConfig, backbone: Backbone, protocol: Protocol) -> dict[str, Any]:
@@ -53,6 +53,7 @@ def protocol_identity(config: DictConfig, backbone: Backbone, protocol: Protocol
         "feature_weights": None if protocol.weights is None else checksum(protocol.weights),
         "reference": None if protocol.reference is None else _reference_identity(config),
         "kid_subsets": protocol.kid_subsets,
+        "clip_score": None if protocol.clip is None else [protocol.clip.described, fingerprint(protocol.clip.captions)],
         "real_images": None if protocol.real is None else e.real_images,
         "seed": protocol.seed,
     }

@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig
 
 from orderrl import distributed
-from orderrl.agents.registry import NamedPolicy
+from orderrl.agents.registry import PAIRED, SPACED, NamedPolicy
 from orderrl.backbones import Backbone, backbone_fingerprint
 from orderrl.data import TokenSet
 from orderrl.data.shards import checksum
 from orderrl.geometry import BlockGrid
 from orderrl.metrics.evaluation import Evaluated, Protocol, free_folder
+from orderrl.metrics.features import TIMM, timm_parts
 from orderrl.metrics.planning import Rollout
 from orderrl.pipeline import section
 from orderrl.resuming import Unfinished
@@ -49,18 +50,34 @@ def evaluation_key(
 ) -> str:
     """Fingerprint of everything that determines the rows of an evaluation."""
     settings = section(config, "eval", "planners")
-    files = [*checkpoints, *settings["token_raster"], settings["reference"], settings["feature_weights"]]
+    planners = [part for spec in checkpoints for part in _parts(spec)]
+    weights = [settings[key] for key in ("reference", "feature_weights", "clip_weights")]
+    named = [settings[key] for key in ("features", "classifier")]
+    checkpoints_of_timm = [timm_parts(name)[1] for name in named if name is not None and name.startswith(TIMM)]
+    files = [*planners, *settings["token_raster"], *weights, *checkpoints_of_timm]
     description = {
         "backbone": backbone_fingerprint(backbone),
         "data": data.fingerprint,
         "eval": settings,
         "labels": section(config, "labels"),
         "seed": config.seed,
-        "files": [checksum(Path(file)) if file is not None and Path(file).is_file() else file for file in files],
+        "files": [_content(file) for file in files],
         "own": [_source(policy.name) for policy in policies if ":" in policy.name],
         "code": code_fingerprint(),
     }
     return fingerprint(description)
+
+
+def _content(file: str | None) -> str | None:
+    """Checksum of a file; what is none (a name, a folder) stands for itself."""
+    path = None if file is None else Path(file).expanduser()
+    return checksum(path) if path is not None and path.is_file() else file
+
+
+def _parts(spec: str) -> tuple[str, str]:
+    """The file of a planner's name, and what acts with it: PATH@cost0.5@4, spaced_PATH."""
+    path = spec.removeprefix(SPACED).removeprefix(PAIRED).partition("@")[0]
+    return path, spec.replace(path, "", 1)
 
 
 def code_fingerprint() -> str:

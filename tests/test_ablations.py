@@ -250,10 +250,11 @@ def configure(home: Path, command: str, *overrides: str) -> Any:
 SMALL = ["eval.images=12", "eval.states=16", "eval.reference_images=4", "eval.resamples=200", "eval.lookahead_states=4"]
 
 
-def test_the_command_writes_all_four_ablations(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_all_ablations(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(configure(home, "train", "agent=bc", "agent.steps=8", "agent.evaluate_every=4", "planner.dim=32"))
     policies = "eval.policies=[raster,random,fitted,oracle]"
-    folder = ablate(configure(home, "ablate", *SMALL, policies, "injected=[1,2]"))
+    small = ["injected=[1,2]", "room.steps=4", "room.draws=[1]", "room.lookahead_states=8"]
+    folder = ablate(configure(home, "ablate", *SMALL, policies, *small))
     found = json.loads((folder / "ablations.json").read_text())
     names = ["raster", "random", "fitted", "oracle", "bc_utility_r2"]
     assert found["orders"]["agreement"]["policies"] == names and set(found["curves"]) == set(names)
@@ -266,7 +267,26 @@ def test_the_command_writes_all_four_ablations(home: Path, capsys: pytest.Captur
     assert entries["oracle", 1]["drop"] >= max(entries[name, 1]["drop"] for name in names)
     data = load_split("digits", "test")
     assert found["protocol"]["data"].startswith(f"{data.name}/test, 12 images")
-    assert "Spearman of scores and oracle" in capsys.readouterr().out
+    levels = ["positions", "class", "content"]
+    expected = [(name, 12) for name in levels] + [(name, 8) for name in (*levels, "lookahead:1")]
+    assert [(entry["predictor"], entry["states"]) for entry in found["room"]] == expected
+    assert found["room"][-1]["above"] == "class" and 0 <= found["room"][-1]["r2_utility"]["mean"] <= 1
+    (latents,) = found["latents"]
+    assert latents["policy"] == "bc_utility_r2" and len(latents["probes"]) == 4 * 3
+    assert list(latents["variants"]) == ["trained", "R = 0", "R = 1", "R = 4", "reset", "mean"]
+    own = next(row for row in found["orders"]["rows"] if row["policy"] == "bc_utility_r2")
+    assert latents["variants"]["trained"]["regret"] == pytest.approx(own["regret"], rel=0.2)  # of images, not of states
+    assert latents["variants"]["reset"]["regret_difference"]["p_holm"] <= 1
+    shown = capsys.readouterr().out
+    for title in ("Spearman of scores and oracle", "what explains gains", "without its passes", "linear probes"):
+        assert title in shown
+
+
+def test_room_is_left_out_where_it_is_not_asked_for_and_planners_that_do_not_reason_have_no_latents(home: Path) -> None:
+    policies = ["eval.policies=[raster,random]", "eval.planners=[]"]
+    folder = ablate(configure(home, "ablate", *SMALL, *policies, "injected=[1]", "room=null"))
+    found = json.loads((folder / "ablations.json").read_text())
+    assert found["room"] is None and found["latents"] == []
 
 
 @pytest.mark.parametrize("counts", ["[0]", "[16]", "[]"])

@@ -63,14 +63,15 @@ def test_every_mean_of_a_row_has_an_interval_around_it(random_row: Evaluated) ->
     row = random_row.row
     assert set(row) == set(EMPTY_ROW) and not set(WITH_INTERVAL) & set(WITHOUT_INTERVAL)
     absent = {key for key in WITH_INTERVAL if row[key] is None}
-    assert absent == {"decode_loss"}  # of models of continuous tokens
+    assert absent == {"decode_loss", "clip_score"}  # of models of continuous tokens; of a CLIP network
     for key in set(WITH_INTERVAL) - absent:
         low, high = row[f"{key}_ci"]
         assert low <= row[key] <= high, key
     # without an interval: nothing, names, lists, and what is no mean over images
-    plain = {"calibration_error", "calibration_r2", "first_choice_entropy", "seconds_per_image"}
+    plain = {"calibration_error", "calibration_r2", "first_choice_entropy"}
+    seconds = {"seconds_per_image", "rollout_seconds_per_image"}
     scores = {"frechet_distance_infinity", "inception_score", "kid"}
-    assert {key for key in WITHOUT_INTERVAL if isinstance(row[key], float)} == plain | scores
+    assert {key for key in WITHOUT_INTERVAL if isinstance(row[key], float)} == plain | seconds | scores
 
 
 def test_values_of_single_images_have_the_rows_means(random_row: Evaluated) -> None:
@@ -182,3 +183,14 @@ def test_the_protocol_says_how_numbers_were_made(protocol: Protocol) -> None:
     assert statistics_described(replace(protocol, lookahead=None))["lookahead_regret"] is None
     with pytest.raises(ValueError, match="distance_resamples must be at least 2, or 0 for no interval, got 1"):
         replace(protocol, distance_resamples=1)
+    with pytest.raises(ValueError, match=r"reference_images must be at least 2, the fewest .* got 1"):
+        replace(protocol, reference_images=1)
+    with pytest.raises(ValueError, match=r"images must be at least 2, the fewest .* got 1"):
+        replace(protocol, data=replace(protocol.data, tokens=protocol.data.tokens[:1], labels=protocol.data.labels[:1]))
+
+
+def test_only_rows_with_samples_have_seconds_of_drawing(protocol: Protocol, random_row: Evaluated) -> None:
+    named = make_policy("random@4", BACKBONE)
+    unsampled = evaluate_policy(replace(protocol, lookahead=None, recogniser=None), named, sampled=False).row
+    assert unsampled["seconds_per_image"] is None and unsampled["rollout_seconds_per_image"] > 0
+    assert random_row.row["seconds_per_image"] > 0 and random_row.row["rollout_seconds_per_image"] > 0

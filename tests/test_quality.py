@@ -1,9 +1,6 @@
 """Sample quality: against direct formulas, torch-fidelity's own entry points, and what must hold by definition."""
 
-import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +27,15 @@ from orderrl.data import load_split
 from orderrl.data.folder import FolderConfig
 from orderrl.data.shards import token_set_splits
 from orderrl.metrics import features
-from orderrl.metrics.features import CLIP, DIGITS, INCEPTION, Features, extract_features, register_features
+from orderrl.metrics.features import (
+    CLIP,
+    DIGITS,
+    INCEPTION,
+    Features,
+    extract_features,
+    own_features,
+    register_features,
+)
 from orderrl.metrics.images import ImageFolder, TokenImages, save_images
 from orderrl.metrics.quality import (
     class_accuracy,
@@ -88,55 +93,6 @@ def test_distance_agrees_with_the_direct_formula(real: Tensor) -> None:
     assert frechet_distance(generated, real[500:], DIGITS) == pytest.approx(
         direct_distance(generated, real[500:]), rel=1e-4
     )
-
-
-def torch_fidelity_metrics(generated: Any, reference: Any, name: str, **options: Any) -> dict[str, float]:
-    return dict(
-        torch_fidelity.calculate_metrics(
-            input1=generated,
-            input2=reference,
-            feature_extractor=name,
-            cuda=False,
-            cache=False,
-            save_cpu_ram=True,
-            verbose=False,
-            **options,
-        )
-    )
-
-
-def test_every_number_is_torch_fidelitys_own_on_the_png_files(real: Tensor, tmp_path: Path) -> None:
-    save_images(noisy(real[:300], 20), tmp_path / "generated")
-    save_images(real[300:700], tmp_path / "real")
-    wanted = torch_fidelity_metrics(
-        str(tmp_path / "generated"), str(tmp_path / "real"), DIGITS,
-        fid=True, isc=True, kid=True, prc=True, kid_subset_size=300,
-    )  # fmt: skip
-    reference = open_reference(tmp_path / "real", DIGITS)
-    ours = sample_quality(extract_features(noisy(real[:300], 20), DIGITS), reference)
-    assert ours.frechet_distance == pytest.approx(wanted["frechet_inception_distance"], rel=1e-6)
-    assert ours.inception_score == pytest.approx(wanted["inception_score_mean"], rel=1e-6)
-    assert ours.kid == pytest.approx(wanted["kernel_inception_distance_mean"], rel=1e-6)
-    assert ours.precision == wanted["precision"] and ours.recall == wanted["recall"]
-    assert ours.inception_score is not None and 1 <= ours.inception_score <= 10
-
-
-def test_torch_fidelitys_command_line_agrees_on_kept_images(real: Tensor, tmp_path: Path) -> None:
-    save_images(noisy(real[:100], 20), tmp_path / "generated")
-    save_images(real[100:200], tmp_path / "real")
-    program = "import orderrl.metrics.features; from torch_fidelity.fidelity import main; main()"
-    arguments = [
-        "--input1",
-        str(tmp_path / "generated"),
-        "--input2",
-        str(tmp_path / "real"),
-        "--feature-extractor",
-        DIGITS,
-    ]
-    arguments += ["--fid", "--cpu", "--json", "--silent", "--no-cache", "--save-cpu-ram"]
-    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
-    ours = frechet_distance(noisy(real[:100], 20), real[100:200], DIGITS)
-    assert json.loads(done.stdout)["frechet_inception_distance"] == pytest.approx(ours, rel=1e-6)
 
 
 def test_identical_sets_have_no_distance_and_noise_adds_to_it(real: Tensor) -> None:
@@ -371,12 +327,26 @@ def test_inceptions_spatial_features_are_those_of_adms_layer(tmp_path: Path, mon
     assert (made.spatial >= 0).all() and made.spatial.std() > 0
 
 
-def test_class_accuracy_counts_matches() -> None:
-    data = load_split("digits", "test")
+@pytest.mark.parametrize("name", ["digits", "digits_patches", "canvas"])
+def test_class_accuracy_counts_matches(name: str) -> None:
+    data, own = load_split(name, "test"), own_features(name)
+    assert own is not None
     images = data.images(data.tokens)
-    right = class_accuracy(images, data.labels, DIGITS)
+    right = class_accuracy(images, data.labels, own)
     assert right >= 0.97
-    assert class_accuracy(images, (data.labels + 1) % 10, DIGITS) <= 1 - right
+    assert class_accuracy(images, (data.labels + 1) % 10, own) <= 1 - right
+
+
+def test_canvases_are_measured_in_features_of_their_own_classifier() -> None:
+    data = load_split("canvas", "test")
+    images = data.images(data.tokens[:100])
+    found, classifier = extract_features(images, "orderrl-canvas"), load_classifier("canvas")
+    torch.testing.assert_close(found.pooled, classifier.features(images).double())
+    torch.testing.assert_close(found.logits, classifier(images).double())
+    assert found.spatial is not None and found.spatial.shape == (100, 7 * 3 * 3)
+    others = data.images(data.tokens[100:])
+    near, far = (frechet_distance(shown, others, "orderrl-canvas") for shown in (images, images // 2))
+    assert near < far
 
 
 class FakeInception(FeatureExtractorBase):
@@ -443,7 +413,10 @@ def test_only_inception_is_called_fid() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x: frechet_distance(x, x, "vgg"), "features='vgg'.*orderrl-digits, inception-v3-compat"),
+        (
+            lambda x: frechet_distance(x, x, "vgg"),
+            "features='vgg'.*orderrl-digits, orderrl-canvas, inception-v3",
+        ),
         (lambda x: frechet_distance(x.float(), x, DIGITS), "generated must be uint8.*float32"),
         (lambda x: frechet_distance(x, x[:1], DIGITS), "reference must be uint8.*n >= 2"),
         (lambda x: real_floor(extract_features(x, DIGITS), repeats=0), "repeats must be at least 1, got 0"),

@@ -176,13 +176,14 @@ def test_the_shipped_classifier_is_that_of_its_data_set_alone(digits: tuple[Tens
 @pytest.mark.parametrize(
     ("name", "fill", "message"),
     [
-        ("resnet", "grey", "classifier='resnet' is unknown; choose one of own, digits, timm:MODEL"),
+        ("resnet", "grey", "classifier='resnet' is unknown; choose one of own, digits, canvas, timm:MODEL"),
         ("own", "noise", "hidden_fill='noise' is unknown; choose one of grey, completion"),
+        (None, "noise", "hidden_fill='noise' is unknown; choose one of grey, completion"),
         ("timm:resnet_tiny", "grey", "timm has no model 'resnet_tiny'"),
         (f"timm:{TINY}:nowhere.pth", "grey", "the checkpoint file nowhere.pth does not exist"),
     ],
 )
-def test_unknown_classifiers_are_refused(name: str, fill: str, message: str) -> None:
+def test_unknown_classifiers_are_refused(name: str | None, fill: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_recogniser(name, load_split("digits", "test"), fill)
 

@@ -412,10 +412,9 @@ def test_costs_are_compared_among_comparable_rows() -> None:
     steps = cost_points(rows, "steps", "decode_nll")
     assert [point.policy for point in steps] == ["raster", "random", "random@4", "bc_utility"]  # no oracle
     assert [point.family for point in steps] == ["raster", "random", "random", "bc_utility"]
-    untimed = [entry | {"frechet_distance": None} for entry in rows]
-    assert [p.policy for p in cost_points(untimed, "seconds_per_image", "decode_nll")] == ["random", "random@4"]
-    sampled = [*untimed, row("halton", 0.1, budgets=[1], frechet_distance=3.0, decode_nll=76.0, seconds_per_image=0.1)]
-    assert [p.policy for p in cost_points(sampled, "seconds_per_image", "decode_nll")] == ["halton"]
+    scored = row("halton", 0.1, budgets=[1], decode_nll=76.0, rollout_seconds_per_image=0.1)
+    timed = cost_points([*rows, scored], "seconds_per_image", "decode_nll")
+    assert [point.policy for point in timed] == ["random", "random@4"]  # those that drew samples
     seeds = [row("a", 0.1, R=0, budgets=[1], steps=s, decode_nll=n) for s, n in ((4.0, 70.0), (6.0, 80.0))]
     assert cost_points(seeds, "steps", "decode_nll") == [Point("a", 5.0, 75.0)]
 

@@ -106,7 +106,7 @@ def content_ablation(
         name: scorer(observation, torch.Generator().manual_seed(p.seed)).cpu().float()
         for name, observation in observations.items()
     }
-    moments = {name: _moments(values, utility, hidden, image) for name, values in scores.items()}
+    moments = {name: moments_by_image(values, utility, hidden, image) for name, values in scores.items()}
 
     def interval(sums: NDArray[np.float64], statistic: Callable[..., Any]) -> Interval:
         return bootstrap_sums(sums, statistic, p.resamples, seed=p.seed)
@@ -133,13 +133,18 @@ def image_average(values: Tensor, image: Tensor) -> Tensor:
     return torch.zeros(len(count), dtype=torch.float64).index_add_(0, group, values.double()) / count
 
 
-def _moments(scores: Tensor, utility: Tensor, hidden: Tensor, image: Tensor) -> NDArray[np.float64]:
-    """Sums over the candidates of each image: 1, s, U, s^2, U^2, s U, (6, images)."""
+def moments_by_image(scores: Tensor, utility: Tensor, hidden: Tensor, image: Tensor) -> NDArray[np.float64]:
+    """Sums over the candidates of each image: 1, s, U, s^2, U^2, s U, (6, images); arguments (m, c), image (m,)."""
     # centred over everything first, so that differences of large sums keep their digits
     s, u = ((x.double() - x[hidden].double().mean()) * hidden for x in (scores, utility))
-    sums = torch.stack([hidden.double(), s, u, s * s, u * u, s * u]).sum(-1)  # (6, m)
+    return image_sums(torch.stack([hidden.double(), s, u, s * s, u * u, s * u]).sum(-1), image)
+
+
+def image_sums(values: Tensor, image: Tensor) -> NDArray[np.float64]:
+    """Sums over the states of each image, images ascending: values (k, m), image (m,) int64 -> (k, images)."""
     _, group = image.unique(return_inverse=True)
-    return torch.zeros(6, int(group.max()) + 1, dtype=torch.float64).index_add_(1, group, sums).numpy()
+    sums = torch.zeros(len(values), int(group.max()) + 1, dtype=torch.float64)
+    return sums.index_add_(1, group, values.double()).numpy()
 
 
 def pooled_r2(sums: NDArray[np.float64]) -> NDArray[np.float64]:

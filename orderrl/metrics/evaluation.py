@@ -19,12 +19,12 @@ from orderrl.backbones.masked import MaskedTransformer
 from orderrl.backbones.protocol import backbone_device, check_fits
 from orderrl.backbones.registry import TrainableBackbone
 from orderrl.backbones.training import mean_loss, raster_token_orders
-from orderrl.classifier import CLASSIFIERS
 from orderrl.data import TokenSet
 from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.generation import Generated, balanced_labels, generate_images
 from orderrl.metrics.calibration import LookaheadUtility, calibrate, regret, state_observation
-from orderrl.metrics.features import DIGITS, Features, extract_features
+from orderrl.metrics.clip_score import ClassCaptions
+from orderrl.metrics.features import Features, extract_features, own_features
 from orderrl.metrics.images import save_images
 from orderrl.metrics.order_statistics import consecutive_distance, first_choice_entropy, visible_neighbours
 from orderrl.metrics.planning import Rollout, roll_out
@@ -68,6 +68,7 @@ WITH_INTERVAL = (
     "precision",
     "recall",
     "spatial_frechet_distance",
+    "clip_score",
     "accuracy",
 )
 """Numbers of a row whose 95 % interval over images stands under the same key with `_ci` behind it, [low, high]."""
@@ -77,6 +78,7 @@ WITHOUT_INTERVAL = (
     "budgets",
     "R",
     "seed",
+    "step_cost",
     "recognisability_curve",
     "calibration_error",
     "calibration_r2",
@@ -84,6 +86,7 @@ WITHOUT_INTERVAL = (
     "visible_neighbours_curve",
     "first_choice_entropy",
     "seconds_per_image",
+    "rollout_seconds_per_image",
     "frechet_distance_infinity",
     "inception_score",
     "kid",
@@ -91,6 +94,16 @@ WITHOUT_INTERVAL = (
     "features",
 )
 EMPTY_ROW: dict[str, Any] = dict.fromkeys([*WITHOUT_INTERVAL, *WITH_INTERVAL, *(f"{key}_ci" for key in WITH_INTERVAL)])
+
+
+def check_images_suffice(key: str, count: int) -> None:
+    """Refuse fewer images than an interval over them needs.
+
+    Raises:
+        ValueError: naming the setting, if there are fewer than 2.
+    """
+    if count < 2:
+        raise ValueError(f"{key} must be at least 2, the fewest images that have an interval, got {count}")
 
 
 @dataclass(frozen=True)
@@ -116,6 +129,10 @@ class Protocol:
         recogniser: classifies partly revealed images; None measures no recognisability.
         distance_resamples: of the bootstrap of Fréchet distances; 0 gives them no interval.
         extrapolate: whether Fréchet distances are also extrapolated to endlessly many samples.
+        clip: scores samples against captions of their classes; None measures no CLIP score.
+
+    Raises:
+        ValueError: if there are too few resamples, subsets, or images for an interval.
     """
 
     backbone: Backbone
@@ -136,8 +153,11 @@ class Protocol:
     recogniser: Recogniser | None = None
     distance_resamples: int = 0
     extrapolate: bool = False
+    clip: ClassCaptions | None = None
 
     def __post_init__(self) -> None:
+        for key, count in (("images", len(self.data)), ("reference_images", self.reference_images)):
+            check_images_suffice(key, count)
         if self.distance_resamples < 0 or self.distance_resamples == 1:
             raise ValueError(
                 f"distance_resamples must be at least 2, or 0 for no interval, got {self.distance_resamples}"
@@ -162,8 +182,9 @@ def statistics_described(p: Protocol) -> dict[str, str | None]:
         "reliability": "scores of all candidates of the shared states mapped to utilities by the line that fits them "
         "best; calibration_error is the mean |predicted - actual| of bins of equal numbers, nats per token",
         "intervals": f"95 % percentile bootstrap over images, {p.resamples} resamples, states of an image together; "
-        f"Fréchet distances: normal, standard error of {p.distance_resamples} resamples of the samples; shares of "
-        "samples: Wilson; none for inception score, kernel distance, first-choice entropy, calibration error, seconds",
+        f"Fréchet distances: normal, standard error of {p.distance_resamples} resamples of the samples; CLIP score: "
+        "bootstrap over samples; shares of samples: Wilson; none for inception score, kernel distance, first-choice "
+        "entropy, calibration error, seconds",
         "extrapolation": "frechet_distance_infinity: line in 1 / samples through 15 sizes, read off at 0"
         if p.extrapolate
         else None,
@@ -233,10 +254,11 @@ def evaluate_policy(
         "budgets": list(named.budgets),
         "R": named.reasoning_steps,
         "seed": named.seed,
+        "step_cost": named.step_cost,
         "recognisability_curve": curve,
         "visible_neighbours_curve": visible_neighbours(rollout).mean(0).tolist(),
         "first_choice_entropy": first_choice_entropy(rollout),
-        "seconds_per_image": rollout.seconds / images,
+        "rollout_seconds_per_image": rollout.seconds / images,
     }
     row |= image_means(per_image, p.resamples, p.seed) | _calibration(p, named)
     row |= entry("far_gain", bootstrap_sums(rollout.far_gain_sums.cpu(), ratio, p.resamples, seed=p.seed))
@@ -313,23 +335,32 @@ def _whole_image_losses(backbone: Backbone, data: TokenSet, batch_size: int = 64
 
 def _quality(p: Protocol, row: dict[str, Any], made: Generated) -> dict[str, Any]:
     """Scores of a row's samples; the images are kept if the protocol says so."""
-    seconds = {"seconds_per_image": made.seconds / len(made.tokens)}
-    if p.features is None and p.samples_folder is None:
-        return seconds
+    scores: dict[str, Any] = {"seconds_per_image": made.seconds / len(made.tokens)}
+    if p.reference is None and p.clip is None and p.samples_folder is None:
+        return scores
     by_class = made.labels.argsort(stable=True)  # the order of the kept files, on which random splits depend
     images, labels = p.data.images(made.tokens[by_class]), made.labels[by_class]
     if p.samples_folder is not None:
         save_images(images, free_folder(p.samples_folder, folder_name(row["policy"], row["seed"])), labels)
-    if p.features is None or p.reference is None:
-        return seconds
-    found = extract_features(images, p.features, p.weights, p.device)
-    scores: dict[str, Any] = asdict(sample_quality(found, p.reference, p.kid_subsets))
-    if p.data.name in CLASSIFIERS:
-        scores["accuracy"] = class_accuracy(images, labels, DIGITS)
+    if p.clip is not None:
+        scores |= image_means({"clip_score": p.clip.scores(images, labels)}, p.resamples, p.seed)
+    if p.features is not None and p.reference is not None:
+        scores |= {"features": p.features} | _against_reference(p, p.features, p.reference, images, labels)
+    return scores
+
+
+def _against_reference(
+    p: Protocol, features: str, reference: Reference, images: Tensor, labels: Tensor
+) -> dict[str, Any]:
+    """What samples are worth compared with real images, and how many a classifier recognises, with intervals."""
+    found = extract_features(images, features, p.weights, p.device)
+    scores: dict[str, Any] = asdict(sample_quality(found, reference, p.kid_subsets))
+    own = own_features(p.data.name)
+    if own is not None:
+        scores["accuracy"] = class_accuracy(images, labels, own)
     if p.extrapolate:
-        scores["frechet_distance_infinity"] = fid_infinity(found, p.reference, seed=p.seed)
-    intervals = quality_intervals(scores, found, p.reference, p.distance_resamples, p.seed)
-    return seconds | scores | intervals | {"features": p.features}
+        scores["frechet_distance_infinity"] = fid_infinity(found, reference, seed=p.seed)
+    return scores | quality_intervals(scores, found, reference, p.distance_resamples, p.seed)
 
 
 def free_folder(parent: Path, name: str) -> Path:

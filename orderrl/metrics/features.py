@@ -1,8 +1,8 @@
 """Features of images by name: what every distance between sets of images is measured in.
 
-Names are those of torch-fidelity's registry (its Inception-v3, CLIP, DINOv2 and VGG networks), "orderrl-digits", the
-shipped digits classifier, and "timm:MODEL" or "timm:MODEL:CHECKPOINT_FILE" for any model of timm. All of them are
-feature extractors of torch-fidelity: `register_features` gives the name that its own functions know them by.
+Names are those of torch-fidelity's registry (its Inception-v3, CLIP, DINOv2 and VGG networks), "orderrl-digits" and
+"orderrl-canvas", the shipped classifiers, and "timm:MODEL" or "timm:MODEL:CHECKPOINT_FILE" for any model of timm. All
+are feature extractors of torch-fidelity: `register_features` gives the name that its own functions know them by.
 One pass over the images gives everything that the metrics of `orderrl.metrics.quality` need.
 """
 
@@ -27,10 +27,11 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
 
-from orderrl.classifier import DigitsClassifier, load_classifier
+from orderrl.classifier import CLASSIFIERS, load_classifier, own_classifier
 from orderrl.metrics.images import TensorImages, check_images
 
-DIGITS = "orderrl-digits"
+SHIPPED = "orderrl-"
+DIGITS = SHIPPED + "digits"
 INCEPTION = "inception-v3-compat"
 CLIP = "clip-vit-l-14-336px"
 """The CLIP network that CMMD is defined with."""
@@ -79,7 +80,7 @@ def extract_features(
 
     The spatial features of Inception are those of ADM's evaluator: the layer "mixed_6/conv" of its TensorFlow graph,
     which is `Mixed_6d.branch1x1` in torch-fidelity's names, 17 x 17 places of 7 channels (2,023 numbers, channels
-    fastest). Those of the digits classifier are the first 7 channels of its last 4 x 4 map (112 numbers).
+    fastest). Those of the shipped classifiers are the first 7 channels of their last map (digits: 4 x 4, 112 numbers).
 
     Args:
         images: (n, 3, H, W) uint8, or a data set of (3, H, W) uint8 images such as `ImageFolder`.
@@ -118,13 +119,14 @@ def register_features(features: str) -> str:
     if features in FEATURE_EXTRACTORS_REGISTRY:
         return features
     if not features.startswith(TIMM):
-        known = ", ".join([DIGITS, *(name for name in FEATURE_EXTRACTORS_REGISTRY if _own(name))])
+        others = (name for name in FEATURE_EXTRACTORS_REGISTRY if not name.startswith((SHIPPED, TIMM)))
+        known = ", ".join([*(SHIPPED + name for name in CLASSIFIERS), *others])
         raise ValueError(
             f"features={features!r} is unknown; choose one of {known}, timm:MODEL or timm:MODEL:CHECKPOINT_FILE"
         )
     import timm  # takes long to import, and only some users need it
 
-    model, _, file = features.removeprefix(TIMM).partition(":")
+    model, file = timm_parts(features)
     if not timm.is_model(model):
         close = difflib.get_close_matches(model.partition(".")[0], timm.list_models(), n=3)
         hint = f"; close: {', '.join(close)}" if close else ""
@@ -147,24 +149,36 @@ def register_features(features: str) -> str:
     return name
 
 
-def _own(name: str) -> bool:
-    """Whether a registered name is offered to users as it stands."""
-    return name != DIGITS and not name.startswith(TIMM)
+def timm_parts(name: str) -> tuple[str, str]:
+    """Model and checkpoint file of "timm:MODEL:CHECKPOINT_FILE"; the file is "" where none is named."""
+    model, _, file = name.removeprefix(TIMM).partition(":")
+    return model, file
+
+
+def own_features(data: str) -> str | None:
+    """The features of the shipped classifier that knows the images of a data set, None if there is none."""
+    classifier = own_classifier(data)
+    return None if classifier is None else SHIPPED + classifier
 
 
 # -- extractors -------------------------------------------------------------------------------------------------------
 
 
-class DigitsFeatureExtractor(FeatureExtractorBase):
-    """The digits classifier for torch-fidelity, on uint8 images (n, 3, 8, 8).
+class ShippedFeatureExtractor(FeatureExtractorBase):
+    """A shipped classifier for torch-fidelity, on its uint8 images (n, 3, side, side).
 
-    Offers "penultimate" (n, 64), "logits" (n, 10) and "spatial" (n, 112). Features are float64, so that torch-fidelity
-    takes means and covariances in double precision.
+    Offers "penultimate" (n, 64), "logits" (n, 10) and "spatial" (n, 7 h w) of a last map h x w. Features are float64,
+    so that torch-fidelity takes means and covariances in double precision.
+
+    Attributes:
+        classifier_name: in `orderrl.classifier`.
     """
+
+    classifier_name: ClassVar[str]
 
     def __init__(self, name: str, features_list: list[str], **kwargs: Any) -> None:
         super().__init__(name, features_list)
-        self.classifier = load_classifier("digits")
+        self.classifier = load_classifier(self.classifier_name)
 
     @staticmethod
     def get_provided_features_list() -> tuple[str, ...]:
@@ -181,15 +195,16 @@ class DigitsFeatureExtractor(FeatureExtractorBase):
         """Plain convolutions: yes."""
         return True
 
-    @staticmethod
-    def get_dummy_input_for_compile() -> Tensor:
-        """(1, 3, 8, 8) uint8."""
-        return torch.zeros(1, 3, DigitsClassifier.height, DigitsClassifier.width, dtype=torch.uint8)
+    @classmethod
+    def get_dummy_input_for_compile(cls) -> Tensor:
+        """(1, 3, side, side) uint8."""
+        side = CLASSIFIERS[cls.classifier_name].side
+        return torch.zeros(1, 3, side, side, dtype=torch.uint8)
 
     def forward(self, input: Tensor) -> tuple[Tensor, ...]:
         """The requested features in the order in which they were requested."""
         maps: list[Tensor] = []
-        flatten = self.classifier.convolutions[-1]  # its input is the last map, (n, 32, 4, 4)
+        flatten = self.classifier.convolutions[-1]  # its input is the last map, (n, 32, h, w)
         handle = flatten.register_forward_pre_hook(lambda module, inputs: maps.append(inputs[0]))
         penultimate = self.classifier.features(input)
         handle.remove()
@@ -273,12 +288,14 @@ def _timm_model(name: str, checkpoint: Path | None) -> Any:
         model.reset_classifier(0 if head is None else len(head))
         model.load_state_dict(state, strict=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{checkpoint} does not hold the weights of timm's {name} ({_first_lines(error)})") from error
+        raise ValueError(f"{checkpoint} does not hold the weights of timm's {name} ({first_lines(error)})") from error
     return model
 
 
-if DIGITS not in FEATURE_EXTRACTORS_REGISTRY:
-    register_feature_extractor(DIGITS, DigitsFeatureExtractor)
+for _name in CLASSIFIERS:
+    if SHIPPED + _name not in FEATURE_EXTRACTORS_REGISTRY:
+        _kind = type("NamedShippedFeatureExtractor", (ShippedFeatureExtractor,), {"classifier_name": _name})
+        register_feature_extractor(SHIPPED + _name, _kind)
 
 
 # -- making them ------------------------------------------------------------------------------------------------------
@@ -311,12 +328,12 @@ def _extractor(
             f"{features}:CHECKPOINT_FILE" if features.startswith(TIMM) else f"weights=<path of {_whose(features)}>"
         )
         raise ValueError(
-            f"features={features!r}: the weights can't be downloaded ({_first_lines(error)}); pass {instead}"
+            f"features={features!r}: the weights can't be downloaded ({first_lines(error)}); pass {instead}"
         ) from error
     except NotImplementedError as error:
         raise ValueError(f"features={features!r} takes no weights file; set weights to None") from error
     except RuntimeError as error:
-        raise ValueError(f"features={features!r}: the weights do not fit ({_first_lines(error)})") from error
+        raise ValueError(f"features={features!r}: the weights do not fit ({first_lines(error)})") from error
     if features.startswith(TIMM) and getattr(getattr(extractor, "model", None), "num_classes", 0) == 0:
         layers.pop("logits")
         extractor.features_list = list(layers.values())
@@ -351,8 +368,8 @@ def _first_channels(maps: Tensor) -> Tensor:
 
 def _check_weights(weights: Path, features: str) -> None:
     """Refuse files that hold anything but tensors before torch-fidelity unpickles them."""
-    if features == DIGITS:
-        raise ValueError(f"weights={str(weights)!r}: {DIGITS} has its own, pass None")
+    if features.startswith(SHIPPED):
+        raise ValueError(f"weights={str(weights)!r}: {features} has its own, pass None")
     if features.startswith(TIMM):
         raise ValueError(f"weights={str(weights)!r}: name the file in features, timm:MODEL:CHECKPOINT_FILE")
     if not weights.is_file():
@@ -362,9 +379,9 @@ def _check_weights(weights: Path, features: str) -> None:
     try:
         torch.load(weights, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError) as error:
-        raise ValueError(f"weights={str(weights)!r} is not a file of plain tensors ({_first_lines(error)})") from error
+        raise ValueError(f"weights={str(weights)!r} is not a file of plain tensors ({first_lines(error)})") from error
 
 
-def _first_lines(error: BaseException) -> str:
+def first_lines(error: BaseException) -> str:
     """The start of a message, in one line."""
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -19,8 +19,8 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metri
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
-from orderrl.classifier import load_classifier
-from orderrl.metrics.features import DIGITS, INCEPTION, Features, extract_features
+from orderrl.classifier import CLASSIFIERS, load_classifier
+from orderrl.metrics.features import INCEPTION, SHIPPED, Features, extract_features
 from orderrl.metrics.images import check_images
 from orderrl.metrics.references import Gaussian, Reference, fit_gaussian, reference_of
 
@@ -264,19 +264,20 @@ def class_accuracy(images: Tensor, labels: Tensor, features: str) -> float:
     """Share of images that the classifier assigns to the class they were conditioned on.
 
     Args:
-        images: (n, 3, 8, 8) uint8.
+        images: (n, 3, height, width) uint8, of a size that the classifier knows.
         labels: (n,) int64.
-        features: "orderrl-digits", the only features with a classifier of the same classes.
+        features: "orderrl-digits" or "orderrl-canvas", the only features with a classifier of the same classes.
 
     Raises:
         ValueError: if the features have no classifier or images and labels do not fit.
     """
-    if features != DIGITS:
-        raise ValueError(f"features={features!r} have no classifier of these classes; choose {DIGITS}")
+    own = {SHIPPED + name: name for name in CLASSIFIERS}
+    if features not in own:
+        raise ValueError(f"features={features!r} have no classifier of these classes; choose {' or '.join(own)}")
     check_images(images, "images", at_least=1)
     if labels.shape != (len(images),):
         raise ValueError(f"labels must have shape ({len(images)},), one for each image, got {tuple(labels.shape)}")
-    classifier = load_classifier("digits").to(images.device)
+    classifier = load_classifier(own[features]).to(images.device)
     predicted = torch.cat([classifier(part).argmax(-1) for part in images.split(1024)])
     return (predicted == labels.to(predicted.device)).float().mean().item()
 

@@ -16,7 +16,7 @@ from torch_fidelity.utils import create_feature_extractor
 
 from orderrl.backbones.protocol import Backbone
 from orderrl.backbones.sampling import Sampling
-from orderrl.classifier import CLASSIFIERS, load_classifier
+from orderrl.classifier import CLASSIFIERS, load_classifier, own_classifier
 from orderrl.data import TokenSet
 from orderrl.data.pictures import hide_blocks
 from orderrl.envs.core import CoreConfig, NextBlockCore
@@ -43,8 +43,7 @@ class Recogniser:
     fill: str = "grey"
 
     def __post_init__(self) -> None:
-        if self.fill not in FILLS:
-            raise ValueError(f"hidden_fill={self.fill!r} is unknown; choose one of {', '.join(FILLS)}")
+        check_fill(self.fill)
 
     @property
     def described(self) -> str:
@@ -54,6 +53,16 @@ class Recogniser:
             "completion": "hidden blocks drawn by the backbone in raster order, without the class",
         }
         return f"confidence of the classifier {self.name} in the true class, and its accuracy; {filled[self.fill]}"
+
+
+def check_fill(fill: str) -> None:
+    """Refuse what is not in `FILLS`.
+
+    Raises:
+        ValueError: naming the setting and what is allowed.
+    """
+    if fill not in FILLS:
+        raise ValueError(f"hidden_fill={fill!r} is unknown; choose one of {', '.join(FILLS)}")
 
 
 def make_recogniser(
@@ -72,10 +81,11 @@ def make_recogniser(
     Raises:
         ValueError: if the name or fill is unknown, the weights can't be had, or the classes differ in number.
     """
-    if name is None or (name == OWN and data.name not in CLASSIFIERS):
+    check_fill(fill)
+    name = own_classifier(data.name) if name == OWN else name
+    if name is None:
         return None
     device = device or torch.device("cpu")
-    name = data.name if name == OWN else name
     if name in CLASSIFIERS:
         own = load_classifier(name).to(device)
         return Recogniser(name, lambda images: own(images.to(device)), fill)

@@ -42,6 +42,10 @@ def _percent(value: Any) -> str:
     return f"{100 * value:.1f}".replace("-", MINUS)
 
 
+def _milliseconds(value: Any) -> str:
+    return f"{1000 * value:.1f}"
+
+
 def _words(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
@@ -190,8 +194,15 @@ GROUPS: dict[str, tuple[Column, ...]] = {
             "seconds_per_image",
             "time",
             "ms per image",
-            lambda v: f"{1000 * v:.1f}",
-            "Wall time of generating, batched.",
+            _milliseconds,
+            "Wall time of drawing the samples, batched, with the policy's own time.",
+        ),
+        Column(
+            "rollout_seconds_per_image",
+            "rollout time",
+            "ms per image",
+            _milliseconds,
+            "Wall time of scoring a test image in the policy's order, batched: the context losses of every step.",
         ),
     ),
     "samples": (
@@ -242,6 +253,13 @@ GROUPS: dict[str, tuple[Column, ...]] = {
             "Fréchet distance of spatial features, before places are averaged; sFID in Inception features.",
         ),
         Column("features", "features", "", _words, "Feature extractor of the distances.", text=True),
+        Column(
+            "clip_score",
+            "CLIP score ↑",
+            "of 100",
+            _number(2),
+            "100 times the cosine of the CLIP features of a sample and of a caption that names its class, at least 0.",
+        ),
         Column("accuracy", "accuracy ↑", "%", _percent, "Samples that a classifier assigns to their class."),
     ),
     "setting": (
@@ -249,6 +267,13 @@ GROUPS: dict[str, tuple[Column, ...]] = {
         Column("budgets", "budgets", "blocks", _words, "How many blocks it may reveal in one step.", text=True),
         Column("R", "R", "passes", _words, "Latent reasoning passes of the planner."),
         Column("seed", "seed", "", _words, "Training seed."),
+        Column(
+            "step_cost",
+            "step cost",
+            "nats per image",
+            _words,
+            "What a step cost the planner in training, or what a planner that was trained on a range is told.",
+        ),
     ),
 }
 """Columns by what they are about; a column without a value in any row is left out."""

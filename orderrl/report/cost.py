@@ -44,15 +44,12 @@ def cost_points(rows: Sequence[dict[str, Any]], cost: str, quality: str) -> list
     """The points of a panel, in the order of the table.
 
     Left out are references, which know or try out hidden tokens and are evaluated on fewer images, and rows of plain
-    raster token order. Seconds are compared only among rows whose samples were scored, if there are any: theirs are
-    seconds of sampling, the others' are seconds of the evaluation.
+    raster token order. Only rows with samples have seconds.
     """
-    timed = any(row.get("frechet_distance") is not None and row.get("budgets") for row in rows)
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         known = row.get(cost) is not None and row.get(quality) is not None
-        comparable = cost != "seconds_per_image" or not timed or row.get("frechet_distance") is not None
-        if known and comparable and row.get("budgets") and not is_reference(row["policy"]):
+        if known and row.get("budgets") and not is_reference(row["policy"]):
             groups[row["policy"]].append(row)
     return [
         Point(policy, *(sum(row[key] for row in group) / len(group) for key in (cost, quality)))

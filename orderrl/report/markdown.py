@@ -22,9 +22,19 @@ COLUMNS = {
     "precision": ("precision ↑", 3),
     "recall": ("recall ↑", 3),
     "spatial_frechet_distance": ("spatial Fréchet ↓", 2),
+    "clip_score": ("CLIP score ↑", 2),
     "accuracy": ("accuracy ↑", 3),
 }
-OPTIONAL = ("decode_loss", "inception_score", "kid", "cmmd", "precision", "recall", "spatial_frechet_distance")
+OPTIONAL = (
+    "decode_loss",
+    "inception_score",
+    "kid",
+    "cmmd",
+    "precision",
+    "recall",
+    "spatial_frechet_distance",
+    "clip_score",
+)
 """Columns that are left out where no row has a value."""
 
 
