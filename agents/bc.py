@@ -61,7 +61,7 @@ class BCConfig:
     """
 
     target: str = "utility"
-    steps: int = 400
+    steps: int = 600
     batch_size: int = 256
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
