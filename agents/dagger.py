@@ -2,7 +2,7 @@
 
 A clone of random prefixes is asked, when it plays, about prefixes of its own making. DAgger (Ross et al., 2011) lets it
 play, labels the states it gets into with the same oracle, adds them to the labels and trains on all of them
-(`orderrl.pipeline.find_or_train_clone`).
+(`orderrl.planners.find_or_train_clone`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 from orderrl.agents.policies import Policy
 from orderrl.envs.core import NextBlockCore
 from orderrl.oracle import Contexts
+from orderrl.random import Stream, keyed_uniform
 
 
 @torch.no_grad()
@@ -47,19 +48,20 @@ def own_contexts(
     image, length = image[by_length], length[by_length]
     order = torch.empty(count, blocks, dtype=torch.int64)
     for rows in torch.arange(count).split(core.num_envs):
-        idle = rows[-1:].expand(core.num_envs - len(rows))
-        core.reset(index=image[torch.cat([rows, idle])])
-        for _ in range(int(length[rows[-1]])):
-            core.step(_actions(policy, core, own_share, generator))
+        played = torch.cat([rows, rows[-1:].expand(core.num_envs - len(rows))])  # the last ones idle
+        core.reset(index=image[played])
+        for step in range(int(length[rows[-1]])):
+            # one number for each block, and one for whose action it is; keyed, so that batches do not matter
+            keys = (Stream.POLICY, seed, played[:, None], step, torch.arange(blocks + 1))
+            core.step(_actions(policy, core, own_share, keyed_uniform(keys).to(core.device), generator))
         revealed = torch.where(core.visible, core.reveal_step, blocks)
         order[rows] = revealed.argsort(dim=1, stable=True)[: len(rows)].cpu()
     return Contexts(first + torch.arange(count), image, order, length)
 
 
-def _actions(policy: Policy, core: NextBlockCore, own_share: float, generator: torch.Generator) -> Tensor:
-    """(M,) int64: the policy's blocks, and random ones in their place."""
-    observation = core.observation()
-    noise = torch.rand(core.num_envs, core.geometry.num_blocks, generator=generator).to(core.device)
-    own = torch.rand(core.num_envs, generator=generator).to(core.device) < own_share
-    anything = noise.masked_fill(core.visible, -1.0).argmax(-1)
-    return torch.where(own, policy(observation, generator), anything)
+def _actions(
+    policy: Policy, core: NextBlockCore, own_share: float, uniforms: Tensor, generator: torch.Generator
+) -> Tensor:
+    """(M,) int64: the policy's blocks, and random ones in their place; uniforms (M, B + 1)."""
+    anything = uniforms[:, :-1].masked_fill(core.visible, -1.0).argmax(-1)
+    return torch.where(uniforms[:, -1] < own_share, policy(core.observation(), generator), anything)

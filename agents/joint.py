@@ -22,7 +22,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from orderrl import distributed
-from orderrl.agents.bc import BCConfig, PairTargets, cloning_losses, score_targets, split_images
+from orderrl.agents.bc import BCConfig, cloning_losses, score_targets, split_images
 from orderrl.agents.policies import RankingPolicy, planner_scorer
 from orderrl.backbones import Backbone, OrderRobustTransformer
 from orderrl.backbones.protocol import backbone_device
@@ -178,8 +178,7 @@ class JointTuning:
             training stopped before its end (None if it did not).
 
     Raises:
-        ValueError: if the labels come from a single image, so that none can be kept back, or the target is "pairs" and
-            the planner has none.
+        ValueError: if the labels come from a single image, so that none can be kept back.
     """
 
     def __init__(
@@ -197,10 +196,6 @@ class JointTuning:
         self.contexts = labels.select("image", "order", "length", "label", "visible")  # not the large gains
         self.top = top_of(backbone, config.layers).requires_grad_(True)
         self.utility, _ = score_targets(labels, backbone.geometry, config.cloning)
-        self.pairs = None
-        if config.target == "pairs":
-            planner.config.require_pairs("target='pairs'")
-            self.pairs = PairTargets(labels)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.learnt, held_out = split_images(labels["image"], config.held_out, self.generator)
         self.watched = held_out[:: -(-len(held_out) // config.held_out_contexts)]
@@ -326,8 +321,8 @@ class JointTuning:
     def _loss_of(self, output: PlannerOutput, rows: Tensor, drawn: Tensor) -> Tensor:
         """What some contexts contribute to the mean L_OH of all that were drawn; on the CPU, where labels are."""
         there = PlannerOutput(*(part.cpu() for part in output))
-        losses = cloning_losses(there, self.utility, self.pairs, self.labels, rows, drawn, self.config.cloning)
-        return torch.stack([*losses.values()]).sum()
+        losses = cloning_losses(there, self.utility, None, self.labels, rows, drawn, self.config.cloning)
+        return losses["scores"]
 
     def _score_watched(self) -> tuple[float, float]:
         """Mean standard deviation of block scores over the hidden blocks of a watched context, and L_OH."""

@@ -238,17 +238,19 @@ class AmongBudgets:
         self.reads_content = reads_content(policy)
 
     def __call__(self, observation: TensorDictBase, generator: torch.Generator) -> Tensor:
-        action = self.policy(observation, generator)
         if self.own == self.offered:
-            return action
+            return self.policy(observation, generator)
+        offered, place = observation["budget_mask"], self.place.to(observation["budget_mask"].device)
+        legal = offered[:, place].clone()
+        legal[:, 0] = True  # as in an environment of its own, which cuts the smallest short
+        action = self.policy(observation.copy().set("budget_mask", legal), generator)
         if self.own == (1,):
             action = torch.stack([action, torch.zeros_like(action)], -1)
         blocks, chosen = action[:, :-1], action[:, -1]
         # places beyond the policy's own list are ignored by the environment, but it asks for a list of full length
         ranked = torch.nn.functional.pad(blocks, (0, self.offered[-1] - blocks.shape[1]))
         # with few blocks left its own smallest budget may be too large
-        place = torch.minimum(self.place.to(chosen.device)[chosen], observation["budget_mask"].sum(-1) - 1)
-        return torch.cat([ranked, place[:, None]], -1)
+        return torch.cat([ranked, torch.minimum(place[chosen], offered.sum(-1) - 1)[:, None]], -1)
 
 
 # ---------------------------------------------------------------------- references

@@ -134,7 +134,9 @@ def _scorer(name: str, spec: str, backbone: Backbone, fitted: Callable[[], Tenso
         return fixed_order(ORDERS[name](backbone.geometry))
     if name in SCORERS:
         return SCORERS[name]
-    if name == "fitted" and fitted is not None:
+    if name == "fitted":
+        if fitted is None:
+            raise ValueError(f"policy {spec!r} is fitted on labels, and there are none here; choose another policy")
         return fixed_order(fitted())
     raise ValueError(
         f"policy {spec!r} is unknown; choose one of {', '.join(policy_names())} (NAME@k reveals k blocks a step), "
@@ -234,6 +236,12 @@ def _planner_policy(path: str, rest: str, backbone: Backbone) -> NamedPolicy:
         policy = RankingPolicy(planner_scorer(planner), backbone.geometry, budgets, schedule, spacing)
     name = f"{how}{named.name}{'@' + sizes if sizes else ''}"
     return replace(named, name=name, policy=policy, budgets=budgets)
+
+
+def planner_file(spec: str) -> Path | None:
+    """The checkpoint that a policy's name means; None if it means none."""
+    path = spec.partition("@")[0].removeprefix(SPACED).removeprefix(PAIRED)
+    return Path(path) if path.endswith(".safetensors") else None
 
 
 def tell_step_costs_apart(policies: Sequence[NamedPolicy]) -> list[NamedPolicy]:

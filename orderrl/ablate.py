@@ -343,7 +343,10 @@ def _room_table(entries: Sequence[Mapping[str, Any]]) -> Table:
             for key in ("utility", "dependence")
             for text in (_interval(entry[f"r2_{key}"]), _interval(entry[f"gain_{key}"], "+"))
         ]
-        cells += [_shown(entry[key], entry[f"{key}_ci"], digits) for key, digits in (("spearman", 3), ("regret", 4))]
+        cells += [  # a predictor that ranks nothing has no correlation
+            _shown(entry[key], entry[f"{key}_ci"], digits) if key in entry else "–"
+            for key, digits in (("spearman", 3), ("regret", 4))
+        ]
         table.add_row(str(entry["states"]), entry["predictor"], *cells)
     return table
 

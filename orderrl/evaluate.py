@@ -135,6 +135,7 @@ def check_settings(config: DictConfig) -> None:
     for key in ("images", "reference_images"):
         check_images_suffice(f"eval.{key}", config.eval[key])
     check_fill(config.eval.hidden_fill)
+    feature_name(config)
 
 
 def feature_name(config: DictConfig) -> str | None:

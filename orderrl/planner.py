@@ -41,7 +41,7 @@ class PlannerConfig:
         heads: attention heads.
         latents: scratchpad latents.
         reasoning_steps: R, passes of the core.
-        content: read hidden states and entropies; without, the planner sees positions and masks alone.
+        content: read hidden states and entropies; without, the planner sees places, what is visible and the class.
         privileged: also read context losses (a critic in training).
         dropout: dropout rate in the blocks.
         pairs: predict the dependence of every two blocks; without, those listed together repel each other by their

@@ -20,12 +20,13 @@ from orderrl.agents.joint import OH_KEYS
 from orderrl.agents.policies import AmongBudgets, Policy, ReferencePolicy
 from orderrl.agents.policy_gradient import PolicyGradient, PolicyGradientConfig
 from orderrl.agents.ppo import PPO, PPOConfig
-from orderrl.agents.registry import make_policy
+from orderrl.agents.registry import make_policy, planner_file
 from orderrl.agents.search import SearchConfig, search_schedule
 from orderrl.backbones import Backbone, backbone_fingerprint
 from orderrl.backbones.protocol import backbone_device
 from orderrl.backbones.registry import weights_fingerprint
 from orderrl.data import TokenSet, load_split
+from orderrl.data.shards import checksum
 from orderrl.entry import compose
 from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.envs.reward import RewardConfig
@@ -129,32 +130,42 @@ def find_or_train_schedule(config: DictConfig, backbone: Backbone, run: Run | No
         with progress(search.played, f"searching a schedule on {data.name}/{data.split}", "orders") as advance:
             return search_schedule(backbone, data, environment.budgets, cost, search, advance, work)
 
-    return _find_or_imitate(config, backbone, searched, {"step_cost": cost}, run, reuse)
+    described = {"env": section(config, "env") | {"step_cost": cost}}
+    return _find_or_imitate(config, backbone, searched, described, run, reuse)
 
 
 def find_or_train_imitation(config: DictConfig, backbone: Backbone, run: Run | None = None, reuse: bool = True) -> Path:
     """Checkpoint of the planner that `agent=imitation` trains: it imitates a policy of `orderrl.agents.registry`.
 
     Raises:
-        ValueError: if the policy looks behind the observation, or chooses budgets that the environment does not have.
+        ValueError: if the policy looks behind the observation, must be told what a step costs, or chooses budgets that
+            the environment does not have.
     """
     require_order_robust(config, backbone, "agent=imitation")
-    named = make_policy(config.agent.policy, backbone)
+    spec = config.agent.policy
+    named = make_policy(spec, backbone)
     if isinstance(named.policy, ReferencePolicy):
         raise ValueError(f"agent.policy={named.name!r} looks behind the observation; imitate another policy")
+    if named.step_cost_range is not None:
+        raise ValueError(f"agent.policy={spec!r} must be told what a step costs; imitate it at one cost: PATH@cost0.5")
     policy = AmongBudgets(named.policy, named.budgets, core_config(config).budgets)
-    return _find_or_imitate(config, backbone, lambda data, work: policy, {}, run, reuse)
+    file = planner_file(spec)  # what is in it counts, not its name
+    imitated = {} if file is None else {"imitated": checksum(file)}
+    return _find_or_imitate(config, backbone, lambda data, work: policy, imitated, run, reuse)
 
 
 def _find_or_imitate(
     config: DictConfig,
     backbone: Backbone,
     policy: Callable[[TokenSet, Unfinished], Policy],
-    changed: dict[str, Any],
+    described: dict[str, Any],
     run: Run | None,
     reuse: bool,
 ) -> Path:
-    """Checkpoint of a planner that imitates the policy which `policy` makes for planner images."""
+    """Checkpoint of a planner that imitates the policy which `policy` makes for planner images.
+
+    `described` is what the description says differently or besides.
+    """
     settings = ImitationConfig(**section(config.agent, "imitation"), seed=config.seed)
     environment = core_config(config)
     shape = PlannerConfig.for_backbone(backbone, **section(config, "planner"), num_budgets=len(environment.budgets))
@@ -162,13 +173,13 @@ def _find_or_imitate(
         "format": FORMAT,
         "agent": section(config, "agent"),
         "planner": section(config, "planner"),
-        "env": section(config, "env") | changed,
+        "env": section(config, "env"),
         "seed": config.seed,
         "backbone": backbone_fingerprint(backbone),
         "data": config.data.name,
         "budgets": list(environment.budgets),
         "objective": environment.reward.objective,
-    }
+    } | described
 
     def train(work: Unfinished) -> OrderHead:
         data = load_split(config.data.name, "planner")
@@ -259,10 +270,12 @@ def planner_to_start_from(config: DictConfig, backbone: Backbone) -> Path:
     target = agent.get("start_target")
     if target is not None and target not in TARGETS:
         searched = target == "schedule"
-        making = ["agent=schedule"] if searched else ["agent=imitation", f"agent.policy={target}"]
+        making = compose("train", ["agent=schedule" if searched else "agent=imitation"])
+        if not searched:  # a policy's name may hold what an override may not
+            making.agent.policy = target
         shared = ("backbone", "data", "env", "planner", "seed", "cache_dir", "device", "checkpoint_seconds")
         announce(f"{agent.name}: starting from {'the fixed schedule of this config' if searched else target}")
-        start = with_values(compose("train", making), {key: config[key] for key in shared})
+        start = with_values(making, {key: config[key] for key in shared})
         return (find_or_train_schedule if searched else find_or_train_imitation)(start, backbone)
     chosen = {"target": target} if target is not None else {key: agent[key] for key in OH_KEYS}
     cloning = compose("train", ["agent=bc", *(f"agent.{key}={value}" for key, value in chosen.items())])

@@ -140,9 +140,7 @@ def test_a_row_has_the_mean_over_its_samples_with_an_interval(weights: str) -> N
     assert evaluate_token_raster(replace(protocol, clip=None), "x", backbone).row["clip_score"] is None
 
 
-def test_imagenets_word_net_ids_become_names_and_others_are_refused(
-    weights: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_imagenets_word_net_ids_become_names_and_others_are_refused(weights: str) -> None:
     ids = tuple(f"n{number:08d}" for number in range(1000))
     data = replace(load_split("digits", "test"), num_classes=1000, class_names=ids)
     clip = class_captions(data, TINY, weights)

@@ -175,6 +175,22 @@ def test_start_target_schedule_searches_in_the_environment_of_ppo(home: Path) ->
     assert made[0].agent.name == "schedule" and made[0].seed == 3 and made[0].env.step_cost == 0.7
 
 
+def test_start_target_may_be_any_policys_name(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names hold what an override must quote."""
+    name = "diagonal@i<3/1,2,4"
+    config = configure(home, "train", *SMALL_PPO, f"agent.start_target='{name}'", "seed=3")
+    made: list[DictConfig] = []
+
+    def remember(config: DictConfig, backbone: Any) -> Path:
+        made.append(config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(planners, "find_or_train_imitation", remember)
+    with pytest.raises(KeyboardInterrupt):
+        find_or_train_ppo(config, open_backbone(config))
+    assert made[0].agent.name == "imitation" and made[0].agent.policy == name and made[0].seed == 3
+
+
 def test_a_schedule_is_refused_for_context(home: Path) -> None:
     with pytest.raises(ValueError, match="env=likelihood"):
         train(configure(home, "train", "agent=schedule", "env=context"))
@@ -403,6 +419,7 @@ def test_code_length_is_interpolated_at_equal_steps() -> None:
             ["eval.reference_images=1", "eval.planners=[none]"],
             r"eval.reference_images must be at least 2, .* got 1",
         ),
+        (evaluate, ["data=tokens", "data.path=none"], r"eval.features=own: no .* ships for data 'tokens:none'"),
         (evaluate, ["eval.images=1", "eval.planners=[none]"], r"eval.images must be at least 2, the fewest .* got 1"),
         (evaluate, ["eval.distance_resamples=1"], r"distance_resamples must be at least 2, or 0 for no interval"),
         (evaluate, ["eval.lookahead_states=0"], r"lookahead_states must be at least 1, or null for none"),

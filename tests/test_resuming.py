@@ -339,7 +339,7 @@ def test_a_finished_training_that_is_interrupted_before_its_end_is_not_repeated(
     overrides += ["planner.dim=32", "planner.stem=1", "checkpoint_seconds=0", f"output_dir={tmp_path / 'runs'}"]
     config = compose("train", [*overrides, f"cache_dir={tmp_path / 'cache'}"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("orderrl.pipeline.save_planner", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("orderrl.planners.save_planner", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             train(config)
     kept = train(config)

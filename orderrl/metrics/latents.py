@@ -90,7 +90,7 @@ class Variant(NamedTuple):
     """Agreement of a variant's scores with the hindsight oracle, means over the states of each image.
 
     Attributes:
-        spearman: (images,) float64; NaN where all scores are equal.
+        spearman: (images,) float64; NaN for images with a state in which all scores are equal.
         regret: (images,) float64, nats per image token.
     """
 

@@ -158,7 +158,7 @@ def room(
         mean, low, high; above, the predictor that it is compared with ("positions" for "class", else "class"; None for
         the first), and gain_utility and gain_dependence, the differences of the shares, paired; spearman and regret
         (nats per image token) against the oracle's utilities, means over states with intervals, as in the table of an
-        evaluation.
+        evaluation; no spearman where fewer than two images have one.
     """
     oracle = oracle_prediction(states["gains"], geometry)
     hidden, image = ~states["visible"], states["image"]

@@ -70,6 +70,16 @@ def test_contexts_are_sorted_numbered_and_drawn_from_the_seed() -> None:
     assert not torch.equal(found.length, contexts(seed=4).length)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_contexts_do_not_depend_on_how_many_are_played_at_once(share: float) -> None:
+    def lowest(observation: TensorDict, generator: torch.Generator) -> Tensor:
+        return observation["action_mask"].long().argmax(-1)
+
+    one, other = (own_contexts(lowest, tiny_core(num_envs=n), IMAGES, 30, share, 0, 0) for n in (7, 30))
+    shown = torch.arange(BLOCKS) < one.length[:, None]
+    assert torch.equal(one.length, other.length) and torch.equal(one.order[shown], other.order[shown])
+
+
 def test_images_take_turns_and_no_other_is_played() -> None:
     counts = Counter(contexts(count=32).image.tolist())
     assert set(counts) == set(IMAGES.tolist()) and set(counts.values()) == {6, 7}

@@ -71,6 +71,26 @@ def test_a_policy_among_more_budgets_reveals_the_same_blocks(offered: tuple[int,
     assert torch.equal(ours.reveal_step, theirs.reveal_step)
 
 
+def test_a_planner_among_more_budgets_reveals_the_same_blocks() -> None:
+    core, wide = tiny_core(budgets=BUDGETS, num_envs=5), tiny_core(budgets=(1, 2, 3, 4, 8), num_envs=5)
+    policy = PlannerPolicy(tiny_planner(num_budgets=3), BUDGETS)
+    ours = roll_out(wide, AmongBudgets(policy, BUDGETS, (1, 2, 3, 4, 8)), torch.Generator(), torch.arange(5))
+    theirs = roll_out(core, policy, torch.Generator(), torch.arange(5))
+    assert torch.equal(ours.reveal_step, theirs.reveal_step)
+
+
+def test_a_budget_too_large_at_the_end_is_lowered_as_in_the_policys_own_environment() -> None:
+    """Of three hidden blocks it reveals one, although the environment offers to reveal two."""
+    core, wide = tiny_core(budgets=(1, 4), num_envs=5), tiny_core(budgets=(1, 2, 4), num_envs=5)
+    policy = RankingPolicy(fixed_order(ORDER), core.geometry, (1, 4), lambda seen, _: torch.ones_like(seen["label"]))
+    wide.reset(index=torch.arange(5))
+    seen = wide.observation()
+    seen["visible"][:, :6], seen["action_mask"][:, :6] = True, False
+    seen["budget_mask"] = torch.tensor([[True, True, False]]).expand(5, -1)  # three are hidden
+    action = AmongBudgets(policy, (1, 4), (1, 2, 4))(seen, torch.Generator())
+    assert (action[:, -1] == 0).all() and not seen["visible"].gather(1, action[:, :1]).any()
+
+
 def test_single_blocks_among_more_budgets() -> None:
     core, wide = tiny_core(num_envs=5), tiny_core(budgets=BUDGETS, num_envs=5)
     policy = RankingPolicy(fixed_order(ORDER), core.geometry)

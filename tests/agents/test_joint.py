@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from tensordict import TensorDict
 from torch import Tensor
 
-from orderrl import compose, pipeline
+from orderrl import compose, planners
 from orderrl.agents.bc import BCConfig, clone
 from orderrl.agents.joint import JointConfig, JointTuning, copy_to_tune, observe, top_of
 from orderrl.agents.registry import make_policy
@@ -379,7 +379,7 @@ def test_the_clone_of_the_config_is_the_start(home: Path, monkeypatch: pytest.Mo
         asked.append(config)
         return home / "clone.safetensors"
 
-    monkeypatch.setattr(pipeline, "find_or_train_clone", cloned)
+    monkeypatch.setattr(planners, "find_or_train_clone", cloned)
     chosen = {"target": "soft", "temperature": 1.5, "weight": "far", "sigma": 2.5, "held_out": 0.3}
     values = [f"agent.{key}={value}" for key, value in chosen.items()]
     path = train(compose("train", [*places(home, "cloned"), *SMALL, *values, "agent.steps=1", "seed=3"]))
