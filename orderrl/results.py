@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from orderrl.distributed import launched
 from orderrl.entry import compose, run_application
 from orderrl.evaluate import evaluate
-from orderrl.pipeline import announce, with_values
+from orderrl.pipeline import announce, section, with_values
 from orderrl.train import train
 
 SHARED = ("backbone", "data", "logger", "output_dir", "cache_dir", "device", "checkpoint_seconds")
@@ -21,12 +21,19 @@ def results(config: DictConfig) -> Path:
     for seed in config.seeds:
         for overrides in config.runs:
             announce(f"\n== seed {seed}: {' '.join(overrides)}")
-            wanted = compose("train", [*overrides, f"seed={seed}"])
-            own_labels = any(override.startswith("labels") for override in overrides)
-            shared = SHARED if own_labels else (*SHARED, "labels")
-            checkpoints.append(str(train(with_values(wanted, {key: config[key] for key in shared}))))
+            checkpoints.append(str(train(training_config(config, overrides, seed))))
     announce("\n== evaluation")
     return evaluate(with_values(config, {"eval": {"planners": checkpoints}}))
+
+
+def training_config(config: DictConfig, overrides: list[str], seed: int) -> DictConfig:
+    """The config of `python -m orderrl.train` for a row of the grid: its overrides come after the grid's labels."""
+    labels = section(config, "labels")
+    kind = labels.pop("kind")
+    own_kind = any(override.startswith(("labels=", "labels.kind=")) for override in overrides)
+    shared = [*([] if own_kind else [f"labels={kind}"]), *(f"labels.{key}={value}" for key, value in labels.items())]
+    wanted = compose("train", [*shared, *overrides, f"seed={seed}"])
+    return with_values(wanted, {key: config[key] for key in SHARED})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,40 @@
+"""Grids of planners: what their rows are trained with."""
+
+from __future__ import annotations
+
+from importlib import resources
+
+import pytest
+
+from orderrl import compose
+from orderrl.results import training_config
+
+GRIDS = sorted(
+    part.name.removesuffix(".yaml") for part in resources.files("orderrl.configs").joinpath("grid").iterdir()
+)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_every_row_of_a_grid_is_a_training_of_its_backbone_and_labels(grid: str) -> None:
+    config = compose("results", [f"grid={grid}"])
+    for overrides in config.runs:
+        wanted = training_config(config, overrides, seed=3)
+        assert wanted.seed == 3 and wanted.backbone == config.backbone and wanted.data == config.data
+        assert wanted.labels == config.labels
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kind", "contexts", "samples"),
+    [
+        ([], "pointwise", 6000, 1),
+        (["labels=kl"], "kl", 6000, 1),
+        (["labels.kind=expected", "labels.samples=2"], "expected", 6000, 2),
+        (["labels.contexts=9"], "pointwise", 9, 1),
+    ],
+    ids=str,
+)
+def test_a_row_changes_only_the_labels_that_it_names(
+    overrides: list[str], kind: str, contexts: int, samples: int
+) -> None:
+    labels = training_config(compose("results", ["grid=canvas"]), overrides, seed=0).labels
+    assert (labels.kind, labels.contexts, labels.samples) == (kind, contexts, samples)
