@@ -1,7 +1,7 @@
 # make quickstart   set up everything, train the planner on digits, compare it with raster order
 # make test         set up everything, then ruff, mypy and all tests
 # make test-slow    what takes minutes: every long command killed twenty times, a Slurm sweep's launcher
-# make results      the full table of the README: all rows, 3 seeds
+# make results      the full table for digits: all rows, 3 seeds
 # make lint         ruff and mypy only
 
 PYTHON ?= python3
