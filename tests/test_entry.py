@@ -301,6 +301,7 @@ def test_every_choice_of_every_group_composes_and_is_explained() -> None:
     groups = {command: set(compose(command)) for command in COMMANDS}
     for path in sorted(CONFIGS.glob("*/[!_]*.yaml")):
         group, choice = path.parent.name, path.stem
-        command = next(command for command in COMMANDS if group in groups[command])  # all compose it alike
+        # all that have a group compose it alike; a grid sets keys of other groups
+        command = "results" if group == "grid" else next(command for command in COMMANDS if group in groups[command])
         keys = documented_keys(command, [f"{group}={choice}"])
         assert [key for key, meaning in keys.items() if not meaning] == [], (command, group, choice)
