@@ -11,6 +11,7 @@ its share of every minibatch; gradients are averaged. Actions are drawn in every
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -116,7 +117,7 @@ def flatten(keys: tuple[str, ...], parts: tuple[Tensor, ...]) -> tuple[dict[str,
     return {key: part.flatten(0, len(leading) - 1) for key, part in observation.items()}, leading
 
 
-class PolicyGradient:
+class PolicyGradient(ABC):
     """A planner being improved on an environment, round by round.
 
     Agents give `_collect`, `_estimate` and `_loss`, and call `_set_up` when they have built what they train.
@@ -231,17 +232,17 @@ class PolicyGradient:
         members = members // config.group_size * config.group_size
         return (config.seed * 100_003 + self.iteration) * config.num_envs + members
 
+    @abstractmethod
     def _collect(self) -> TensorDictBase:
         """A round of sampled episodes, batch (episodes side by side, steps); rewards are nats per image."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _estimate(self, data: TensorDictBase) -> None:
         """Write advantages."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _loss(self, minibatch: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         """What a gradient step lowers, and its parts for the log."""
-        raise NotImplementedError
 
     def _samples(self, data: TensorDictBase) -> TensorDictBase:
         """What minibatches are drawn from: frames."""

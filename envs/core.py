@@ -385,10 +385,11 @@ class NextBlockCore:
         An image that becomes complete needs no prefix any more.
         """
         count = torch.where(count < self.hidden_count, count, 0)
-        if not count.any():
+        together = list(self._together(blocks, count))
+        if not together:
             return
         first, first_unconditional = (self._first_entries(blocks[:, 0]), None) if drawn is None else drawn
-        for rows, chosen in self._together(blocks, count):
+        for rows, chosen in together:
             self.prefix = self._extend(self.prefix, rows, chosen, first)
             if self.unconditional is not None:
                 self.unconditional = self._extend(self.unconditional, rows, chosen, first_unconditional)

@@ -96,7 +96,7 @@ def oracle_utility(protocol: Protocol) -> Tensor:
     """U of every block in the shared states, (m, B), nats per image token."""
     assert protocol.states is not None
     gains = protocol.states["gains"]
-    return utilities(gains, protocol.backbone.geometry, torch.ones_like(gains[0]))
+    return utilities(gains, protocol.backbone.geometry)
 
 
 def content(protocol: Protocol, policies: Sequence[NamedPolicy]) -> list[dict[str, Any]]:

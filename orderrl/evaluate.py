@@ -66,7 +66,7 @@ FLOOR_REPEATS = 5  # random halves of the real images
 def fitted_order(config: DictConfig, backbone: Backbone) -> Tensor:
     """The fixed order fitted on the planner labels of a config, (B,) int64."""
     labels = open_labels(find_or_make_labels(config, backbone), backbone)
-    utility = utilities(labels["gains"], backbone.geometry, torch.ones_like(labels["gains"][0]))
+    utility = utilities(labels["gains"], backbone.geometry)
     return fit_order(labels["visible"], utility)
 
 

@@ -46,9 +46,10 @@ def distance_weights(geometry: BlockGrid, weight: str, sigma: float) -> Tensor:
     return 1 - torch.exp(-((geometry.distances / sigma) ** 2))
 
 
-def utilities(gains: Tensor, geometry: BlockGrid, weights: Tensor) -> Tensor:
-    """U of every candidate: gains (..., B, B) indexed [a, b] -> (..., B), nats per image token."""
-    return (gains * weights.to(gains)).sum(-1) / geometry.num_tokens
+def utilities(gains: Tensor, geometry: BlockGrid, weights: Tensor | None = None) -> Tensor:
+    """U of every candidate: gains (..., B, B) indexed [a, b] -> (..., B), nats per image token; None weighs all 1."""
+    weighted = gains if weights is None else gains * weights.to(gains)
+    return weighted.sum(-1) / geometry.num_tokens
 
 
 @torch.no_grad()

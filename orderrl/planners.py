@@ -117,6 +117,7 @@ def _joined(labels: list[Path], backbone: Backbone, work: Unfinished) -> TensorD
 
 def find_or_train_schedule(config: DictConfig, backbone: Backbone, run: Run | None = None, reuse: bool = True) -> Path:
     """Checkpoint of the planner that `agent=schedule` trains: it imitates the best fixed schedule found."""
+    require_order_robust(config, backbone, "agent=schedule")
     search = SearchConfig(**section(config.agent, "search"), seed=config.seed)
     environment = core_config(config)
     cost = environment.reward.typical_step_cost  # one schedule needs one cost: of a range the geometric mean

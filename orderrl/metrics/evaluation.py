@@ -383,7 +383,7 @@ def _calibration(p: Protocol, named: NamedPolicy) -> dict[str, Any]:
     assert states is not None  # policies are evaluated on order-robust backbones only
     first, scores = first_choices(p, named)
     hidden = ~states["visible"]
-    utility = utilities(states["gains"], p.backbone.geometry, torch.ones_like(states["gains"][0]))
+    utility = utilities(states["gains"], p.backbone.geometry)
     found = calibrate(first, scores, utility, hidden)
     per_state = {
         "oracle_top1": found.top1,

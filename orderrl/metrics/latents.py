@@ -120,7 +120,7 @@ def variant_scores(planner: OrderHead, observation: TensorDict) -> dict[str, Ten
 def latent_ablation(planner: OrderHead, states: TensorDict, geometry: BlockGrid) -> dict[str, Variant]:
     """Compare a planner's variants, see `variant_scores`, with the hindsight oracle in labelled states, batch (m,)."""
     hidden, image = ~states["visible"], states["image"]
-    utility = utilities(states["gains"], geometry, torch.ones_like(states["gains"][0]))
+    utility = utilities(states["gains"], geometry)
     found = {}
     for name, scores in variant_scores(planner, _observed(planner, states)).items():
         first = scores.masked_fill(~hidden, -torch.inf).argmax(-1)
@@ -144,7 +144,7 @@ def probe_targets(states: TensorDict, geometry: BlockGrid) -> dict[str, Tensor]:
     """
     hidden = ~states["visible"]
     loss = states["loss"] * hidden
-    utility = utilities(states["gains"], geometry, torch.ones_like(states["gains"][0])).masked_fill(~hidden, -torch.inf)
+    utility = utilities(states["gains"], geometry).masked_fill(~hidden, -torch.inf)
     remaining = loss.sum(1, keepdim=True)
     return {
         "class": states["label"],

@@ -58,7 +58,7 @@ class Prediction(NamedTuple):
 
 def oracle_prediction(gains: Tensor, geometry: BlockGrid) -> Prediction:
     """Utilities, nats per image token, and dependences, nats, of gains (m, B, B)."""
-    return Prediction(utilities(gains, geometry, torch.ones_like(gains[0])), (gains + gains.mT) / 2)
+    return Prediction(utilities(gains, geometry), (gains + gains.mT) / 2)
 
 
 # ---------------------------------------------------------------------- predictors
