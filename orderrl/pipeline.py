@@ -66,6 +66,7 @@ def open_backbone(config: DictConfig) -> Backbone:
         shape=chosen.get("shape"),
         memory_gb=chosen.get("memory_gb"),
         compile=chosen.get("compile"),
+        pack_weights=chosen.get("pack_weights", True),
     )
     check_fits(backbone, load_split(config.data.name, "test"))
     return backbone

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from orderrl.backbones.cache import ChainEntries, PrefixCache
 from orderrl.backbones.chains import ChainBackbone, Drawn, Growing
 from orderrl.backbones.layers import FeedForward, Level, causal_mask, chain_attention, rope_table, rotate
+from orderrl.backbones.linear import Linear
 from orderrl.backbones.llamagen import TransformerConfig
 from orderrl.geometry import BlockGrid
 
@@ -31,10 +32,10 @@ class _SelfAttention(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.to_q = nn.Linear(dim, dim, bias=False)
-        self.to_k = nn.Linear(dim, dim, bias=False)
-        self.to_v = nn.Linear(dim, dim, bias=False)
-        self.proj = nn.Linear(dim, dim, bias=False)
+        self.to_q = Linear(dim, dim, bias=False)
+        self.to_k = Linear(dim, dim, bias=False)
+        self.to_v = Linear(dim, dim, bias=False)
+        self.proj = Linear(dim, dim, bias=False)
 
 
 class _CrossAttention(nn.Module):
@@ -42,8 +43,8 @@ class _CrossAttention(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.to_q = nn.Linear(dim, dim, bias=False)
-        self.proj = nn.Linear(dim, dim, bias=False)
+        self.to_q = Linear(dim, dim, bias=False)
+        self.proj = Linear(dim, dim, bias=False)
 
 
 class _Layer(nn.Module):
@@ -70,8 +71,8 @@ class _Decoder(nn.Module):
         half = config.layers // 2
         self.self_dec = nn.ModuleList(_Layer(_SelfAttention(config.dim), config) for _ in range(half))
         self.norm = nn.RMSNorm(config.dim, eps=1e-5)
-        self.to_k = nn.Linear(config.dim, config.dim, bias=False)
-        self.to_v = nn.Linear(config.dim, config.dim, bias=False)
+        self.to_k = Linear(config.dim, config.dim, bias=False)
+        self.to_v = Linear(config.dim, config.dim, bias=False)
         self.cross_dec = nn.ModuleList(_Layer(_CrossAttention(config.dim), config) for _ in range(half))
 
 
@@ -99,7 +100,7 @@ class ARPG(nn.Module, ChainBackbone):
         self.embeddings = nn.Embedding(config.vocab_size + config.num_classes + 3, config.dim)
         self.layers = _Decoder(config)
         self.norm = nn.RMSNorm(config.dim, eps=1e-5)
-        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.head = Linear(config.dim, config.vocab_size, bias=False)
         rope = rope_table(config.height, config.width, config.dim // config.heads)
         self.register_buffer("rope", rope, persistent=False)
         self.register_buffer("block_tokens", self.geometry.block_tokens, persistent=False)

@@ -20,6 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from orderrl.backbones.linear import Linear
+
 TRAINING_STEPS = 1000
 _NORM_EPS = 1e-6
 _TABLES = (
@@ -207,7 +209,7 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, dim: int, features: int = 256) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(features, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.mlp = nn.Sequential(Linear(features, dim), nn.SiLU(), Linear(dim, dim))
         half = features // 2
         frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)
         self.register_buffer("frequencies", frequencies, persistent=False)
@@ -225,8 +227,8 @@ class ResidualBlock(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.in_ln = nn.LayerNorm(dim, eps=_NORM_EPS)
-        self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 3 * dim))
+        self.mlp = nn.Sequential(Linear(dim, dim), nn.SiLU(), Linear(dim, dim))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 3 * dim))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)
@@ -239,8 +241,8 @@ class FinalLayer(nn.Module):
     def __init__(self, dim: int, out: int) -> None:
         super().__init__()
         self.norm_final = nn.LayerNorm(dim, eps=_NORM_EPS, elementwise_affine=False)
-        self.linear = nn.Linear(dim, out)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+        self.linear = Linear(dim, out)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 2 * dim))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(y).chunk(2, dim=-1)
@@ -253,8 +255,8 @@ class DenoisingNetwork(nn.Module):
     def __init__(self, token_dim: int, condition_dim: int, width: int, depth: int) -> None:
         super().__init__()
         self.time_embed = TimeEmbedding(width)
-        self.cond_embed = nn.Linear(condition_dim, width)
-        self.input_proj = nn.Linear(token_dim, width)
+        self.cond_embed = Linear(condition_dim, width)
+        self.input_proj = Linear(token_dim, width)
         self.res_blocks = nn.ModuleList(ResidualBlock(width) for _ in range(depth))
         self.final_layer = FinalLayer(width, 2 * token_dim)
         self.reset_parameters()

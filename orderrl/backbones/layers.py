@@ -15,7 +15,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-EVERY = slice(None)  # of the places of a chain
+from orderrl.backbones.linear import EVERY, Linear
+
 SCORES_AT_ONCE = 2**20  # a few megabytes, so that they stay in the CPU's cache between the passes over them
 
 
@@ -155,8 +156,8 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.wqkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.wo = nn.Linear(dim, dim, bias=False)
+        self.wqkv = Linear(dim, 3 * dim, bias=False)
+        self.wo = Linear(dim, dim, bias=False)
 
     def project(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(..., dim) -> rotated query, rotated key, value, each (..., heads, head_dim)."""
@@ -174,11 +175,11 @@ class Attention(nn.Module):
             query, key, value = self.project(x, rope)
             return _by_heads(query), _by_heads(key), _by_heads(value)
         dim = x.shape[-1]
-        key, value = F.linear(x, self.wqkv.weight[dim:]).unflatten(-1, (2 * self.heads, -1)).chunk(2, dim=-2)
+        key, value = self.wqkv(x, slice(dim, None)).unflatten(-1, (2 * self.heads, -1)).chunk(2, dim=-2)
         key, value = _by_heads(rotate(key, rope)), _by_heads(value)
         if queries is None:
             return None, key, value
-        query = F.linear(x[:, :, queries], self.wqkv.weight[:dim]).unflatten(-1, (self.heads, -1))
+        query = self.wqkv(x[:, :, queries], slice(dim)).unflatten(-1, (self.heads, -1))
         return _by_heads(rotate(query, rope[:, :, queries])), key, value
 
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
@@ -200,9 +201,9 @@ class FeedForward(nn.Module):
         super().__init__()
         width = int(2 * 4 * dim / 3)
         width = -(-width // multiple_of) * multiple_of
-        self.w1 = nn.Linear(dim, width, bias=False)
-        self.w3 = nn.Linear(dim, width, bias=False)
-        self.w2 = nn.Linear(width, dim, bias=False)
+        self.w1 = Linear(dim, width, bias=False)
+        self.w3 = Linear(dim, width, bias=False)
+        self.w2 = Linear(width, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate = self.w1(x)

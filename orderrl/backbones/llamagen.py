@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from orderrl.backbones.cache import ChainEntries, PrefixCache
 from orderrl.backbones.chains import entropy
-from orderrl.backbones.layers import EVERY, Level, TransformerBlock, rope_table
+from orderrl.backbones.layers import Level, TransformerBlock, rope_table
+from orderrl.backbones.linear import EVERY, Linear
 from orderrl.backbones.protocol import BlockLosses, Drawing
 from orderrl.backbones.sampling import Sampling, guide, sample_tokens
 from orderrl.geometry import BlockGrid
@@ -88,7 +89,7 @@ class CausalTransformer(nn.Module):
             TransformerBlock(config.dim, config.heads, config.multiple_of, config.dropout) for _ in range(config.layers)
         )
         self.norm = nn.RMSNorm(config.dim, eps=1e-5)
-        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.output = Linear(config.dim, config.vocab_size, bias=False)
         rope = rope_table(config.height, config.width, config.dim // config.heads)
         self.register_buffer("rope", rope, persistent=False)
         self.register_buffer("block_tokens", self.geometry.block_tokens, persistent=False)

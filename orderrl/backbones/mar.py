@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from orderrl.backbones.diffusion import DiffLoss, respaced_timesteps
+from orderrl.backbones.linear import Linear
 
 
 @dataclass(frozen=True)
@@ -185,12 +186,12 @@ class MAR(nn.Module):
         encoder, decoder, length = c.encoder_embed_dim, c.decoder_embed_dim, c.buffer_size + c.num_tokens
         self.class_emb = nn.Embedding(c.class_num, encoder)
         self.fake_latent = nn.Parameter(torch.empty(1, encoder))
-        self.z_proj = nn.Linear(c.token_dim, encoder)
+        self.z_proj = Linear(c.token_dim, encoder)
         self.z_proj_ln = nn.LayerNorm(encoder, eps=1e-6)
         self.encoder_pos_embed_learned = nn.Parameter(torch.empty(1, length, encoder))
         self.encoder_blocks = nn.ModuleList(block(encoder, c.encoder_num_heads) for _ in range(c.encoder_depth))
         self.encoder_norm = norm(encoder)
-        self.decoder_embed = nn.Linear(encoder, decoder)
+        self.decoder_embed = Linear(encoder, decoder)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder))
         self.decoder_pos_embed_learned = nn.Parameter(torch.empty(1, length, decoder))
         self.decoder_blocks = nn.ModuleList(block(decoder, c.decoder_num_heads) for _ in range(c.decoder_depth))

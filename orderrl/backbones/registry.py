@@ -12,6 +12,7 @@ import torch
 
 from orderrl.backbones.arpg import ARPG
 from orderrl.backbones.layers import TransformerBlock
+from orderrl.backbones.linear import pack_weights as set_packing
 from orderrl.backbones.llamagen import RasterTransformer, TransformerConfig
 from orderrl.backbones.loading import load_weights
 from orderrl.backbones.masked import MaskedConfig, MaskedTransformer
@@ -59,6 +60,7 @@ def load_backbone(
     shape: Mapping[str, Any] | None = None,
     memory_gb: float | None = None,
     compile: str | None = None,
+    pack_weights: bool = True,
 ) -> Backbone:
     """A frozen backbone: eval mode, no gradients.
 
@@ -73,6 +75,8 @@ def load_backbone(
         memory_gb: what the activations of one forward may take, 10^9 bytes; None is what is free. Results do not depend
             on it.
         compile: `torch.compile` mode of the layers; None is eager. Needs a compiler, and minutes at the first call.
+        pack_weights: on CPUs, keep a second copy of the weights in the layout that their products read fastest; results
+            agree up to floating-point summation.
 
     Raises:
         ValueError: if the name is unknown, the weights are missing, damaged or of another model.
@@ -104,6 +108,7 @@ def load_backbone(
             _cast(backbone, as_dtype(dtype))
         if device is not None:
             backbone.to(device)
+        set_packing(backbone, pack_weights)
     if memory_gb is not None:
         if not hasattr(backbone, "packing"):
             raise ValueError(f"memory_gb={memory_gb}: a backbone of type {type(backbone).__name__} bounds no forward")

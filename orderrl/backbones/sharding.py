@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.optim.swa_utils import AveragedModel
 
 from orderrl import distributed
+from orderrl.backbones.linear import pack_weights
 from orderrl.backbones.packing import Packing
 from orderrl.backbones.protocol import Backbone, backbone_device
 
@@ -51,6 +52,7 @@ def shard_backbone(backbone: Backbone, device: str) -> None:
         raise ValueError("shard=true splits a backbone over processes; start several with torchrun --nproc-per-node=K")
     if isinstance(backbone, FSDPModule):
         return
+    pack_weights(backbone, False)  # packed copies would be whole again
     mesh = init_device_mesh(torch.device(device).type, (distributed.size(),))
     for layer in layers:
         fully_shard(layer, mesh=mesh)

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from orderrl.backbones.cache import ChainEntries, PrefixCache
 from orderrl.backbones.chains import ChainBackbone, Drawn, Growing, entropy
-from orderrl.backbones.layers import EVERY, Level, rotate
+from orderrl.backbones.layers import Level, rotate
+from orderrl.backbones.linear import EVERY
 from orderrl.backbones.llamagen import CausalTransformer, RasterTransformer, TransformerConfig
 
 
