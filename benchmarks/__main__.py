@@ -53,8 +53,8 @@ def main() -> None:
         for dtype in options.dtype:
             limits = settings.limits(dtype)
             print(
-                f"{dtype}: matrix product {limits.matrix_rate / 1e9:.0f} GFLOP/s, reading memory "
-                f"{limits.bandwidth / 1e9:.1f} GB/s, {torch.get_num_threads()} threads"
+                f"{dtype}: matrix product {limits.matrix_rate / 1e9:.0f} GFLOP/s "
+                f"(by matmul {limits.plain_rate / 1e9:.0f}), reading memory {limits.bandwidth / 1e9:.1f} GB/s, {torch.get_num_threads()} threads"
             )
         for suite in options.suite:
             rows += list(SUITES[suite](settings))

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from orderrl.backbones.linear import Linear
+
 SIZE = 2048  # of the matrix product
 COPIED = 2**27  # bytes of the copy, more than any cache
 REPEATS = 5
@@ -20,11 +22,14 @@ class Limits:
     """The roofs that times are held against.
 
     Attributes:
-        matrix_rate: operations per second of a 2048^3 product, best of several.
+        matrix_rate: operations per second of a 2048^3 product, best of several, by PyTorch's `matmul` or with packed
+            weights (`orderrl.backbones.linear`), whichever is faster.
+        plain_rate: the same by `matmul` alone.
         bandwidth: bytes per second of reading memory, best of several.
     """
 
     matrix_rate: float
+    plain_rate: float
     bandwidth: float
 
     def seconds(self, operations: float, read: float = 0.0) -> float:
@@ -51,7 +56,9 @@ def wait(device: torch.device) -> None:
 def measured_limits(device: torch.device, dtype: torch.dtype) -> Limits:
     """Measure the roofs of a device with the threads that the process has."""
     a, b = (torch.randn(SIZE, SIZE, device=device).to(dtype) for _ in range(2))
-    product = min(timed(lambda: a @ b, device) for _ in range(REPEATS))
+    packed = Linear(SIZE, SIZE, bias=False).to(device, dtype).requires_grad_(False)
+    plain, best = (min(timed(call, device) for _ in range(REPEATS)) for call in (lambda: a @ b, lambda: packed(a)))
     source = torch.ones(COPIED // 4, device=device)
     reading = min(timed(lambda: source.sum(), device) for _ in range(REPEATS))
-    return Limits(2 * SIZE**3 / product, COPIED / reading)
+    operations = 2 * SIZE**3
+    return Limits(operations / min(plain, best), operations / plain, COPIED / reading)

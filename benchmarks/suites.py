@@ -21,6 +21,7 @@ from orderrl.agents.policies import PlannerPolicy, RankingPolicy, fixed_order
 from orderrl.agents.ppo import PPO, PPOConfig
 from orderrl.agents.schedules import fixed
 from orderrl.backbones import Backbone
+from orderrl.backbones.linear import pack_weights
 from orderrl.backbones.protocol import backbone_device
 from orderrl.data import TokenSet
 from orderrl.envs import NextBlockTorchRLEnv
@@ -31,6 +32,7 @@ from orderrl.planner import OrderHead, PlannerConfig
 
 LABEL_REPEATS = {"digits": 8}  # contexts of each length; elsewhere 1
 TARGET_FRACTIONS = (0.5, 0.25)
+PLAIN = ", weights not packed"
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,10 @@ class Settings:
     batch: int | None
     device: torch.device
 
-    def backbone(self, dtype: str) -> Any:
-        """The model in a dtype on the device."""
+    def backbone(self, dtype: str, packed: bool = True) -> Any:
+        """The model in a dtype on the device, its weights packed or not."""
         made: Any = self.shape.make(dtype)
+        pack_weights(made, packed)
         return made.to(self.device)
 
     @property
@@ -148,23 +151,23 @@ def labels(settings: Settings) -> Iterator[Row]:
         )
     ]
     found: dict[str, Tensor] = {}
-    for dtype in settings.dtypes:
-        backbone = settings.backbone(dtype)
-        for fraction in (1.0, *TARGET_FRACTIONS):
-            config = LabelConfig(contexts=len(lengths), batch_size=settings.images_at_once, target_fraction=fraction)
-            name = dtype if fraction == 1 else f"{dtype} target_fraction={fraction}"
-            operations = 0.0
-            for t in lengths:
-                others = counter.blocks - t - 1
-                operations += counter.label(t, max(1, round(fraction * others)) if others else 0)
-            variants.append(
-                Variant(
-                    name,
-                    partial(_keep_utilities, found, name, backbone, data, config, contexts),
-                    len(lengths),
-                    settings.limits(dtype).seconds(operations),
-                )
+    ways = [(dtype, True, fraction) for dtype in settings.dtypes for fraction in (1.0, *TARGET_FRACTIONS)]
+    for dtype, packed, fraction in [(settings.dtypes[0], False, 1.0), *ways]:
+        backbone = settings.backbone(dtype, packed)
+        config = LabelConfig(contexts=len(lengths), batch_size=settings.images_at_once, target_fraction=fraction)
+        name = dtype + ("" if packed else PLAIN) + ("" if fraction == 1 else f" target_fraction={fraction}")
+        operations = 0.0
+        for t in lengths:
+            others = counter.blocks - t - 1
+            operations += counter.label(t, max(1, round(fraction * others)) if others else 0)
+        variants.append(
+            Variant(
+                name,
+                partial(_keep_utilities, found, name, backbone, data, config, contexts),
+                len(lengths),
+                settings.limits(dtype).seconds(operations),
             )
+        )
     rows = list(measure("labels", settings, variants, "contexts"))
     exact, hidden = found[settings.dtypes[0]], _hidden(first, contexts)
     for row in rows:
@@ -214,10 +217,11 @@ def env(settings: Settings) -> Iterator[Row]:
             settings.limits(settings.dtypes[0]).seconds(count * counter.naive_episode()),
         )
     ]
-    for dtype in settings.dtypes:
-        backbone = settings.backbone(dtype)
+    for dtype, packed in [(settings.dtypes[0], False), *((dtype, True) for dtype in settings.dtypes)]:
+        backbone = settings.backbone(dtype, packed)
         limit = settings.limits(dtype).seconds(count * counter.episode())
-        variants.append(Variant(dtype, partial(_episode, backbone, data, orders), count * blocks, limit))
+        name = dtype if packed else dtype + PLAIN
+        variants.append(Variant(name, partial(_episode, backbone, data, orders), count * blocks, limit))
     yield from measure("env", settings, variants, "reveals")
 
 
@@ -280,7 +284,10 @@ def context(settings: Settings) -> Iterator[Row]:
 
 
 def generation(settings: Settings) -> Iterator[Row]:
-    """Images drawn block by block against plain cached decoding of the raster model, one token at a time."""
+    """Images drawn block by block against cached decoding of the raster model, one token at a time.
+
+    The naive twin computes with plain products, as published; beside it stands raster with packed weights.
+    """
     count = settings.images_at_once
     first = settings.backbone(settings.dtypes[0])
     data, grid = settings.shape.images(first, count), first.geometry
@@ -289,11 +296,11 @@ def generation(settings: Settings) -> Iterator[Row]:
     variants = []
     for dtype in settings.dtypes:
         backbone = settings.backbone(dtype)
-        raster = raster_twin(backbone)
         limits, counter = settings.limits(dtype), Counter(backbone)
-        variants.append(
-            Variant(f"naive {dtype}: raster, token by token", partial(raster_images, raster, classes), count)
-        )
+        for name, packed in ((f"naive {dtype}: raster, token by token{PLAIN}", False), (f"{dtype}: raster", True)):
+            raster = raster_twin(backbone)
+            pack_weights(raster, packed)
+            variants.append(Variant(name, partial(raster_images, raster, classes), count))
         for budget in (1, 4):
             policy = RankingPolicy(fixed_order(order), grid, (budget,), fixed(0))
             variants.append(
@@ -305,7 +312,7 @@ def generation(settings: Settings) -> Iterator[Row]:
                 )
             )
         variants.append(_planned(dtype, backbone, data, classes))
-    for dtype in settings.dtypes:  # each type against decoding in the same type
+    for dtype in settings.dtypes:  # each type against plain decoding in the same type
         yield from measure("generation", settings, [v for v in variants if f"{dtype}:" in v.name], "images")
 
 

@@ -33,6 +33,11 @@ class ChainEntries:
         """C, chains of a state."""
         return self.keys[0].shape[2] if self.keys else 0
 
+    @property
+    def states(self) -> int:
+        """M."""
+        return self.keys[0].shape[0] if self.keys else 0
+
     def map(self, change: Callable[[Tensor], Tensor]) -> ChainEntries:
         """The same change of every tensor."""
         return ChainEntries(tuple(map(change, self.keys)), tuple(map(change, self.values)))
@@ -70,6 +75,29 @@ class ChainEntries:
         keys = zip(*(part.keys for part in parts), strict=True)
         values = zip(*(part.values for part in parts), strict=True)
         return ChainEntries(tuple(torch.cat(k, dim) for k in keys), tuple(torch.cat(v, dim) for v in values))
+
+
+@dataclass(frozen=True)
+class ChainParts:
+    """Entries of chains as the forwards left them, for a few chains to be picked from; joining all would copy them.
+
+    Attributes:
+        parts: for consecutive states, the entries of consecutive chains.
+    """
+
+    parts: Sequence[Sequence[ChainEntries]]
+
+    def whole(self) -> ChainEntries:
+        """All chains of all states."""
+        return ChainEntries.cat([ChainEntries.cat(row, 2) for row in self.parts], 0)
+
+    def chain(self, index: Tensor) -> ChainEntries:
+        """Entries of one chain per state: index (M,) int64 -> C = 1."""
+        picked = []
+        for row in self.parts:
+            here, index = index[: row[0].states], index[row[0].states :]
+            picked.append(ChainEntries.cat(row, 2).chain(here))
+        return ChainEntries.cat(picked, 0)
 
 
 @dataclass(frozen=True)

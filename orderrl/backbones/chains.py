@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from orderrl.backbones.cache import ChainEntries, PrefixCache
+from orderrl.backbones.cache import ChainEntries, ChainParts, PrefixCache
 from orderrl.backbones.packing import Packing, plan
 from orderrl.backbones.protocol import BlockLosses, Drawing
 from orderrl.backbones.sampling import Sampling, guide, sample_tokens
@@ -142,7 +142,7 @@ class ChainBackbone:
         blocks: Tensor,
         past: ChainEntries | None = None,
         whole: bool = False,
-    ) -> tuple[BlockLosses, ChainEntries | None]:
+    ) -> tuple[BlockLosses, ChainEntries | ChainParts | None]:
         groups = blocks.shape[1] if past is None else past.count
         rows = []
         for states, parts in self._plan(prefix, blocks, groups, past):
@@ -157,7 +157,8 @@ class ChainBackbone:
         )
         if past is not None:
             return losses, None
-        return losses, ChainEntries.cat([ChainEntries.cat([part[1] for part in row], 2) for row in rows], 0)
+        entries = ChainParts([[part[1] for part in row] for row in rows])
+        return losses, entries.whole() if whole else entries
 
     def _plan(
         self, prefix: PrefixCache, blocks: Tensor, groups: int, past: ChainEntries | None

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from orderrl.backbones.linear import EVERY, Linear
 
+FEW_QUERIES = 8
 SCORES_AT_ONCE = 2**20  # a few megabytes, so that they stay in the CPU's cache between the passes over them
 
 
@@ -107,15 +108,13 @@ def _attend(query: Tensor, levels: Sequence[Level], mixed: Tensor) -> None:
     """`chain_attention` of a few states, without gradients, with all scores in one buffer; writes to `mixed`."""
     states, heads, chains, length, width = query.shape
     ends = list(accumulate(level.keys.shape[3] for level in levels))
+    scaled = query * width**-0.5
     scores = query.new_empty(states * heads, chains * length, ends[-1])
     for (keys, _, mask), end in zip(levels, ends, strict=True):
         groups, seen = keys.shape[2:4]
         place = scores.view(states * heads * groups, -1, ends[-1])[..., end - seen : end]
-        grouped = query.reshape(len(place), -1, width), keys.reshape(len(place), seen, width).mT
-        if groups < chains:
-            torch.baddbmm(place, *grouped, beta=0, alpha=width**-0.5, out=place)
-        else:  # many small products: one batched call and a copy beat a call for each of them
-            place.copy_(torch.bmm(*grouped).mul_(width**-0.5))
+        # one batched call and a copy: written in place, every product would be a call of its own
+        place.copy_(_scores(scaled.view(len(place), -1, width), keys.reshape(len(place), seen, width)))
         if mask is not None:
             masked = scores.view(states, heads, chains, length, -1)[..., end - seen : end]
             masked.masked_fill_(~mask, -torch.inf)
@@ -126,6 +125,13 @@ def _attend(query: Tensor, levels: Sequence[Level], mixed: Tensor) -> None:
         weights = weights if groups < chains else weights.contiguous()
         total = mixed.view(len(weights), -1, width)
         torch.baddbmm(total, weights, values.reshape(len(weights), seen, width), beta=int(number > 0), out=total)
+
+
+def _scores(query: Tensor, keys: Tensor) -> Tensor:
+    """query (n, T, width), keys (n, L, width) -> (n, T, L)."""
+    if query.shape[1] <= FEW_QUERIES:  # few queries: memory is read faster with the keys on the left
+        return torch.bmm(keys, query.mT).mT
+    return torch.bmm(query, keys.mT)
 
 
 def differentiable_chain_attention(query: Tensor, levels: Sequence[Level]) -> Tensor:
