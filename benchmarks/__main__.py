@@ -52,9 +52,10 @@ def main() -> None:
         settings = Settings(SHAPES[shape], tuple(options.dtype), options.runs, options.batch, options.device)
         for dtype in options.dtype:
             limits = settings.limits(dtype)
+            best, plain, read = (rate / 1e9 for rate in (limits.matrix_rate, limits.plain_rate, limits.bandwidth))
             print(
-                f"{dtype}: matrix product {limits.matrix_rate / 1e9:.0f} GFLOP/s "
-                f"(by matmul {limits.plain_rate / 1e9:.0f}), reading memory {limits.bandwidth / 1e9:.1f} GB/s, {torch.get_num_threads()} threads"
+                f"{dtype}: matrix product {best:.0f} GFLOP/s (by matmul {plain:.0f}), reading memory {read:.1f} GB/s, "
+                f"{torch.get_num_threads()} threads"
             )
         for suite in options.suite:
             rows += list(SUITES[suite](settings))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -142,7 +142,7 @@ class ChainBackbone:
         blocks: Tensor,
         past: ChainEntries | None = None,
         whole: bool = False,
-    ) -> tuple[BlockLosses, ChainEntries | ChainParts | None]:
+    ) -> tuple[BlockLosses, Any]:
         groups = blocks.shape[1] if past is None else past.count
         rows = []
         for states, parts in self._plan(prefix, blocks, groups, past):

@@ -8,6 +8,7 @@ Inductor's freezing does when it compiles is done here eagerly.
 
 from __future__ import annotations
 
+import platform
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 EVERY = slice(None)
+AVAILABLE = (  # with the operators that Inductor uses; tried on x86 alone
+    platform.machine() in ("x86_64", "AMD64")
+    and torch.backends.mkldnn.is_available()
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+)
 ROWS = 256  # that the layout is chosen for; it serves one row as well as thousands
 LARGE = 2**18  # weights; smaller matrices stay in the CPU's caches, and a call of oneDNN costs more than a few rows
 WORTH = 2**20  # multiplications from which small matrices gain
@@ -24,7 +30,7 @@ def pack_weights(module: nn.Module, packed: bool) -> None:
     """Let all products of a module use packed weights where they gain, or never."""
     for part in module.modules():
         if isinstance(part, Linear):
-            part.packed = packed and torch.backends.mkldnn.is_available()
+            part.packed = packed and AVAILABLE
 
 
 class _Packed(NamedTuple):
@@ -47,7 +53,7 @@ class Linear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__(in_features, out_features, bias)
-        self.packed = torch.backends.mkldnn.is_available()
+        self.packed = AVAILABLE
         self._packs: dict[tuple[int | None, int | None], _Packed] = {}
 
     def __getstate__(self) -> dict[str, object]:

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from orderrl.backbones import load_backbone
-from orderrl.backbones.linear import LARGE, WORTH, Linear, pack_weights
+from orderrl.backbones.linear import AVAILABLE, LARGE, WORTH, Linear, pack_weights
 
-pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason="no oneDNN for this processor")
 
 
 def frozen(inputs: int = 64, outputs: int = 96, bias: bool = True, dtype: torch.dtype = torch.float32) -> Linear:

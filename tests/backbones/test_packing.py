@@ -64,6 +64,20 @@ def test_less_memory_means_smaller_forwards_and_the_same_losses(
     assert largest[0] > largest[1] > largest[2] == 8  # a chain of one block is never split
 
 
+def test_a_chain_is_picked_from_the_forwards_that_made_it(
+    backbone: OrderRobustTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, orders = tiny_images(backbone, 6), random_orders(backbone, 6)
+    prefix, index = backbone.start(data.labels), torch.tensor([3, 0, 8, 8, 1, 5])
+    for memory in (10.0, 1e-4, 1e-9):  # all states in one forward, a few, a chain
+        monkeypatch.setattr(backbone, "packing", Packing(memory), raising=False)
+        _, parts = backbone.context_loss(prefix, data.tokens, orders)
+        picked, expected = parts.chain(index), parts.whole().chain(index)
+        assert picked.length == 7 and picked.count == 1
+        for one, other in zip(picked.keys + picked.values, expected.keys + expected.values, strict=True):
+            assert torch.equal(one, other)
+
+
 def test_states_at_once_follow_the_budget(backbone: OrderRobustTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backbone, "packing", Packing(1e-3), raising=False)
     few = backbone.states_at_once(9)
