@@ -34,10 +34,10 @@ def pack_weights(module: nn.Module, packed: bool) -> None:
 
 
 class _Packed(NamedTuple):
-    """A weight in oneDNN's layout, and what it was made of."""
+    """A weight in oneDNN's layout, and the weight that it was made of, kept so that no other can take its place."""
 
     weight: Tensor
-    pointer: int
+    source: Tensor
     version: int
 
 
@@ -61,8 +61,10 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor, outputs: slice = EVERY) -> Tensor:
         """x (..., in_features) -> (..., out_features), or only a slice of the outputs."""
-        weight = self.weight[outputs]
-        bias = None if self.bias is None else self.bias[outputs]
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        if outputs != EVERY:
+            weight, bias = weight[outputs], None if bias is None else bias[outputs]
         if not self._gains(x, weight):
             return F.linear(x, weight, bias)
         return torch.ops.mkldnn._linear_pointwise(x, self._pack(weight, outputs), bias, "none", [], "")
@@ -75,8 +77,9 @@ class Linear(nn.Linear):
             and x.device.type == "cpu"
             and x.dtype == weight.dtype
             and x.dtype in (torch.float32, torch.bfloat16)
-            and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
             and not self.weight.requires_grad
+            and not self.weight.is_inference()  # whose changes are not counted
+            and not (x.requires_grad and torch.is_grad_enabled())
             and (weight.numel() >= LARGE or x.numel() * len(weight) >= WORTH)
             and x.numel() > 0
         )
@@ -84,9 +87,9 @@ class Linear(nn.Linear):
     def _pack(self, weight: Tensor, outputs: slice) -> Tensor:
         """The packed weight, found or made."""
         key = outputs.start, outputs.stop
-        pointer, version = weight.data_ptr(), self.weight._version
-        known = self._packs.get(key)
-        if known is None or (known.pointer, known.version) != (pointer, version):
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS)
-            known = self._packs[key] = _Packed(packed, pointer, version)
+        known, version = self._packs.get(key), self.weight._version
+        if known is None or known.source.data_ptr() != weight.data_ptr() or known.version != version:
+            source = weight.detach()
+            packed = torch.ops.mkldnn._reorder_linear_weight(source.contiguous(), ROWS)
+            known = self._packs[key] = _Packed(packed, source, version)
         return known.weight
