@@ -88,7 +88,7 @@ def test_drawn_chains_are_kept_as_they_are(family: str) -> None:
     drawing = backbone.decode(prefix, order[:, :2], uniforms, Sampling(guidance=2.0), null)
     tokens = backbone.geometry.write(data.tokens, order[:, :2], drawing.tokens)
     for cache, kept in ((prefix, drawing.entries), (null, drawing.unconditional)):
-        _, scored = backbone.context_loss(cache, tokens, order[:, :2])
+        scored = backbone.context_loss(cache, tokens, order[:, :2])[1].whole()
         assert kept.length == scored.length and all(map(close, kept.keys, scored.keys))
     count, first = torch.full((5,), 2), torch.zeros(5, dtype=torch.int64)
     reused = backbone.extend(prefix, tokens, order[:, :2], count, drawing.entries.chain(first))
@@ -102,7 +102,7 @@ def test_arpg_queries_leave_no_entries() -> None:
     backbone = tiny("arpg", 4, 4, 1)
     data = images(backbone, 2)
     _, entries = backbone.context_loss(backbone.start(data.labels), data.tokens, torch.arange(16).expand(2, -1))
-    assert entries.length == 0
+    assert entries.whole().length == 0
     prefix = backbone.extend(backbone.start(data.labels), data.tokens, torch.tensor([[3], [5]]), torch.ones(2).long())
     assert prefix.length.tolist() == [2, 2]  # the class and one token
 
