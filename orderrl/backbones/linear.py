@@ -1,4 +1,4 @@
-"""Matrix products with frozen weights on CPUs.
+"""Matrix products without gradients on CPUs.
 
 PyTorch's float32 products on CPUs come from a library that packs the weights anew at every call, and on some processors
 leaves half of their vector units idle. oneDNN, which PyTorch brings along, can keep weights in the layout that its
@@ -42,7 +42,7 @@ class _Packed(NamedTuple):
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` that keeps its weights packed for oneDNN while they are frozen and on a CPU.
+    """`nn.Linear` that keeps its weights packed for oneDNN where they are only read, and on a CPU.
 
     Wherever gradients are asked for, on other devices and under a compiler it is `nn.Linear`. The packed copy takes as
     much memory as the weights; it is made at the first use and again when the weights have changed.
@@ -77,9 +77,8 @@ class Linear(nn.Linear):
             and x.device.type == "cpu"
             and x.dtype == weight.dtype
             and x.dtype in (torch.float32, torch.bfloat16)
-            and not self.weight.requires_grad
+            and not (torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad))
             and not self.weight.is_inference()  # whose changes are not counted
-            and not (x.requires_grad and torch.is_grad_enabled())
             and (weight.numel() >= LARGE or x.numel() * len(weight) >= WORTH)
             and x.numel() > 0
         )

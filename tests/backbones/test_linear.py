@@ -80,11 +80,20 @@ def test_gradients_and_few_rows_are_left_to_pytorch() -> None:
     trained = Linear(64, 96)
     trained(torch.randn(400, 64)).sum().backward()
     assert trained.weight.grad is not None
-    with torch.no_grad():
-        trained(torch.randn(400, 64))  # its weights are still to change
     layer(torch.randn(WORTH // (64 * 96) - 1, 64))
     layer(torch.randn(0, 64))
     assert packs(layer) == packs(trained) == 0
+
+
+def test_between_steps_of_training_the_weights_of_the_moment_are_used() -> None:
+    layer, x = Linear(64, 96), torch.randn(400, 64)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    for _ in range(2):
+        with torch.no_grad():
+            assert torch.allclose(layer(x), plain(layer, x), atol=1e-5) and packs(layer) == 1
+        optimizer.zero_grad()
+        layer(x).square().sum().backward()
+        optimizer.step()
 
 
 def test_copies_pack_anew() -> None:
