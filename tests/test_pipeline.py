@@ -387,6 +387,21 @@ def test_code_length_is_interpolated_at_equal_steps() -> None:
     assert code_length_at(family, 2.0) is None
 
 
+def test_a_poor_schedule_does_not_weaken_its_order() -> None:
+    """Equal mean steps are reached by mixing any two schedules: the best mixture is the opponent."""
+
+    def row(steps: float, *nll: float) -> Evaluated:
+        return Evaluated({}, {"decode_nll": torch.tensor(nll), "steps": torch.full((2,), float(steps))})
+
+    family = [row(16, 70.0, 60.0), row(8, 74.0, 80.0), row(9, 99.0, 85.0), row(10, 90.0, 90.0)]
+    at_nine = code_length_at(family, 9.0)
+    assert at_nine is not None and torch.allclose(at_nine, torch.tensor([73.5, 77.5]))
+    at_eight, alone = code_length_at(family, 8.0), code_length_at([family[1]], 8.0)
+    assert at_eight is not None and alone is not None and torch.equal(at_eight, alone)
+    better = code_length_at([*family, row(9, 70.0, 70.0)], 9.0)
+    assert better is not None and torch.equal(better, torch.tensor([70.0, 70.0]))
+
+
 # ---------------------------------------------------------------------- what is refused
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import pairwise
+from itertools import combinations_with_replacement
 from typing import Any, NamedTuple
 
 import torch
@@ -45,14 +45,16 @@ def code_length_at(rows: Sequence[Evaluated], steps: float) -> Tensor | None:
         steps: mean planner steps.
 
     Returns:
-        (n,) nats per image, linear between the two nearest schedules; None if steps lie outside them.
+        (n,) nats per image, linear between the two schedules that give the least mean: what drawing some images by one
+        and some by the other reaches, so no schedule of the family is left out; None if steps lie outside them.
     """
     known = [(float(r.steps.mean()), r.decode_nll) for r in rows if r.steps is not None and r.decode_nll is not None]
-    for (fewer, low), (more, high) in pairwise(sorted(known, key=lambda point: point[0])):
+    between = []
+    for (fewer, low), (more, high) in combinations_with_replacement(sorted(known, key=lambda point: point[0]), 2):
         if fewer <= steps <= more:
             share = (steps - fewer) / (more - fewer) if more > fewer else 0.0
-            return (1 - share) * low + share * high
-    return None
+            between.append((1 - share) * low + share * high)
+    return min(between, key=lambda values: float(values.mean()), default=None)
 
 
 class Pair(NamedTuple):
@@ -105,7 +107,7 @@ def comparisons(rows: Sequence[Evaluated], resamples: int, seed: int) -> list[di
 
     Planners for "context" are compared in information-gain AUC with the baselines that reveal one block a step and with
     each other; planners for "likelihood" in code length, with raster at one block a step and with every order at equal
-    mean steps (interpolated between its schedules).
+    mean steps (interpolated between its best schedules).
 
     Returns:
         As `compare`.
