@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from orderrl.backbones.linear import EVERY, Linear
 
-FEW_QUERIES = 8
+FEW_QUERIES = 8  # of a group of chains: one token of a block, or of a few blocks at once
 SCORES_AT_ONCE = 2**20  # a few megabytes, so that they stay in the CPU's cache between the passes over them
 
 
