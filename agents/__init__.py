@@ -1,7 +1,8 @@
-"""Agents: behaviour cloning, PPO, GRPO, joint tuning, baseline policies and the distribution of actions."""
+"""Agents: cloning, PPO, GRPO, fitted Q iteration, joint tuning, baseline policies and the distribution of actions."""
 
 from orderrl.agents.bc import BCConfig, clone
 from orderrl.agents.distribution import RankedBlocks
+from orderrl.agents.fitted_q import FittedQConfig, fit_budgets, record_order
 from orderrl.agents.grpo import GRPO, GRPOConfig
 from orderrl.agents.joint import JointConfig, JointTuning
 from orderrl.agents.policies import PlannerPolicy, Policy, RankingPolicy, ReferencePolicy
@@ -10,6 +11,7 @@ from orderrl.agents.registry import NamedPolicy, make_policy, policy_names
 
 __all__ = [
     "BCConfig",
+    "FittedQConfig",
     "GRPO",
     "GRPOConfig",
     "JointConfig",
@@ -23,6 +25,8 @@ __all__ = [
     "RankingPolicy",
     "ReferencePolicy",
     "clone",
+    "fit_budgets",
     "make_policy",
     "policy_names",
+    "record_order",
 ]

@@ -40,6 +40,14 @@ def diagonal(geometry: BlockGrid) -> Tensor:
     return _by_key(geometry, lambda r, c: (r + c, r))
 
 
+def staggered(geometry: BlockGrid) -> Tensor:
+    """Every row two blocks behind the row above, so that a block comes after its left, upper and upper right neighbour.
+
+    The order of wavefront parallel processing in video coding (HEVC; Chi et al., 2012).
+    """
+    return _by_key(geometry, lambda row, column: (2 * row + column, row))
+
+
 def spiral_in(geometry: BlockGrid) -> Tensor:
     """Around the edge, then inwards."""
     grid = np.arange(geometry.num_blocks).reshape(geometry.rows, geometry.columns)
@@ -104,6 +112,7 @@ ORDERS: dict[str, Callable[[BlockGrid], Tensor]] = {
     "column_major": column_major,
     "zigzag": zigzag,
     "diagonal": diagonal,
+    "staggered": staggered,
     "spiral_in": spiral_in,
     "spiral_out": spiral_out,
     "stride2": stride2,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from orderrl.agents.schedules import growing
 from orderrl.backbones import Backbone
 from orderrl.data import TokenSet
 from orderrl.envs.core import CoreConfig, NextBlockCore
+from orderrl.geometry import BlockGrid
 from orderrl.resuming import Unfinished
 
 
@@ -71,6 +72,22 @@ class SearchConfig:
         return self.episodes + self.refinements * self.replayed
 
 
+class FixedSchedule(NamedTuple):
+    """Which blocks are revealed at which step, the same for every image.
+
+    Attributes:
+        order: (B,) int64, the blocks in turn.
+        sizes: how many each step reveals.
+    """
+
+    order: Tensor
+    sizes: tuple[int, ...]
+
+    def policy(self, geometry: BlockGrid, budgets: tuple[int, ...]) -> RankingPolicy:
+        """The policy that plays it with an environment's budgets."""
+        return RankingPolicy(fixed_order(self.order), geometry, budgets, growing(budgets, self.sizes))
+
+
 def search_schedule(
     backbone: Backbone,
     data: TokenSet,
@@ -79,8 +96,8 @@ def search_schedule(
     config: SearchConfig,
     advance: Callable[[float], None] | None = None,
     work: Unfinished | None = None,
-) -> RankingPolicy:
-    """The cheapest fixed schedule for images of a token set, as a policy.
+) -> FixedSchedule:
+    """The cheapest fixed schedule for images of a token set.
 
     A search finds what its model flatters. So the schedules found are played, and searched again with what they cost.
 
@@ -115,8 +132,7 @@ def search_schedule(
             played = record_losses(backbone, data, order[turns], step[turns], advance, work=work, name=name)
             visible, excess = torch.cat([visible, played[0]]), torch.cat([excess, played[1]])
     best = int(cost.argmin())
-    sizes = tuple(torch.bincount(step[best]).tolist())
-    return RankingPolicy(fixed_order(order[best]), backbone.geometry, budgets, growing(budgets, sizes))
+    return FixedSchedule(order[best], tuple(torch.bincount(step[best]).tolist()))
 
 
 @torch.no_grad()

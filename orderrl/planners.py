@@ -14,14 +14,16 @@ from tensordict import TensorDict
 
 from orderrl import distributed
 from orderrl.agents.bc import TARGETS, BCConfig, clone
+from orderrl.agents.fitted_q import FittedQConfig, fit_budgets, record_order, require_choice
 from orderrl.agents.grpo import GRPO, GRPOConfig
 from orderrl.agents.imitation import ImitationConfig, imitate
 from orderrl.agents.joint import OH_KEYS
+from orderrl.agents.orders import ORDERS
 from orderrl.agents.policies import AmongBudgets, Policy, ReferencePolicy
 from orderrl.agents.policy_gradient import PolicyGradient, PolicyGradientConfig
 from orderrl.agents.ppo import PPO, PPOConfig
 from orderrl.agents.registry import make_policy, planner_file
-from orderrl.agents.search import SearchConfig, search_schedule
+from orderrl.agents.search import FixedSchedule, SearchConfig, search_schedule
 from orderrl.backbones import Backbone, backbone_fingerprint
 from orderrl.backbones.protocol import backbone_device
 from orderrl.backbones.registry import weights_fingerprint
@@ -118,21 +120,69 @@ def _joined(labels: list[Path], backbone: Backbone, work: Unfinished) -> TensorD
 def find_or_train_schedule(config: DictConfig, backbone: Backbone, run: Run | None = None, reuse: bool = True) -> Path:
     """Checkpoint of the planner that `agent=schedule` trains: it imitates the best fixed schedule found."""
     require_order_robust(config, backbone, "agent=schedule")
-    search = SearchConfig(**section(config.agent, "search"), seed=config.seed)
+    _require_likelihood(config, "agent=schedule searches")
     environment = core_config(config)
-    cost = environment.reward.typical_step_cost  # one schedule needs one cost: of a range the geometric mean
-    if environment.reward.objective != "likelihood":
-        raise ValueError(
-            f"agent=schedule searches for objective='likelihood', got env.objective={environment.reward.objective!r}; "
-            "use env=likelihood"
-        )
 
     def searched(data: TokenSet, work: Unfinished) -> Policy:
-        with progress(search.played, f"searching a schedule on {data.name}/{data.split}", "orders") as advance:
-            return search_schedule(backbone, data, environment.budgets, cost, search, advance, work)
+        return _searched(config, backbone, data, work).policy(backbone.geometry, environment.budgets)
 
-    described = {"env": section(config, "env") | {"step_cost": cost}}
+    described = {"env": section(config, "env") | {"step_cost": environment.reward.typical_step_cost}}
     return _find_or_imitate(config, backbone, searched, described, run, reuse)
+
+
+def _searched(config: DictConfig, backbone: Backbone, data: TokenSet, work: Unfinished) -> FixedSchedule:
+    """The best fixed schedule for a config's budgets; it needs one step cost: of a range the geometric mean."""
+    search = SearchConfig(**section(config.agent, "search"), seed=config.seed)
+    environment = core_config(config)
+    cost = environment.reward.typical_step_cost
+    with progress(search.played, f"searching a schedule on {data.name}/{data.split}", "orders") as advance:
+        return search_schedule(backbone, data, environment.budgets, cost, search, advance, work)
+
+
+def _require_likelihood(config: DictConfig, what: str) -> None:
+    """Raise ValueError, saying what does so, if the environment's objective is not code length."""
+    if config.env.objective != "likelihood":
+        raise ValueError(
+            f"{what} for objective='likelihood', got env.objective={config.env.objective!r}; use env=likelihood"
+        )
+
+
+def find_or_train_fitted_q(config: DictConfig, backbone: Backbone, run: Run | None = None, reuse: bool = True) -> Path:
+    """Checkpoint of the planner that `agent=fitted_q` trains: adaptive budgets along a fixed order.
+
+    Raises:
+        ValueError: if the order is unknown, or the environment pays for context or offers a single budget.
+    """
+    require_order_robust(config, backbone, "agent=fitted_q")
+    _require_likelihood(config, "agent=fitted_q learns budgets")
+    settings = FittedQConfig(**section(config, "agent", "name", "order", "search"), seed=config.seed)
+    environment, name = core_config(config), config.agent.order
+    if name != "schedule" and name not in ORDERS:
+        raise ValueError(f"agent.order={name!r} is unknown; choose schedule or one of {', '.join(ORDERS)}")
+    require_choice(environment.budgets)
+    described = section(config, "agent", *([] if name == "schedule" else ["search"]))
+    description = _describe(config, backbone) | {"agent": described}
+    costs = environment.reward.step_cost_range
+    told = section(config, "planner") | {"num_budgets": len(environment.budgets), "step_cost_range": costs}
+    shape = PlannerConfig.for_backbone(backbone, **told)
+
+    def train(work: Unfinished) -> OrderHead:
+        data = load_split(config.data.name, "planner")
+        order = ORDERS[name](backbone.geometry) if name in ORDERS else _searched(config, backbone, data, work).order
+        images = min(settings.images, len(data))
+        with progress(images, f"playing {name} order on {data.name}/{data.split}", "images") as advance:
+            played = record_order(backbone, data, order, images, advance, work=work)
+        torch.manual_seed(config.seed)
+        planner = OrderHead(shape).to(backbone_device(backbone)).eval()
+        with progress(settings.steps, f"fitting budgets (R = {shape.reasoning_steps})", "steps") as advance:
+            rows = fit_budgets(
+                planner, played, order, environment.budgets, environment.reward.step_cost, settings, work
+            )
+            follow(rows, work, run, lambda row: advance(row["new"], f"cost {row['cost']:.1f} nats"))
+        return planner
+
+    # as with imitation, the main process does it on its own
+    return distributed.on_main(lambda: find_or_train_planner(config, description, train, reuse))
 
 
 def find_or_train_imitation(config: DictConfig, backbone: Backbone, run: Run | None = None, reuse: bool = True) -> Path:
@@ -170,17 +220,7 @@ def _find_or_imitate(
     settings = ImitationConfig(**section(config.agent, "imitation"), seed=config.seed)
     environment = core_config(config)
     shape = PlannerConfig.for_backbone(backbone, **section(config, "planner"), num_budgets=len(environment.budgets))
-    description = {
-        "format": FORMAT,
-        "agent": section(config, "agent"),
-        "planner": section(config, "planner"),
-        "env": section(config, "env"),
-        "seed": config.seed,
-        "backbone": backbone_fingerprint(backbone),
-        "data": config.data.name,
-        "budgets": list(environment.budgets),
-        "objective": environment.reward.objective,
-    } | described
+    description = _describe(config, backbone) | described
 
     def train(work: Unfinished) -> OrderHead:
         data = load_split(config.data.name, "planner")
@@ -195,6 +235,21 @@ def _find_or_imitate(
 
     # short, and nothing in it can be shared out: the main process does it on its own
     return distributed.on_main(lambda: find_or_train_planner(config, description, train, reuse))
+
+
+def _describe(config: DictConfig, backbone: Backbone) -> dict[str, Any]:
+    """What determines a planner that learns in the environment of a config."""
+    return {
+        "format": FORMAT,
+        "agent": section(config, "agent"),
+        "planner": section(config, "planner"),
+        "env": section(config, "env"),
+        "seed": config.seed,
+        "backbone": backbone_fingerprint(backbone),
+        "data": config.data.name,
+        "budgets": list(config.env.budgets),
+        "objective": config.env.objective,
+    }
 
 
 def find_or_train_ppo(config: DictConfig, backbone: Backbone, run: Run | None = None, reuse: bool = True) -> Path:
@@ -230,17 +285,9 @@ def _find_or_improve(
     """Checkpoint of a planner that starts from another and is improved on the environment of a config."""
     start = Path(config.agent.start) if config.agent.start else planner_to_start_from(config, backbone)
     planner, _ = load_planner(start, backbone)
-    description = {
-        "format": FORMAT,
+    description = _describe(config, backbone) | {
         "agent": section(config, "agent", "start", "start_target"),
-        "planner": section(config, "planner"),
         "start": weights_fingerprint(planner),
-        "env": section(config, "env"),
-        "seed": config.seed,
-        "backbone": backbone_fingerprint(backbone),
-        "data": config.data.name,
-        "budgets": list(config.env.budgets),
-        "objective": config.env.objective,
     }
 
     def train(work: Unfinished) -> OrderHead:

@@ -13,6 +13,7 @@ from orderrl.joint_tuning import find_or_train_joint
 from orderrl.pipeline import announce, open_backbone
 from orderrl.planners import (
     find_or_train_clone,
+    find_or_train_fitted_q,
     find_or_train_grpo,
     find_or_train_imitation,
     find_or_train_ppo,
@@ -24,6 +25,7 @@ AGENTS = {
     "bc": find_or_train_clone,
     "ppo": find_or_train_ppo,
     "grpo": find_or_train_grpo,
+    "fitted_q": find_or_train_fitted_q,
     "schedule": find_or_train_schedule,
     "imitation": find_or_train_imitation,
     "joint": find_or_train_joint,

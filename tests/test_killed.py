@@ -29,6 +29,10 @@ SCHEDULE = [
     *(*PLANNER, "agent=schedule", "agent.search.episodes=140", "agent.search.moves=20", "agent.search.epochs=1"),
     *("agent.search.refinements=2", "agent.imitation.steps=12", "agent.imitation.num_envs=8", OFTEN),
 ]
+FITTED_Q = [
+    *(*PLANNER, "agent=fitted_q", "agent.order=schedule", "agent.search.episodes=140", "agent.search.moves=20"),
+    *("agent.search.epochs=1", "agent.search.refinements=1", "agent.images=300", "agent.steps=12", OFTEN),
+]
 PRETRAIN = [
     *("backbone.model.dim=32", "backbone.model.layers=1", "backbone.model.heads=2", "backbone.training.steps=40"),
     *("backbone.training.evaluate_every=40", "backbone.training.anneal_from=0.4", OFTEN),
@@ -98,6 +102,7 @@ def case(name: str, inputs: Path) -> Case:
         "bc": Case("train", "orderrl.train:train", [tiny, *BC], planner),
         "ppo": Case("train", "orderrl.train:train", [tiny, *ppo], planner),
         "schedule": Case("train", "orderrl.train:train", [tiny, *SCHEDULE], planner),
+        "fitted_q": Case("train", "orderrl.train:train", [tiny, *FITTED_Q], planner),
         "pretrain": Case("pretrain", "orderrl.pretrain:pretrain_backbone", PRETRAIN, backbones),
         "pretrain_tokenizer": Case(
             "pretrain_tokenizer", "orderrl.pretrain_tokenizer:pretrain_tokenizer", [images, *TOKENIZER], tokenizer
@@ -115,7 +120,18 @@ def case(name: str, inputs: Path) -> Case:
     }[name]
 
 
-COMMANDS = ["label", "bc", "ppo", "schedule", "pretrain", "pretrain_tokenizer", "tokenize", "evaluate", "results"]
+COMMANDS = [
+    "label",
+    "bc",
+    "ppo",
+    "schedule",
+    "fitted_q",
+    "pretrain",
+    "pretrain_tokenizer",
+    "tokenize",
+    "evaluate",
+    "results",
+]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

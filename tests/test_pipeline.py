@@ -14,6 +14,7 @@ from PIL import Image
 
 from orderrl import compose, planners
 from orderrl.agents import ppo
+from orderrl.agents.registry import make_policy
 from orderrl.backbones import (
     OrderRobustTransformer,
     TransformerConfig,
@@ -191,9 +192,31 @@ def test_start_target_may_be_any_policys_name(home: Path, monkeypatch: pytest.Mo
     assert made[0].agent.name == "imitation" and made[0].agent.policy == name and made[0].seed == 3
 
 
-def test_a_schedule_is_refused_for_context(home: Path) -> None:
+@pytest.mark.parametrize("agent", ["schedule", "fitted_q"])
+def test_agents_for_code_length_are_refused_for_context(home: Path, agent: str) -> None:
     with pytest.raises(ValueError, match="env=likelihood"):
-        train(configure(home, "train", "agent=schedule", "env=context"))
+        train(configure(home, "train", f"agent={agent}", "env=context"))
+
+
+@pytest.mark.parametrize("order", ["staggered", "schedule"])
+def test_fitted_q_trains_a_planner_of_several_budgets_and_costs(home: Path, order: str) -> None:
+    small = ["agent.images=6", "agent.steps=3", "agent.batch_size=4", "planner.dim=32", "planner.stem=1"]
+    search = ["agent.search.episodes=8", "agent.search.moves=10", "agent.search.epochs=1"]
+    costs = "env.step_cost=[0.1,1.0]"
+    found = train(configure(home, "train", "agent=fitted_q", f"agent.order={order}", *small, *search, costs))
+    planner, description = load_planner(found)
+    assert planner.config.num_budgets == 3 and planner.config.step_cost_range == (0.1, 1.0)
+    assert ("search" in description["agent"]) == (order == "schedule")  # what plays no part names no other planner
+    named = make_policy(f"{found}@cost0.5", load_backbone(str(home / BACKBONE)))
+    assert named.name == "fitted_q_likelihood_conditioned_r2@cost0.5" and named.budgets == (1, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("override", "match"), [("agent.order=random", "staggered"), ("env.budgets=[2]", "nothing to choose")]
+)
+def test_fitted_q_refuses_what_it_cannot_learn(home: Path, override: str, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        train(configure(home, "train", "agent=fitted_q", override))
 
 
 def test_ppo_makes_the_clone_it_needs(home: Path) -> None:

@@ -55,6 +55,17 @@ def test_rows_columns_and_diagonals(shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("shape", GRIDS)
+def test_staggered_rows_come_after_all_their_upper_neighbours(shape: tuple[int, int]) -> None:
+    geometry = grid(*shape)
+    place = {tuple(block): i for i, block in enumerate(path("staggered", geometry).tolist())}
+    for (row, column), here in place.items():
+        before = [(row, column - 1), (row - 1, column - 1), (row - 1, column), (row - 1, column + 1)]
+        assert all(place[block] < here for block in before if block in place)
+    apart = path("staggered", geometry) @ torch.tensor([2, 1])
+    assert (apart.diff() >= 0).all()  # blocks of one wave may be drawn together
+
+
+@pytest.mark.parametrize("shape", GRIDS)
 def test_spiral_runs_around_the_edge_first_and_ends_inside(shape: tuple[int, int]) -> None:
     geometry = grid(*shape)
     spiral = path("spiral_in", geometry)

@@ -126,7 +126,8 @@ def test_only_the_last_step_is_cut_short(blocks: int, budgets: tuple[int, ...]) 
 def test_a_searched_schedule_plays_legally_and_the_same_on_every_image(budgets: tuple[int, ...]) -> None:
     backbone = tiny_backbone()
     config = SearchConfig(episodes=8, epochs=1, moves=20, chains=4)
-    policy = search_schedule(backbone, tiny_images(backbone), budgets, 0.1, config)
+    schedule = search_schedule(backbone, tiny_images(backbone), budgets, 0.1, config)
+    policy = schedule.policy(backbone.geometry, budgets)
     core = tiny_core(budgets=budgets, num_envs=3)  # strict: an illegal action raises
     rollout = roll_out(core, policy, torch.Generator(), torch.arange(3))
     assert (rollout.reveal_step == rollout.reveal_step[0]).all()

@@ -1,0 +1,260 @@
+"""Adaptive budgets along a fixed order, learned by fitted Q iteration (Ernst, Geurts and Wehenkel, 2005).
+
+One play of an image, a block at a time, prices every schedule along the order: the losses that are charged for a step
+are those of its blocks before the step, and these were looked at. So nothing has to be explored. With S_i the first i
+blocks of the order and l_b(S) the block losses, the Q value of revealing blocks i..j-1 together is
+
+    Q_i(j) = E[ sum of l_b(S_i) over these blocks + the step's cost + V_j | what is visible ],  V_B = 0,
+
+and the planner's budget logits regress it on what each recorded image cost from there on when the planner's own best
+budgets follow: Monte Carlo returns, found backwards from the last block. The block scores learn the order beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from orderrl.agents.distribution import RankedBlocks
+from orderrl.backbones import Backbone
+from orderrl.data import TokenSet
+from orderrl.envs.core import CoreConfig, NextBlockCore
+from orderrl.planner import OrderHead
+from orderrl.resuming import Part, Unfinished, steps_of
+
+
+@dataclass(frozen=True)
+class FittedQConfig:
+    """How a planner learns the budgets of an order.
+
+    Attributes:
+        images: planner images that are played, fewer if there are fewer; each keeps B^2 hidden states of D halves.
+        steps: optimiser steps.
+        batch_size: images of a step, each in its B states.
+        learning_rate: peak of the one-cycle schedule.
+        weight_decay: of AdamW.
+        temperature: nats that one unit of a budget's logit is worth; the lower, the less PPO explores when it goes on.
+        seed: of weights, batches and drawn step costs.
+    """
+
+    images: int = 2000
+    steps: int = 1800
+    batch_size: int = 32
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.01
+    temperature: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("images", "steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
+
+
+@torch.no_grad()
+def record_order(
+    backbone: Backbone,
+    data: TokenSet,
+    order: Tensor,
+    images: int,
+    advance: Callable[[float], None] | None = None,
+    batch: int = 128,
+    work: Unfinished | None = None,
+) -> TensorDict:
+    """Play an order on the first images, one block a step, and look before every step.
+
+    Args:
+        backbone: scores the blocks.
+        data: the images.
+        order: (B,) int64.
+        images: how many are played; all if there are fewer.
+        advance: told how many images were played.
+        batch: images played together.
+        work: keeps every batch.
+
+    Returns:
+        Batch (n, B) on the CPU, place i before the step that reveals block i of the order: the keys of an
+        observation, `hidden` in float16, and `cost` (B,) float32: at k, the nats that are charged for blocks i..k in
+        one step; zero before i.
+    """
+    parts = []
+    for number, rows in enumerate(torch.arange(min(images, len(data))).split(batch)):
+
+        def play(rows: Tensor = rows) -> dict[str, Tensor]:
+            return _play(backbone, data, rows, order)
+
+        parts.append(play() if work is None else work.piece(f"in-order-{number:05d}", play))
+        if advance is not None:
+            advance(len(rows))
+    joined = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    return TensorDict(joined, batch_size=joined["visible"].shape[:2])
+
+
+def _play(backbone: Backbone, data: TokenSet, images: Tensor, order: Tensor) -> dict[str, Tensor]:
+    core = NextBlockCore(backbone, data, len(images), CoreConfig())
+    core.reset(index=images)
+    order = order.to(core.device)
+    seen = []
+    for block in order:
+        observation = core.observation()
+        observation["hidden"] = observation["hidden"].half()
+        observation["cost"] = core.losses[:, order].cumsum(-1)  # the losses of visible blocks are zero
+        seen.append(observation)
+        core.step(block.expand(len(images)))
+    return TensorDict.stack(seen, 1).cpu().to_dict()
+
+
+def require_choice(budgets: tuple[int, ...]) -> None:
+    """Raise ValueError if there is a single budget: nothing to learn."""
+    if len(budgets) < 2:
+        raise ValueError(f"budgets={budgets} leave nothing to choose; give several, for example env.budgets=[1,2,4]")
+
+
+def legal_ends(blocks: int, budgets: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Where a step of each budget ends on a list of blocks, and whether the budget is legal, as the environment has it.
+
+    Returns:
+        ends (B, n) int64, blocks visible after the step, and legal (B, n) bool; place i has i blocks visible.
+    """
+    ends = torch.arange(blocks)[:, None] + torch.tensor(budgets)
+    legal = ends <= blocks
+    legal[:, 0] = True  # cut short
+    return ends.clamp_max(blocks), legal
+
+
+def costs_to_go(preference: Tensor, cost: Tensor, budgets: tuple[int, ...], step_cost: Tensor) -> Tensor:
+    """What every budget in every state costs an image up to its end, if the preferred budgets follow.
+
+    Args:
+        preference: (n, B, number of budgets), the legal one with the largest follows.
+        cost: (n, B, B) as in `record_order`.
+        budgets: numbers of blocks, ascending.
+        step_cost: (n,) nats per image.
+
+    Returns:
+        (n, B, number of budgets) nats per image; illegal budgets are cut short.
+    """
+    count, blocks, _ = cost.shape
+    ends, legal = (value.to(cost.device) for value in legal_ends(blocks, budgets))
+    chosen = preference.masked_fill(~legal, -torch.inf).argmax(-1, keepdim=True)
+    rest = cost.new_zeros(count, blocks + 1)
+    spent = cost.new_zeros(count, blocks, len(budgets))
+    for place in reversed(range(blocks)):
+        spent[:, place] = cost[:, place, ends[place] - 1] + step_cost[:, None] + rest[:, ends[place]]
+        rest[:, place] = spent[:, place].gather(1, chosen[:, place])[:, 0]
+    return spent
+
+
+def fit_budgets(
+    planner: OrderHead,
+    played: TensorDict,
+    order: Tensor,
+    budgets: tuple[int, ...],
+    step_cost: float | tuple[float, float],
+    config: FittedQConfig,
+    work: Unfinished | None = None,
+) -> Iterator[dict[str, float]]:
+    """Train in place: budget logits on minus the costs to go, block scores on the order.
+
+    Args:
+        planner: with as many budgets; told the step cost if that is a range.
+        played: from `record_order`.
+        order: (B,) int64, the one that was played.
+        budgets: numbers of blocks, ascending.
+        step_cost: nats per image; of a range every image of every step draws its own, log-uniformly.
+        config: hyper-parameters.
+        work: keeps the training's state, so that an interrupted one continues.
+
+    Yields:
+        One dict of metrics a step: step, loss, loss_budget (in squared units of the logits), loss_order (nats), cost
+        (mean nats per image of the planner's own schedules on the batch, steps included) and agreement (share of states
+        in which the highest-scored block is the order's next).
+
+    Raises:
+        ValueError: if there is one budget alone, or the planner has another number of them.
+    """
+    require_choice(budgets)
+    if planner.config.num_budgets != len(budgets):
+        raise ValueError(
+            f"budgets={budgets} need a planner with {len(budgets)} budgets, not {planner.config.num_budgets}"
+        )
+    device = planner.position.device
+    order = order.to(device)
+    generator = torch.Generator().manual_seed(config.seed)
+    torch.manual_seed(config.seed)  # of dropout
+    optimizer = torch.optim.AdamW(planner.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, config.steps, pct_start=0.11)
+    parts: dict[str, Part] = {"planner": planner, "optimizer": optimizer, "rate": rate, "generator": generator}
+    for step in steps_of(work, config.steps, **parts):
+        batch = played[torch.randint(len(played), (config.batch_size,), generator=generator)].to(device)
+        costs = _drawn(step_cost, config.batch_size, generator).to(device)
+        row = _update(planner, optimizer, batch, order, budgets, costs, config.temperature)
+        rate.step()
+        yield {"step": step + 1} | row
+    planner.eval()
+
+
+def _update(
+    planner: OrderHead,
+    optimizer: torch.optim.Optimizer,
+    batch: TensorDict,
+    order: Tensor,
+    budgets: tuple[int, ...],
+    step_cost: Tensor,
+    temperature: float,
+) -> dict[str, float]:
+    """One optimiser step on images in all their states, batch (m, B), at step costs (m,)."""
+    images, blocks = batch.batch_size
+    observation = batch.exclude("cost").reshape(-1)
+    observation["hidden"] = observation["hidden"].float()
+    if planner.config.step_cost_range is not None:
+        observation["step_cost"] = step_cost.repeat_interleave(blocks)[:, None]
+    with torch.no_grad():
+        preference = planner.eval()(observation).budget_logits.view(images, blocks, -1)
+    spent = costs_to_go(preference, batch["cost"], budgets, step_cost)
+    output = planner.train()(observation)
+    legal = legal_ends(blocks, budgets)[1].to(spent.device)
+    # against the smallest budget: what an image costs anyway cancels. Large budgets cost a lot and vary a lot, and must
+    # not drown what tells small ones apart, so every difference counts in units of its spread.
+    further = legal.clone()
+    further[:, 0] = False
+    dearer = (spent - spent[..., :1]) / temperature
+    spread = dearer.std(0, keepdim=True).clamp_min(0.1)
+    error = (output.budget_logits - output.budget_logits[..., :1]).view_as(spent) + dearer
+    loss_budget = torch.where(further, error / spread, 0.0).square().sum() / (images * further.sum())
+    # of one budget, so that its choice adds nothing to the log-probability
+    mask, places = observation["action_mask"], budgets[-1]
+    blocks_alone = RankedBlocks(output.logits, mask, mask[:, :1].float(), None, (places,), output.repulsion)
+    following = torch.arange(blocks, device=order.device)[:, None] + torch.arange(places, device=order.device)
+    listed = torch.cat([order[following.clamp_max(blocks - 1)], order.new_zeros(blocks, 1)], 1)
+    loss_order = -blocks_alone.log_prob(listed.repeat(images, 1)).mean()
+    loss = loss_budget + loss_order
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(planner.parameters(), 1.0)
+    optimizer.step()
+    chosen = preference[:, 0].masked_fill(~legal[0], -torch.inf).argmax(-1, keepdim=True)
+    return {
+        "loss": loss.item(),
+        "loss_budget": loss_budget.item(),
+        "loss_order": loss_order.item(),
+        "cost": spent[:, 0].gather(1, chosen).mean().item(),
+        "agreement": (blocks_alone.mode[:, 0].view(images, blocks) == order).float().mean().item(),
+    }
+
+
+def _drawn(step_cost: float | tuple[float, float], count: int, generator: torch.Generator) -> Tensor:
+    """(count,) float32 nats per image: the number, or log-uniform draws from the range."""
+    if not isinstance(step_cost, tuple):
+        return torch.full((count,), float(step_cost))
+    low, high = step_cost
+    return low * (high / low) ** torch.rand(count, generator=generator)

@@ -1,0 +1,162 @@
+"""Fitted Q iteration: what schedules along an order cost, and the budgets that a planner learns from it."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from orderrl.agents.fitted_q import FittedQConfig, costs_to_go, fit_budgets, legal_ends, record_order
+from orderrl.agents.policies import PlannerPolicy
+from orderrl.agents.search import FixedSchedule
+from orderrl.metrics.planning import roll_out
+from tests.agents.helpers import tiny_core, tiny_planner
+from tests.helpers import tiny_backbone, tiny_images
+
+BLOCKS = 9
+ORDER = torch.tensor([3, 8, 1, 0, 6, 5, 2, 7, 4])
+
+
+def played(count: int = 6) -> TensorDict:
+    backbone = tiny_backbone()
+    return record_order(backbone, tiny_images(backbone), ORDER, count, batch=4)
+
+
+def every_schedule(blocks: int, budgets: tuple[int, ...]) -> list[list[int]]:
+    """All lists of budgets that reveal a number of blocks; the smallest budget may be cut short at the end."""
+    if not blocks:
+        return [[]]
+    legal = [k for k in budgets if k <= blocks] or [blocks]
+    return [[k, *rest] for k in legal for rest in every_schedule(blocks - k, budgets)]
+
+
+def cost_of(cost: Tensor, sizes: list[int], place: int = 0) -> float:
+    """Nats of one image (B, B) for steps of some sizes from a place on, each charged on its own."""
+    total = 0.0
+    for size in sizes:
+        total += cost[place, place + size - 1].item()
+        place += size
+    return total
+
+
+def random_costs(count: int, blocks: int, seed: int = 0) -> Tensor:
+    losses = torch.rand(count, blocks, blocks, generator=torch.Generator().manual_seed(seed))
+    return losses.triu().cumsum(-1)
+
+
+@pytest.mark.parametrize("sizes", [(1,) * BLOCKS, (2, 1, 4, 2), (4, 4, 1), (1, 8), (BLOCKS,)])
+def test_recorded_costs_price_every_schedule_as_the_environment_does(sizes: tuple[int, ...]) -> None:
+    budgets = tuple(sorted(set(sizes)))
+    core = tiny_core(budgets=budgets, num_envs=6)
+    policy = FixedSchedule(ORDER, sizes).policy(core.geometry, budgets)
+    code_length = roll_out(core, policy, torch.Generator(), torch.arange(6)).decode_nll
+    priced = torch.tensor([cost_of(cost, list(sizes)) for cost in played()["cost"]])
+    torch.testing.assert_close(priced, code_length, rtol=1e-4, atol=1e-4)
+
+
+def test_recorded_observations_are_the_environments() -> None:
+    core, seen = tiny_core(num_envs=6), played()
+    core.reset(index=torch.arange(6))
+    for place, block in enumerate(ORDER):
+        observation = core.observation()
+        assert torch.equal(seen["visible"][:, place], observation["visible"])
+        torch.testing.assert_close(seen["entropy"][:, place], observation["entropy"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(seen["hidden"][:, place].float(), observation["hidden"], rtol=2e-3, atol=2e-3)
+        core.step(block.expand(6))
+
+
+@pytest.mark.parametrize("budgets", [(1, 2, 3), (2, 4), (3, 5)])
+def test_the_costs_of_the_best_budgets_are_those_of_the_best_schedule(budgets: tuple[int, ...]) -> None:
+    """With preferences that are minus the costs themselves, backward induction finds what enumeration finds."""
+    blocks, step_cost = 7, torch.tensor([0.3, 0.05])
+    cost = random_costs(2, blocks)
+    preference = torch.zeros(2, blocks, len(budgets))
+    for _ in range(blocks):  # the last places are right after one pass, the first after all
+        preference = -costs_to_go(preference, cost, budgets, step_cost)
+    spent = costs_to_go(preference, cost, budgets, step_cost)
+    legal = legal_ends(blocks, budgets)[1]
+    for image, place in itertools.product(range(2), range(blocks)):
+        best = min(
+            cost_of(cost[image], sizes, place) + step_cost[image].item() * len(sizes)
+            for sizes in every_schedule(blocks - place, budgets)
+        )
+        assert spent[image, place][legal[place]].min().item() == pytest.approx(best, rel=1e-5)
+
+
+def test_the_budgets_that_follow_are_the_preferred_ones() -> None:
+    budgets, cost = (1, 2, 4), random_costs(3, 8)
+    preference = torch.tensor([0.0, 2.0, 1.0]).expand(3, 8, 3)  # two blocks wherever two are left
+    spent = costs_to_go(preference, cost, budgets, torch.full((3,), 0.5))
+    for image in range(3):
+        for place, sizes in enumerate([[4, 2, 2], [2, 2, 2, 1], [4, 2], [1, 2, 2], [1, 2, 1]]):
+            expected = cost_of(cost[image], sizes, place) + 0.5 * len(sizes)
+            assert spent[image, place, budgets.index(sizes[0])].item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("blocks", [5, 9])
+@pytest.mark.parametrize("budgets", [(1, 2, 4), (2, 3), (4,)])
+def test_legal_budgets_are_the_environments(blocks: int, budgets: tuple[int, ...]) -> None:
+    ends, legal = legal_ends(blocks, budgets)
+    for place in range(blocks):
+        fits = [k for k in budgets if k <= blocks - place] or [budgets[0]]
+        assert [k for k, allowed in zip(budgets, legal[place].tolist(), strict=True) if allowed] == fits
+        assert ends[place].tolist() == [min(place + k, blocks) for k in budgets]
+
+
+def test_a_planner_learns_the_order_and_the_budget_that_content_asks_for() -> None:
+    """Images of class 0 want single blocks, those of class 1 as many as there are."""
+    budgets, seen = (1, 2, 4), played(12)
+    losses = torch.full((12, BLOCKS, BLOCKS), 1.0).triu()
+    dependent = seen["label"][:, :1, None] == 0
+    apart = torch.arange(BLOCKS) - torch.arange(BLOCKS)[:, None]
+    seen["cost"] = torch.where(dependent & (apart > 0), losses + 5 * apart, losses).cumsum(-1)
+    planner = tiny_planner(noisy=False, num_budgets=3)
+    config = FittedQConfig(steps=200, batch_size=12, learning_rate=1e-2)
+    rows = list(fit_budgets(planner, seen, ORDER, budgets, 3.0, config))
+    assert rows[-1]["loss"] < rows[0]["loss"] and rows[-1]["agreement"] == 1
+    core = tiny_core(budgets=budgets, num_envs=12)
+    rollout = roll_out(core, PlannerPolicy(planner, budgets), torch.Generator(), torch.arange(12))
+    assert torch.equal(rollout.order, ORDER.expand(12, -1))
+    careful = seen["label"][:, 0] == 0
+    assert (rollout.steps[careful] == BLOCKS).all() and rollout.steps[~careful].float().mean() < 4  # 3 are the fewest
+
+
+def test_the_step_cost_that_a_planner_is_told_moves_its_budgets() -> None:
+    budgets, seen = (1, 2, 4), played(12)
+    planner = tiny_planner(noisy=False, num_budgets=3, step_cost_range=(0.01, 10.0))
+    config = FittedQConfig(steps=200, batch_size=12, learning_rate=1e-2)
+    list(fit_budgets(planner, seen, ORDER, budgets, (0.01, 10.0), config))
+    steps = []
+    for step_cost in (0.01, 10.0):
+        core = tiny_core(budgets=budgets, num_envs=12)
+        policy = PlannerPolicy(planner.at_step_cost(step_cost), budgets)
+        steps.append(roll_out(core, policy, torch.Generator(), torch.arange(12)).steps.float().mean().item())
+    assert steps[0] > steps[1] == 3
+
+
+def test_it_is_determined_by_its_seed() -> None:
+    def rows(seed: int) -> list[dict[str, float]]:
+        planner = tiny_planner(noisy=False, num_budgets=3)
+        return list(fit_budgets(planner, played(), ORDER, (1, 2, 4), 0.5, FittedQConfig(steps=4, seed=seed)))
+
+    assert rows(0) == rows(0) != rows(1)
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [({"images": 0}, "images"), ({"temperature": 0.0}, "temperature"), ({"weight_decay": -1.0}, "weight_decay")],
+)
+def test_wrong_values_are_named(values: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        FittedQConfig(**values)
+
+
+@pytest.mark.parametrize(("budgets", "match"), [((1,), "nothing to choose"), ((1, 2), "2 budgets, not 3")])
+def test_budgets_that_cannot_be_learned_are_refused(budgets: tuple[int, ...], match: str) -> None:
+    planner = tiny_planner(num_budgets=3)
+    with pytest.raises(ValueError, match=match):
+        next(fit_budgets(planner, played(2), ORDER, budgets, 0.5, FittedQConfig(steps=1)))
