@@ -95,10 +95,10 @@ class NextBlockCore:
         self.losses = torch.zeros(m, b, device=self.device)
         self.hidden = torch.zeros(m, b, backbone.hidden_size, device=self.device)
         self.entropy = torch.zeros(m, b, device=self.device)
-        self.prefix: Any = backbone.start(self.labels)
-        guided = config.mode == "generate" and config.sampling.guidance != 1
+        self._guided = config.mode == "generate" and config.sampling.guidance != 1
         self._dropped = torch.full_like(zeros, backbone.num_classes)
-        self.unconditional: Any = backbone.start(self._dropped) if guided else None
+        self.prefix: Any = None  # of all episodes, from the first reset on
+        self.unconditional: Any = None  # the same without the label, if guided
         self._looks: list[_Look] = []
 
     # ------------------------------------------------------------------ what a policy may see
@@ -225,12 +225,15 @@ class NextBlockCore:
 
     def _start(self, rows: Tensor) -> None:
         """Empty the prefix of some episodes and condition it on their labels."""
-        whole = len(rows) == self.num_envs
-        started = self.backbone.start(self.labels[rows])
-        self.prefix = started if whole else self.prefix.put(rows, started)
-        if self.unconditional is not None:
-            started = self.backbone.start(self._dropped[rows])
-            self.unconditional = started if whole else self.unconditional.put(rows, started)
+        self.prefix = self._started(self.prefix, self.labels, rows)
+        if self._guided:
+            self.unconditional = self._started(self.unconditional, self._dropped, rows)
+
+    def _started(self, prefix: Any, labels: Tensor, rows: Tensor) -> Any:
+        started = self.backbone.start(labels[rows])
+        if len(rows) == self.num_envs:
+            return started
+        return (self.backbone.start(labels) if prefix is None else prefix).put(rows, started)
 
     @torch.no_grad()
     def show(self, order: Tensor, length: Tensor) -> None:

@@ -66,21 +66,17 @@ def generate_images(
     config = CoreConfig("generate", budgets, sampling=sampling or Sampling(), strict=True, hindsight=False)
     generator = torch.Generator().manual_seed(seed)
     start = time.perf_counter()
-    parts: list[NextBlockCore] = []
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []  # and not the cores: their caches are large
     for rows in torch.arange(len(labels)).split(batch_size):
         core = NextBlockCore(backbone, data, len(rows), config, seed + int(rows[0]), observe=reads_content(policy))
         core.reset(labels=labels[rows])
         while not bool(core.visible.all()):
             core.step(act(policy, core, generator))
-        parts.append(core)
+        parts.append((core.tokens.cpu(), core.labels.cpu(), core.reveal_step.cpu()))
         if advance is not None:
             advance(len(rows))
-    return Generated(
-        torch.cat([core.tokens.cpu() for core in parts]),
-        torch.cat([core.labels.cpu() for core in parts]),
-        torch.cat([core.reveal_step.cpu() for core in parts]),
-        time.perf_counter() - start,
-    )
+    tokens, drawn_labels, reveal_step = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Generated(tokens, drawn_labels, reveal_step, time.perf_counter() - start)
 
 
 @torch.no_grad()
