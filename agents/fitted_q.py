@@ -50,9 +50,9 @@ class FittedQConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("images", "steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in (("images", 1), ("steps", 1), ("batch_size", 2)):  # one image has no spread
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for name in ("learning_rate", "temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -233,10 +233,8 @@ def _update(
     loss_budget = torch.where(further, error / spread, 0.0).square().sum() / (images * further.sum())
     # of one budget, so that its choice adds nothing to the log-probability
     mask, places = observation["action_mask"], budgets[-1]
-    blocks_alone = RankedBlocks(output.logits, mask, mask[:, :1].float(), None, (places,), output.repulsion)
-    following = torch.arange(blocks, device=order.device)[:, None] + torch.arange(places, device=order.device)
-    listed = torch.cat([order[following.clamp_max(blocks - 1)], order.new_zeros(blocks, 1)], 1)
-    loss_order = -blocks_alone.log_prob(listed.repeat(images, 1)).mean()
+    ranked = RankedBlocks(output.logits, mask, mask[:, :1].float(), None, (places,), output.repulsion)
+    loss_order = -ranked.log_prob(_following(order, places).repeat(images, 1)).mean()
     loss = loss_budget + loss_order
     optimizer.zero_grad()
     loss.backward()
@@ -248,8 +246,15 @@ def _update(
         "loss_budget": loss_budget.item(),
         "loss_order": loss_order.item(),
         "cost": spent[:, 0].gather(1, chosen).mean().item(),
-        "agreement": (blocks_alone.mode[:, 0].view(images, blocks) == order).float().mean().item(),
+        "agreement": (ranked.mode[:, 0].view(images, blocks) == order).float().mean().item(),
     }
+
+
+def _following(order: Tensor, places: int) -> Tensor:
+    """Actions that list what follows each place of an order: (B, places + 1) int64, the first of a single budget."""
+    blocks, device = len(order), order.device
+    following = torch.arange(blocks, device=device)[:, None] + torch.arange(places, device=device)
+    return torch.cat([order[following.clamp_max(blocks - 1)], order.new_zeros(blocks, 1)], 1)
 
 
 def _drawn(step_cost: float | tuple[float, float], count: int, generator: torch.Generator) -> Tensor:

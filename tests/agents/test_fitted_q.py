@@ -148,7 +148,12 @@ def test_it_is_determined_by_its_seed() -> None:
 
 @pytest.mark.parametrize(
     ("values", "match"),
-    [({"images": 0}, "images"), ({"temperature": 0.0}, "temperature"), ({"weight_decay": -1.0}, "weight_decay")],
+    [
+        ({"images": 0}, "images"),
+        ({"batch_size": 1}, "batch_size must be at least 2"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"weight_decay": -1.0}, "weight_decay"),
+    ],
 )
 def test_wrong_values_are_named(values: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
