@@ -131,6 +131,29 @@ def legal_ends(blocks: int, budgets: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return ends.clamp_max(blocks), legal
 
 
+def best_schedules(cost: Tensor, budgets: tuple[int, ...]) -> dict[int, tuple[float, tuple[int, ...]]]:
+    """The best fixed schedule along an order for every number of steps, by dynamic programming over the recorded costs.
+
+    Args:
+        cost: (n, B, B) as in `record_order`.
+        budgets: numbers of blocks, ascending; the smallest may be cut short at the end.
+
+    Returns:
+        For every possible number of steps the mean nats per image, steps not counted, and the blocks of each step.
+    """
+    mean = cost.double().mean(0)
+    blocks = len(mean)
+    ends, legal = legal_ends(blocks, budgets)
+    best: list[dict[int, tuple[float, tuple[int, ...]]]] = [{} for _ in range(blocks)] + [{0: (0.0, ())}]
+    for place in reversed(range(blocks)):
+        for end in ends[place][legal[place]].tolist():
+            for steps, (nats, sizes) in best[end].items():
+                nats += mean[place, end - 1].item()
+                if nats < best[place].get(steps + 1, (float("inf"), ()))[0]:
+                    best[place][steps + 1] = (nats, (end - place, *sizes))
+    return dict(sorted(best[0].items()))
+
+
 def costs_to_go(preference: Tensor, cost: Tensor, budgets: tuple[int, ...], step_cost: Tensor) -> Tensor:
     """What every budget in every state costs an image up to its end, if the preferred budgets follow.
 

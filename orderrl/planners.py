@@ -14,7 +14,7 @@ from tensordict import TensorDict
 
 from orderrl import distributed
 from orderrl.agents.bc import TARGETS, BCConfig, clone
-from orderrl.agents.fitted_q import FittedQConfig, fit_budgets, record_order, require_choice
+from orderrl.agents.fitted_q import FittedQConfig, best_schedules, fit_budgets, record_order, require_choice
 from orderrl.agents.grpo import GRPO, GRPOConfig
 from orderrl.agents.imitation import ImitationConfig, imitate
 from orderrl.agents.joint import OH_KEYS
@@ -172,6 +172,9 @@ def find_or_train_fitted_q(config: DictConfig, backbone: Backbone, run: Run | No
         images = min(settings.images, len(data))
         with progress(images, f"playing {name} order on {data.name}/{data.split}", "images") as advance:
             played = record_order(backbone, data, order, images, advance, work=work)
+        for steps, (nats, sizes) in best_schedules(played["cost"], environment.budgets).items():
+            written = "+".join(map(str, sizes))
+            announce(f"best fixed schedule in {name} order, {steps} steps: {written}, {nats:.2f} nats")
         torch.manual_seed(config.seed)
         planner = OrderHead(shape).to(backbone_device(backbone)).eval()
         with progress(settings.steps, f"fitting budgets (R = {shape.reasoning_steps})", "steps") as advance:

@@ -10,7 +10,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from orderrl.agents.fitted_q import FittedQConfig, costs_to_go, fit_budgets, legal_ends, record_order
+from orderrl.agents.fitted_q import FittedQConfig, best_schedules, costs_to_go, fit_budgets, legal_ends, record_order
 from orderrl.agents.policies import PlannerPolicy
 from orderrl.agents.search import FixedSchedule
 from orderrl.metrics.planning import roll_out
@@ -85,6 +85,18 @@ def test_the_costs_of_the_best_budgets_are_those_of_the_best_schedule(budgets: t
             for sizes in every_schedule(blocks - place, budgets)
         )
         assert spent[image, place][legal[place]].min().item() == pytest.approx(best, rel=1e-5)
+
+
+@pytest.mark.parametrize("budgets", [(1, 2, 3), (2, 4), (3, 5)])
+def test_the_best_fixed_schedules_are_those_of_enumeration(budgets: tuple[int, ...]) -> None:
+    cost = random_costs(3, 7)
+    found = best_schedules(cost, budgets)
+    schedules = every_schedule(7, budgets)
+    assert set(found) == {len(sizes) for sizes in schedules}
+    for steps, (nats, sizes) in found.items():
+        assert list(sizes) in schedules and cost_of(cost.mean(0), list(sizes)) == pytest.approx(nats, rel=1e-5)
+        others = [cost_of(cost.mean(0), other) for other in schedules if len(other) == steps]
+        assert nats == pytest.approx(min(others), rel=1e-5)
 
 
 def test_the_budgets_that_follow_are_the_preferred_ones() -> None:

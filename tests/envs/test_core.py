@@ -319,6 +319,21 @@ def test_a_state_does_not_depend_on_its_batch(mode: str) -> None:
     assert min(ended) >= 1 and len({int(e) for e in batch.episode}) >= 1
 
 
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("mode", ["teacher", "generate"])
+def test_episodes_may_begin_one_after_another(mode: str, guidance: float) -> None:
+    """A first reset of some sub-environments, then of the others, is a reset of all."""
+    together, apart = (make_core(4, (1, 2), mode, sampling=Sampling(guidance=guidance)) for _ in range(2))
+    together.reset()
+    for rows in ([2], [0, 3], [1]):
+        apart.reset(torch.tensor(rows))
+    actions = torch.tensor([[3, 1, 1], [0, 2, 0], [8, 4, 1], [5, 6, 0]])
+    for core in (together, apart):
+        core.step(actions)
+    assert torch.equal(together.tokens, apart.tokens) and torch.equal(together.visible, apart.visible)
+    assert torch.allclose(together.hidden, apart.hidden, atol=1e-5)
+
+
 def test_seeds_determine_images_and_episodes_differ() -> None:
     def images(seed: int, episodes: int = 12) -> list[int]:
         core = make_core(1, seed=seed)
