@@ -1,4 +1,4 @@
-"""Adaptive budgets along a fixed order, learned by fitted Q iteration (Ernst, Geurts and Wehenkel, 2005).
+"""Adaptive budgets along a fixed order, learned by fitted Q iteration.
 
 One play of an image, a block at a time, prices every schedule along the order: the losses that are charged for a step
 are those of its blocks before the step, and these were looked at. So nothing has to be explored. With S_i the first i
@@ -6,8 +6,10 @@ blocks of the order and l_b(S) the block losses, the Q value of revealing blocks
 
     Q_i(j) = E[ sum of l_b(S_i) over these blocks + the step's cost + V_j | what is visible ],  V_B = 0,
 
-and the planner's budget logits regress it on what each recorded image cost from there on when the planner's own best
-budgets follow: Monte Carlo returns, found backwards from the last block. The block scores learn the order beside it.
+and the planner's budget logits regress how much dearer each budget is than the smallest on what the recorded images
+cost from there on when the planner's own best budgets follow. These are whole returns, found backwards from the last
+block (Longstaff and Schwartz, 2001), not the one-step targets of Ernst, Geurts and Wehenkel (2005). The block scores
+learn the order beside it.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from orderrl.data import TokenSet
 from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.planner import OrderHead
 from orderrl.resuming import Part, Unfinished, steps_of
+
+_LEAST_SPREAD = 0.1  # nats; differences that hardly vary do not count for more
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ def record_order(
     data: TokenSet,
     order: Tensor,
     images: int,
+    content: bool = True,
     advance: Callable[[float], None] | None = None,
     batch: int = 128,
     work: Unfinished | None = None,
@@ -77,20 +82,24 @@ def record_order(
         data: the images.
         order: (B,) int64.
         images: how many are played; all if there are fewer.
+        content: keep hidden states too, B^2 times their width for every image; planners without content read none.
         advance: told how many images were played.
         batch: images played together.
         work: keeps every batch.
 
     Returns:
         Batch (n, B) on the CPU, place i before the step that reveals block i of the order: the keys of an
-        observation, `hidden` in float16, and `cost` (B,) float32: at k, the nats that are charged for blocks i..k in
-        one step; zero before i.
+        observation, `hidden` (if kept) in float16, and `cost` (B,) float32: at k, the nats that are charged for blocks
+        i..k in one step; zero before i.
+
+    Raises:
+        ValueError: if the order is no permutation of the blocks.
     """
     parts = []
     for number, rows in enumerate(torch.arange(min(images, len(data))).split(batch)):
 
         def play(rows: Tensor = rows) -> dict[str, Tensor]:
-            return _play(backbone, data, rows, order)
+            return _play(backbone, data, rows, order, content)
 
         parts.append(play() if work is None else work.piece(f"in-order-{number:05d}", play))
         if advance is not None:
@@ -99,24 +108,28 @@ def record_order(
     return TensorDict(joined, batch_size=joined["visible"].shape[:2])
 
 
-def _play(backbone: Backbone, data: TokenSet, images: Tensor, order: Tensor) -> dict[str, Tensor]:
-    core = NextBlockCore(backbone, data, len(images), CoreConfig())
+def _play(backbone: Backbone, data: TokenSet, images: Tensor, order: Tensor, content: bool) -> dict[str, Tensor]:
+    core = NextBlockCore(backbone, data, len(images), CoreConfig(strict=True))
     core.reset(index=images)
     order = order.to(core.device)
     seen = []
     for block in order:
         observation = core.observation()
-        observation["hidden"] = observation["hidden"].half()
+        hidden = observation.pop("hidden")
+        if content:
+            observation["hidden"] = hidden.half()
         observation["cost"] = core.losses[:, order].cumsum(-1)  # the losses of visible blocks are zero
         seen.append(observation)
         core.step(block.expand(len(images)))
     return TensorDict.stack(seen, 1).cpu().to_dict()
 
 
-def require_choice(budgets: tuple[int, ...]) -> None:
-    """Raise ValueError if there is a single budget: nothing to learn."""
+def require_choice(budgets: tuple[int, ...], blocks: int) -> None:
+    """Raise ValueError unless there are several budgets, ascending, that fit an image of some blocks."""
     if len(budgets) < 2:
         raise ValueError(f"budgets={budgets} leave nothing to choose; give several, for example env.budgets=[1,2,4]")
+    if list(budgets) != sorted(set(budgets)) or budgets[0] < 1 or budgets[-1] > blocks:
+        raise ValueError(f"budgets={budgets} must be ascending numbers of blocks from 1 to the image's {blocks}")
 
 
 def legal_ends(blocks: int, budgets: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -177,6 +190,30 @@ def costs_to_go(preference: Tensor, cost: Tensor, budgets: tuple[int, ...], step
     return spent
 
 
+def budget_loss(logits: Tensor, spent: Tensor, legal: Tensor, temperature: float) -> Tensor:
+    """How far budget logits are from minus the costs to go over the temperature: mean squared error in units of spread.
+
+    Both count against the smallest budget, so what an image costs anyway cancels. Large budgets cost much more and vary
+    much more, and must not drown what tells small ones apart: each difference is divided by its standard deviation over
+    the images.
+
+    Args:
+        logits: (m, B, number of budgets).
+        spent: (m, B, number of budgets) nats, from `costs_to_go`.
+        legal: (B, number of budgets) bool.
+        temperature: nats that one unit of a logit is worth.
+
+    Returns:
+        (), without unit.
+    """
+    further = legal.clone()
+    further[:, 0] = False
+    dearer = spent - spent[..., :1]
+    error = temperature * (logits - logits[..., :1]) + dearer
+    spread = dearer.std(0, keepdim=True).clamp_min(_LEAST_SPREAD)
+    return torch.where(further, error / spread, 0.0).square().sum() / (len(spent) * further.sum())
+
+
 def fit_budgets(
     planner: OrderHead,
     played: TensorDict,
@@ -198,17 +235,19 @@ def fit_budgets(
         work: keeps the training's state, so that an interrupted one continues.
 
     Yields:
-        One dict of metrics a step: step, loss, loss_budget (in squared units of the logits), loss_order (nats), cost
+        One dict of metrics a step: step, loss, loss_budget (see `budget_loss`), loss_order (nats), cost
         (mean nats per image of the planner's own schedules on the batch, steps included) and agreement (share of states
         in which the highest-scored block is the order's next).
 
     Raises:
-        ValueError: if there is one budget alone, or the planner has another number of them.
+        ValueError: if there is no choice of budgets, or the planner has another number of them or range of step costs.
     """
-    require_choice(budgets)
-    if planner.config.num_budgets != len(budgets):
+    require_choice(budgets, len(order))
+    planner.config.require_budgets(budgets)
+    told = step_cost if isinstance(step_cost, tuple) else None
+    if planner.config.step_cost_range != told:
         raise ValueError(
-            f"budgets={budgets} need a planner with {len(budgets)} budgets, not {planner.config.num_budgets}"
+            f"step_cost={step_cost} needs a planner with step_cost_range={told}, not {planner.config.step_cost_range}"
         )
     device = planner.position.device
     order = order.to(device)
@@ -238,7 +277,8 @@ def _update(
     """One optimiser step on images in all their states, batch (m, B), at step costs (m,)."""
     images, blocks = batch.batch_size
     observation = batch.exclude("cost").reshape(-1)
-    observation["hidden"] = observation["hidden"].float()
+    if planner.config.content:
+        observation["hidden"] = observation["hidden"].float()
     if planner.config.step_cost_range is not None:
         observation["step_cost"] = step_cost.repeat_interleave(blocks)[:, None]
     with torch.no_grad():
@@ -246,17 +286,10 @@ def _update(
     spent = costs_to_go(preference, batch["cost"], budgets, step_cost)
     output = planner.train()(observation)
     legal = legal_ends(blocks, budgets)[1].to(spent.device)
-    # against the smallest budget: what an image costs anyway cancels. Large budgets cost a lot and vary a lot, and must
-    # not drown what tells small ones apart, so every difference counts in units of its spread.
-    further = legal.clone()
-    further[:, 0] = False
-    dearer = (spent - spent[..., :1]) / temperature
-    spread = dearer.std(0, keepdim=True).clamp_min(0.1)
-    error = (output.budget_logits - output.budget_logits[..., :1]).view_as(spent) + dearer
-    loss_budget = torch.where(further, error / spread, 0.0).square().sum() / (images * further.sum())
+    loss_budget = budget_loss(output.budget_logits.view_as(spent), spent, legal, temperature)
     # of one budget, so that its choice adds nothing to the log-probability
     mask, places = observation["action_mask"], budgets[-1]
-    ranked = RankedBlocks(output.logits, mask, mask[:, :1].float(), None, (places,), output.repulsion)
+    ranked = RankedBlocks(output.logits, mask, output.logits.new_zeros(len(mask), 1), None, (places,), output.repulsion)
     loss_order = -ranked.log_prob(_following(order, places).repeat(images, 1)).mean()
     loss = loss_budget + loss_order
     optimizer.zero_grad()
@@ -269,7 +302,7 @@ def _update(
         "loss_budget": loss_budget.item(),
         "loss_order": loss_order.item(),
         "cost": spent[:, 0].gather(1, chosen).mean().item(),
-        "agreement": (ranked.mode[:, 0].view(images, blocks) == order).float().mean().item(),
+        "agreement": (ranked.logits.argmax(-1).view(images, blocks) == order).float().mean().item(),
     }
 
 

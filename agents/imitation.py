@@ -74,10 +74,7 @@ def imitate(
         ValueError: if the planner has another number of budgets than the core.
     """
     budgets = core.config.budgets
-    if planner.config.num_budgets != len(budgets):
-        raise ValueError(
-            f"budgets={budgets} need a planner with {len(budgets)} budgets, not {planner.config.num_budgets}"
-        )
+    planner.config.require_budgets(budgets)
     torch.manual_seed(config.seed)
     generator = torch.Generator(core.device).manual_seed(config.seed)
     planner.eval()

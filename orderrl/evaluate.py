@@ -59,7 +59,7 @@ from orderrl.resuming import Unfinished
 from orderrl.rows import Job, evaluation_key, log_values, make_rows, publish_samples
 from orderrl.runs import Run, write_json
 
-AGENTS = ("bc", "ppo", "grpo")
+AGENTS = ("bc", "fitted_q", "ppo", "grpo")  # whose newest planners are evaluated; the last one draws
 FLOOR_REPEATS = 5  # random halves of the real images
 
 

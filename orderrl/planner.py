@@ -89,6 +89,11 @@ class PlannerConfig:
                 f"{what} needs a planner with pairs=True, this one has pairs=False; train one with planner.pairs=true"
             )
 
+    def require_budgets(self, budgets: tuple[int, ...]) -> None:
+        """Raise ValueError if the planner chooses among another number of budgets."""
+        if self.num_budgets != len(budgets):
+            raise ValueError(f"budgets={budgets} need a planner with {len(budgets)} budgets, not {self.num_budgets}")
+
     @classmethod
     def for_backbone(cls, backbone: Backbone, **shape: Any) -> PlannerConfig:
         """The config that fits a backbone."""

@@ -120,31 +120,32 @@ def _joined(labels: list[Path], backbone: Backbone, work: Unfinished) -> TensorD
 def find_or_train_schedule(config: DictConfig, backbone: Backbone, run: Run | None = None, reuse: bool = True) -> Path:
     """Checkpoint of the planner that `agent=schedule` trains: it imitates the best fixed schedule found."""
     require_order_robust(config, backbone, "agent=schedule")
-    _require_likelihood(config, "agent=schedule searches")
-    environment = core_config(config)
+    _require_code_length(config, "agent=schedule searches")
+    search, environment = SearchConfig(**section(config.agent, "search"), seed=config.seed), core_config(config)
 
     def searched(data: TokenSet, work: Unfinished) -> Policy:
-        return _searched(config, backbone, data, work).policy(backbone.geometry, environment.budgets)
+        return _searched(search, environment, backbone, data, work).policy(backbone.geometry, environment.budgets)
 
     described = {"env": section(config, "env") | {"step_cost": environment.reward.typical_step_cost}}
     return _find_or_imitate(config, backbone, searched, described, run, reuse)
 
 
-def _searched(config: DictConfig, backbone: Backbone, data: TokenSet, work: Unfinished) -> FixedSchedule:
-    """The best fixed schedule for a config's budgets; it needs one step cost: of a range the geometric mean."""
-    search = SearchConfig(**section(config.agent, "search"), seed=config.seed)
-    environment = core_config(config)
+def _searched(
+    search: SearchConfig, environment: CoreConfig, backbone: Backbone, data: TokenSet, work: Unfinished
+) -> FixedSchedule:
+    """The best fixed schedule for an environment; it needs one step cost: of a range the geometric mean."""
     cost = environment.reward.typical_step_cost
     with progress(search.played, f"searching a schedule on {data.name}/{data.split}", "orders") as advance:
         return search_schedule(backbone, data, environment.budgets, cost, search, advance, work)
 
 
-def _require_likelihood(config: DictConfig, what: str) -> None:
-    """Raise ValueError, saying what does so, if the environment's objective is not code length."""
-    if config.env.objective != "likelihood":
-        raise ValueError(
-            f"{what} for objective='likelihood', got env.objective={config.env.objective!r}; use env=likelihood"
-        )
+def _require_code_length(config: DictConfig, what: str) -> None:
+    """Raise ValueError, saying what does so, if the environment pays for anything but code length and steps."""
+    for key, wanted in (("objective", "likelihood"), ("weight", "uniform")):
+        if config.env[key] != wanted:
+            raise ValueError(
+                f"{what} for {key}={wanted!r}, got env.{key}={config.env[key]!r}; use env=likelihood env.weight=uniform"
+            )
 
 
 def find_or_train_fitted_q(config: DictConfig, backbone: Backbone, run: Run | None = None, reuse: bool = True) -> Path:
@@ -154,12 +155,13 @@ def find_or_train_fitted_q(config: DictConfig, backbone: Backbone, run: Run | No
         ValueError: if the order is unknown, or the environment pays for context or offers a single budget.
     """
     require_order_robust(config, backbone, "agent=fitted_q")
-    _require_likelihood(config, "agent=fitted_q learns budgets")
+    _require_code_length(config, "agent=fitted_q learns budgets")
     settings = FittedQConfig(**section(config, "agent", "name", "order", "search"), seed=config.seed)
+    search = SearchConfig(**section(config.agent, "search"), seed=config.seed)
     environment, name = core_config(config), config.agent.order
     if name != "schedule" and name not in ORDERS:
         raise ValueError(f"agent.order={name!r} is unknown; choose schedule or one of {', '.join(ORDERS)}")
-    require_choice(environment.budgets)
+    require_choice(environment.budgets, backbone.geometry.num_blocks)
     described = section(config, "agent", *([] if name == "schedule" else ["search"]))
     description = _describe(config, backbone) | {"agent": described}
     costs = environment.reward.step_cost_range
@@ -168,13 +170,16 @@ def find_or_train_fitted_q(config: DictConfig, backbone: Backbone, run: Run | No
 
     def train(work: Unfinished) -> OrderHead:
         data = load_split(config.data.name, "planner")
-        order = ORDERS[name](backbone.geometry) if name in ORDERS else _searched(config, backbone, data, work).order
+        if name in ORDERS:
+            order = ORDERS[name](backbone.geometry)
+        else:
+            order = _searched(search, environment, backbone, data, work).order
         images = min(settings.images, len(data))
         with progress(images, f"playing {name} order on {data.name}/{data.split}", "images") as advance:
-            played = record_order(backbone, data, order, images, advance, work=work)
+            played = record_order(backbone, data, order, images, shape.content, advance, work=work)
         for steps, (nats, sizes) in best_schedules(played["cost"], environment.budgets).items():
             written = "+".join(map(str, sizes))
-            announce(f"best fixed schedule in {name} order, {steps} steps: {written}, {nats:.2f} nats")
+            announce(f"best fixed schedule in {name} order, {steps} steps: {written}, {nats:.2f} nats (planner images)")
         torch.manual_seed(config.seed)
         planner = OrderHead(shape).to(backbone_device(backbone)).eval()
         with progress(settings.steps, f"fitting budgets (R = {shape.reasoning_steps})", "steps") as advance:

@@ -1,4 +1,4 @@
-"""Train a planner: `python -m orderrl.train agent=bc`, then `agent=ppo`, `agent=grpo` or `agent=joint`."""
+"""Train a planner: `python -m orderrl.train agent=bc`, then `agent=ppo`, `grpo` or `joint`; `agent=fitted_q` alone."""
 
 from __future__ import annotations
 

@@ -212,7 +212,14 @@ def test_fitted_q_trains_a_planner_of_several_budgets_and_costs(home: Path, orde
 
 
 @pytest.mark.parametrize(
-    ("override", "match"), [("agent.order=random", "staggered"), ("env.budgets=[2]", "nothing to choose")]
+    ("override", "match"),
+    [
+        ("agent.order=random", "staggered"),
+        ("env.budgets=[2]", "nothing to choose"),
+        ("env.budgets=[1,99]", "the image's 16"),
+        ("env.weight=far", "env.weight='far'"),
+        ("agent.search.episodes=0", "episodes"),
+    ],
 )
 def test_fitted_q_refuses_what_it_cannot_learn(home: Path, override: str, match: str) -> None:
     with pytest.raises(ValueError, match=match):
