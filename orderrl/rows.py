@@ -24,7 +24,7 @@ from orderrl.data import TokenSet
 from orderrl.data.shards import checksum
 from orderrl.geometry import BlockGrid
 from orderrl.metrics.evaluation import Evaluated, Protocol, free_folder
-from orderrl.metrics.features import TIMM, timm_parts
+from orderrl.metrics.features import TIMM, timm_files
 from orderrl.metrics.planning import Rollout
 from orderrl.pipeline import section
 from orderrl.resuming import Unfinished
@@ -53,8 +53,8 @@ def evaluation_key(
     planners = [part for spec in checkpoints for part in _parts(spec)]
     weights = [settings[key] for key in ("reference", "feature_weights", "clip_weights")]
     named = [settings[key] for key in ("features", "classifier")]
-    checkpoints_of_timm = [timm_parts(name)[1] for name in named if name is not None and name.startswith(TIMM)]
-    files = [*planners, *settings["token_raster"], *weights, *checkpoints_of_timm]
+    of_timm = [str(file) for name in named if name and name.startswith(TIMM) for file in timm_files(name)]
+    files = [*planners, *settings["token_raster"], *weights, *of_timm]
     description = {
         "backbone": backbone_fingerprint(backbone),
         "data": data.fingerprint,

@@ -9,16 +9,13 @@ from urllib.error import URLError
 
 import numpy as np
 import pytest
-import timm
 import torch
 import torch_fidelity
 import torchvision
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import linalg
-from timm.data import resolve_model_data_config
 from torch import Tensor
-from torch.nn import functional as F
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -34,7 +31,6 @@ from orderrl.metrics.features import (
     Features,
     extract_features,
     own_features,
-    register_features,
 )
 from orderrl.metrics.images import ImageFolder, TokenImages, save_images
 from orderrl.metrics.quality import (
@@ -268,51 +264,6 @@ def test_a_folder_of_kept_images_is_read_back(real: Tensor, tmp_path: Path) -> N
 
 
 # ---------------------------------------------------------------------- extractors
-
-
-def test_a_timm_model_with_an_own_checkpoint(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model: Any = timm.create_model("test_resnet", num_classes=7).eval()
-    torch.save(model.state_dict(), tmp_path / "own.pth")
-    name = f"timm:test_resnet:{tmp_path / 'own.pth'}"
-    images = torch.randint(0, 256, (6, 3, 24, 24), dtype=torch.uint8)
-    made = extract_features(images, name)
-    config = resolve_model_data_config(model)
-    resized = F.interpolate(
-        images / 255, config["input_size"][-2:], mode=config["interpolation"], antialias=True
-    ).clamp(0, 1)
-    mean, std = (torch.tensor(config[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
-    with torch.no_grad():
-        logits = model((resized - mean) / std)
-    assert made.logits is not None and made.spatial is None
-    assert torch.allclose(made.logits, logits, atol=1e-5) and made.logits.shape == (6, 7)
-    assert made.pooled.shape == (6, model.num_features)
-    assert torch.allclose(model.get_classifier()(made.pooled), logits, atol=1e-5)
-    registered = register_features(name)
-    assert registered in features.FEATURE_EXTRACTORS_REGISTRY and registered == register_features(name)
-
-
-def test_timm_checkpoints_without_a_classifier_have_no_score(tmp_path: Path) -> None:
-    torch.save(timm.create_model("test_resnet", num_classes=0).state_dict(), tmp_path / "body.pth")
-    assert (
-        extract_features(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), f"timm:test_resnet:{tmp_path / 'body.pth'}").logits
-        is None
-    )
-
-
-def test_timm_models_that_do_not_exist_or_fit_are_refused_in_one_line(tmp_path: Path) -> None:
-    images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
-    torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "other.pth")
-    torch.save({"run": print}, tmp_path / "code.pth")
-    for name, message in {
-        "timm:resnt50": "timm has no model 'resnt50'; close: .*resnet50",
-        "timm:test_resnet:none.pth": "the checkpoint file none.pth does not exist",
-        f"timm:test_resnet:{tmp_path / 'other.pth'}": "does not hold the weights of timm's test_resnet",
-        f"timm:test_resnet:{tmp_path / 'code.pth'}": "does not hold the weights of timm's test_resnet",
-    }.items():
-        with pytest.raises(ValueError, match=message) as error:
-            extract_features(images, name)
-        assert "\n" not in str(error.value)
 
 
 def test_inceptions_spatial_features_are_those_of_adms_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,16 @@ def test_rows_are_made_again_when_a_file_changes(tmp_path: Path, setting: str) -
     assert key(override) != before
 
 
+def test_rows_are_made_again_when_a_folder_of_timm_changes(tmp_path: Path) -> None:
+    override = f"eval.features=timm:local-dir:{tmp_path}"
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    before = key(override)
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    one = key(override)
+    (tmp_path / "model.safetensors").write_bytes(b"two")
+    assert len({before, one, key(override)}) == 3
+
+
 def test_files_are_found_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "weights.pth").write_bytes(b"one")

@@ -1,9 +1,10 @@
 """Features of images by name: what every distance between sets of images is measured in.
 
 Names are those of torch-fidelity's registry (its Inception-v3, CLIP, DINOv2 and VGG networks), "orderrl-digits" and
-"orderrl-canvas", the shipped classifiers, and "timm:MODEL" or "timm:MODEL:CHECKPOINT_FILE" for any model of timm. All
-are feature extractors of torch-fidelity: `register_features` gives the name that its own functions know them by.
-One pass over the images gives everything that the metrics of `orderrl.metrics.quality` need.
+"orderrl-canvas", the shipped classifiers, and "timm:MODEL" or "timm:MODEL:CHECKPOINT_FILE" for any model of timm, or
+"timm:local-dir:FOLDER" for one that timm saved with its settings. All are feature extractors of torch-fidelity:
+`register_features` gives the name that its own functions know them by. One pass over the images gives everything that
+the metrics of `orderrl.metrics.quality` need.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ INCEPTION = "inception-v3-compat"
 CLIP = "clip-vit-l-14-336px"
 """The CLIP network that CMMD is defined with."""
 TIMM = "timm:"
+LOCAL_DIR = "local-dir"
+"""timm's name for models in folders of config.json and weights, as `timm.models.save_for_hf` writes them."""
 SPATIAL_CHANNELS = 7
 """Channels of the feature map that sFID looks at, as in ADM's evaluator (Dhariwal and Nichol, 2021)."""
 
@@ -122,26 +125,31 @@ def register_features(features: str) -> str:
         others = (name for name in FEATURE_EXTRACTORS_REGISTRY if not name.startswith((SHIPPED, TIMM)))
         known = ", ".join([*(SHIPPED + name for name in CLASSIFIERS), *others])
         raise ValueError(
-            f"features={features!r} is unknown; choose one of {known}, timm:MODEL or timm:MODEL:CHECKPOINT_FILE"
+            f"features={features!r} is unknown; choose one of {known}, timm:MODEL, timm:MODEL:CHECKPOINT_FILE "
+            f"or timm:{LOCAL_DIR}:FOLDER"
         )
     import timm  # takes long to import, and only some users need it
 
     model, file = timm_parts(features)
-    if not timm.is_model(model):
+    if model == LOCAL_DIR:
+        if not file or not (Path(file).expanduser() / "config.json").is_file():
+            raise ValueError(f"features={features!r}: {file or 'no folder'} must be a folder with timm's config.json")
+    elif not timm.is_model(model):
         close = difflib.get_close_matches(model.partition(".")[0], timm.list_models(), n=3)
         hint = f"; close: {', '.join(close)}" if close else ""
         raise ValueError(f"features={features!r}: timm has no model {model!r}{hint}")
-    if not file and not timm.is_model_pretrained(model):
+    elif not file and not timm.is_model_pretrained(model):
         raise ValueError(
             f"features={features!r}: timm has no weights for {model!r}; name a file, timm:{model}:CHECKPOINT_FILE"
         )
     checkpoint = Path(file).expanduser() if file else None
     name = TIMM + model
     if checkpoint is not None:
-        if not checkpoint.is_file():
+        if model != LOCAL_DIR and not checkpoint.is_file():
             raise ValueError(f"features={features!r}: the checkpoint file {file} does not exist")
-        state = checkpoint.stat()
-        version = hashlib.sha256(f"{checkpoint.resolve()} {state.st_mtime_ns} {state.st_size}".encode()).hexdigest()
+        stats = [(path.name, path.stat()) for path in timm_files(features)]
+        state = [(path, stat.st_mtime_ns, stat.st_size) for path, stat in stats]
+        version = hashlib.sha256(f"{checkpoint.resolve()} {state}".encode()).hexdigest()
         name += f":{checkpoint.stem}-{version[:8]}"
     if name not in FEATURE_EXTRACTORS_REGISTRY:
         values = {"model_name": model, "checkpoint": checkpoint}
@@ -150,9 +158,16 @@ def register_features(features: str) -> str:
 
 
 def timm_parts(name: str) -> tuple[str, str]:
-    """Model and checkpoint file of "timm:MODEL:CHECKPOINT_FILE"; the file is "" where none is named."""
+    """Model and checkpoint of "timm:MODEL:CHECKPOINT_FILE" or "timm:local-dir:FOLDER"; "" where none is named."""
     model, _, file = name.removeprefix(TIMM).partition(":")
     return model, file
+
+
+def timm_files(name: str) -> list[Path]:
+    """The files that a timm model is read from, in a name as above; none for weights that timm downloads."""
+    model, file = timm_parts(name)
+    path = Path(file).expanduser()
+    return (sorted(path.iterdir()) if model == LOCAL_DIR else [path]) if file else []
 
 
 def own_features(data: str) -> str | None:
@@ -223,8 +238,9 @@ class TimmFeatureExtractor(FeatureExtractorBase):
     input size (no crop; antialiased, with the model's own interpolation) and normalised as its data config says.
 
     Attributes:
-        model_name: in timm.
-        checkpoint: weights, loaded strictly; the number of classes is that of the file. None takes timm's own.
+        model_name: in timm, or `LOCAL_DIR`.
+        checkpoint: file of weights, loaded strictly; the number of classes is that of the file. None takes timm's own;
+            for `LOCAL_DIR` it is the folder.
     """
 
     model_name: ClassVar[str]
@@ -271,16 +287,18 @@ class TimmFeatureExtractor(FeatureExtractorBase):
 
 
 def _timm_model(name: str, checkpoint: Path | None) -> Any:
-    """A model of timm with its published weights or those of a file.
+    """A model of timm with its published weights, those of a file, or a folder's with its settings.
 
     Raises:
-        ValueError: if the file does not hold exactly the model's tensors.
+        ValueError: if the file or folder does not hold exactly the model's tensors.
     """
     import timm
 
     if checkpoint is None:
         return timm.create_model(name, pretrained=True)
     try:
+        if name == LOCAL_DIR:
+            return timm.create_model(f"{LOCAL_DIR}:{checkpoint}", pretrained=True)
         state = timm.models.load_state_dict(str(checkpoint), weights_only=True)
         model: Any = timm.create_model(name, pretrained=False)
         heads = model.pretrained_cfg.get("classifier") or ""
@@ -288,7 +306,8 @@ def _timm_model(name: str, checkpoint: Path | None) -> Any:
         model.reset_classifier(0 if head is None else len(head))
         model.load_state_dict(state, strict=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{checkpoint} does not hold the weights of timm's {name} ({first_lines(error)})") from error
+        whose = "a model of timm" if name == LOCAL_DIR else f"timm's {name}"
+        raise ValueError(f"{checkpoint} does not hold the weights of {whose} ({first_lines(error)})") from error
     return model
 
 

@@ -71,9 +71,9 @@ def make_recogniser(
     """A classifier by name.
 
     Args:
-        name: "own" is the shipped one of the data set, None where it has none; "timm:MODEL" and
-            "timm:MODEL:CHECKPOINT_FILE" are models of timm, whose classes must be those of the data, in its order; a
-            name of `orderrl.classifier` is that one. None recognises nothing.
+        name: "own" is the shipped one of the data set, None where it has none; "timm:MODEL",
+            "timm:MODEL:CHECKPOINT_FILE" and "timm:local-dir:FOLDER" are models of timm, whose classes must be those of
+            the data, in its order; a name of `orderrl.classifier` is that one. None recognises nothing.
         data: what is to be recognised.
         fill: what stands where blocks are hidden, see `Recogniser`.
         device: where the classifier runs.
@@ -90,7 +90,7 @@ def make_recogniser(
         own = load_classifier(name).to(device)
         return Recogniser(name, lambda images: own(images.to(device)), fill)
     if not name.startswith(TIMM):
-        known = ", ".join((OWN, *CLASSIFIERS, "timm:MODEL", "timm:MODEL:CHECKPOINT_FILE"))
+        known = ", ".join((OWN, *CLASSIFIERS, "timm:MODEL", "timm:MODEL:CHECKPOINT_FILE", "timm:local-dir:FOLDER"))
         raise ValueError(f"classifier={name!r} is unknown; choose one of {known}, or null for none")
     return Recogniser(name, _timm_classifier(name, data, device), fill)
 
