@@ -25,6 +25,21 @@ def raster(geometry: BlockGrid) -> Tensor:
     return torch.arange(geometry.num_blocks)
 
 
+def mirrored_raster(geometry: BlockGrid) -> Tensor:
+    """Row by row from the top, every row from the right."""
+    return _by_key(geometry, lambda r, c: (r, -c))
+
+
+def flipped_raster(geometry: BlockGrid) -> Tensor:
+    """Row by row from the bottom, every row from the left."""
+    return _by_key(geometry, lambda r, c: (-r, c))
+
+
+def reversed_raster(geometry: BlockGrid) -> Tensor:
+    """Raster order backwards."""
+    return raster(geometry).flip(0)
+
+
 def column_major(geometry: BlockGrid) -> Tensor:
     """Column by column."""
     return _by_key(geometry, lambda r, c: (c, r))
@@ -109,6 +124,9 @@ def halton(geometry: BlockGrid) -> Tensor:
 
 ORDERS: dict[str, Callable[[BlockGrid], Tensor]] = {
     "raster": raster,
+    "mirrored_raster": mirrored_raster,
+    "flipped_raster": flipped_raster,
+    "reversed_raster": reversed_raster,
     "column_major": column_major,
     "zigzag": zigzag,
     "diagonal": diagonal,

@@ -48,6 +48,11 @@ def test_rows_columns_and_diagonals(shape: tuple[int, int]) -> None:
     geometry = grid(*shape)
     rows, columns = shape
     assert path("raster", geometry).tolist() == [[r, c] for r in range(rows) for c in range(columns)]
+    others = ("mirrored_raster", "flipped_raster", "reversed_raster")
+    right, bottom, back = (ORDERS[name](geometry).view(shape) for name in others)
+    blocks = torch.arange(geometry.num_blocks).view(shape)
+    assert torch.equal(right, blocks.flip(1)) and torch.equal(bottom, blocks.flip(0))
+    assert torch.equal(back, blocks.flip(0, 1))
     assert path("column_major", geometry).tolist() == [[r, c] for c in range(columns) for r in range(rows)]
     assert (path("zigzag", geometry)[:, 0].diff() >= 0).all()
     diagonal = path("diagonal", geometry).sum(-1)
