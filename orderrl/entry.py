@@ -36,7 +36,7 @@ from rich.table import Table
 
 CONFIGS = "orderrl.configs"
 _FULL_ERROR = "HYDRA_FULL_ERROR"
-# Given to Hydra in front of the user's own arguments: stay in this directory, write nothing, log to the console.
+# Given to Hydra in front of the user's own arguments: stay in this directory, write nothing, log warnings to the console.
 _HYDRA_SETTINGS = {
     "hydra.job.chdir": "false",
     "hydra.output_subdir": "null",
@@ -44,6 +44,7 @@ _HYDRA_SETTINGS = {
     "hydra.sweep.dir": "${output_dir}/multirun/${now:%Y-%m-%d_%H-%M-%S}",
     "hydra.sweep.subdir": ".",
     "hydra/job_logging": "stdout",
+    "hydra.job_logging.root.level": "WARNING",
 }
 
 
