@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -29,7 +30,7 @@ def read_split(images: ImageSplit, config: FolderConfig) -> tuple[Tensor, Tensor
     return torch.cat([views[:, 0] for _, views in read]), images.labels[rows]
 
 
-def prepare(images: Tensor, cfg: dict[str, object]) -> Tensor:
+def prepare(images: Tensor, cfg: dict[str, Any]) -> Tensor:
     """uint8 images as the extractor shows them to the model: resized to its input size and normalised."""
     mean, std = (torch.tensor(cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
     size = cfg["input_size"][-2:]
