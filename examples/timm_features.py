@@ -16,6 +16,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.data import resolve_model_data_config
 from timm.models import save_for_hf
 from torch import Tensor
 from torch.nn import functional as F
@@ -75,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     generator = torch.Generator().manual_seed(0)
     overlay = {"input_size": (3, a.input_size, a.input_size), "num_classes": len(classes)}
     model = timm.create_model(a.model, num_classes=len(classes), pretrained_cfg_overlay=overlay)
-    cfg = model.pretrained_cfg
+    cfg = resolve_model_data_config(model)
     steps = a.epochs * -(-len(images) // a.batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
