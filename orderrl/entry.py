@@ -36,7 +36,7 @@ from rich.table import Table
 
 CONFIGS = "orderrl.configs"
 _FULL_ERROR = "HYDRA_FULL_ERROR"
-# Given to Hydra in front of the user's own arguments: stay in this directory, write nothing, log warnings to the console.
+# Given to Hydra in front of the user's own arguments: stay in this directory, write nothing, show warnings alone.
 _HYDRA_SETTINGS = {
     "hydra.job.chdir": "false",
     "hydra.output_subdir": "null",

@@ -88,7 +88,7 @@ def folder(tmp_path: Path) -> Path:
 def test_a_folder_that_timm_saved_has_its_own_input_size(folder: Path, images: Tensor) -> None:
     name = f"timm:local-dir:{folder}"
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    cfg: dict[str, Any] = model.pretrained_cfg
+    cfg: dict[str, Any] = resolve_model_data_config(model)
     resized = F.interpolate(images / 255, 32, mode=cfg["interpolation"], antialias=True).clamp(0, 1)
     mean, std = (torch.tensor(cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
     with torch.no_grad():
