@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from orderrl.data.folder import FolderConfig, ImageSplit, list_images, read_views
+from orderrl.metrics.features import TimmInput
 
 
 def read_split(images: ImageSplit, config: FolderConfig) -> tuple[Tensor, Tensor]:
@@ -31,19 +31,11 @@ def read_split(images: ImageSplit, config: FolderConfig) -> tuple[Tensor, Tensor
     return torch.cat([views[:, 0] for _, views in read]), images.labels[rows]
 
 
-def prepare(images: Tensor, cfg: dict[str, Any]) -> Tensor:
-    """uint8 images as the extractor shows them to the model: resized to its input size and normalised."""
-    mean, std = (torch.tensor(cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
-    size = cfg["input_size"][-2:]
-    resized = F.interpolate(images.float() / 255, size, mode=cfg["interpolation"], align_corners=False, antialias=True)
-    return (resized.clamp(0, 1) - mean) / std
-
-
 def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
     """Every image moved by up to an eighth of its side, edges repeated, and half of them mirrored."""
     count, side = len(images), images.shape[-1]
     margin = side // 8
-    padded = F.pad(images.float(), [margin] * 4, mode="replicate")
+    padded = F.pad(images.float(), [margin] * 4, mode="replicate")  # which uint8 has not
     top, left = torch.randint(2 * margin + 1, (2, count, 1), generator=generator) + torch.arange(side)
     moved = padded[
         torch.arange(count)[:, None, None, None],
@@ -74,28 +66,26 @@ def main(arguments: list[str] | None = None) -> None:
 
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    overlay = {"input_size": (3, a.input_size, a.input_size), "num_classes": len(classes)}
+    overlay = {"input_size": (3, a.input_size, a.input_size)}
     model = timm.create_model(a.model, num_classes=len(classes), pretrained_cfg_overlay=overlay)
-    cfg = resolve_model_data_config(model)
+    prepare = TimmInput(resolve_model_data_config(model))
     steps = a.epochs * -(-len(images) // a.batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
     for epoch in range(a.epochs):
         model.train()
         for rows in torch.randperm(len(images), generator=generator).split(a.batch_size):
-            loss = F.cross_entropy(
-                model(prepare(shifted(images[rows], generator), cfg)), labels[rows], label_smoothing=0.1
-            )
+            logits = model(prepare(shifted(images[rows], generator)))
+            loss = F.cross_entropy(logits, labels[rows], label_smoothing=0.1)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
         model.eval()
         with torch.no_grad():
-            found = torch.cat([model(prepare(some, cfg)).argmax(1) for some in test_images.split(256)])
-        print(
-            f"epoch {epoch + 1}/{a.epochs}: {(found == test_labels).float().mean():.1%} of the test images", flush=True
-        )
+            found = torch.cat([model(prepare(some)).argmax(1) for some in test_images.split(256)])
+        right = (found == test_labels).float().mean()
+        print(f"epoch {epoch + 1}/{a.epochs}: {right:.1%} of the test images", flush=True)
     save_for_hf(model, a.output, safe_serialization=True)
     print(f"saved {Path(a.output)}; use it as timm:local-dir:{a.output}")
 

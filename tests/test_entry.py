@@ -77,6 +77,17 @@ def run(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     Singleton.set_state(state)
 
 
+def test_libraries_are_heard_from_warnings_on(
+    run: Callable[..., list[DictConfig]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(config: DictConfig) -> None:
+        logging.getLogger("timm.models").info("found a checkpoint")
+        logging.getLogger("timm.models").warning("no head")
+
+    run(main=main)
+    assert capsys.readouterr().out.splitlines() == ["no head"]
+
+
 def _refusal(run: Callable[..., Any], capsys: pytest.CaptureFixture[str], *arguments: str, **options: Any) -> str:
     with pytest.raises(SystemExit) as caught:
         run(*arguments, **options)

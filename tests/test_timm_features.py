@@ -26,6 +26,16 @@ from orderrl.metrics.recognisability import make_recogniser
 EXAMPLE = Path(__file__).parents[1] / "examples" / "timm_features.py"
 
 
+@torch.no_grad()
+def logits_of(model: Any, images: Tensor) -> Tensor:
+    """What the model says of images resized to its own input size, (n, 3, H, W) uint8."""
+    config = resolve_model_data_config(model)
+    size, mode = config["input_size"][-2:], config["interpolation"]
+    resized = F.interpolate(images / 255, size, mode=mode, antialias=True).clamp(0, 1)
+    mean, std = (torch.tensor(config[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    return model((resized - mean) / std)
+
+
 def test_a_timm_model_with_an_own_checkpoint(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model: Any = timm.create_model("test_resnet", num_classes=7).eval()
@@ -33,13 +43,7 @@ def test_a_timm_model_with_an_own_checkpoint(tmp_path: Path) -> None:
     name = f"timm:test_resnet:{tmp_path / 'own.pth'}"
     images = torch.randint(0, 256, (6, 3, 24, 24), dtype=torch.uint8)
     made = extract_features(images, name)
-    config = resolve_model_data_config(model)
-    resized = F.interpolate(
-        images / 255, config["input_size"][-2:], mode=config["interpolation"], antialias=True
-    ).clamp(0, 1)
-    mean, std = (torch.tensor(config[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
-    with torch.no_grad():
-        logits = model((resized - mean) / std)
+    logits = logits_of(model, images)
     assert made.logits is not None and made.spatial is None
     assert torch.allclose(made.logits, logits, atol=1e-5) and made.logits.shape == (6, 7)
     assert made.pooled.shape == (6, model.num_features)
@@ -88,11 +92,8 @@ def folder(tmp_path: Path) -> Path:
 def test_a_folder_that_timm_saved_has_its_own_input_size(folder: Path, images: Tensor) -> None:
     name = f"timm:local-dir:{folder}"
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    cfg: dict[str, Any] = resolve_model_data_config(model)
-    resized = F.interpolate(images / 255, 32, mode=cfg["interpolation"], antialias=True).clamp(0, 1)
-    mean, std = (torch.tensor(cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
-    with torch.no_grad():
-        logits = model((resized - mean) / std)
+    assert resolve_model_data_config(model)["input_size"] == (3, 32, 32)
+    logits = logits_of(model, images)
     made = extract_features(images, name)
     assert made.logits is not None and torch.allclose(made.logits, logits, atol=1e-5)
     recogniser = make_recogniser(name, load_split("digits", "test"))

@@ -231,11 +231,38 @@ class ShippedFeatureExtractor(FeatureExtractorBase):
         return tuple(offered[name].double() for name in self.features_list)
 
 
-class TimmFeatureExtractor(FeatureExtractorBase):
-    """A model of timm for torch-fidelity, on uint8 images (n, 3, H, W).
+class TimmInput(nn.Module):
+    """Images as a model of timm sees them: uint8 (n, 3, H, W) -> float32 (n, 3, h, w).
 
-    Offers "penultimate" (n, d), the input of its classifier, and "logits" (n, C). Images are resized to the model's
-    input size (no crop; antialiased, with the model's own interpolation) and normalised as its data config says.
+    They are resized to the model's input size (no crop; antialiased, with the model's own interpolation) and
+    normalised.
+
+    Args:
+        config: input_size, interpolation, mean and std, as `timm.data.resolve_model_data_config` gives them.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.size = tuple(config["input_size"][-2:])
+        self.mode = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
+        self.register_buffer("mean", torch.tensor(config["mean"]).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(config["std"]).view(1, -1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Resize and normalise."""
+        images = images.float() / 255
+        if images.shape[-2:] != self.size:
+            images = F.interpolate(images, self.size, mode=self.mode, align_corners=False, antialias=True).clamp(0, 1)
+        return (images - self.mean) / self.std
+
+
+class TimmFeatureExtractor(FeatureExtractorBase):
+    """A model of timm for torch-fidelity, on uint8 images (n, 3, H, W), which `TimmInput` prepares.
+
+    Offers "penultimate" (n, d), the input of its classifier, and "logits" (n, C).
 
     Attributes:
         model_name: in timm, or `LOCAL_DIR`.
@@ -251,11 +278,7 @@ class TimmFeatureExtractor(FeatureExtractorBase):
         from timm.data import resolve_model_data_config
 
         self.model = _timm_model(self.model_name, self.checkpoint)
-        config = resolve_model_data_config(self.model)
-        self.size = tuple(config["input_size"][-2:])
-        self.mode = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
-        self.register_buffer("mean", torch.tensor(config["mean"]).view(1, -1, 1, 1))
-        self.register_buffer("std", torch.tensor(config["std"]).view(1, -1, 1, 1))
+        self.prepare = TimmInput(resolve_model_data_config(self.model))
         self.eval().requires_grad_(False)
 
     @staticmethod
@@ -275,10 +298,7 @@ class TimmFeatureExtractor(FeatureExtractorBase):
 
     def forward(self, input: Tensor) -> tuple[Tensor, ...]:
         """The requested features in the order in which they were requested, float32."""
-        images = input.float() / 255
-        if images.shape[-2:] != self.size:
-            images = F.interpolate(images, self.size, mode=self.mode, align_corners=False, antialias=True).clamp(0, 1)
-        body = self.model.forward_features((images - self.mean) / self.std)
+        body = self.model.forward_features(self.prepare(input))
         offered = {
             "penultimate": lambda: self.model.forward_head(body, pre_logits=True),
             "logits": lambda: self.model.forward_head(body),
