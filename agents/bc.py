@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from orderrl import distributed
+from orderrl.data.tokens import random_window
 from orderrl.geometry import BlockGrid
 from orderrl.oracle import WEIGHTS, distance_weights, utilities
 from orderrl.planner import OrderHead, PlannerOutput
@@ -307,12 +308,12 @@ def score_targets(labels: TensorDict, geometry: BlockGrid, config: BCConfig) -> 
 
 
 def split_images(image: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Rows (int64) of contexts to learn from and of those kept back, by image."""
+    """Rows (int64) of contexts to learn from and of those kept back, by image, classes in proportion in both."""
     images = image.unique()
     if len(images) < 2:
         raise ValueError(f"labels must come from at least 2 images, one is kept back; got {len(images)}")
     count = min(max(1, int(share * len(images))), len(images) - 1)
-    kept_back = torch.isin(image, images[torch.randperm(len(images), generator=generator)[:count]])
+    kept_back = torch.isin(image, images[random_window(len(images), count, generator)])
     return (~kept_back).nonzero().flatten(), kept_back.nonzero().flatten()
 
 

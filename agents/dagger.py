@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from orderrl.agents.policies import Policy
+from orderrl.data.tokens import random_window
 from orderrl.envs.core import NextBlockCore
 from orderrl.oracle import Contexts
 from orderrl.random import Stream, keyed_uniform
@@ -27,7 +28,7 @@ def own_contexts(
     Args:
         policy: reveals one block a step.
         core: in mode "teacher", with budgets (1,); as many episodes as it has are played at once.
-        images: (n,) int64, indices in the core's data; they take turns, in an order that the seed draws.
+        images: (n,) int64, indices in the core's data; they take turns, from a place that the seed draws.
         count: contexts.
         own_share: share of actions that are the policy's own; the others are uniform over the hidden blocks.
         seed: of lengths, turns and random actions.
@@ -42,7 +43,7 @@ def own_contexts(
         raise ValueError("images must name at least 1 image to play, got none")
     generator = torch.Generator().manual_seed(seed)
     blocks = core.geometry.num_blocks
-    image = images[torch.randperm(len(images), generator=generator)][torch.arange(count) % len(images)]
+    image = images[random_window(len(images), count, generator)]
     length = torch.randint(max(blocks - 1, 1), (count,), generator=generator)
     by_length = length.argsort(stable=True)  # episodes of a batch end together
     image, length = image[by_length], length[by_length]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ def make_protocol(config: DictConfig, backbone: Backbone) -> Protocol:
     data = load_split(config.data.name, "test")
     real, reference = real_and_reference(config, backbone_device(backbone)) if features is not None else (None, None)
     images = min(e.images, len(data))
-    subset = replace(data, tokens=data.tokens[:images], labels=data.labels[:images])
+    subset = data.first(images)
     device = backbone_device(backbone)
     recogniser = make_recogniser(e.classifier, data, e.hidden_fill, device)
     clip = None
@@ -167,7 +167,7 @@ def real_and_reference(config: DictConfig, device: torch.device) -> tuple[Featur
     assert features is not None
     named = None if e.reference is None else open_reference(Path(e.reference), features, weights, device)
     splits = all_splits(config.data.name)
-    images = torch.cat([part.images(part.tokens[: e.real_images]) for part in splits])
+    images = torch.cat([part.images(part.first(e.real_images).tokens[:]) for part in splits])
     real = extract_features(images, features, weights, device)
     if named is not None:
         return real, named

@@ -36,7 +36,7 @@ from orderrl.runs import Cache, Run, fingerprint, progress
 CHEAPEST = RewardConfig(objective="likelihood", form="charged")  # needs no context losses
 LABELS = "labels"
 DAGGER = ("dagger_rounds", "dagger_contexts", "dagger_steps", "dagger_own_share")  # nothing without rounds
-FORMAT = 1  # of what is cached; raised when the meaning of stored files changes
+FORMAT = 2  # of what is cached; raised when the meaning of stored files changes
 
 
 def section(config: DictConfig, name: str, *without: str) -> dict[str, Any]:

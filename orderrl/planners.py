@@ -88,6 +88,7 @@ def _find_or_clone(config: DictConfig, backbone: Backbone, labels: list[Path], r
         "seed": config.seed,
         "backbone": backbone_fingerprint(backbone),
         "data": config.data.name,
+        "images": planner_images(config),
         "budgets": [1],
         "objective": "context",
     }
@@ -255,9 +256,15 @@ def _describe(config: DictConfig, backbone: Backbone) -> dict[str, Any]:
         "seed": config.seed,
         "backbone": backbone_fingerprint(backbone),
         "data": config.data.name,
+        "images": planner_images(config),
         "budgets": list(config.env.budgets),
         "objective": config.env.objective,
     }
+
+
+def planner_images(config: DictConfig) -> str:
+    """Fingerprint of the images that planners learn from; a token set may change under its name."""
+    return load_split(config.data.name, "planner").fingerprint
 
 
 def find_or_train_ppo(config: DictConfig, backbone: Backbone, run: Run | None = None, reuse: bool = True) -> Path:
@@ -379,8 +386,8 @@ def find_or_train_planner(
 
 
 def newest_planner(config: DictConfig, backbone: Backbone, agent: str) -> Path | None:
-    """The newest cached planner of an agent for this backbone and data."""
-    want = {"format": FORMAT, "backbone": backbone_fingerprint(backbone), "data": config.data.name}
+    """The newest cached planner of an agent for this backbone and these planner images."""
+    want = {"format": FORMAT, "backbone": backbone_fingerprint(backbone), "images": planner_images(config)}
 
     def fits(description: dict[str, Any]) -> bool:
         return description["agent"]["name"] == agent and want.items() <= description.items()

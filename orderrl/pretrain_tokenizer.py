@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from orderrl.data.folder import FolderConfig, ImageSplit, folder_config, list_images, read_views
+from orderrl.data.tokens import stratified_order
 from orderrl.entry import run_application
 from orderrl.pipeline import announce, follow, section
 from orderrl.resuming import Unfinished
@@ -94,8 +95,8 @@ class _Images:
 
 
 def _batches(images: ImageSplit, config: FolderConfig, count: int) -> Iterator[Tensor]:
-    """First views of at most `count` images, evenly spread over the split."""
-    rows = torch.linspace(0, len(images) - 1, min(count, len(images))).long().tolist()
+    """First views of a stratified sample of at most `count` images."""
+    rows = stratified_order(images.labels)[:count].tolist()
     for _, views in read_views(images, rows, config, _EVALUATION_BATCH):
         yield views[:, 0]
 

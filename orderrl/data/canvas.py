@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from orderrl.data.digits import HEIGHT as DIGIT
-from orderrl.data.digits import augment_digits, load_digits_split
+from orderrl.data.digits import augment_digits, digits_as_collected
 from orderrl.data.tokens import TokenSet
 
 HEIGHT = WIDTH = 12
@@ -23,14 +23,14 @@ def load_canvas_split(split: str) -> TokenSet:
     """One split of the canvases, (n, 144) int64: every digit of the split of `digits` at `PLACES` places.
 
     Args:
-        split: "backbone" (1,000 canvases), "planner" (2,000, four of each digit in a row) or "test" (297).
+        split: "backbone" (1,000 canvases), "planner" (2,000, four of each digit) or "test" (297), in stratified order.
 
     Raises:
         ValueError: if the split is unknown.
     """
-    digits = load_digits_split(split)
+    digits = digits_as_collected(split)
     generator = torch.Generator().manual_seed(_SEED + list(PLACES).index(split))
-    return TokenSet(
+    canvases = TokenSet(
         name="canvas",
         split=split,
         tokens=place(digits.tokens.repeat_interleave(PLACES[split], 0), generator),
@@ -41,6 +41,7 @@ def load_canvas_split(split: str) -> TokenSet:
         num_classes=digits.num_classes,
         class_names=digits.class_names,
     )
+    return canvases.shuffled()
 
 
 def place(levels: Tensor, generator: torch.Generator) -> Tensor:

@@ -31,7 +31,7 @@ def _split_indices() -> dict[str, list[int]]:
 
 
 def load_digits_split(split: str) -> TokenSet:
-    """One split of the 1,797 digits.
+    """One split of the 1,797 digits, in stratified order.
 
     Args:
         split: "backbone" (1,000 images), "planner" (500) or "test" (297).
@@ -39,6 +39,11 @@ def load_digits_split(split: str) -> TokenSet:
     Raises:
         ValueError: if the split is unknown.
     """
+    return digits_as_collected(split).shuffled()
+
+
+def digits_as_collected(split: str) -> TokenSet:
+    """`load_digits_split` in scikit-learn's own order, writer by writer."""
     indices = _split_indices()
     if split not in indices:
         raise ValueError(f"split={split!r} is unknown; choose one of {', '.join(indices)}")

@@ -16,12 +16,13 @@ class MappedTokens:
     Args:
         parts: arrays (rows, N) or (rows, N, C).
         dtype: what indexing gives: int64 or float32.
+        order: (n,) int64, the rows that are here, in their order; None is all of them as they are stored.
     """
 
-    def __init__(self, parts: Sequence[np.ndarray], dtype: torch.dtype) -> None:
-        self.parts, self.dtype = list(parts), dtype
+    def __init__(self, parts: Sequence[np.ndarray], dtype: torch.dtype, order: Tensor | None = None) -> None:
+        self.parts, self.dtype, self.order = list(parts), dtype, order
         self._ends = torch.tensor([len(part) for part in parts]).cumsum(0)
-        self.shape = torch.Size((int(self._ends[-1]), *parts[0].shape[1:]))
+        self.shape = torch.Size((int(self._ends[-1]) if order is None else len(order), *parts[0].shape[1:]))
         self.ndim = len(self.shape)
 
     def __len__(self) -> int:
@@ -41,6 +42,8 @@ class MappedTokens:
         if flat.numel() and not -len(self) <= int(flat.min()) <= int(flat.max()) < len(self):
             raise IndexError(f"rows must lie in [0, {len(self)}), got {int(flat.min())} to {int(flat.max())}")
         flat = torch.where(flat < 0, flat + len(self), flat)
+        if self.order is not None:
+            flat = self.order[flat]
         found = torch.empty(len(flat), *self.shape[1:], dtype=self.dtype)
         shard = torch.searchsorted(self._ends, flat, right=True)
         for number in shard.unique().tolist():
@@ -49,6 +52,10 @@ class MappedTokens:
             values = self.parts[number][(flat[here] - start).numpy()]
             found[here] = torch.from_numpy(values.astype(_numpy_dtype(self.dtype)))
         return found.view(*index.shape, *self.shape[1:])
+
+    def at(self, rows: Tensor) -> MappedTokens:
+        """Some rows in a given order, still on disk: rows (n,) int64."""
+        return MappedTokens(self.parts, self.dtype, rows if self.order is None else self.order[rows])
 
     def to(self, device: torch.device | str) -> Tensor:
         """All tokens, in memory, on a device."""

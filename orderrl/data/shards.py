@@ -338,7 +338,7 @@ class SetDecoder:
 
 
 def load_token_set(folder: Path | str, split: str, mapped: bool | None = None) -> TokenSet:
-    """One split of a token set on disk.
+    """One split of a token set on disk, in stratified order.
 
     Args:
         folder: what `python -m orderrl.tokenize` wrote.
@@ -376,7 +376,7 @@ def load_token_set(folder: Path | str, split: str, mapped: bool | None = None) -
     if mapped is None:
         mapped = tokens.numel() * (4 if continuous else 8) > _IN_MEMORY
     height, width = identity["grid"]
-    return TokenSet(
+    stored = TokenSet(
         name=f"tokens:{folder}",
         split=split,
         tokens=cast(Tensor, tokens) if mapped else tokens[:],
@@ -390,6 +390,7 @@ def load_token_set(folder: Path | str, split: str, mapped: bool | None = None) -
         identity=fingerprint([identity["grid"], identity["vocab_size"], identity["classes"], split, checksums]),
         class_names=tuple(map(str, identity["classes"])),
     )
+    return stored.shuffled()  # images are stored in the folder's order, which is by class
 
 
 def token_set_splits(folder: Path | str) -> dict[str, TokenSet]:

@@ -4,16 +4,56 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from orderrl.data.mapped import MappedTokens
+
+ORDER_SEED = 0  # of the order of every split
+
+
+def stratified_order(labels: Tensor, seed: int = ORDER_SEED) -> Tensor:
+    """A seeded shuffle in which every first part holds all classes in proportion.
+
+    Image i of the m images of a class, themselves shuffled, goes to the share (i + 1/2) / m of the way; classes of
+    equal size take turns, in an order drawn anew each time. So the first n of N images hold n / N of each class but for
+    rounding.
+
+    Args:
+        labels: (N,) int64 classes.
+        seed: of the shuffle.
+
+    Returns:
+        (N,) int64, a permutation of the rows.
+    """
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    classes, counts = labels[shuffled].unique(return_inverse=True, return_counts=True)[1:]
+    # the place of every image among those of its class
+    by_class = classes.argsort(stable=True)
+    place = torch.empty_like(by_class)
+    place[by_class] = torch.arange(len(labels)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    share = (place.double() + 0.5) / counts[classes]
+    return shuffled[share.argsort(stable=True)]  # stable: classes of equal size stay shuffled
+
+
+def random_window(total: int, count: int, generator: torch.Generator) -> Tensor:
+    """A run of `count` of `total` images that begins anywhere and goes on at the start: (count,) int64 places.
+
+    In stratified order every run is a stratified sample, so this draws another one without looking at classes.
+    """
+    start = int(torch.randint(total, (), generator=generator))
+    return (start + torch.arange(count)) % total
+
 
 @dataclass(frozen=True)
 class TokenSet:
     """Images of one split as tokens, discrete or continuous.
+
+    The order of a split that a loader of `orderrl.data` gives is `stratified_order` of its labels, so that the first n
+    images are a fair sample of it, for every n.
 
     Attributes:
         name: the data set, for example "digits".
@@ -56,6 +96,25 @@ class TokenSet:
         digest.update(self.tokens.numpy().tobytes())
         digest.update(self.labels.numpy().tobytes())
         return digest.hexdigest()[:16]
+
+    def shuffled(self, seed: int = ORDER_SEED) -> TokenSet:
+        """The same images in `stratified_order`, which becomes part of the identity."""
+        rows = stratified_order(self.labels, seed)
+        tokens = self.tokens.at(rows) if isinstance(self.tokens, MappedTokens) else self.tokens[rows]
+        identity = None if self.identity is None else hashlib.sha256(f"{self.identity}:order {seed}".encode())
+        return replace(
+            self,
+            tokens=tokens,
+            labels=self.labels[rows],
+            identity=None if identity is None else identity.hexdigest()[:16],
+        )
+
+    def first(self, count: int) -> TokenSet:
+        """The first `count` images, at most all: a stratified sample of a split."""
+        if count >= len(self):
+            return self
+        identity = None if self.identity is None else f"{self.identity}:{count}"
+        return replace(self, tokens=self.tokens[:count], labels=self.labels[:count], identity=identity)
 
     def images(self, tokens: Tensor) -> Tensor:
         """Decode tokens to pixels: (..., N), or (..., N, token_dim) -> (..., 3, H, W) uint8.

@@ -14,6 +14,7 @@ from orderrl.data import load_split, load_token_set, shards
 from orderrl.data.folder import SPLITS, FolderConfig, centre_crop, list_images, read_image
 from orderrl.data.mapped import MappedTokens
 from orderrl.data.shards import class_names, plan_shards, token_dtype
+from orderrl.data.tokens import stratified_order
 from orderrl.tokenize import tokenize_folder
 from orderrl.tokenizers import VQTokenizer
 from tests.tokenizers.helpers import image_folder, save_tiny_vq, tiny_kl, tiny_vq
@@ -45,7 +46,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def one_by_one(source: FolderConfig, split: str) -> tuple[Tensor, Tensor]:
-    """Tokens and labels of a split, one image at a time."""
+    """Tokens and labels of a split in stratified order, one image at a time."""
     images = list_images(source)[1][split]
     tokens, labels = [], []
     for name, label in zip(images.names, images.labels, strict=True):
@@ -53,7 +54,8 @@ def one_by_one(source: FolderConfig, split: str) -> tuple[Tensor, Tensor]:
         for view in (pixels, pixels[:, ::-1]) if split == "backbone" else (pixels,):
             tokens.append(tiny_vq().encode(torch.from_numpy(view.copy()).permute(2, 0, 1)[None]))
             labels.append(label)
-    return torch.cat(tokens), torch.stack(labels)
+    order = stratified_order(torch.stack(labels))
+    return torch.cat(tokens)[order], torch.stack(labels)[order]
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -259,8 +261,8 @@ def test_broken_images_have_no_rows_and_are_listed(
     made = make(tmp_path / "lenient", lenient, weights)
     listed = json.loads((made / "tokens.json").read_text())["shards"]["planner-00000"]
     assert listed["skipped"] == [images.names[1]] and listed["rows"] == 3
-    keep = torch.tensor([0, 2, 3])
-    assert torch.equal(load_token_set(made, "planner").labels, load_token_set(folder, "planner").labels[keep])
+    kept = images.labels[[0, 2, 3]]
+    assert torch.equal(load_token_set(made, "planner").labels, kept[stratified_order(kept)])
     assert len(load_token_set(made, "backbone")) == len(load_token_set(folder, "backbone"))
 
 
@@ -272,7 +274,9 @@ def test_continuous_tokens(tmp_path: Path, source: FolderConfig, weights: Path, 
     assert data.tokens.shape == (4, 16, 4) and data.tokens.dtype == torch.float32
     assert data.vocab_size == 0 and data.token_dim == 4
     images = list_images(source)[1]["planner"]
-    pixels = torch.from_numpy(np.array(centre_crop(read_image(images.root / images.names[2]), 8))).permute(2, 0, 1)
+    place = int(stratified_order(images.labels)[2])
+    image = read_image(images.root / images.names[place])
+    pixels = torch.from_numpy(np.array(centre_crop(image, 8))).permute(2, 0, 1)
     assert torch.allclose(data.tokens[2], tokenizer.encode(pixels[None])[0], atol=1e-2 if half else 1e-5)
     mapped: Any = load_token_set(made, "planner", mapped=True).tokens
     assert torch.equal(mapped[torch.tensor([3, 1])], data.tokens[[3, 1]])
