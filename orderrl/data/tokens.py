@@ -10,8 +10,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from orderrl.data.mapped import MappedTokens
-
 ORDER_SEED = 0  # of the order of every split
 
 
@@ -100,7 +98,7 @@ class TokenSet:
     def shuffled(self, seed: int = ORDER_SEED) -> TokenSet:
         """The same images in `stratified_order`, which becomes part of the identity."""
         rows = stratified_order(self.labels, seed)
-        tokens = self.tokens.at(rows) if isinstance(self.tokens, MappedTokens) else self.tokens[rows]
+        tokens = self.tokens[rows] if isinstance(self.tokens, Tensor) else self.tokens.at(rows)
         identity = None if self.identity is None else hashlib.sha256(f"{self.identity}:order {seed}".encode())
         return replace(
             self,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from orderrl.agents.bc import split_images
 from orderrl.agents.dagger import own_contexts
+from orderrl.agents.policies import ReferencePolicy
 from orderrl.agents.registry import make_policy
 from orderrl.data import TokenSet, load_split, load_token_set
 from orderrl.data.folder import FolderConfig, list_images
@@ -148,7 +149,7 @@ def test_evaluation_takes_even_parts(folder: Path) -> None:
 
 def test_the_reference_takes_even_parts_of_all_splits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[Tensor] = []
-    monkeypatch.setattr("orderrl.evaluate.extract_features", lambda images, *_: taken.append(images) or images)
+    monkeypatch.setattr("orderrl.evaluate.extract_features", lambda images, *_: taken.append(images))
     monkeypatch.setattr("orderrl.evaluate.reference_of", lambda *_, **__: None)
     config = compose("evaluate", ["eval.real_images=10", "eval.features=inception-v3-compat"])
     config.data.name = f"tokens:{folder}"
@@ -170,7 +171,8 @@ def test_label_contexts_and_what_clones_keep_back_are_even(folder: Path) -> None
 def test_the_planners_own_states_are_of_all_classes(folder: Path) -> None:
     data = load_token_set(folder, "planner")
     backbone = tiny_backbone(vocab_size=24, height=4, width=4, num_classes=5)
-    core = NextBlockCore(backbone, data, 10, CoreConfig())
+    core, raster = NextBlockCore(backbone, data, 10, CoreConfig()), make_policy("raster", backbone).policy
+    assert not isinstance(raster, ReferencePolicy)
     for seed in range(3):
-        found = own_contexts(make_policy("raster", backbone).policy, core, torch.arange(len(data)), 10, 1.0, seed, 0)
+        found = own_contexts(raster, core, torch.arange(len(data)), 10, 1.0, seed, 0)
         assert even(data.labels[found.image])
