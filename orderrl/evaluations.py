@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ from torch import Tensor
 
 from orderrl.backbones import Backbone, backbone_fingerprint
 from orderrl.data import load_split
-from orderrl.data.shards import DESCRIPTION, checksum, read_description, token_set_splits
+from orderrl.data.shards import DESCRIPTION, read_description, token_set_splits
 from orderrl.metrics.evaluation import Evaluated, Protocol
+from orderrl.metrics.features import name_by_content
 from orderrl.runs import fingerprint
+from orderrl.sources import checksum, source_identity
 
 VALUES = "per_image.safetensors"
 VERSION = 1  # of what the columns mean; raised when a number is measured in another way
@@ -34,7 +36,7 @@ def protocol_identity(config: DictConfig, backbone: Backbone, protocol: Protocol
 
     Files and data stand here by their content and not by their place.
     """
-    e, geometry = config.eval, backbone.geometry
+    e, geometry, recogniser = config.eval, backbone.geometry, protocol.recogniser
     return {
         "version": VERSION,
         "data": protocol.data.name.partition(":")[0],  # without the folder of a token set
@@ -46,10 +48,12 @@ def protocol_identity(config: DictConfig, backbone: Backbone, protocol: Protocol
         "states": None if protocol.states is None else len(protocol.states),
         "lookahead": None if protocol.lookahead is None else [len(protocol.lookahead.rows), protocol.lookahead.draws],
         "reference_images": protocol.reference_images,
-        "recognisability": None if protocol.recogniser is None else protocol.recogniser.described,
+        "recognisability": None
+        if recogniser is None
+        else replace(recogniser, name=name_by_content(recogniser.name)).described,
         "samples": protocol.samples,
         "sampling": asdict(protocol.sampling),
-        "features": protocol.features,
+        "features": None if protocol.features is None else name_by_content(protocol.features),
         "feature_weights": None if protocol.weights is None else checksum(protocol.weights),
         "reference": None if protocol.reference is None else _reference_identity(config),
         "kid_subsets": protocol.kid_subsets,
@@ -66,13 +70,10 @@ def _reference_identity(config: DictConfig) -> str:
         splits = [load_split(config.data.name, split).fingerprint for split in ("backbone", "planner", "test")]
         return fingerprint([splits, e.real_images])
     path = Path(e.reference).expanduser()
-    if path.is_file():
-        return checksum(path)
     if (path / DESCRIPTION).is_file():
         tokenizer = read_description(path)["identity"]["tokenizer"]["fingerprint"]
         return fingerprint([tokenizer, [part.fingerprint for part in token_set_splits(path).values()]])
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    return fingerprint([[str(file.relative_to(path)), checksum(file)] for file in files])
+    return str(source_identity(path, in_full=True))
 
 
 def save_values(folder: Path, identity: dict[str, Any], rows: Sequence[Evaluated]) -> Path:

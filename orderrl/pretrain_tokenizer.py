@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from orderrl.data.folder import FolderConfig, ImageSplit, folder_config, list_images, read_views
+from orderrl.data.folder import FolderConfig, ImageSplit, crops, folder_config, list_images, read_views
 from orderrl.data.tokens import stratified_order
 from orderrl.entry import run_application
 from orderrl.pipeline import announce, follow, section
@@ -36,12 +36,13 @@ def pretrain_tokenizer(config: DictConfig) -> Path:
         raise ValueError(f"tokenizer={config.tokenizer.name} comes with published weights; train tokenizer=small")
     folder = folder_config(section(config, "data"))
     settings = TokenizerTrainingConfig(**chosen["training"], seed=config.seed)
-    _, splits = list_images(folder)
+    images = list_images(folder)
+    splits = images.splits
     torch.manual_seed(config.seed)
     tokenizer = VQTokenizer(VQConfig(**chosen["model"]), config.tokenizer.name).to(config.device)
     _check_size(folder, tokenizer)
-    names = {split: part.names for split, part in splits.items()}
-    what = {"tokenizer": chosen, "data": section(config, "data", "workers"), "seed": config.seed, "images": names}
+    announce(images.describe())
+    what = {"tokenizer": chosen, "data": crops(folder), "seed": config.seed, "images": images.version}
     with (
         Run("pretrain_tokenizer", config) as run,
         Unfinished(config.cache_dir, f"tokenizer-{fingerprint(what)}", config.checkpoint_seconds) as work,

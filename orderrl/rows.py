@@ -21,14 +21,14 @@ from orderrl import distributed
 from orderrl.agents.registry import PAIRED, SPACED, NamedPolicy
 from orderrl.backbones import Backbone, backbone_fingerprint
 from orderrl.data import TokenSet
-from orderrl.data.shards import checksum
 from orderrl.geometry import BlockGrid
 from orderrl.metrics.evaluation import Evaluated, Protocol, free_folder
-from orderrl.metrics.features import TIMM, timm_files
+from orderrl.metrics.features import timm_source
 from orderrl.metrics.planning import Rollout
 from orderrl.pipeline import section
 from orderrl.resuming import Unfinished
 from orderrl.runs import fingerprint, progress
+from orderrl.sources import checksum, source_identity
 
 _STORED = (Evaluated, Rollout, BlockGrid)  # classes that a row is made of
 
@@ -53,7 +53,7 @@ def evaluation_key(
     planners = [part for spec in checkpoints for part in _parts(spec)]
     weights = [settings[key] for key in ("reference", "feature_weights", "clip_weights")]
     named = [settings[key] for key in ("features", "classifier")]
-    of_timm = [str(file) for name in named if name and name.startswith(TIMM) for file in timm_files(name)]
+    of_timm = [timm_source(name) for name in named if name]
     files = [*planners, *settings["token_raster"], *weights, *of_timm]
     description = {
         "backbone": backbone_fingerprint(backbone),
@@ -61,17 +61,11 @@ def evaluation_key(
         "eval": settings,
         "labels": section(config, "labels"),
         "seed": config.seed,
-        "files": [_content(file) for file in files],
+        "files": [source_identity(file) for file in files],
         "own": [_source(policy.name) for policy in policies if ":" in policy.name],
         "code": code_fingerprint(),
     }
     return fingerprint(description)
-
-
-def _content(file: str | None) -> str | None:
-    """Checksum of a file; what is none (a name, a folder) stands for itself."""
-    path = None if file is None else Path(file).expanduser()
-    return checksum(path) if path is not None and path.is_file() else file
 
 
 def _parts(spec: str) -> tuple[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,14 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from orderrl.data.folder import FolderConfig, ImageSplit, folder_config, list_images, read_views
+from orderrl.data.folder import SPLITS, FolderConfig, Images, ImageSplit, crops, folder_config, list_images, read_views
 from orderrl.data.shards import Shard, TokenSetWriter, token_dtype
 from orderrl.entry import run_application
 from orderrl.pipeline import announce, section
 from orderrl.pretrain_tokenizer import pretrain_tokenizer
 from orderrl.random import Stream, keyed_index
 from orderrl.runs import Advance, Cache, fingerprint, progress
+from orderrl.sources import printable
 from orderrl.tokenizers import KLTokenizer, Tokenizer, load_tokenizer
 from orderrl.tokenizers.layers import latent_grid
 
@@ -37,28 +37,33 @@ def tokenize(config: DictConfig) -> Path:
 def find_or_make_tokens(config: DictConfig) -> Path:
     """Folder of the token set of a config with the groups data (folder) and tokenizer, kept in the cache.
 
-    A tokeniser that is still to be trained (`tokenizer=small` without a path) is trained first and kept, too.
+    A tokeniser that is still to be trained (`tokenizer=small` without a path) is trained first and kept, too. Both are
+    found by the images, whatever folder they lie in: where files are new, gone or changed, others are made.
 
     Args:
         config: with `cache_dir`, `output_dir`, `logger`, `device` and `seed`.
     """
     cache, path = Cache(config.cache_dir), config.tokenizer.get("path")
-    data = asdict(folder_config(section(config, "data")))
     if path is None and "training" in config.tokenizer:
-        description = {"data": data, "tokenizer": section(config, "tokenizer"), "seed": config.seed}
+        folder = folder_config(section(config, "data"))
+        description = {
+            "images": list_images(folder).version,
+            "data": crops(folder),
+            "tokenizer": section(config, "tokenizer"),
+            "seed": config.seed,
+        }
         key = fingerprint(description)
-        folder = cache.find("tokenizers", key)
-        if folder is None:
+        found = cache.find("tokenizers", key)
+        if found is None:
             made = pretrain_tokenizer(config)
-            with cache.store("tokenizers", key, description) as folder:
-                (folder / made.name).write_bytes(made.read_bytes())
-            folder = cache.folder("tokenizers", key)
-        path = folder / "tokenizer.safetensors"
-    key = fingerprint({"data": data, "tokenizer": section(config, "tokenizer", "training"), "path": str(path)})
-    return _tokenize(config, cache.folder("tokens", key), path)
+            with cache.store("tokenizers", key, description) as found:
+                (found / made.name).write_bytes(made.read_bytes())
+            found = cache.folder("tokenizers", key)
+        path = found / "tokenizer.safetensors"
+    return _tokenize(config, cache, path)
 
 
-def _tokenize(config: DictConfig, output: Path, path: str | Path | None) -> Path:
+def _tokenize(config: DictConfig, output: Path | Cache, path: str | Path | None) -> Path:
     tokenizer = load_tokenizer(config.tokenizer.name, path, config.device)
     assert path is not None  # every tokeniser comes from a file
     sample_seed = config.tokenizer.get("sample_seed") if config.tokenizer.get("sample") else None
@@ -77,7 +82,7 @@ def _tokenize(config: DictConfig, output: Path, path: str | Path | None) -> Path
 def tokenize_folder(
     tokenizer: Tokenizer,
     folder: FolderConfig,
-    output: Path | str,
+    output: Path | str | Cache,
     tokenizer_path: str | Path,
     batch_size: int = BATCH_SIZE,
     shard_size: int = SHARD_SIZE,
@@ -89,7 +94,7 @@ def tokenize_folder(
     Args:
         tokenizer: frozen, on the device where it shall run.
         folder: images and crops.
-        output: the token set's folder.
+        output: the token set's folder, or a cache, where other images or crops have another one.
         tokenizer_path: file or hub name that the tokeniser came from, remembered for decoding.
         batch_size: images a call; all their views go together.
         shard_size: images a shard.
@@ -100,49 +105,36 @@ def tokenize_folder(
         The folder of the token set.
 
     Raises:
-        ValueError: for another token set in the folder, an altered shard, or a file that can't be read as an image.
+        ValueError: for another token set in the folder, one of images that have changed since, an altered shard, or a
+            file that can't be read as an image.
     """
     for name, value in (("batch_size", batch_size), ("shard_size", shard_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    classes, splits = list_images(folder)
-    writer = TokenSetWriter(
-        output,
-        _identity(tokenizer, folder, classes, shard_size, sample_seed, half),
-        splits,
-        tokenizer_path,
-        own=tokenizer.name == "small",
-    )
+    images = list_images(folder)
+    announce(images.describe())
+    identity = _identity(tokenizer, folder, images, shard_size, sample_seed, half)
+    where = output.folder("tokens", fingerprint(identity)) if isinstance(output, Cache) else output
+    writer = TokenSetWriter(where, identity, images, tokenizer_path, own=tokenizer.name == "small")
     missing = writer.missing()
     announce(f"{len(writer.shards) - len(missing)} of {len(writer.shards)} shards are there in {writer.folder}")
     with progress(sum(len(shard.rows) for shard in missing), "tokenising", "images") as advance:
         for shard in missing:
             tokens, labels, skipped = _encode_shard(
-                tokenizer, splits[shard.split], shard, folder, batch_size, sample_seed, advance
+                tokenizer, images.splits[shard.split], shard, folder, batch_size, sample_seed, advance
             )
             writer.write(shard, tokens, labels, skipped)
     writer.finish()
-    counts = ", ".join(f"{split} {len(part)}" for split, part in splits.items())
     if writer.skipped:
-        announce(f"left out, not readable: {', '.join(writer.skipped)}")
-    announce(f"images: {counts}\ntokens: {writer.folder}")
+        announce(f"left out, not readable: {', '.join(map(printable, writer.skipped))}")
+    announce(f"tokens: {writer.folder}")
     return writer.folder
 
 
 def _identity(
-    tokenizer: Tokenizer,
-    folder: FolderConfig,
-    classes: list[str],
-    shard_size: int,
-    sample_seed: int | None,
-    half: bool,
+    tokenizer: Tokenizer, folder: FolderConfig, images: Images, shard_size: int, sample_seed: int | None, half: bool
 ) -> dict[str, Any]:
     """Plain values that determine every token."""
-    source = asdict(folder)
-    for key in ("skip_broken", "workers"):
-        del source[key]
-    for key in ("root", "test_root"):
-        source[key] = None if source[key] is None else str(Path(source[key]).expanduser().resolve())
     config = getattr(tokenizer, "config", None)
     return {
         "tokenizer": {
@@ -151,12 +143,15 @@ def _identity(
             "config": None if config is None else config.to_dict(),
             "sample_seed": sample_seed,
         },
-        "data": source,
+        "data": crops(folder),
+        "images": {split: len(images.splits[split]) for split in SPLITS},
+        "files": images.version,
+        "classes": images.classes,
+        "present": images.present,
         "grid": list(latent_grid(folder.image_size, folder.image_size, tokenizer.downsampling)),
         "vocab_size": tokenizer.vocab_size,
         "token_dim": tokenizer.token_dim,
         "dtype": token_dtype(tokenizer.vocab_size, half),
-        "classes": classes,
         "views": folder.views,
         "shard_size": shard_size,
     }

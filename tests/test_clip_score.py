@@ -54,9 +54,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def fresh_networks() -> Iterator[None]:
-    load_clip.cache_clear()
+    clip_score._load_clip.cache_clear()
     yield
-    load_clip.cache_clear()
+    clip_score._load_clip.cache_clear()
 
 
 @pytest.fixture

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,11 +14,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-if TYPE_CHECKING:  # torchvision takes long to import, and most users of token sets never need it
-    from torchvision.datasets import ImageFolder
+from orderrl.data.classes import IMAGENET, class_ids, look_like_synsets
+from orderrl.data.images import describe_left_out, find_images, read_image
+from orderrl.sources import file_versions, printable
 
 SPLITS = ("backbone", "planner", "test")
 CROPS = ("centre", "ten")
+LONGEST = 8  # times the shorter side: what is scaled of an image
 _EPS = 1e-9  # shares are decimal fractions: 0.1 * 30 must count as 3
 
 
@@ -28,6 +31,9 @@ class FolderConfig:
     Attributes:
         root: folder with one sub-folder of images for every class (torchvision's ImageFolder).
         test_root: the same with images of the test split; None takes `test_share` of `root`.
+        classes: class ids of a model for the sub-folders, of which some may be missing or empty: "imagenet", or a file,
+            see `orderrl.data.classes`. None numbers the sub-folders by name.
+        num_classes: of the model that the ids of a file belong to; None is the largest id and one.
         image_size: side of the square crops, pixels.
         crop: "centre", or "ten" (the four corners, the centre, and their mirror images).
         crop_ranges: of ten crops: the image is first cut to `range · image_size`; every range gives ten crops.
@@ -41,6 +47,8 @@ class FolderConfig:
 
     root: str
     test_root: str | None = None
+    classes: str | None = None
+    num_classes: int | None = None
     image_size: int = 256
     crop: str = "centre"
     crop_ranges: tuple[float, ...] = (1.1,)
@@ -63,6 +71,8 @@ class FolderConfig:
             raise ValueError(f"image_size must be at least 1 pixel, got {self.image_size}")
         if self.workers < 0:
             raise ValueError(f"workers must be at least 0, got {self.workers}")
+        if self.classes is None and self.num_classes is not None:
+            raise ValueError(f"num_classes={self.num_classes} goes with classes=FILE; without it, folders are counted")
         shares = (self.test_share, self.planner_share)
         if min(shares) < 0 or sum(shares) >= 1:
             raise ValueError(
@@ -90,6 +100,12 @@ def folder_config(values: dict[str, Any]) -> FolderConfig:
     return FolderConfig(**{key: value for key, value in values.items() if key != "name"})
 
 
+def crops(config: FolderConfig) -> dict[str, Any]:
+    """Plain values that determine which images go where and what is cut out of them, apart from the images."""
+    images = ("root", "test_root", "classes", "num_classes", "skip_broken", "workers")
+    return {key: value for key, value in asdict(config).items() if key not in images}
+
+
 # -- which images -----------------------------------------------------------------------------------------------------
 
 
@@ -102,12 +118,14 @@ class ImageSplit:
         root: the folder that `names` are relative to.
         names: file names, "class/name.ext".
         labels: (n,) int64, index into the class names.
+        versions: what tells every file from another one under its name, see `orderrl.sources.file_versions`.
     """
 
     split: str
     root: Path
     names: list[str]
     labels: Tensor
+    versions: list[str]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -143,46 +161,142 @@ def _every(count: int, share: float) -> Tensor:
     return reached.diff() > 0
 
 
-def list_images(config: FolderConfig) -> tuple[list[str], dict[str, ImageSplit]]:
-    """Class names, and the images of every split in the folder's order.
+@dataclass(frozen=True)
+class Images:
+    """The images of a configuration.
+
+    Attributes:
+        classes: class names by label.
+        splits: the images of every split, in the folder's order.
+        present: labels that have images, ascending, where the folders hold some of the classes of a model
+            (`FolderConfig.classes`); None is all.
+        left_out: names of what is no image of a class, by the reason.
+    """
+
+    classes: list[str]
+    splits: dict[str, ImageSplit]
+    present: list[int] | None
+    left_out: dict[str, list[str]]
+
+    @property
+    def table(self) -> str:
+        """A line for every image: split, label, file name and version, with tabs between; names as by `printable`."""
+        lines = ["split\tlabel\tfile\tversion"]
+        for split in SPLITS:
+            part = self.splits[split]
+            rows = zip(part.labels.tolist(), part.names, part.versions, strict=True)
+            lines += [f"{split}\t{label}\t{printable(name)}\t{version}" for label, name, version in rows]
+        return "\n".join(lines) + "\n"
+
+    @property
+    def version(self) -> str:
+        """Digest of the table: another one when any image is new, gone, changed or of another class or split."""
+        return hashlib.sha256(self.table.encode()).hexdigest()
+
+    def describe(self) -> str:
+        """How many classes and images there are, and what was left out: one or more lines."""
+        labels = range(len(self.classes)) if self.present is None else self.present
+        names = [self.classes[label] for label in labels]
+        shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+        total = f" of {len(self.classes)}" if self.present is not None else ""
+        counts = ", ".join(f"{split} {len(part)}" for split, part in self.splits.items())
+        lines = [f"classes: {len(names)}{total} ({shown})", f"images: {counts}"]
+        if self.left_out:
+            lines.append(f"left out: {describe_left_out(self.left_out)}")
+        if self.present is None and len(names) < 1000 and look_like_synsets(names):
+            lines.append(f"folders are called by WordNet ids; for a model of ImageNet set data.classes={IMAGENET}")
+        return "\n".join(lines)
+
+
+def list_images(config: FolderConfig) -> Images:
+    """The images of every split, and what their classes are called.
 
     Raises:
         FileNotFoundError: if a folder is missing or a class has no images.
-        ValueError: if the folders of `root` and `test_root` have different classes.
+        ValueError: if the folders of `root` and `test_root` have different classes, or a folder is no class of
+            `config.classes`.
     """
-    folder = _image_folder(config.root, "root")
-    labels = torch.tensor(folder.targets, dtype=torch.int64)
+    known = None if config.classes is None else class_ids(config.classes, config.num_classes)
+    found = _class_folders(config.root, "root", known)
     test_share = 0.0 if config.test_root is not None else config.test_share
-    rows = split_rows(labels, test_share, config.planner_share, config.split_seed)
-    splits = {split: _image_split(split, folder, part) for split, part in rows.items()}
+    rows = split_rows(found.labels, test_share, config.planner_share, config.split_seed)
+    splits = {split: _image_split(split, found, part) for split, part in rows.items()}
+    left_out = found.left_out
     if config.test_root is not None:
-        other = _image_folder(config.test_root, "test_root")
-        if other.classes != folder.classes:
-            different = sorted(set(other.classes) ^ set(folder.classes))
+        other = _class_folders(config.test_root, "test_root", known)
+        if other.classes != found.classes:
+            different = sorted(set(other.classes) ^ set(found.classes))
             raise ValueError(
                 f"data.root={config.root} and data.test_root={config.test_root} must have the same classes; "
                 f"only one has {', '.join(different[:5])}"
             )
-        splits["test"] = _image_split("test", other, torch.arange(len(other)))
-    return list(folder.classes), splits
+        splits["test"] = _image_split("test", other, torch.arange(len(other.names)))
+        left_out = {key: left_out.get(key, []) + other.left_out.get(key, []) for key in left_out | other.left_out}
+    present = None if known is None else torch.cat([part.labels for part in splits.values()]).unique().tolist()
+    return Images(found.classes, splits, present, left_out)
 
 
-def _image_folder(root: str, key: str) -> ImageFolder:
+@dataclass(frozen=True)
+class _ClassFolders:
+    """All images of a folder of class folders; names, labels and versions as in `ImageSplit`."""
+
+    root: Path
+    classes: list[str]
+    names: list[str]
+    labels: Tensor
+    versions: list[str]
+    left_out: dict[str, list[str]]
+
+
+def _class_folders(root: str, key: str, known: tuple[dict[str, int], list[str]] | None) -> _ClassFolders:
+    """The images below a folder.
+
+    Args:
+        root: the folder.
+        key: of the configuration, that named it.
+        known: what `class_ids` gives, for folders of which some may be missing or empty; None numbers those there are.
+    """
     path = Path(root).expanduser()
     if not path.is_dir():
         raise FileNotFoundError(
             f"data.{key}={root} is no folder; it must hold one sub-folder of images for every class"
         )
-    from torchvision.datasets import ImageFolder
+    # Images count in class folders alone.
+    found, left_out = find_images(path)
+    names = [name for name in found if "/" in name]
+    if loose := [name for name in found if "/" not in name]:
+        left_out["in no class folder"] = loose
+    of_images = [name.partition("/")[0] for name in names]
+    walked = {f"{entry.name}/": entry.name for entry in path.iterdir() if entry.is_dir()}
+    folders = sorted(walked[name] for name in walked.keys() - {name for part in left_out.values() for name in part})
+    empty = sorted(set(folders) - set(of_images))
+    if not names:
+        raise FileNotFoundError(f"data.{key}={root} holds no sub-folder with images; it must hold one for every class")
+    if known is None:
+        if empty:
+            raise FileNotFoundError(
+                f"data.{key}={root}: class folders without images: {_some(empty)}; remove them, or number the classes "
+                "with data.classes"
+            )
+        ids, classes = {name: number for number, name in enumerate(folders)}, list(map(printable, folders))
+    else:
+        ids, classes = known
+        if empty:
+            left_out["class folder without images"] = empty
+        if strange := [name for name in folders if name not in ids and name not in empty]:
+            raise ValueError(f"data.{key}={root}: data.classes has no id for the folders {_some(strange)}")
+    labels = torch.tensor([ids[name] for name in of_images], dtype=torch.int64)
+    return _ClassFolders(path, classes, names, labels, file_versions([path / name for name in names]), left_out)
 
-    return ImageFolder(str(path))
+
+def _some(names: list[str]) -> str:
+    return ", ".join(map(printable, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _image_split(split: str, folder: ImageFolder, rows: Tensor) -> ImageSplit:
-    root = Path(folder.root)
-    samples = [folder.samples[row] for row in rows.tolist()]
-    names = [Path(path).relative_to(root).as_posix() for path, _ in samples]
-    return ImageSplit(split, root, names, torch.tensor([label for _, label in samples], dtype=torch.int64))
+def _image_split(split: str, folder: _ClassFolders, rows: Tensor) -> ImageSplit:
+    taken = rows.tolist()
+    names, versions = ([values[row] for row in taken] for values in (folder.names, folder.versions))
+    return ImageSplit(split, folder.root, names, folder.labels[rows], versions)
 
 
 # -- what is cut out of them ------------------------------------------------------------------------------------------
@@ -192,14 +306,22 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     """The centre square of an image, scaled so that its shorter side has `size` pixels.
 
     As in ADM (Dhariwal and Nichol, 2021) and what followed: halved by box filter while the shorter side has at least
-    twice the size, then scaled with a bicubic filter, then cut.
+    twice the size, then scaled with a bicubic filter, then cut. Of an image that is longer than eight times its shorter
+    side the middle alone is scaled, so that memory does not grow with its length.
     """
+    image = _shortened(image, LONGEST * min(image.size))
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+def _shortened(image: Image.Image, longest: int) -> Image.Image:
+    """The middle of an image, of at most `longest` pixels a side, or one more where that keeps the centre."""
+    cut_off = [max(0, length - longest) // 2 for length in image.size]
+    return image.crop((cut_off[0], cut_off[1], image.width - cut_off[0], image.height - cut_off[1]))
 
 
 def ten_crops(image: Image.Image, size: int, crop_range: float) -> list[Image.Image]:
@@ -225,22 +347,6 @@ def cut(image: Image.Image, config: FolderConfig, split: str) -> Tensor:
 
 
 # -- reading them -----------------------------------------------------------------------------------------------------
-
-
-def read_image(path: Path) -> Image.Image:
-    """An RGB image.
-
-    Raises:
-        ValueError: if the file is missing, truncated or no image.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).replace(str(path), "the file").split()) or type(error).__name__
-        raise ValueError(
-            f"{path}: cannot be read as an image ({reason}); repair or remove it, or set data.skip_broken=true"
-        ) from error
 
 
 class _Views(Dataset[tuple[Tensor | None, str]]):
@@ -284,7 +390,8 @@ def read_views(
         here = rows[number * batch_size : number * batch_size + len(batch)]
         broken = [reason for views, reason in batch if views is None]
         if broken and not config.skip_broken:
-            raise ValueError(broken[0] + (f" ({len(broken)} such files in this batch)" if len(broken) > 1 else ""))
+            more = f" ({len(broken)} such files in this batch)" if len(broken) > 1 else ""
+            raise ValueError(f"{broken[0]}; repair or remove it, or set data.skip_broken=true{more}")
         kept = [(row, views) for row, (views, _) in zip(here, batch, strict=True) if views is not None]
         if kept:
             yield [row for row, _ in kept], torch.stack([views for _, views in kept])

@@ -3,7 +3,7 @@
 A folder holds
 
 - `tokens.json`: the identity (tokeniser, crops, splits, grid), and every finished shard with its checksums;
-- `images.tsv`: split, class index and file name of every image;
+- `images.tsv`: split, class index, file name and version (see `orderrl.sources`) of every image;
 - `SPLIT-00000.tokens.npy` and `SPLIT-00000.labels.npy`: tokens (rows, N) uint16 or int32, or (rows, N, C) float16 or
   float32 if continuous, and labels (rows,) int64. A row is a view (crop, flip) of an image; the views of an image
   follow one another, and images stand in the order of `images.tsv`.
@@ -13,7 +13,6 @@ Files are written aside and moved into place; a shard counts once `tokens.json` 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import uuid
@@ -26,10 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orderrl.data.folder import SPLITS, ImageSplit
+from orderrl.data.folder import SPLITS, Images
 from orderrl.data.mapped import MappedTokens
 from orderrl.data.tokens import TokenSet
 from orderrl.runs import fingerprint, write_json
+from orderrl.sources import checksum
 
 FORMAT = 1
 DESCRIPTION, IMAGES, TOKENIZER = "tokens.json", "images.tsv", "tokenizer.safetensors"
@@ -88,9 +88,9 @@ class TokenSetWriter:
 
     Args:
         folder: the token set's folder, made if need be.
-        identity: plain values that determine every token. Needs `shard_size` and `dtype`; images and their files are
-            added here.
-        images: the images of every split.
+        identity: plain values that determine every token; needs `shard_size`, `dtype`, and of the images `images`, how
+            many every split has, and `files`, their version.
+        images: what is tokenised.
         tokenizer_path: file or hub name of the tokeniser's weights, for decoding. A file in OrderRL's own format is
             copied into the folder (`own=True`), published weights are remembered by where they are.
         own: see `tokenizer_path`.
@@ -104,21 +104,18 @@ class TokenSetWriter:
         self,
         folder: Path | str,
         identity: Mapping[str, Any],
-        images: Mapping[str, ImageSplit],
+        images: Images,
         tokenizer_path: str | Path,
         own: bool = False,
     ) -> None:
         self.folder = Path(folder)
-        table = _table(images)
-        counts = {split: len(images[split]) for split in SPLITS}
-        whole = {**identity, "images": counts, "files": hashlib.sha256(table.encode()).hexdigest()}
-        self.identity: dict[str, Any] = json.loads(json.dumps(whole))
-        self.shards = plan_shards(counts, int(identity["shard_size"]))
+        self.identity: dict[str, Any] = json.loads(json.dumps(identity))
+        self.shards = plan_shards(identity["images"], int(identity["shard_size"]))
         self._path = self.folder / DESCRIPTION
         self.folder.mkdir(parents=True, exist_ok=True)
         if self._path.is_file():
             self._described = read_description(self.folder)
-            _refuse_other_identity(self.folder, self._described["identity"], self.identity)
+            _refuse_other_identity(self.folder, self._described["identity"], self.identity, images.table)
         elif any(self.folder.iterdir()):
             raise ValueError(f"{self.folder}: is not empty and holds no token set; choose another output")
         else:
@@ -126,7 +123,7 @@ class TokenSetWriter:
             self._described = {"format": FORMAT, "identity": self.identity, "tokenizer_path": where, "shards": {}}
             write_json(self._path, self._described)
         if not (self.folder / IMAGES).is_file():
-            _move_in(self.folder / IMAGES, lambda file: file.write(table.encode()))
+            _move_in(self.folder / IMAGES, lambda file: file.write(images.table.encode()))
         if own and not (self.folder / TOKENIZER).is_file():
             _move_in(self.folder / TOKENIZER, lambda file: file.write(Path(tokenizer_path).read_bytes()))
 
@@ -178,14 +175,6 @@ class TokenSetWriter:
         return True
 
 
-def _table(images: Mapping[str, ImageSplit]) -> str:
-    lines = ["split\tlabel\tfile"]
-    for split in SPLITS:
-        part = images[split]
-        lines += [f"{split}\t{label}\t{name}" for label, name in zip(part.labels.tolist(), part.names, strict=True)]
-    return "\n".join(lines) + "\n"
-
-
 def _lasting(path: str | Path) -> str:
     """A path that does not depend on the current folder; hub names stay as they are."""
     return str(path) if str(path).startswith(_HUB) else str(Path(path).expanduser().resolve())
@@ -206,17 +195,40 @@ def _file(folder: Path, shard: str, kind: str) -> Path:
     return folder / f"{shard}.{kind}.npy"
 
 
-def _refuse_other_identity(folder: Path, have: Any, want: Any) -> None:
+def _refuse_other_identity(folder: Path, have: Any, want: Any, table: str) -> None:
     different = [
         f"{key} = {_short(have_value)} instead of {_short(want_value)}"
         for key, have_value, want_value in _differences(have, want)
     ]
-    if different:
-        rest = f" and {len(different) - 3} more" if len(different) > 3 else ""
-        raise ValueError(
-            f"{folder}: holds another token set ({'; '.join(different[:3])}{rest}); choose another output, or the same "
-            "tokeniser, images, crops and sizes"
-        )
+    if not different:
+        return
+    if have.get("files") != want["files"] and (changed := _changed_images(folder / IMAGES, table)):
+        different.insert(0, changed)
+    rest = f" and {len(different) - 3} more" if len(different) > 3 else ""
+    raise ValueError(
+        f"{folder}: holds another token set ({'; '.join(different[:3])}{rest}); choose another output, or the same "
+        "tokeniser, images, crops and sizes"
+    )
+
+
+def _changed_images(listed: Path, table: str) -> str:
+    """How the images of a listing differ from those of a table, in words; nothing if that can't be said."""
+    try:
+        before = listed.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
+    old, new = (dict(line.split("\t", 2)[2].rsplit("\t", 1) for line in _rows(text)) for text in (before, table))
+    kinds = {
+        "changed": [name for name in new if name in old and old[name] != new[name]],
+        "new": [name for name in new if name not in old],
+        "gone": [name for name in old if name not in new],
+    }
+    return ", ".join(f"{len(names)} images {kind}, such as {names[0]}" for kind, names in kinds.items() if names)
+
+
+def _rows(table: str) -> list[str]:
+    """Lines of a listing behind its head that have all columns."""
+    return [line for line in table.split("\n")[1:] if line.count("\t") == 3]
 
 
 def _differences(have: Any, want: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
@@ -236,12 +248,6 @@ def _short(value: Any, limit: int = 60) -> str:
 
 
 # -- checking ---------------------------------------------------------------------------------------------------------
-
-
-def checksum(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def verify(path: Path, expected: str) -> None:
@@ -389,6 +395,7 @@ def load_token_set(folder: Path | str, split: str, mapped: bool | None = None) -
         decoder=SetDecoder(folder, described),
         identity=fingerprint([identity["grid"], identity["vocab_size"], identity["classes"], split, checksums]),
         class_names=tuple(map(str, identity["classes"])),
+        present=None if identity.get("present") is None else tuple(identity["present"]),
     )
     return stored.shuffled()  # images are stored in the folder's order, which is by class
 

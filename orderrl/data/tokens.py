@@ -66,6 +66,7 @@ class TokenSet:
         decoder: tokens (m, N) or (m, N, token_dim) to pixels (m, 3, H, W) uint8; None where tokens are grey levels.
         identity: what stands for the content in `fingerprint` where hashing it would take long; None hashes it.
         class_names: of the labels, in words that a caption can hold; None where they have none.
+        present: labels that have images, of a data set that holds some of the classes of a model; None is all.
     """
 
     name: str
@@ -80,9 +81,15 @@ class TokenSet:
     decoder: Callable[[Tensor], Tensor] | None = None
     identity: str | None = None
     class_names: tuple[str, ...] | None = None
+    present: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def classes(self) -> Tensor:
+        """Labels that the data set has images of, (c,) int64."""
+        return torch.arange(self.num_classes) if self.present is None else torch.tensor(self.present)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -27,9 +27,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from orderrl.data import TokenSet
-from orderrl.data.shards import checksum
 from orderrl.metrics.features import first_lines
 from orderrl.metrics.images import check_images
+from orderrl.sources import checksum, source_identity
 
 PROMPT = "a photo of a {}"
 _SYNSET = re.compile(r"n\d{8}")  # a WordNet id, as ImageNet's class folders are called
@@ -77,7 +77,6 @@ class ClipNetwork:
         return F.normalize(torch.cat(parts), dim=-1).cpu()
 
 
-@lru_cache(maxsize=1)
 def load_clip(name: str, weights: str = "openai", device: torch.device | None = None) -> ClipNetwork:
     """A CLIP network by name.
 
@@ -91,6 +90,12 @@ def load_clip(name: str, weights: str = "openai", device: torch.device | None = 
     Raises:
         ValueError: if open_clip is not installed, the name or tag is unknown, or weights can't be had or do not fit.
     """
+    return _load_clip(name, weights, source_identity(weights), device)
+
+
+@lru_cache(maxsize=1)
+def _load_clip(name: str, weights: str, version: str | None, device: torch.device | None) -> ClipNetwork:
+    """`load_clip`; `version` tells weights from others that were in the file when it was read last."""
     open_clip = _open_clip(name)
     if name not in open_clip.list_models():
         close = difflib.get_close_matches(name, open_clip.list_models(), n=3)

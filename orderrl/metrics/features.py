@@ -30,6 +30,7 @@ from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from
 
 from orderrl.classifier import CLASSIFIERS, load_classifier, own_classifier
 from orderrl.metrics.images import TensorImages, check_images
+from orderrl.sources import source_identity
 
 SHIPPED = "orderrl-"
 DIGITS = SHIPPED + "digits"
@@ -102,7 +103,7 @@ def extract_features(
         device = device or images.device
         images = TensorImages(images)
     cuda = device is not None and device.type == "cuda"
-    extractor, layers = _extractor(registered, features, weights, cuda)
+    extractor, layers = _extractor(registered, features, weights, source_identity(weights), cuda)
     with _inception_maps(extractor) as maps:
         found = get_featuresdict_from_dataset(
             images, extractor, batch_size=batch_size, cuda=cuda, save_cpu_ram=True, verbose=False
@@ -147,9 +148,7 @@ def register_features(features: str) -> str:
     if checkpoint is not None:
         if model != LOCAL_DIR and not checkpoint.is_file():
             raise ValueError(f"features={features!r}: the checkpoint file {file} does not exist")
-        stats = [(path.name, path.stat()) for path in timm_files(features)]
-        state = [(path, stat.st_mtime_ns, stat.st_size) for path, stat in stats]
-        version = hashlib.sha256(f"{checkpoint.resolve()} {state}".encode()).hexdigest()
+        version = hashlib.sha256(f"{checkpoint.resolve()} {source_identity(checkpoint)}".encode()).hexdigest()
         name += f":{checkpoint.stem}-{version[:8]}"
     if name not in FEATURE_EXTRACTORS_REGISTRY:
         values = {"model_name": model, "checkpoint": checkpoint}
@@ -163,11 +162,16 @@ def timm_parts(name: str) -> tuple[str, str]:
     return model, file
 
 
-def timm_files(name: str) -> list[Path]:
-    """The files that a timm model is read from, in a name as above; none for weights that timm downloads."""
-    model, file = timm_parts(name)
-    path = Path(file).expanduser()
-    return (sorted(path.iterdir()) if model == LOCAL_DIR else [path]) if file else []
+def timm_source(name: str) -> Path | None:
+    """The file or folder that a timm model is read from, in a name as above; None for what timm downloads."""
+    file = timm_parts(name)[1] if name.startswith(TIMM) else ""
+    return Path(file).expanduser() if file else None
+
+
+def name_by_content(name: str) -> str:
+    """The name of a feature extractor with the content of a checkpoint in place of its path."""
+    source = timm_source(name)
+    return name if source is None else f"{TIMM}{timm_parts(name)[0]}:{source_identity(source, in_full=True)}"
 
 
 def own_features(data: str) -> str | None:
@@ -342,9 +346,12 @@ for _name in CLASSIFIERS:
 
 @lru_cache(maxsize=2)
 def _extractor(
-    registered: str, features: str, weights: Path | None, cuda: bool
+    registered: str, features: str, weights: Path | None, version: str | None, cuda: bool
 ) -> tuple[FeatureExtractorBase, dict[str, str]]:
-    """torch-fidelity's feature extractor, and the names of its layers that are `Features`' attributes."""
+    """torch-fidelity's feature extractor, and the names of its layers that are `Features`' attributes.
+
+    `version` tells weights from others that were in the file when it was read last.
+    """
     kind = FEATURE_EXTRACTORS_REGISTRY[registered]
     layers = {"pooled": kind.get_default_feature_layer_for_metric("fid")}
     scores = kind.get_default_feature_layer_for_metric("isc")

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from orderrl.data import TokenSet
-
-EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+from orderrl.data.images import EXTENSIONS, describe_left_out, find_images, image_size, read_image
+from orderrl.sources import printable
 
 
 class TensorImages(Dataset[Tensor]):
@@ -33,34 +33,38 @@ class TensorImages(Dataset[Tensor]):
 class ImageFolder(Dataset[Tensor]):
     """All images of a folder and its sub-folders, by name: (3, H, W) uint8. They are read when they are asked for.
 
+    They are found and read as those of data sets, see `orderrl.data.images`.
+
     Args:
-        folder: holds .png, .jpg, .jpeg, .webp or .bmp files, all of one size.
+        folder: holds images, all of one size.
+
+    Attributes:
+        files: their paths.
+        left_out: what else there is, in a line; "" if nothing.
 
     Raises:
         ValueError: if the folder has no images, an image can't be read, or their sizes differ.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
+        names, left_out = find_images(folder)
+        self.files = [folder / name for name in names]
+        self.left_out = describe_left_out(left_out)
         if not self.files:
             raise ValueError(f"{folder} holds no images ({', '.join(EXTENSIONS)})")
-        first = _size(self.files[0])
+        first = image_size(self.files[0])
         for path in self.files:
-            if (size := _size(path)) != first:
+            if (size := image_size(path)) != first:
                 raise ValueError(
-                    f"the images of {folder} must have one size, but {self.files[0].name} has {first[0]}x{first[1]} "
-                    f"pixels and {path.name} has {size[0]}x{size[1]}; crop them first"
+                    f"the images of {folder} must have one size, but {printable(self.files[0].name)} has "
+                    f"{first[0]}x{first[1]} pixels and {printable(path.name)} has {size[0]}x{size[1]}; crop them first"
                 )
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Tensor:
-        try:
-            with Image.open(self.files[index]) as image:
-                return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f"{self.files[index]} can't be read as an image ({error})") from error
+        return torch.from_numpy(np.array(read_image(self.files[index]))).permute(2, 0, 1)
 
 
 class TokenImages(Dataset[Tensor]):
@@ -91,15 +95,6 @@ class TokenImages(Dataset[Tensor]):
                 tokens = part.tokens[torch.tensor(mine) - start].to(self.device or "cpu")
                 found |= zip(mine, part.images(tokens).cpu(), strict=True)
         return [found[index] for index in indices]
-
-
-def _size(path: Path) -> tuple[int, int]:
-    """Width and height, from the head of the file."""
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path} can't be read as an image ({error})") from error
 
 
 def save_images(images: Tensor, folder: Path, labels: Tensor | None = None) -> None:

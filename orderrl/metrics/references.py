@@ -140,7 +140,8 @@ def open_reference(
             found = TokenImages(list(token_set_splits(path).values()), device)
             return reference_of(found, features, weights, device, f"{len(found)} images of the token set {path}")
         images = ImageFolder(path)
-        return reference_of(images, features, weights, device, f"{len(images)} images of {path}")
+        left_out = f" (left out: {images.left_out})" if images.left_out else ""
+        return reference_of(images, features, weights, device, f"{len(images)} images of {path}{left_out}")
     if not path.is_file():
         raise ValueError(f"reference={str(path)!r} does not exist; it must be {KINDS}")
     if path.suffix == ".npz":

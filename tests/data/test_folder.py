@@ -57,8 +57,9 @@ def test_a_share_of_zero_is_empty() -> None:
 
 def test_the_folder_is_listed_by_class_and_each_image_once(tmp_path: Path) -> None:
     root = image_folder(tmp_path / "images", per_class=10)
-    classes, splits = list_images(FolderConfig(str(root)))
-    assert classes == ["cat", "dog"]
+    images = list_images(FolderConfig(str(root)))
+    splits = images.splits
+    assert images.classes == ["cat", "dog"] and images.present is None and not images.left_out
     names = [name for part in splits.values() for name in part.names]
     assert sorted(names) == sorted(path.relative_to(root).as_posix() for path in root.glob("*/*.png"))
     assert {split: len(part) for split, part in splits.items()} == {"backbone": 14, "planner": 4, "test": 2}
@@ -68,7 +69,7 @@ def test_the_folder_is_listed_by_class_and_each_image_once(tmp_path: Path) -> No
 
 def test_test_images_may_have_a_folder_of_their_own(tmp_path: Path) -> None:
     root, test_root = image_folder(tmp_path / "a", 5), image_folder(tmp_path / "b", 3)
-    _, splits = list_images(FolderConfig(str(root), test_root=str(test_root)))
+    splits = list_images(FolderConfig(str(root), test_root=str(test_root))).splits
     assert {split: len(part) for split, part in splits.items()} == {"backbone": 8, "planner": 2, "test": 6}
     assert splits["test"].root == test_root
     other = image_folder(tmp_path / "c", 3, classes=("cat", "cow"))
@@ -152,7 +153,7 @@ def broken_folder(root: Path) -> Path:
 
 def test_files_that_cannot_be_read_are_named_in_one_line(tmp_path: Path) -> None:
     config = FolderConfig(str(broken_folder(tmp_path / "x")), image_size=8, test_share=0, planner_share=0)
-    images = list_images(config)[1]["backbone"]
+    images = list_images(config).splits["backbone"]
     with pytest.raises(ValueError, match=r"01\.png: cannot be read.*skip_broken=true") as caught:
         list(read_views(images, range(5), config, 1))
     assert "\n" not in str(caught.value)
@@ -165,7 +166,7 @@ def test_files_that_cannot_be_read_may_be_left_out(tmp_path: Path, batch_size: i
     config = FolderConfig(
         str(broken_folder(tmp_path / "x")), image_size=8, test_share=0, planner_share=0, skip_broken=True
     )
-    images = list_images(config)[1]["backbone"]
+    images = list_images(config).splits["backbone"]
     batches = list(read_views(images, range(5), config, batch_size))
     assert [row for rows, _ in batches for row in rows] == [0, 2, 4]
     assert torch.cat([views for _, views in batches]).shape == (3, 1, 3, 8, 8)
@@ -177,6 +178,6 @@ def test_reading_in_other_processes_changes_nothing(tmp_path: Path) -> None:
     both = []
     for workers in (0, 1):
         config = FolderConfig(root, image_size=8, test_share=0, planner_share=0, workers=workers)
-        images = list_images(config)[1]["backbone"]
+        images = list_images(config).splits["backbone"]
         both.append(torch.cat([views for _, views in read_views(images, range(10), config, 3)]))
     assert torch.equal(*both)

@@ -115,7 +115,7 @@ def test_the_order_is_part_of_the_identity(folder: Path) -> None:
 def test_tokens_keep_their_labels(folder: Path, images: FolderConfig) -> None:
     """Reads the stored rows in the folder's order, which is by class, and looks every one up."""
     for split in SPLITS:
-        data, listed = load_token_set(folder, split), list_images(images)[1][split]
+        data, listed = load_token_set(folder, split), list_images(images).splits[split]
         assert torch.equal(listed.labels, listed.labels.sort().values)
         stored = torch.empty_like(data.tokens)
         stored[stratified_order(listed.labels)] = data.tokens
