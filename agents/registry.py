@@ -19,6 +19,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -242,6 +243,17 @@ def planner_file(spec: str) -> Path | None:
     """The checkpoint that a policy's name means; None if it means none."""
     path = spec.partition("@")[0].removeprefix(SPACED).removeprefix(PAIRED)
     return Path(path) if path.endswith(".safetensors") else None
+
+
+def policy_source(spec: str) -> Path | None:
+    """The file that defines a user's policy (module:attribute); None for other policies, and where there is no file."""
+    module, colon, _ = spec.partition("@")[0].partition(":")
+    if not colon or module.startswith(REFERENCES):
+        return None
+    try:
+        return Path(inspect.getfile(importlib.import_module(module)))
+    except (ImportError, TypeError):  # no module, or one without a file
+        return None
 
 
 def tell_step_costs_apart(policies: Sequence[NamedPolicy]) -> list[NamedPolicy]:

@@ -78,6 +78,7 @@ class NextBlockCore:
         self._looking = observe or self._context_losses
         self._budgets = torch.tensor(config.budgets, device=self.device)
         self._data_tokens, self._data_labels = data.tokens.to(self.device), data.labels.to(self.device)
+        self._classes = data.classes.to(self.device)
         self._block_tokens = geometry.block_tokens.to(self.device)
         m, b = num_envs, geometry.num_blocks
         zeros = torch.zeros(m, dtype=torch.int64, device=self.device)
@@ -204,7 +205,7 @@ class NextBlockCore:
             self.step_cost[rows] = drawn if told is None else told.to(self.device)
         key = (Stream.IMAGE, self.seeds[rows], self.episode[rows])
         if self.config.mode == "generate":
-            self.labels[rows] = keyed_index(key, self.backbone.num_classes, self.device)
+            self.labels[rows] = self._classes[keyed_index(key, len(self._classes), self.device)]
             self.image_index[rows] = -1
             self.tokens[rows] = 0
             if index is not None:

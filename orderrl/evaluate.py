@@ -21,7 +21,7 @@ from orderrl.backbones import Backbone, backbone_fingerprint, backbone_names, lo
 from orderrl.backbones.masked import MaskedTransformer
 from orderrl.backbones.protocol import backbone_device
 from orderrl.backbones.registry import TrainableBackbone
-from orderrl.data import load_split
+from orderrl.data import TokenSet, load_split
 from orderrl.distributed import is_main, launched
 from orderrl.entry import run_application
 from orderrl.evaluations import protocol_identity, save_values
@@ -351,7 +351,7 @@ def _pictured(row: Evaluated) -> bool:
 def describe(config: DictConfig, backbone: Backbone, protocol: Protocol) -> dict[str, Any]:
     """The protocol in plain values: on what every number was measured."""
     return {
-        "data": f"{protocol.data.name}/{protocol.data.split}, {len(protocol.data)} images",
+        "data": _data_described(protocol.data),
         "backbone": f"{config.backbone.name} ({backbone_fingerprint(backbone)})",
         "block_grid": f"{backbone.geometry.rows}x{backbone.geometry.columns} blocks of "
         f"{backbone.geometry.block_size}x{backbone.geometry.block_size} tokens",
@@ -370,6 +370,14 @@ def describe(config: DictConfig, backbone: Backbone, protocol: Protocol) -> dict
         **statistics_described(protocol),
         "seed": config.seed,
     }
+
+
+def _data_described(data: TokenSet) -> str:
+    """Which images, and of a data set that holds some of a model's classes how many; samples are of these, too."""
+    some = (
+        "" if data.present is None else f", {len(data.present)} of {data.num_classes} classes, samples of these alone"
+    )
+    return f"{data.name}/{data.split}, {len(data)} images{some}"
 
 
 def _compared(protocol: Protocol) -> str | None:

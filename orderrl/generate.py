@@ -1,4 +1,7 @@
-"""Draw images and show the order: `python -m orderrl.generate policy=multiscale@4 label=3 n=16`."""
+"""Draw images and show the order: `python -m orderrl.generate policy=multiscale@4 label=3 n=16`.
+
+A published model needs no data set here: `backbone=randar_xl backbone.path=... tokenizer=vq16 tokenizer.path=...`.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,18 @@ from PIL import Image
 from torchvision.utils import make_grid
 
 from orderrl.agents.registry import make_policy
-from orderrl.data import load_split
+from orderrl.backbones import Backbone
+from orderrl.data import TokenSet, load_split
+from orderrl.data.shards import decode_in_parts
 from orderrl.entry import run_application
 from orderrl.envs.render import order_image, partial_images
 from orderrl.evaluate import fitted_order, newest_planners
 from orderrl.generation import Generated, balanced_labels, generate_images, generate_published
 from orderrl.geometry import BlockGrid
 from orderrl.metrics.images import save_images
-from orderrl.pipeline import announce, open_backbone, sampling_of
+from orderrl.pipeline import NO_DATA, announce, open_backbone, sampling_of, with_values
 from orderrl.runs import Run, progress
+from orderrl.tokenizers import KLTokenizer, VQTokenizer, load_tokenizer
 
 SMALLEST_SIDE = 64  # of an image in the pictures, pixels
 PUBLISHED = "published"  # the policy that is the model's own sampler
@@ -33,15 +39,14 @@ def generate(config: DictConfig) -> Path:
     """
     if config.n < 1:
         raise ValueError(f"n must be at least 1 image, got {config.n}")
-    backbone = open_backbone(config)
+    config, backbone, data = _opened(config)
     if config.label is not None and not 0 <= config.label < backbone.num_classes:
         raise ValueError(f"label={config.label} is no class; use 0 to {backbone.num_classes - 1} or null")
     spec = config.policy
     if spec == "newest":
         spec = str(newest_planners(config, backbone)[-1])
         announce(f"policy: {spec}")
-    data = load_split(config.data.name, "test")
-    labels = balanced_labels(config.n, backbone.num_classes)
+    labels = balanced_labels(config.n, data.classes)
     if config.label is not None:
         labels = torch.full_like(labels, config.label)
     sampling = sampling_of(config)
@@ -50,7 +55,8 @@ def generate(config: DictConfig) -> Path:
         geometry = BlockGrid(geometry.height, geometry.width, 1)  # its pictures show single tokens
         draw = partial(generate_published, backbone, labels, config.steps, sampling, config.seed)
     else:
-        named = make_policy(spec, backbone, lambda: fitted_order(config, backbone), tuple(config.budgets))
+        fitted = None if config.data.name == NO_DATA else lambda: fitted_order(config, backbone)
+        named = make_policy(spec, backbone, fitted, tuple(config.budgets))
         draw = partial(generate_images, backbone, data, named.policy, named.budgets, labels, sampling, config.seed)
     with Run("generate", config) as run:
         with progress(config.n, f"generating ({spec})", "images") as advance:
@@ -75,6 +81,54 @@ def generate(config: DictConfig) -> Path:
             f"pictures: {run.folder / 'images.png'}, {run.folder / 'order.gif'}, {run.folder / 'order.png'}"
         )
     return run.folder
+
+
+def _opened(config: DictConfig) -> tuple[DictConfig, Backbone, TokenSet]:
+    """The backbone and the data of a config, and the config; with a tokeniser it has no data.
+
+    Raises:
+        ValueError: if they can't be opened or do not fit.
+    """
+    chosen = config.tokenizer
+    if chosen.name == "none":
+        return config, open_backbone(config), load_split(config.data.name, "test")
+    if config.data.name.startswith("tokens:"):
+        raise ValueError(
+            f"tokenizer={chosen.name} draws without a data set, and {config.data.name} has a tokeniser of its own; "
+            "leave out one of them"
+        )
+    config = with_values(config, {"data": {"name": NO_DATA}})
+    backbone = open_backbone(config)
+    return config, backbone, _set_without_images(backbone, load_tokenizer(chosen.name, chosen.path))
+
+
+def _set_without_images(backbone: Backbone, tokenizer: VQTokenizer | KLTokenizer) -> TokenSet:
+    """What stands for a data set where images are drawn and none are read.
+
+    Raises:
+        ValueError: if the tokeniser does not decode what the backbone draws.
+    """
+    geometry, channels = backbone.geometry, getattr(backbone, "token_dim", 0)
+    drawn = backbone.vocab_size or None, channels or tokenizer.token_dim
+    decoded = tokenizer.vocab_size, tokenizer.token_dim
+    if drawn != decoded:
+        raise ValueError(
+            f"tokenizer={tokenizer.name} (vocab_size, token_dim) = {decoded} does not fit the backbone's "
+            f"{backbone.vocab_size, channels}; choose the tokeniser that the backbone was trained with"
+        )
+    empty = torch.zeros(0, geometry.num_tokens, dtype=torch.int64)
+    return TokenSet(
+        NO_DATA,
+        "test",
+        torch.zeros(0, geometry.num_tokens, channels) if channels else empty,
+        torch.zeros(0, dtype=torch.int64),
+        geometry.height,
+        geometry.width,
+        backbone.vocab_size,
+        backbone.num_classes,
+        channels,
+        lambda tokens: decode_in_parts(tokenizer.to(tokens.device), tokens, (geometry.height, geometry.width)),
+    )
 
 
 def _enlarge(images: torch.Tensor) -> torch.Tensor:

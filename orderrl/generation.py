@@ -170,6 +170,7 @@ def _published_masked(
     return tokens, reveal_step
 
 
-def balanced_labels(count: int, num_classes: int) -> Tensor:
-    """Classes in turn, (count,) int64."""
-    return torch.arange(count) % num_classes
+def balanced_labels(count: int, classes: int | Tensor) -> Tensor:
+    """Classes in turn, (count,) int64; classes are (c,) int64 labels, or how many there are."""
+    labels = torch.arange(classes) if isinstance(classes, int) else classes
+    return labels[torch.arange(count) % len(labels)]

@@ -22,13 +22,12 @@ from orderrl.agents.orders import ORDERS
 from orderrl.agents.policies import AmongBudgets, Policy, ReferencePolicy
 from orderrl.agents.policy_gradient import PolicyGradient, PolicyGradientConfig
 from orderrl.agents.ppo import PPO, PPOConfig
-from orderrl.agents.registry import make_policy, planner_file
+from orderrl.agents.registry import make_policy, planner_file, policy_source
 from orderrl.agents.search import FixedSchedule, SearchConfig, search_schedule
 from orderrl.backbones import Backbone, backbone_fingerprint
 from orderrl.backbones.protocol import backbone_device
 from orderrl.backbones.registry import weights_fingerprint
 from orderrl.data import TokenSet, load_split
-from orderrl.data.shards import checksum
 from orderrl.entry import compose
 from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.envs.reward import RewardConfig
@@ -38,6 +37,7 @@ from orderrl.pipeline import (
     CHEAPEST,
     DAGGER,
     FORMAT,
+    NO_DATA,
     announce,
     find_or_make_labels,
     find_or_make_own_labels,
@@ -50,6 +50,7 @@ from orderrl.pipeline import (
 from orderrl.planner import OrderHead, PlannerConfig, load_planner, save_planner
 from orderrl.resuming import Unfinished, forget
 from orderrl.runs import Cache, Run, fingerprint, progress
+from orderrl.sources import checksum
 
 PLANNERS = "planners"
 
@@ -209,7 +210,8 @@ def find_or_train_imitation(config: DictConfig, backbone: Backbone, run: Run | N
     if named.step_cost_range is not None:
         raise ValueError(f"agent.policy={spec!r} must be told what a step costs; imitate it at one cost: PATH@cost0.5")
     policy = AmongBudgets(named.policy, named.budgets, core_config(config).budgets)
-    file = planner_file(spec)  # what is in it counts, not its name
+    # What is in a planner's file or a user's module counts, not its name.
+    file = planner_file(spec) or policy_source(spec)
     imitated = {} if file is None else {"imitated": checksum(file)}
     return _find_or_imitate(config, backbone, lambda data, work: policy, imitated, run, reuse)
 
@@ -386,8 +388,10 @@ def find_or_train_planner(
 
 
 def newest_planner(config: DictConfig, backbone: Backbone, agent: str) -> Path | None:
-    """The newest cached planner of an agent for this backbone and these planner images."""
-    want = {"format": FORMAT, "backbone": backbone_fingerprint(backbone), "images": planner_images(config)}
+    """The newest cached planner of an agent for this backbone and, if the config has data, these planner images."""
+    want = {"format": FORMAT, "backbone": backbone_fingerprint(backbone)}
+    if config.data.name != NO_DATA:
+        want["images"] = planner_images(config)
 
     def fits(description: dict[str, Any]) -> bool:
         return description["agent"]["name"] == agent and want.items() <= description.items()

@@ -7,18 +7,16 @@ backbone, data, checkpoints, own policies and the package's own code. A finished
 from __future__ import annotations
 
 import importlib
-import inspect
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
 
 from orderrl import distributed
-from orderrl.agents.registry import PAIRED, SPACED, NamedPolicy
+from orderrl.agents.registry import PAIRED, SPACED, NamedPolicy, policy_source
 from orderrl.backbones import Backbone, backbone_fingerprint
 from orderrl.data import TokenSet
 from orderrl.geometry import BlockGrid
@@ -62,7 +60,7 @@ def evaluation_key(
         "labels": section(config, "labels"),
         "seed": config.seed,
         "files": [source_identity(file) for file in files],
-        "own": [_source(policy.name) for policy in policies if ":" in policy.name],
+        "own": [source_identity(policy_source(policy.name)) for policy in policies],
         "code": code_fingerprint(),
     }
     return fingerprint(description)
@@ -79,15 +77,6 @@ def code_fingerprint() -> str:
     folders = [path for name in ("", ".agents", ".envs") for path in importlib.import_module(f"orderrl{name}").__path__]
     files = sorted(file for folder in folders for file in Path(folder).rglob("*.py"))
     return fingerprint([checksum(file) for file in files])
-
-
-def _source(policy: str) -> str:
-    """Checksum of the file that defines a user's policy, or the policy's name where there is none."""
-    try:
-        module: ModuleType = importlib.import_module(policy.partition(":")[0])
-        return checksum(Path(inspect.getfile(module)))
-    except (ImportError, TypeError):  # no module (lookahead:4), or one without a file
-        return policy
 
 
 def make_rows(jobs: Sequence[Job], protocol: Protocol, work: Unfinished, keep_samples: bool) -> list[Evaluated]:

@@ -31,7 +31,7 @@ class FoundImages(NamedTuple):
     """What a folder holds.
 
     Attributes:
-        names: of its images, relative to it with "/" between folders; sorted by folder, then by file.
+        names: of its images, relative to it with "/" between folders; by class folder, then by folder, then by file.
         left_out: names of everything else, by the reason, in words.
     """
 
@@ -53,7 +53,8 @@ def find_images(folder: Path) -> FoundImages:
             names.append(name)
         else:
             left_out[reason or f"no image ({extension or 'no extension'})"].append(name)
-    return FoundImages(sorted(names, key=os.path.split), dict(left_out))
+    names.sort(key=lambda name: (name.partition("/")[0], *os.path.split(name)))  # torchvision's order
+    return FoundImages(names, dict(left_out))
 
 
 def describe_left_out(left_out: Mapping[str, list[str]]) -> str:

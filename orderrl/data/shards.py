@@ -296,6 +296,14 @@ def read_description(folder: Path) -> dict[str, Any]:
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
+def decode_in_parts(tokenizer: Any, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Decode tokens of any number of images, none included, by a tokeniser on their device, a few images at a time."""
+    if not len(tokens):
+        height, width = (length * tokenizer.downsampling for length in grid)
+        return torch.zeros(0, 3, height, width, dtype=torch.uint8, device=tokens.device)
+    return torch.cat([tokenizer.decode(part, grid) for part in tokens.split(_DECODE_BATCH)])
+
+
 class SetDecoder:
     """Decodes tokens of a token set on disk; its tokeniser is loaded when the first image is asked for.
 
@@ -317,12 +325,8 @@ class SetDecoder:
         """
         if self._tokenizer is None:
             self._tokenizer = self._load()
-        self._tokenizer.to(tokens.device)
-        grid = tuple(self.described["identity"]["grid"])
-        if not len(tokens):
-            side = self._tokenizer.downsampling
-            return torch.zeros(0, 3, grid[0] * side, grid[1] * side, dtype=torch.uint8, device=tokens.device)
-        return torch.cat([self._tokenizer.decode(part, grid) for part in tokens.split(_DECODE_BATCH)])
+        rows, columns = self.described["identity"]["grid"]
+        return decode_in_parts(self._tokenizer.to(tokens.device), tokens, (rows, columns))
 
     def _load(self) -> Any:
         from orderrl.tokenizers import load_tokenizer

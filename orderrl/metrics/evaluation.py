@@ -265,7 +265,7 @@ def evaluate_policy(
     row |= code_lengths(row, p.backbone)
     if sampled and p.samples and not expensive:
         made = generate_images(
-            p.backbone, p.data, named.policy, named.budgets, balanced_labels(p.samples, p.data.num_classes),
+            p.backbone, p.data, named.policy, named.budgets, balanced_labels(p.samples, p.data.classes),
             p.sampling, p.seed, advance=advance,
         )  # fmt: skip
         row |= _quality(p, row, made)
@@ -314,7 +314,7 @@ def evaluate_token_raster(
         def whole_image(observation: TensorDict, generator: torch.Generator) -> Tensor:
             return torch.zeros_like(observation["label"])
 
-        labels = balanced_labels(protocol.samples, protocol.data.num_classes)
+        labels = balanced_labels(protocol.samples, protocol.data.classes)
         made = generate_images(
             one_block, protocol.data, whole_image, (1,), labels, protocol.sampling, protocol.seed, advance=advance
         )

@@ -1,5 +1,7 @@
 """From an image folder to a token set by the commands."""
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,11 +10,12 @@ import pytest
 import torch
 
 from orderrl.data import load_split
+from orderrl.data.folder import FolderConfig, list_images
 from orderrl.entry import compose
 from orderrl.pretrain_tokenizer import pretrain_tokenizer
-from orderrl.tokenize import find_or_make_tokens, tokenize
+from orderrl.tokenize import find_or_make_tokens, tokenize, tokenize_folder
 from orderrl.tokenizers import load_tokenizer
-from tests.tokenizers.helpers import image_folder, save_tiny_vq
+from tests.tokenizers.helpers import image_folder, save_tiny_vq, tiny_vq
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINING = [
@@ -95,3 +98,90 @@ def test_a_folder_of_broken_files_is_refused(tmp_path: Path, data: list[str]) ->
 def test_an_image_size_that_the_tokeniser_cannot_halve_is_refused(tmp_path: Path, data: list[str]) -> None:
     with pytest.raises(ValueError, match=r"data\.image_size=9 must be a multiple of 4"):
         pretrain_tokenizer(compose("pretrain_tokenizer", [*data, *TRAINING, "data.image_size=9"]))
+
+
+# -- images that change -----------------------------------------------------------------------------------------------
+
+CHANGES = ("replaced", "replaced at the same time and size", "one more", "one less", "a class less", "renamed")
+
+
+def change(root: Path, how: str) -> None:
+    """Change an image folder of the classes cat, cow and dog."""
+    file = root / "cat" / "03.png"
+    if how == "replaced":
+        file.write_bytes((root / "dog" / "05.png").read_bytes())
+    elif how == "replaced at the same time and size":
+        state, content = file.stat(), bytearray(file.read_bytes())
+        content[-20] ^= 1  # of the pixels; their checksum is wrong now, but nothing reads it here
+        file.write_bytes(content)
+        os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+    elif how == "one more":
+        (root / "cat" / "99.png").write_bytes(file.read_bytes())
+    elif how == "one less":
+        file.unlink()
+    elif how == "a class less":
+        shutil.rmtree(root / "cow")
+    else:
+        file.rename(root / "cat" / "zz.png")
+
+
+@pytest.mark.parametrize("how", CHANGES)
+def test_changed_images_have_another_version_and_are_refused_in_an_output(tmp_path: Path, how: str) -> None:
+    root = image_folder(tmp_path / "images", per_class=10, classes=("cat", "cow", "dog"))
+    source, weights = FolderConfig(str(root), image_size=8), save_tiny_vq(tmp_path / "t.safetensors")
+    tokenize_folder(tiny_vq(), source, tmp_path / "set", weights)
+    before, stamps = list_images(source).version, [path.stat().st_mtime_ns for path in (tmp_path / "set").iterdir()]
+    change(root, how)
+    assert list_images(source).version != before
+    with pytest.raises(
+        ValueError, match=r"images (changed|new|gone), such as (cat|cow)/.*choose another output"
+    ) as error:
+        tokenize_folder(tiny_vq(), source, tmp_path / "set", weights)
+    assert "\n" not in str(error.value)
+    assert [path.stat().st_mtime_ns for path in (tmp_path / "set").iterdir()] == stamps
+
+
+def test_the_same_images_elsewhere_or_touched_are_the_same(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "images", per_class=10)
+    shutil.copytree(root, tmp_path / "copy")
+    for path in (tmp_path / "copy").rglob("*.png"):
+        os.utime(path, (1, 1))
+    assert list_images(FolderConfig(str(root))).version == list_images(FolderConfig(str(tmp_path / "copy"))).version
+
+
+def test_changed_images_get_new_tokens_and_a_new_tokeniser_in_the_cache(tmp_path: Path, data: list[str]) -> None:
+    where = [f"cache_dir={tmp_path / 'cache'}", f"output_dir={tmp_path / 'runs'}"]
+    config = compose("pretrain_tokenizer", [*data, *TRAINING, *where])
+    folders = [find_or_make_tokens(config)]
+    for change_images in (lambda path: path.write_bytes((path.parent / "01.png").read_bytes()), Path.unlink):
+        change_images(tmp_path / "images" / "cat" / "00.png")
+        folders.append(find_or_make_tokens(config))
+    assert len(set(folders)) == 3
+    assert len(list((tmp_path / "cache" / "tokenizers").iterdir())) == 3
+    assert sum(len(load_split(f"tokens:{folders[2]}", split)) for split in ("backbone", "planner", "test")) == 19
+
+
+def test_another_tokeniser_at_the_same_path_gets_other_tokens(tmp_path: Path, data: list[str]) -> None:
+    """Found by its weights, not by its path."""
+    path = tmp_path / "t.safetensors"
+    config = compose("pretrain", [
+        "data=folder", *data, "tokenizer=small", f"tokenizer.path={path}", f"cache_dir={tmp_path / 'cache'}",
+    ])  # fmt: skip
+    folders = []
+    for seed in (0, 1, 0):
+        save_tiny_vq(path, seed=seed)
+        folders.append(find_or_make_tokens(config))
+    assert folders[0] == folders[2] != folders[1]
+
+
+def test_the_commands_say_how_many_classes_there_are(
+    tmp_path: Path, data: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "images" / ".cache").mkdir()
+    path = save_tiny_vq(tmp_path / "t.safetensors")
+    arguments = [*data, "tokenizer=small"]
+    tokenize(compose("tokenize", [*arguments, f"tokenizer.path={path}", f"output={tmp_path / 'set'}"]))
+    assert "classes: 2 (cat, dog)" in (printed := capsys.readouterr().out) and "1 hidden: .cache/" in printed
+    where = [f"output_dir={tmp_path / 'runs'}", f"cache_dir={tmp_path / 'cache'}"]
+    pretrain_tokenizer(compose("pretrain_tokenizer", [*data, *TRAINING, *where]))
+    assert "classes: 2 (cat, dog)" in (printed := capsys.readouterr().out) and "1 hidden: .cache/" in printed
