@@ -55,3 +55,16 @@ def test_files_are_found_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.
     before = key("eval.feature_weights='~/weights.pth'")
     (tmp_path / "weights.pth").write_bytes(b"two")
     assert key("eval.feature_weights='~/weights.pth'") != before
+
+
+def test_rows_are_made_again_when_a_reference_of_images_changes(tmp_path: Path) -> None:
+    """A picture replaced under its name, one more, and a hidden one, which is no picture."""
+    override = f"eval.reference={tmp_path}"
+    (tmp_path / "0.png").write_bytes(b"one")
+    before = key(override)
+    (tmp_path / ".hidden.png").write_bytes(b"one")
+    assert key(override) == before
+    (tmp_path / "0.png").write_bytes(b"two")
+    replaced = key(override)
+    (tmp_path / "1.png").write_bytes(b"three")
+    assert len({before, replaced, key(override)}) == 3
