@@ -60,7 +60,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     a = parser.parse_args(arguments)
     config = FolderConfig(a.root, a.test_root, image_size=a.image_size)
-    classes, splits = list_images(config)
+    listed = list_images(config)
+    classes, splits = listed.classes, listed.splits
     images, labels = read_split(splits["backbone"], config)
     test_images, test_labels = read_split(splits["test"], config)
 

@@ -32,8 +32,9 @@ from orderrl.tokenizers import PRESETS, build_tokenizer
 from orderrl.train import train
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-CLASSES, SIDE = 3, 4
-SHAPE = {"height": SIDE, "width": SIDE, "num_classes": CLASSES, "dim": 16, "layers": 2, "heads": 2, "multiple_of": 16}
+SYNSETS = ("n01440764", "n02099601", "n02123045")  # ImageNet's classes 0, 207 and 281
+SIDE = 4
+SHAPE = {"height": SIDE, "width": SIDE, "num_classes": 1000, "dim": 16, "layers": 2, "heads": 2, "multiple_of": 16}
 FUNCTIONS = {"pretrain": "pretrain_backbone"}  # where the function is not called like the command
 
 # What makes every command small; the rest is as on the page.
@@ -77,8 +78,8 @@ def layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Folders and weights as the page names them: ImageNet, the tokeniser, RandAR and LlamaGen."""
     pixels = np.random.default_rng(0)
     for split, count in (("train", 8), ("val", 2)):
-        for number in range(CLASSES):
-            folder = tmp_path / "imagenet" / split / f"n{number:08d}"
+        for name in SYNSETS:
+            folder = tmp_path / "imagenet" / split / name
             folder.mkdir(parents=True)
             for i in range(count):
                 array = pixels.integers(0, 256, (70, 80, 3), dtype=np.uint8)
@@ -107,14 +108,16 @@ def test_imagenet_with_randar_xl(layout: Path) -> None:
         result = getattr(import_module(f"orderrl.{command}"), FUNCTIONS.get(command, command))(config)
         assert Path(result).exists()
         ran.append(command)
-    assert ran == ["tokenize", "label", "train", "train", "evaluate", "generate", "generate", "pretrain"]
-    assert len(list(layout.glob("runs/generate/*/images.png"))) == 2
+    assert ran == ["generate", "tokenize", "label", "train", "train", "evaluate", "generate", "generate", "pretrain"]
+    assert len(list(layout.glob("runs/generate/*/images.png"))) == 3
+    described = json.loads(next(layout.glob("runs/evaluate/*/results.json")).read_text())["protocol"]["data"]
+    assert described.endswith("3 of 1000 classes, samples of these alone")
     assert list(layout.glob("runs/evaluate/*/report.html"))
 
 
 @pytest.mark.slow
 def test_raster_only_backbones_are_refused_with_the_command(layout: Path) -> None:
-    tokenize(compose("tokenize", small("tokenize", commands("imagenet_randar_xl.md")[0][1:])))
+    tokenize(compose("tokenize", small("tokenize", commands("imagenet_randar_xl.md")[1][1:])))
     arguments = ["backbone=llamagen_b", "backbone.path=c2i_B_256.pt", "data=tokens", "data.path=imagenet_tokens"]
     with pytest.raises(ValueError, match=r"make it order-robust with `python -m orderrl.pretrain backbone=llamagen_b"):
         label(compose("label", small("label", arguments)))
@@ -186,7 +189,7 @@ def test_a_masked_model_goes_through_the_main_job(layout: Path) -> None:
 @pytest.mark.slow
 def test_a_raster_model_is_evaluated_and_draws(layout: Path) -> None:
     """Its only row is its own; both its samplers are the published one."""
-    tokenize(compose("tokenize", small("tokenize", commands("imagenet_randar_xl.md")[0][1:])))
+    tokenize(compose("tokenize", small("tokenize", commands("imagenet_randar_xl.md")[1][1:])))
     job = ["backbone=llamagen_b", "backbone.path=c2i_B_256.pt", "data=tokens", "data.path=imagenet_tokens"]
     folder = evaluate(compose("evaluate", [*small("evaluate", job), "eval=planning"]))
     rows = json.loads((folder / "results.json").read_text())["rows"]

@@ -21,6 +21,8 @@ AVAILABLE = (  # with the operators that Inductor uses; tried on x86 alone
     and torch.backends.mkldnn.is_available()
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )
+# The kernels for bfloat16 need instructions (AVX-512) that not every processor has.
+DTYPES = (torch.float32, *([torch.bfloat16] if AVAILABLE and torch.ops.mkldnn._is_mkldnn_bf16_supported() else []))
 ROWS = 256  # that the layout is chosen for; it serves one row as well as thousands
 LARGE = 2**18  # weights; smaller matrices stay in the CPU's caches, and a call of oneDNN costs more than a few rows
 WORTH = 2**20  # multiplications from which small matrices gain
@@ -76,7 +78,7 @@ class Linear(nn.Linear):
             and not torch.compiler.is_compiling()
             and x.device.type == "cpu"
             and x.dtype == weight.dtype
-            and x.dtype in (torch.float32, torch.bfloat16)
+            and x.dtype in DTYPES
             and not (torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad))
             and not self.weight.is_inference()  # whose changes are not counted
             and (weight.numel() >= LARGE or x.numel() * len(weight) >= WORTH)
