@@ -44,7 +44,7 @@ def pretrain_tokenizer(config: DictConfig) -> Path:
     what = {"tokenizer": chosen, "data": section(config, "data", "workers"), "seed": config.seed, "images": names}
     with (
         Run("pretrain_tokenizer", config) as run,
-        Unfinished(config.cache_dir, f"tokenizer-{fingerprint(what)}", config.checkpoint_seconds) as work,
+        Unfinished(config.cache_dir, f"tokenizer-{fingerprint(what)}", config.checkpoint_seconds, run.folder) as work,
     ):
         path = run.folder / "tokenizer.safetensors"
         description = {"data": section(config, "data"), "split": "backbone", "training": chosen["training"]}

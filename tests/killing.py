@@ -19,6 +19,7 @@ from typing import Any
 
 from orderrl.checkpoint import load_checkpoint
 from orderrl.entry import compose
+from orderrl.storage import read_sealed
 
 DONE = "done.json"
 _LONGEST = 600  # seconds that a command may take
@@ -130,7 +131,7 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 def table(folder: Path) -> dict[str, Any]:
     """The results of an evaluation without what was measured with a clock."""
-    results = json.loads((folder / "results.json").read_text())
+    results = read_sealed(folder / "results.json")
     for row in results["rows"]:
         for key in [key for key in row if "seconds" in key]:
             del row[key]

@@ -23,7 +23,7 @@ from orderrl.evaluations import (
     open_evaluation,
     open_evaluations,
     protocol_identity,
-    save_values,
+    save_results,
 )
 from orderrl.metrics.evaluation import Evaluated, Protocol
 from orderrl.metrics.statistics import holm, paired_bootstrap
