@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -80,8 +80,8 @@ def _reference_identity(config: DictConfig) -> str:
 def save_results(folder: Path, results: dict[str, Any], rows: Sequence[Evaluated]) -> None:
     """Write the files that `open_evaluation` reads.
 
-    `per_image.safetensors` holds values of images as "<row>/<key>", and the fingerprint of the protocol; `results.json`
-    holds the results, the size and checksum of the other file, and a checksum of itself.
+    `per_image.safetensors` holds values of images as "<row>/<key>"; `results.json` holds the results, the size and
+    checksum of the other file, and its own.
 
     Args:
         folder: of the run.
@@ -92,7 +92,7 @@ def save_results(folder: Path, results: dict[str, Any], rows: Sequence[Evaluated
         f"{number}/{key}": value.contiguous() for number, row in enumerate(rows) for key, value in row.per_image.items()
     }
     with written_aside(folder / VALUES) as aside:
-        save_file(values, aside, metadata={"identity": fingerprint(results["identity"])})
+        save_file(values, aside)
         aside.chmod(0o644)  # safetensors writes files that others cannot read
     write_sealed(folder / RESULTS, results | {"files": manifest(folder, VALUES)})
 
@@ -124,7 +124,7 @@ def open_evaluation(folder: Path, name: str | None = None) -> Evaluation:
         name: what to call it; None is the folder's name.
 
     Raises:
-        ValueError: if it is none, was written by an older version, is damaged, or its files do not belong together.
+        ValueError: if it is none, was written by an older version, or is damaged.
     """
     if not (folder / RESULTS).is_file():
         raise ValueError(
@@ -141,21 +141,14 @@ def open_evaluation(folder: Path, name: str | None = None) -> Evaluation:
         raise ValueError(f"{wrong}; evaluate again")
     values: dict[int, dict[str, Tensor]] = defaultdict(dict)
     try:
-        stored, metadata = load_file(folder / VALUES), _metadata(folder / VALUES)
+        stored = load_file(folder / VALUES)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{str(folder / VALUES)!r} can't be read ({error})") from error
-    if metadata.get("identity") != fingerprint(identity):
-        raise ValueError(f"{str(folder)!r}: {VALUES} and {RESULTS} are of different evaluations")
     for key, value in stored.items():
         number, _, metric = key.partition("/")
         values[int(number)][metric] = value
     rows = [Evaluated(row, values.get(number, {})) for number, row in enumerate(table)]
     return Evaluation(name or folder.name, folder, identity, protocol, rows)
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    with safe_open(path, framework="pt") as file:
-        return dict(file.metadata() or {})
 
 
 def open_evaluations(arguments: Sequence[str]) -> list[Evaluation]:

@@ -55,9 +55,7 @@ def pretrain_backbone(config: DictConfig) -> Path:
     key = _key(config, backbone, train)
     with (
         Run("pretrain", config) as run,
-        Unfinished(
-            config.cache_dir, f"backbone-{_key(config, backbone, train)}", config.checkpoint_seconds, run.folder
-        ) as work,
+        Unfinished(config.cache_dir, f"backbone-{key}", config.checkpoint_seconds, run.folder) as work,
     ):
         if not config.shard:
             backbone = backbone.to(config.device)

@@ -55,10 +55,10 @@ def find_or_make_tokens(config: DictConfig) -> Path:
             folder = cache.folder("tokenizers", key)
         path = folder / "tokenizer.safetensors"
     key = fingerprint({"data": data, "tokenizer": section(config, "tokenizer", "training"), "path": str(path)})
-    return _tokenize(config, cache.folder("tokens", key), path)
+    return _tokenize(config, cache.folder("tokens", key), path, remake=True)
 
 
-def _tokenize(config: DictConfig, output: Path, path: str | Path | None) -> Path:
+def _tokenize(config: DictConfig, output: Path, path: str | Path | None, remake: bool = False) -> Path:
     tokenizer = load_tokenizer(config.tokenizer.name, path, config.device)
     assert path is not None  # every tokeniser comes from a file
     sample_seed = config.tokenizer.get("sample_seed") if config.tokenizer.get("sample") else None
@@ -71,6 +71,7 @@ def _tokenize(config: DictConfig, output: Path, path: str | Path | None) -> Path
         shard_size=config.get("shard_size", SHARD_SIZE),
         sample_seed=sample_seed,
         half=config.tokenizer.get("half", False),
+        remake=remake,
     )
 
 
@@ -83,6 +84,7 @@ def tokenize_folder(
     shard_size: int = SHARD_SIZE,
     sample_seed: int | None = None,
     half: bool = False,
+    remake: bool = False,
 ) -> Path:
     """Tokenise the images of a folder; shards that are there already are checked and kept.
 
@@ -95,6 +97,7 @@ def tokenize_folder(
         shard_size: images a shard.
         sample_seed: of the noise of posterior samples, keyed by image and view; None takes posterior means.
         half: store continuous tokens as float16.
+        remake: make damaged shards again instead of refusing them.
 
     Returns:
         The folder of the token set.
@@ -112,6 +115,7 @@ def tokenize_folder(
         splits,
         tokenizer_path,
         own=tokenizer.name == "small",
+        remake=remake,
     )
     missing = writer.missing()
     announce(f"{len(writer.shards) - len(missing)} of {len(writer.shards)} shards are there in {writer.folder}")

@@ -62,12 +62,14 @@ def test_the_folder_goes_when_the_job_is_done_and_stays_when_it_fails(tmp_path: 
     assert not work.folder.exists()
 
 
-def test_what_an_interruption_at_the_very_end_left_is_removed(tmp_path: Path) -> None:
-    Unfinished(tmp_path, "job").store("a", 1)
-    (tmp_path / "unfinished" / ".gone-1").mkdir()
-    forget(tmp_path, "other")
-    forget(tmp_path, "job")
-    assert not list((tmp_path / "unfinished").iterdir())
+def test_what_an_interruption_at_the_very_end_left_is_removed_and_its_metrics_are_not_lost(tmp_path: Path) -> None:
+    work = Unfinished(tmp_path, "job")
+    work.history.append({"step": 1.0, "loss": 0.5})
+    work.keep_history()
+    del work  # as if its process were gone
+    assert forget(tmp_path, "other") == []
+    assert forget(tmp_path, "job") == [{"step": 1.0, "loss": 0.5}]
+    assert not list((tmp_path / "unfinished").iterdir()) and forget(tmp_path, "job") == []
 
 
 @pytest.mark.parametrize("damage", ["truncated", "altered", "empty"])
@@ -94,9 +96,9 @@ def test_a_missing_piece_is_named(work: Unfinished) -> None:
 
 def test_what_a_write_left_aside_is_removed_at_the_next_start(tmp_path: Path) -> None:
     Unfinished(tmp_path, "job").store("a", 1)
-    (tmp_path / "unfinished" / "job" / ".b.123.aside").write_bytes(b"half")
+    (tmp_path / "unfinished" / "job" / ".b.123.partial").write_bytes(b"half")
     again = Unfinished(tmp_path, "job")
-    assert again.load("a") == 1 and not list(again.folder.glob(".*.aside"))
+    assert again.load("a") == 1 and not list(again.folder.glob(".*.partial"))
 
 
 def test_the_same_job_in_another_process_gets_a_folder_of_its_own(tmp_path: Path) -> None:
@@ -136,7 +138,7 @@ def test_a_full_disk_is_an_error_and_leaves_what_was_good(work: Unfinished, full
     for name in ("a", "b"):
         with pytest.raises(OSError, match="No space left on device"):
             work.store(name, "new")
-    assert work.load("a") == "old" and not work.has("b") and not list(work.folder.glob(".*.aside"))
+    assert work.load("a") == "old" and not work.has("b") and not list(work.folder.glob(".*.partial"))
 
 
 def test_a_disk_that_fills_up_while_pytorch_writes_is_the_same_error(tmp_path: Path) -> None:

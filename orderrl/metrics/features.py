@@ -25,11 +25,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.feature_extractor_clip import MODEL_METADATA as CLIP_METADATA
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
 
 from orderrl.classifier import CLASSIFIERS, load_classifier, own_classifier
 from orderrl.metrics.images import TensorImages, check_images
+from orderrl.storage import checksum
 
 SHIPPED = "orderrl-"
 DIGITS = SHIPPED + "digits"
@@ -413,7 +415,9 @@ def _check_weights(weights: Path, features: str) -> None:
         raise ValueError(f"weights={str(weights)!r}: name the file in features, timm:MODEL:CHECKPOINT_FILE")
     if not weights.is_file():
         raise ValueError(f"weights={str(weights)!r} does not exist; it must be a file of {_whose(features)}")
-    if features.startswith("clip"):  # a TorchScript archive, which is not unpickled
+    if features.startswith("clip"):  # a TorchScript archive, whose code runs: nobody's but OpenAI's own
+        if checksum(weights) != CLIP_METADATA[features]["hash"]:
+            raise ValueError(f"weights={str(weights)!r} is not the file that OpenAI published for {features}")
         return
     try:
         torch.load(weights, map_location="cpu", weights_only=True)
