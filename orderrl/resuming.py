@@ -7,9 +7,9 @@ Every long job keeps a folder `<cache>/unfinished/<key>` while it is under way; 
 - *states*: everything that a training loop changes (weights, optimizer, generators, step), replaced from time to time.
   A loop that starts again continues from the last one.
 
-Files are written aside, flushed to the disk and moved into place; their names carry their checksums. So a file is there
-and whole, or it does not count. When the job is done, its result is in the cache or in a run's folder and this folder
-goes. A job that fails (a full disk, an error) leaves it, and goes on when it is started again.
+Files are written aside, flushed to the disk and moved into place; their names carry checksums of job, name and content.
+So a file is there and whole, or it does not count. When the job is done, its result is in the cache or in a run's
+folder and this folder goes. A job that fails (a full disk, an error) leaves it, and goes on when it is started again.
 
 A job holds the lock in its folder. A second one of the same key that runs at the same time, and one that finds a folder
 of another user, takes `<key>-2`, `<key>-3` ...; they go with the first that is done.
@@ -18,6 +18,7 @@ of another user, takes `<key>-2`, `<key>-3` ...; they go with the first that is 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import pickle
 import time
@@ -31,7 +32,7 @@ from typing import IO, Any, Protocol, Self
 import torch
 
 from orderrl import distributed
-from orderrl.storage import LOCK, checksum, claim, remove_folder, remove_if_left, remove_orphans
+from orderrl.storage import LOCK, claim, remove_folder, remove_if_left, remove_orphans
 
 FOLDER = "unfinished"
 _DIGITS = 16  # of the checksum in a file's name
@@ -134,7 +135,7 @@ class Unfinished:
         path = self._find(name)
         if path is None:
             return False
-        if _is_whole(path):
+        if self._is_whole(path):
             return True
         print(f"{path}: is truncated or altered; making it again", flush=True)
         path.unlink(missing_ok=True)
@@ -153,7 +154,7 @@ class Unfinished:
         path = self._find(name)
         if path is None:
             raise ValueError(f"{self.folder}: {name} is missing; start the command again to make it")
-        if not _is_whole(path):
+        if not self._is_whole(path):
             raise ValueError(
                 f"{path}: is truncated or altered (its checksum is not the one in its name); remove it and start the "
                 "command again: it makes or does again what is missing, and keeps the rest"
@@ -175,7 +176,7 @@ class Unfinished:
         aside = self.folder / f".{name}.{uuid.uuid4().hex}.partial"
         try:
             _write(aside, value)
-            path = self.folder / f"{name}.{checksum(aside)[:_DIGITS]}.pt"
+            path = self.folder / f"{name}.{self.checksum(name, aside)}.pt"
             aside.replace(path)
         finally:
             aside.unlink(missing_ok=True)
@@ -188,6 +189,16 @@ class Unfinished:
         if not self.has(name):
             self.store(name, make())
         return self.load(name)
+
+    def checksum(self, name: str, path: Path) -> str:
+        """What the name of a piece's file carries: of the job, the piece and the file's content."""
+        begun = hashlib.sha256(f"{self.key}/{name}/".encode())
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, begun.copy).hexdigest()[:_DIGITS]
+
+    def _is_whole(self, path: Path) -> bool:
+        name, found, _ = path.name.rsplit(".", 2)
+        return self.checksum(name, path) == found
 
     def _find(self, name: str) -> Path | None:
         """The newest file of a name; an interruption can leave the one before it."""
@@ -281,10 +292,6 @@ def _write(path: Path, value: Any) -> None:
             os.fsync(file.fileno())
     except RuntimeError as error:  # PyTorch's writer hides what the system said
         raise OSError(f"{path.parent}: cannot be written to (is the disk full?): {error}") from error
-
-
-def _is_whole(path: Path) -> bool:
-    return checksum(path)[:_DIGITS] == path.name.split(".")[-2]
 
 
 def _capture(part: Part) -> Any:

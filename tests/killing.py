@@ -103,6 +103,7 @@ def kill_and_compare(case: Case, folder: Path, kills: int, seed: int) -> None:
         found = case.read(Path(json.loads((home / DONE).read_text())))
         assert found == expected, f"{case.function}, seed {seed}, after {done} kills: {(home / 'out.txt').read_text()}"
         assert not list((home / "cache" / "unfinished").glob("*"))
+        assert not [path for path in (home / "cache").rglob(".*") if path.name != ".lock"], "orphans"
 
 
 # -- what must be equal -----------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import gc
+import json
 import os
 import subprocess
 import sys
@@ -347,3 +349,28 @@ def test_a_finished_training_that_is_interrupted_before_its_end_is_not_repeated(
     kept = train(config)
     lines = (kept.parent / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 6
+
+
+def test_a_training_that_is_killed_between_its_result_and_its_end_still_logs_all_of_it(tmp_path: Path) -> None:
+    save_backbone(tmp_path / "tiny.safetensors", tiny_backbone(8, 8, vocab_size=17, num_classes=10), {})
+    overrides = [f"backbone.name={tmp_path / 'tiny.safetensors'}", "labels.contexts=30", "agent.steps=6"]
+    overrides += ["planner.dim=32", "planner.stem=1", f"output_dir={tmp_path / 'runs'}"]
+    config = compose("train", [*overrides, f"cache_dir={tmp_path / 'cache'}"])
+    end = Unfinished.__exit__
+
+    def killed(self: Unfinished, *error: Any) -> None:
+        if "planners" in self.key:  # labels are done
+            raise KeyboardInterrupt
+        end(self, *error)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Unfinished, "__exit__", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    (first,) = (tmp_path / "runs" / "train").iterdir()
+    gc.collect()  # nobody holds the lock any more
+    again = train(config)
+    logged = [[json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+              for run in (first, again.parent)]  # fmt: skip
+    assert len(logged[0]) == 6 and logged[0] == logged[1]
+    assert not list((tmp_path / "cache" / "unfinished").iterdir())

@@ -107,7 +107,12 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_pickle(path: Path) -> object:
     """A pickle of tensors and plain containers, nothing else."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (RuntimeError, ValueError) as error:
+            if "mmap" not in str(error):
+                raise
+            return torch.load(path, map_location="cpu", weights_only=True)  # before torch 1.6, which can't be mapped
     except pickle.UnpicklingError as error:
         wanted = re.search(r"(?:GLOBAL|global) ([\w.]+)", str(error))
         what = f" ({wanted.group(1)})" if wanted else ""
@@ -116,8 +121,6 @@ def _read_pickle(path: Path) -> object:
             "torch.save(checkpoint['model'], ...) or safetensors, where the file is trusted"
         ) from error
     except (RuntimeError, EOFError, ValueError) as error:
-        if "mmap" in str(error):  # the format before torch 1.6, which can't be mapped
-            return torch.load(path, map_location="cpu", weights_only=True)
         raise ValueError(f"{path}: is truncated, damaged or no PyTorch file ({error}); copy it again") from error
 
 

@@ -130,8 +130,11 @@ class TokenSetWriter:
             write_sealed(self._path, self._described)
         copies = {IMAGES: table.encode()} | ({TOKENIZER: Path(tokenizer_path).read_bytes()} if own else {})
         for name, content in copies.items():
-            path = self.folder / name
-            if not path.is_file() or (remake and path.read_bytes() != content):
+            path, there = self.folder / name, (self.folder / name).is_file()
+            if there and remake and path.read_bytes() != content:
+                print(f"{path}: is truncated or altered; making it again", flush=True)
+                there = False
+            if not there:
                 _move_in(path, lambda file, content=content: file.write(content))  # type: ignore[misc]
 
     def missing(self) -> list[Shard]:

@@ -10,9 +10,7 @@ open_clip is the optional extra `clip`. Its networks come with their own tokenis
 from __future__ import annotations
 
 import difflib
-import pickle
 import re
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -28,7 +26,7 @@ from torch.nn import functional as F
 
 from orderrl.data import TokenSet
 from orderrl.data.shards import checksum
-from orderrl.metrics.features import first_lines
+from orderrl.metrics.features import UNREADABLE, first_lines
 from orderrl.metrics.images import check_images
 
 PROMPT = "a photo of a {}"
@@ -110,7 +108,7 @@ def load_clip(name: str, weights: str = "openai", device: torch.device | None = 
     try:
         model, preprocess = open_clip.create_model_from_pretrained(name, device=device or "cpu", **options)
         tokenize = open_clip.get_tokenizer(name)
-    except (RuntimeError, OSError, KeyError, ValueError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except (*UNREADABLE, AttributeError) as error:  # the last one is open_clip's, of arrays for another kind of network
         if weights in tags:
             reason, instead = "can't be downloaded", "; download them elsewhere and set clip_weights to the file"
         else:

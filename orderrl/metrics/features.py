@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
@@ -41,6 +42,11 @@ CLIP = "clip-vit-l-14-336px"
 TIMM = "timm:"
 LOCAL_DIR = "local-dir"
 """timm's name for models in folders of config.json and weights, as `timm.models.save_for_hf` writes them."""
+UNREADABLE = (
+    *(RuntimeError, OSError, KeyError, ValueError, EOFError),
+    *(pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError),
+)
+"""What libraries raise on a file of weights that is none."""
 SPATIAL_CHANNELS = 7
 """Channels of the feature map that sFID looks at, as in ADM's evaluator (Dhariwal and Nichol, 2021)."""
 
@@ -327,7 +333,7 @@ def _timm_model(name: str, checkpoint: Path | None) -> Any:
         head = state.get(f"{heads if isinstance(heads, str) else heads[0]}.weight")
         model.reset_classifier(0 if head is None else len(head))
         model.load_state_dict(state, strict=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, OSError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         whose = "a model of timm" if name == LOCAL_DIR else f"timm's {name}"
         raise ValueError(f"{checkpoint} does not hold the weights of {whose} ({first_lines(error)})") from error
     return model
