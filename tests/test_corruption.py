@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ import pytest
 import torch
 
 from orderrl import compose
-from orderrl.agents.policies import Policy
 from orderrl.backbones import backbone_fingerprint, load_backbone, save_backbone
 from orderrl.backbones.registry import weights_fingerprint
 from orderrl.classifier import load_classifier, save_classifier
@@ -189,7 +189,7 @@ def transitions(home: Path) -> Kind:
     return Kind(home / "transitions", use)
 
 
-class Raster(Policy):
+class Raster:
     """The first hidden block."""
 
     def __call__(self, observation: Any, generator: torch.Generator) -> torch.Tensor:
@@ -199,9 +199,7 @@ class Raster(Policy):
 def pieces(home: Path) -> Kind:
     def use() -> Any:
         work = Unfinished(home, "job")
-        return [
-            work.piece(f"row-{number}", lambda number=number: torch.arange(number, 50)).tolist() for number in (0, 1)
-        ]
+        return [work.piece(f"row-{number}", partial(torch.arange, number, 50)).tolist() for number in (0, 1)]
 
     use()
     return Kind(home / "unfinished" / "job", use, refuses=False)
@@ -294,8 +292,9 @@ def damaged(how: str, content: bytes, others: list[bytes], source: random.Random
     return b"" if how == "emptied" else None
 
 
-def try_case(kind: Kind, files: dict[Path, bytes], wanted: Any, how: str, seed: int, capsys: Any) -> str:
+def try_case(made: Made, how: str, seed: int, capsys: Any) -> str:
     """Damage one file, use the kind, put everything back; "refused", "made again" or "harmless"."""
+    kind, files, wanted = made
     source = random.Random(f"{how} {seed}")
     path = source.choice([path for path, content in files.items() if len(content) > 1])
     content = damaged(how, files[path], list(files.values()), source)
@@ -328,7 +327,7 @@ def try_case(kind: Kind, files: dict[Path, bytes], wanted: Any, how: str, seed: 
 @pytest.mark.parametrize("how", DAMAGES)
 @pytest.mark.parametrize("name", KINDS)
 def test_a_damaged_file_is_refused_made_again_or_harmless(name: str, how: str, made: Any, capsys: Any) -> None:
-    outcome = try_case(*made(name), how, 0, capsys)
+    outcome = try_case(made(name), how, 0, capsys)
     if how == "emptied":
         assert outcome != "harmless" or name == "token_set"  # its list of images is for people
 
@@ -338,4 +337,4 @@ def test_a_damaged_file_is_refused_made_again_or_harmless(name: str, how: str, m
 @pytest.mark.parametrize("name", KINDS)
 def test_nothing_damaged_is_used_in_silence(name: str, how: str, made: Any, capsys: Any) -> None:
     for seed in range(1, 31 if how in ("flipped", "swapped") else 6):
-        try_case(*made(name), how, seed, capsys)
+        try_case(made(name), how, seed, capsys)

@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -55,7 +56,8 @@ def test_a_lock_of_a_file_that_was_replaced_in_the_meantime_does_not_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other process is done between this one's opening and locking, and a third one makes the file anew."""
-    lockf, calls = storage.fcntl.lockf, []
+    lockf = storage.fcntl.lockf
+    calls: list[int] = []
 
     def replace_first(file: Any, how: int) -> None:
         if not calls:
@@ -76,16 +78,15 @@ def test_a_job_whose_folder_goes_while_it_is_claimed_makes_another(
 ) -> None:
     folder, gone = tmp_path / "unfinished" / "job", tmp_path / "gone"
 
-    def go(*_: Any) -> None:
+    where, name = (resuming, "claim") if moment == "before it is opened" else (storage.fcntl, "lockf")
+    real = getattr(where, name)
+
+    def late(*arguments: Any) -> Any:
         if not gone.exists():
             folder.rename(gone)
+        return real(*arguments)
 
-    if moment == "before it is opened":
-        real = resuming.claim
-        monkeypatch.setattr(resuming, "claim", lambda lock: (go(), real(lock))[1])
-    else:
-        lockf = storage.fcntl.lockf
-        monkeypatch.setattr(storage.fcntl, "lockf", lambda *arguments: (go(), lockf(*arguments))[1])
+    monkeypatch.setattr(where, name, late)
     with Unfinished(tmp_path, "job") as work:
         assert work.folder == folder and gone.exists()
         work.store("a", 1)
@@ -202,19 +203,21 @@ def test_a_manifest_names_what_differs(tmp_path: Path) -> None:
     assert f"{tmp_path / 'b'}: is truncated or altered (0 bytes instead of 100)" == damage(tmp_path, recorded)
     (tmp_path / "b").unlink()
     assert damage(tmp_path, recorded) == f"{tmp_path / 'b'}: is missing"
-    for wrong in (None, [], {"a": 1}, {"a": {"bytes": 3}}):
+    wrongs: list[Any] = [None, [], {"a": 1}, {"a": {"bytes": 3}}]
+    for wrong in wrongs:
         assert "its list of files is damaged" in str(damage(tmp_path, wrong))
 
 
 def test_a_file_is_hashed_once_and_again_when_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, hashed, real = tmp_path / "a", [], storage.checksum
+    path = tmp_path / "a"
     path.write_bytes(b"a")
-    expected = real(path)
-    monkeypatch.setattr(storage, "checksum", lambda file: (hashed.append(file), real(file))[1])
-    assert is_intact(path, expected) and is_intact(path, expected) and len(hashed) == 1
+    expected = storage.checksum(path)
+    hashed = Mock(side_effect=storage.checksum)
+    monkeypatch.setattr(storage, "checksum", hashed)
+    assert is_intact(path, expected) and is_intact(path, expected) and hashed.call_count == 1
     path.write_bytes(b"b")
     os.utime(path, (1, 1))
-    assert not is_intact(path, expected) and len(hashed) == 2
+    assert not is_intact(path, expected) and hashed.call_count == 2
 
 
 @pytest.mark.parametrize(
