@@ -136,7 +136,7 @@ def open_evaluation(folder: Path, name: str | None = None) -> Evaluation:
         wrong = damage(folder, results["files"])
         identity, protocol, table = results["identity"], results["protocol"], results["rows"]
     except (Unsealed, KeyError) as error:
-        raise ValueError(f"{str(folder)!r} was written by an older version ({error}); evaluate again") from error
+        raise ValueError(f"{str(folder)!r} is no evaluation, or an older version's ({error}); evaluate again") from error
     if wrong is not None:
         raise ValueError(f"{wrong}; evaluate again")
     values: dict[int, dict[str, Tensor]] = defaultdict(dict)

@@ -128,11 +128,14 @@ def test_what_is_no_evaluation_is_refused(before: Path, after: Path, tmp_path: P
     with pytest.raises(ValueError, match="must have different names, got x, x"):
         open_evaluations([f"x={before}", f"x={after}"])
     (before / VALUES).write_bytes((after / VALUES).read_bytes()[:100])
-    with pytest.raises(ValueError, match="can't be read"):
+    with pytest.raises(ValueError, match=r"per_image\.safetensors: is truncated or altered .*; evaluate again"):
         open_evaluation(before)
     (before / VALUES).unlink()
-    with pytest.raises(ValueError, match=r"no per_image\.safetensors; evaluate again"):
+    with pytest.raises(ValueError, match=r"per_image\.safetensors: is missing; evaluate again"):
         open_evaluation(before)
+    (after / "results.json").write_text('{"loss": 1.0}')  # of another command
+    with pytest.raises(ValueError, match="is no evaluation, or an older version's"):
+        open_evaluation(after)
 
 
 def test_runs_without_anything_in_common_are_refused(before: Path, capsys: pytest.CaptureFixture[str]) -> None:
