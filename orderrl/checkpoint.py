@@ -1,18 +1,22 @@
-"""Checkpoints: safetensors files that carry their own configuration, written atomically."""
+"""Checkpoints: safetensors files that carry their own configuration and a hash of it and their tensors."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from orderrl.storage import written_aside
+
 FORMAT = 1
+_DIGEST = "sha256"
 _PICKLE_SUFFIXES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 _PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
@@ -41,14 +45,12 @@ def save_checkpoint(path: Path | str, tensors: Mapping[str, Tensor], config: Map
     metadata = {"format": str(FORMAT), "kind": kind, "config": json.dumps(config, sort_keys=True)}
     # A copy each: safetensors refuses tensors that share their memory, such as tied embeddings.
     contents = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    metadata[_DIGEST] = _digest(contents, metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
+    with written_aside(path) as aside:
         save_file(contents, aside, metadata=metadata)
+        _sort_header(aside)
         aside.chmod(0o644)  # safetensors writes files that others cannot read
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path | str, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -69,12 +71,15 @@ def load_checkpoint(path: Path | str, kind: str) -> tuple[dict[str, Tensor], dic
     _refuse_pickle(path)
     try:
         with safe_open(path, framework="pt") as file:
-            config = _read_config(path, file.metadata() or {}, kind)
+            metadata = file.metadata() or {}
+            config = _read_config(path, metadata, kind)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except SafetensorError as error:
         raise ValueError(
             f"{path}: is truncated, damaged or not a safetensors file ({error}); copy it again or make it anew"
         ) from error
+    if _DIGEST in metadata and metadata[_DIGEST] != _digest(tensors, metadata):  # older versions kept none
+        raise ValueError(f"{path}: is altered (its checksum is not the one in it); copy it again or make it anew")
     return tensors, config
 
 
@@ -108,6 +113,28 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor], path: Path | st
     module.load_state_dict(dict(tensors))
 
 
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of names, dtypes, shapes and contents of all tensors, and of the configuration."""
+    found = hashlib.sha256(json.dumps([metadata[key] for key in ("format", "kind", "config")]).encode())
+    for name in sorted(tensors):
+        values = tensors[name]
+        found.update(json.dumps([name, str(values.dtype), list(values.shape)]).encode())
+        found.update(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)  # numpy has no bfloat16
+    return found.hexdigest()
+
+
+def _sort_header(path: Path) -> None:
+    """Sort what a safetensors file says of itself, so that equal checkpoints have equal bytes."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:  # always, as long as both write JSON as short as can be
+            file.seek(8)
+            file.write(text.ljust(length))
+
+
 def _refuse_pickle(path: Path) -> None:
     with path.open("rb") as file:
         magic = file.read(4)
@@ -129,7 +156,7 @@ def _read_config(path: Path, metadata: Mapping[str, str], kind: str) -> dict[str
         raise ValueError(f"{path}: is a {metadata['kind']} checkpoint; give a {kind} checkpoint")
     try:
         config = json.loads(metadata["config"])
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: its configuration is damaged ({error}); make the checkpoint anew") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path}: its configuration is damaged (not a mapping); make the checkpoint anew")

@@ -24,7 +24,7 @@ from orderrl.backbones.registry import TrainableBackbone
 from orderrl.data import TokenSet, load_split
 from orderrl.distributed import is_main, launched
 from orderrl.entry import run_application
-from orderrl.evaluations import protocol_identity, save_values
+from orderrl.evaluations import protocol_identity, save_results
 from orderrl.metrics.calibration import lookahead_utility
 from orderrl.metrics.clip_score import class_captions
 from orderrl.metrics.comparison import comparisons
@@ -57,7 +57,7 @@ from orderrl.report.markdown import markdown_comparisons, markdown_table
 from orderrl.report.summary import is_reference
 from orderrl.resuming import Unfinished
 from orderrl.rows import Job, evaluation_key, log_values, make_rows, publish_samples
-from orderrl.runs import Run, write_json
+from orderrl.runs import Run
 
 AGENTS = ("bc", "fitted_q", "ppo", "grpo")  # whose newest planners are evaluated; the last one draws
 FLOOR_REPEATS = 5  # random halves of the real images
@@ -281,7 +281,7 @@ def evaluate(config: DictConfig) -> Path:
     protocol = make_protocol(config, backbone)
     jobs = row_jobs(config, backbone, policies)
     key = evaluation_key(config, backbone, protocol.data, [named for named, _ in policies], paths)
-    with Run("evaluate", config) as run, Unfinished(config.cache_dir, f"evaluation-{key}") as work:
+    with Run("evaluate", config) as run, Unfinished(config.cache_dir, f"evaluation-{key}", instead=run.folder) as work:
         rows = make_rows(jobs, protocol, work, config.eval.keep_samples)
         if is_main():
             for number, row in enumerate(rows):
@@ -330,8 +330,7 @@ def _write_table(config: DictConfig, backbone: Backbone, protocol: Protocol, row
         "rows": [row.row for row in rows] + floor,
         "comparisons": comparisons(rows, protocol.resamples, config.seed),
     }
-    save_values(run.folder, identity, rows)
-    write_json(run.folder / "results.json", results)
+    save_results(run.folder, results, rows)
     details = [policy_detail(protocol, row) for row in rows if _pictured(row)]
     examples = example_images(protocol.data, backbone.geometry) if details else None
     report = write_report(run.folder, results, details, examples)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,9 +23,11 @@ from orderrl.data import load_split
 from orderrl.data.shards import DESCRIPTION, read_description, token_set_splits
 from orderrl.metrics.evaluation import Evaluated, Protocol
 from orderrl.metrics.features import name_by_content
-from orderrl.runs import fingerprint
-from orderrl.sources import checksum, source_identity
+from orderrl.runs import fingerprint, write_sealed
+from orderrl.sources import source_identity
+from orderrl.storage import Unsealed, checksum, damage, manifest, read_sealed, written_aside
 
+RESULTS = "results.json"
 VALUES = "per_image.safetensors"
 VERSION = 1  # of what the columns mean; raised when a number is measured in another way
 _OF_THE_MACHINE = ("seconds_per_image", "rollout_seconds_per_image")  # differ between two evaluations of one policy
@@ -76,13 +78,24 @@ def _reference_identity(config: DictConfig) -> str:
     return str(source_identity(path, in_full=True))
 
 
-def save_values(folder: Path, identity: dict[str, Any], rows: Sequence[Evaluated]) -> Path:
-    """Write `per_image.safetensors`: values of images as "<row>/<key>", and the fingerprint of the protocol."""
+def save_results(folder: Path, results: dict[str, Any], rows: Sequence[Evaluated]) -> None:
+    """Write the files that `open_evaluation` reads.
+
+    `per_image.safetensors` holds values of images as "<row>/<key>"; `results.json` holds the results, the size and
+    checksum of the other file, and its own.
+
+    Args:
+        folder: of the run.
+        results: plain values, among them the protocol's `identity` and all `rows`.
+        rows: those that have values of images, from the first.
+    """
     values = {
         f"{number}/{key}": value.contiguous() for number, row in enumerate(rows) for key, value in row.per_image.items()
     }
-    save_file(values, folder / VALUES, metadata={"identity": fingerprint(identity)})
-    return folder / VALUES
+    with written_aside(folder / VALUES) as aside:
+        save_file(values, aside)
+        aside.chmod(0o644)  # safetensors writes files that others cannot read
+    write_sealed(folder / RESULTS, results | {"files": manifest(folder, VALUES)})
 
 
 @dataclass(frozen=True)
@@ -112,34 +125,33 @@ def open_evaluation(folder: Path, name: str | None = None) -> Evaluation:
         name: what to call it; None is the folder's name.
 
     Raises:
-        ValueError: if it is none, was written before runs kept the values of single images, or its files do not belong
-            together.
+        ValueError: if it is none, was written by an older version, or is damaged.
     """
-    if not (folder / "results.json").is_file():
+    if not (folder / RESULTS).is_file():
         raise ValueError(
-            f"{str(folder)!r} is no finished evaluation: it has no results.json; give folders that "
+            f"{str(folder)!r} is no finished evaluation: it has no {RESULTS}; give folders that "
             "`python -m orderrl.evaluate` wrote, runs/evaluate/DATE"
         )
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    if "identity" not in results or not (folder / VALUES).is_file():
-        raise ValueError(f"{str(folder)!r} has no identity of its protocol or no {VALUES}; evaluate again")
+    try:
+        results = read_sealed(folder / RESULTS)
+        wrong = damage(folder, results["files"])
+        identity, protocol, table = results["identity"], results["protocol"], results["rows"]
+    except (Unsealed, KeyError) as error:
+        raise ValueError(
+            f"{str(folder)!r} is no evaluation, or an older version's ({error}); evaluate again"
+        ) from error
+    if wrong is not None:
+        raise ValueError(f"{wrong}; evaluate again")
     values: dict[int, dict[str, Tensor]] = defaultdict(dict)
     try:
-        stored, metadata = load_file(folder / VALUES), _metadata(folder / VALUES)
+        stored = load_file(folder / VALUES)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{str(folder / VALUES)!r} can't be read ({error})") from error
-    if metadata.get("identity") != fingerprint(results["identity"]):
-        raise ValueError(f"{str(folder)!r}: {VALUES} and results.json are of different evaluations")
     for key, value in stored.items():
         number, _, metric = key.partition("/")
         values[int(number)][metric] = value
-    rows = [Evaluated(row, values.get(number, {})) for number, row in enumerate(results["rows"])]
-    return Evaluation(name or folder.name, folder, results["identity"], results["protocol"], rows)
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    with safe_open(path, framework="pt") as file:
-        return dict(file.metadata() or {})
+    rows = [Evaluated(row, values.get(number, {})) for number, row in enumerate(table)]
+    return Evaluation(name or folder.name, folder, identity, protocol, rows)
 
 
 def open_evaluations(arguments: Sequence[str]) -> list[Evaluation]:

@@ -77,4 +77,4 @@ def find_or_train_joint(config: DictConfig, backbone: Backbone, run: Run | None 
         save_backbone(folder / "backbone.safetensors", tuned, made)
         write_json(folder / "results.json", outcome)
 
-    return find_or_train_planner(config, description, train, reuse, save)
+    return find_or_train_planner(config, description, train, reuse, run, save)

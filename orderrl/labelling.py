@@ -1,19 +1,15 @@
-"""A label set: made shard by shard by any number of processes, then assembled into one memory-mapped table.
+"""A label set: made shard by shard by any number of processes, then assembled into one table on disk.
 
 Nothing here holds more than a shard of contexts in memory.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor
 
 from orderrl import distributed
@@ -22,6 +18,9 @@ from orderrl.data import TokenSet
 from orderrl.oracle import Contexts, LabelConfig, label_contexts
 from orderrl.resuming import Unfinished
 from orderrl.runs import Advance
+from orderrl.tables import Column, TableWriter, floats, open_table
+
+_ROWS = 256  # of a label set, held in memory at a time
 
 
 def plan_shards(contexts: Contexts, batch_size: int, shard_size: int) -> list[range]:
@@ -113,11 +112,23 @@ def make_shards(
     distributed.barrier()
 
 
-def assemble(work: Unfinished, shards: list[range], folder: Path) -> None:
-    """Write the shards one behind the other to a memory-mapped TensorDict.
+def label_columns(num_blocks: int, hidden_size: int) -> dict[str, Column]:
+    """The columns of a label set, as `label_contexts` makes them."""
+    return {
+        "image": Column(),
+        "order": Column((num_blocks,)),
+        "length": Column(),
+        "label": Column(),
+        "hidden": floats(num_blocks, hidden_size),
+        "entropy": floats(num_blocks),
+        "visible": Column((num_blocks,), (torch.bool,)),
+        "loss": floats(num_blocks),
+        "gains": floats(num_blocks, num_blocks),
+    }
 
-    Files are written and not mapped here: what is mapped counts as memory, and a full disk would kill the process
-    instead of raising an error.
+
+def assemble(work: Unfinished, shards: list[range], folder: Path) -> None:
+    """Write the shards one behind the other to a table.
 
     Args:
         work: holds the shards.
@@ -128,50 +139,32 @@ def assemble(work: Unfinished, shards: list[range], folder: Path) -> None:
         ValueError: if a shard is missing, truncated, altered or of another length.
         OSError: if the disk is full.
     """
-    first = work.load(shard_name(shards[0]))
-    with _filling(folder, TensorDict(first, batch_size=[len(shards[0])]), shards[-1].stop) as files:
+    with _new_table(folder) as table:
         for shard in shards:
             part = work.load(shard_name(shard))
-            for key, values in part.items():
-                if len(values) != len(shard):
-                    raise ValueError(f"{work.folder}: {shard_name(shard)} has {len(values)} rows, not {len(shard)}")
-                files[key].write(values.contiguous().view(torch.uint8).numpy().data)  # numpy has no bfloat16
+            table.append(part)
+            if table.rows != shard.stop - shards[0].start:
+                raise ValueError(f"{work.folder}: {shard_name(shard)} does not have {len(shard)} rows")
 
 
 def join(sets: Sequence[Path], folder: Path) -> None:
-    """Write label sets one behind the other to a memory-mapped TensorDict; nothing is held in memory.
+    """Write label sets one behind the other to a table; no more than a part of one is held in memory.
 
     Args:
         sets: folders that `assemble` made, of one backbone.
         folder: made anew.
 
     Raises:
+        ValueError: if a set is damaged, or their columns differ.
         OSError: if the disk is full.
     """
-    opened = [TensorDict.load_memmap(str(part)) for part in sets]
-    with _filling(folder, opened[0], sum(map(len, opened))) as files:
+    with _new_table(folder) as table:
         for part in sets:
-            for key, file in files.items():
-                with _file(part, key).open("rb") as source:
-                    shutil.copyfileobj(source, file)
+            for rows in open_table(part).split(_ROWS):
+                table.append(rows)
 
 
-def _file(folder: Path, key: str) -> Path:
-    return folder / f"{key}.memmap"
-
-
-@contextmanager
-def _filling(folder: Path, like: TensorDict, rows: int) -> Iterator[dict[str, IO[bytes]]]:
-    """The open files of a new memory-mapped TensorDict by key, flushed to the disk at the end."""
+def _new_table(folder: Path) -> TableWriter:
     if folder.exists():  # half of it, from an interruption
         shutil.rmtree(folder)
-    like[:1].expand(rows).memmap_like(str(folder))
-    with ExitStack() as stack:
-        files: dict[str, IO[bytes]] = {
-            str(key): stack.enter_context(_file(folder, str(key)).open("r+b"))
-            for key in like.keys()  # noqa: SIM118 - not a mapping
-        }
-        yield files
-        for file in files.values():
-            file.flush()
-            os.fsync(file.fileno())
+    return TableWriter(folder)

@@ -6,7 +6,6 @@ key in the cache, so nothing is made twice and nothing stale is taken.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -27,11 +26,13 @@ from orderrl.backbones.sharding import fix_memory, shard_backbone
 from orderrl.data import TokenSet, load_split
 from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.envs.reward import RewardConfig
-from orderrl.labelling import assemble, label_shard, label_shard_together, make_shards, plan_shards
+from orderrl.labelling import assemble, label_columns, label_shard, label_shard_together, make_shards, plan_shards
 from orderrl.oracle import Contexts, LabelConfig, random_contexts
 from orderrl.planner import load_planner
 from orderrl.resuming import Unfinished, forget
 from orderrl.runs import Cache, Run, fingerprint, progress
+from orderrl.storage import read_sealed
+from orderrl.tables import open_table
 
 CHEAPEST = RewardConfig(objective="likelihood", form="charged")  # needs no context losses
 LABELS = "labels"
@@ -144,7 +145,7 @@ def label_description(config: DictConfig, backbone: Backbone, data: TokenSet, **
 def find_or_make_labels(
     config: DictConfig, backbone: Backbone, split: str = "planner", run: Run | None = None, **changes: Any
 ) -> Path:
-    """Folder of the labels of a config: a memory-mapped TensorDict and its description.
+    """Folder of the labels of a config: a table in `contexts`, and its description.
 
     Args:
         config: with groups data and labels.
@@ -241,16 +242,15 @@ def _find_or_label(
 
 
 def open_labels(folder: Path, backbone: Backbone) -> TensorDict:
-    """Memory-mapped labels.
+    """Labels on disk, read as they are used.
 
     Raises:
-        ValueError: if they were made for another backbone.
+        ValueError: if they were made for another backbone, or are not what this package writes.
     """
-    described = json.loads((folder / "key.json").read_text(encoding="utf-8"))["description"]
-    have, want = described["backbone"], backbone_fingerprint(backbone)
+    have, want = read_sealed(folder / "key.json")["description"]["backbone"], backbone_fingerprint(backbone)
     if have != want:
         raise ValueError(
             f"{folder}: labels made for backbone {have} do not fit backbone {want}; make new ones with "
             "`python -m orderrl.label`"
         )
-    return TensorDict.load_memmap(str(folder / "contexts"))
+    return open_table(folder / "contexts", label_columns(backbone.geometry.num_blocks, backbone.hidden_size))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +31,7 @@ from orderrl.entry import compose
 from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.envs.reward import RewardConfig
 from orderrl.envs.torchrl import NextBlockTorchRLEnv
-from orderrl.labelling import join
+from orderrl.labelling import join, label_columns
 from orderrl.pipeline import (
     CHEAPEST,
     DAGGER,
@@ -50,7 +49,8 @@ from orderrl.pipeline import (
 from orderrl.planner import OrderHead, PlannerConfig, load_planner, save_planner
 from orderrl.resuming import Unfinished, forget
 from orderrl.runs import Cache, Run, fingerprint, progress
-from orderrl.sources import checksum
+from orderrl.storage import checksum
+from orderrl.tables import open_table
 
 PLANNERS = "planners"
 
@@ -106,7 +106,7 @@ def _find_or_clone(config: DictConfig, backbone: Backbone, labels: list[Path], r
             follow(rows, work, run, lambda row: advance(row["new"], f"loss {row['loss']:.3f}"))
         return planner
 
-    return find_or_train_planner(config, description, train, reuse)
+    return find_or_train_planner(config, description, train, reuse, run)
 
 
 def _joined(labels: list[Path], backbone: Backbone, work: Unfinished) -> TensorDict:
@@ -116,7 +116,7 @@ def _joined(labels: list[Path], backbone: Backbone, work: Unfinished) -> TensorD
         return opened[0]
     folder = work.folder / "contexts"
     distributed.on_main(lambda: join([found / "contexts" for found in labels], folder))
-    return TensorDict.load_memmap(str(folder))
+    return open_table(folder, label_columns(backbone.geometry.num_blocks, backbone.hidden_size))
 
 
 def find_or_train_schedule(config: DictConfig, backbone: Backbone, run: Run | None = None, reuse: bool = True) -> Path:
@@ -192,7 +192,7 @@ def find_or_train_fitted_q(config: DictConfig, backbone: Backbone, run: Run | No
         return planner
 
     # as with imitation, the main process does it on its own
-    return distributed.on_main(lambda: find_or_train_planner(config, description, train, reuse))
+    return distributed.on_main(lambda: find_or_train_planner(config, description, train, reuse, run))
 
 
 def find_or_train_imitation(config: DictConfig, backbone: Backbone, run: Run | None = None, reuse: bool = True) -> Path:
@@ -245,7 +245,7 @@ def _find_or_imitate(
         return planner
 
     # short, and nothing in it can be shared out: the main process does it on its own
-    return distributed.on_main(lambda: find_or_train_planner(config, description, train, reuse))
+    return distributed.on_main(lambda: find_or_train_planner(config, description, train, reuse, run))
 
 
 def _describe(config: DictConfig, backbone: Backbone) -> dict[str, Any]:
@@ -319,7 +319,7 @@ def _find_or_improve(
             follow(agent.train(work), work, run, report)
         return agent.planner
 
-    return find_or_train_planner(config, description, train, reuse)
+    return find_or_train_planner(config, description, train, reuse, run)
 
 
 def core_config(config: DictConfig) -> CoreConfig:
@@ -354,12 +354,19 @@ def find_or_train_planner(
     description: dict[str, Any],
     train: Callable[[Unfinished], OrderHead],
     reuse: bool,
+    run: Run | None = None,
     save: Callable[[Path, OrderHead], None] | None = None,
 ) -> Path:
     """The cached planner of a description, or what `train` makes; an interrupted training continues.
 
-    `save` writes what was trained to a folder, as `planner.safetensors` and whatever belongs to it; None writes the
-    planner with the description.
+    Args:
+        config: of the command.
+        description: everything that determines the planner.
+        train: makes it; logs to `run` itself.
+        reuse: False trains again what is in the cache.
+        run: gets the rows of a training that was interrupted after its result was stored.
+        save: writes what was trained to a folder, as `planner.safetensors` and whatever belongs to it; None writes the
+            planner with the description.
     """
     if config.name is not None:
         description |= {"name": config.name}
@@ -367,14 +374,15 @@ def find_or_train_planner(
     found = distributed.on_main(lambda: cache.find(PLANNERS, key))
     path = cache.folder(PLANNERS, key) / "planner.safetensors"
     if found is not None and reuse:
-        forget(config.cache_dir, f"{PLANNERS}-{key}")
+        for row in forget(config.cache_dir, f"{PLANNERS}-{key}"):
+            if run is not None:
+                run.log(row, int(row["step"]))
         announce(f"planner: {path} (cached; reuse=false trains again)")
         return path
 
     def publish() -> None:
-        if found is not None:  # trained again on purpose; the old one goes only now that there is a new one
-            shutil.rmtree(found)
-        with cache.store(PLANNERS, key, description) as folder:
+        work.keep_history()
+        with cache.store(PLANNERS, key, description, replace=not reuse) as folder:
             if save is None:
                 save_planner(folder / "planner.safetensors", planner, description)
             else:

@@ -25,6 +25,7 @@ from orderrl.backbones.protocol import check_fits
 from orderrl.backbones.registry import TrainableBackbone, new_backbone
 from orderrl.backbones.sharding import is_sharded, whole_copy
 from orderrl.backbones.training import PretrainConfig, order_losses, pretrain
+from orderrl.checkpoint import load_checkpoint
 from orderrl.data import AUGMENTATIONS, TokenSet, load_split
 from orderrl.distributed import is_main, launched, on_main
 from orderrl.entry import run_application
@@ -51,9 +52,10 @@ def pretrain_backbone(config: DictConfig) -> Path:
     torch.manual_seed(config.seed)
     backbone = backbone_to_train(config, train)
     description = {"data": config.data.name, "split": "backbone", "training": section_of_training(config)}
+    key = _key(config, backbone, train)
     with (
         Run("pretrain", config) as run,
-        Unfinished(config.cache_dir, f"backbone-{_key(config, backbone, train)}", config.checkpoint_seconds) as work,
+        Unfinished(config.cache_dir, f"backbone-{key}", config.checkpoint_seconds, run.folder) as work,
     ):
         if not config.shard:
             backbone = backbone.to(config.device)
@@ -72,6 +74,7 @@ def pretrain_backbone(config: DictConfig) -> Path:
         annealed = on_main(random_phase.exists)
         _save(final if annealed else chosen, backbone, description | {"test": losses})
         if annealed and is_main():
+            load_checkpoint(random_phase, "backbone")  # refused if it is damaged
             shutil.copyfile(random_phase, chosen)
         run.write_json("results.json", {"split": "test", "images": len(test), **losses})
         for name, value in losses.items():

@@ -45,7 +45,7 @@ def pretrain_tokenizer(config: DictConfig) -> Path:
     what = {"tokenizer": chosen, "data": crops(folder), "seed": config.seed, "images": images.version}
     with (
         Run("pretrain_tokenizer", config) as run,
-        Unfinished(config.cache_dir, f"tokenizer-{fingerprint(what)}", config.checkpoint_seconds) as work,
+        Unfinished(config.cache_dir, f"tokenizer-{fingerprint(what)}", config.checkpoint_seconds, run.folder) as work,
     ):
         path = run.folder / "tokenizer.safetensors"
         description = {"data": section(config, "data"), "split": "backbone", "training": chosen["training"]}

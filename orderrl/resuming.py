@@ -7,19 +7,24 @@ Every long job keeps a folder `<cache>/unfinished/<key>` while it is under way; 
 - *states*: everything that a training loop changes (weights, optimizer, generators, step), replaced from time to time.
   A loop that starts again continues from the last one.
 
-Files are written aside, flushed to the disk and moved into place; their names carry their checksums. So a file is there
-and whole, or it does not count. When the job is done, its result is in the cache or in a run's folder and this folder
-goes. A job that fails (a full disk, an error) leaves it, and goes on when it is started again.
+Files are written aside, flushed to the disk and moved into place; their names carry checksums of job, name and content.
+So a file is there and whole, or it does not count. When the job is done, its result is in the cache or in a run's
+folder and this folder goes. A job that fails (a full disk, an error) leaves it, and goes on when it is started again.
+
+A job holds the lock in its folder. A second one of the same key that runs at the same time, and one that finds a folder
+of another user, takes `<key>-2`, `<key>-3` ...; they go with the first that is done.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
-import shutil
+import pickle
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol, Self
@@ -27,17 +32,13 @@ from typing import IO, Any, Protocol, Self
 import torch
 
 from orderrl import distributed
-
-try:
-    import fcntl
-except ImportError:  # Windows: no locks, so a job must not be started twice at a time there
-    fcntl = None  # type: ignore[assignment]
+from orderrl.storage import LOCK, claim, remove_folder, remove_if_left, remove_orphans
 
 FOLDER = "unfinished"
 _DIGITS = 16  # of the checksum in a file's name
-_LOCK = ".lock"
 _STATE = "state"
-_GONE = ".gone-"
+_HISTORY = "history"
+_NO_RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class Stateful(Protocol):
@@ -63,18 +64,22 @@ class Unfinished:
         root: the cache's folder.
         key: determines the job's result.
         seconds: between two states of a loop.
+        instead: takes the place of a cache that can't be written, for jobs whose result does not go there: a run's
+            folder, which the next run does not look into.
 
     Attributes:
         folder: where pieces and states are.
         history: rows of metrics; kept with the states of a loop, so that a log can be written again.
     """
 
-    def __init__(self, root: Path | str, key: str, seconds: float = 60.0) -> None:
+    def __init__(self, root: Path | str, key: str, seconds: float = 60.0, instead: Path | None = None) -> None:
         if not seconds >= 0:
             raise ValueError(f"checkpoint_seconds must be at least 0, got {seconds}")
         self._lock: IO[bytes] | None = None
         self.seconds = seconds
-        self.folder: Path = distributed.on_main(lambda: self._claim(Path(root) / FOLDER, key))
+        self.key = key
+        self._evaded = False
+        self.folder: Path = distributed.on_main(lambda: self._claim_or_evade(Path(root), instead))
         self.history: list[dict[str, float]] = []
 
     def __enter__(self) -> Self:
@@ -86,31 +91,40 @@ class Unfinished:
         if kind is None:
             distributed.barrier()  # others may still read
             if distributed.is_main():
-                gone = self.folder.with_name(f"{_GONE}{uuid.uuid4().hex}")
-                self.folder.rename(gone)  # in one move: half a folder would be continued
-                shutil.rmtree(gone, ignore_errors=True)
+                remove_folder(self.folder)
+                for other in self.folder.parent.glob(f"{self.key}*"):  # of the same job, killed
+                    if other.name == self.key or other.name.removeprefix(f"{self.key}-").isdecimal():
+                        remove_if_left(other)
+                if self._evaded:
+                    self.folder.parent.rmdir()
         if self._lock is not None:
             self._lock.close()
 
-    def _claim(self, root: Path, key: str) -> Path:
+    def _claim_or_evade(self, root: Path, instead: Path | None) -> Path:
+        try:
+            return self._claim(root / FOLDER)
+        except OSError as error:
+            if error.errno not in _NO_RIGHTS:
+                raise
+            if instead is None:
+                raise OSError(f"{root}: can't be written ({error.strerror}); choose another cache_dir") from error
+            print(f"{root}: can't be written ({error.strerror}); an interruption loses what is unfinished", flush=True)
+            self._evaded = True
+            return self._claim(instead / FOLDER)
+
+    def _claim(self, root: Path) -> Path:
         """The job's folder, locked; the system takes the lock away when the process ends, however that is."""
-        for old in root.glob(f"{_GONE}*"):
-            shutil.rmtree(old, ignore_errors=True)
+        remove_orphans(root)
         number = 1
-        while True:
-            folder = root / (key if number == 1 else f"{key}-{number}")
+        while self._lock is None:
+            folder = root / (self.key if number == 1 else f"{self.key}-{number}")
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (folder / _LOCK).open("wb")
-            if fcntl is None:
-                break
-            try:
-                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by processes that it starts
-                break
-            except (BlockingIOError, PermissionError):
-                self._lock.close()
-                print(f"{folder}: another process is doing the same job now; this one does it on its own", flush=True)
-                number += 1
-        for path in folder.glob(".*.aside"):  # what an interruption left half written
+            with suppress(FileNotFoundError):  # the job was done just now, and its folder went
+                self._lock = claim(folder / LOCK)
+                if self._lock is None:
+                    print(f"{folder}: in use by another process or user; this one does the job on its own", flush=True)
+                    number += 1
+        for path in folder.glob(".*.partial"):  # what an interruption left half written
             path.unlink()
         return folder
 
@@ -121,7 +135,7 @@ class Unfinished:
         path = self._find(name)
         if path is None:
             return False
-        if _checksum(path) == _named_checksum(path):
+        if self._is_whole(path):
             return True
         print(f"{path}: is truncated or altered; making it again", flush=True)
         path.unlink(missing_ok=True)
@@ -140,13 +154,17 @@ class Unfinished:
         path = self._find(name)
         if path is None:
             raise ValueError(f"{self.folder}: {name} is missing; start the command again to make it")
-        if _checksum(path) != _named_checksum(path):
+        if not self._is_whole(path):
             raise ValueError(
                 f"{path}: is truncated or altered (its checksum is not the one in its name); remove it and start the "
                 "command again: it makes or does again what is missing, and keeps the rest"
             )
-        with torch.serialization.safe_globals(list(classes)):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            with torch.serialization.safe_globals(list(classes)):
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{path}: was not written by this package ({reason}); remove it") from error
 
     def store(self, name: str, value: Any) -> None:
         """Keep a piece: tensors and plain values, nested at will.
@@ -155,10 +173,10 @@ class Unfinished:
             OSError: if it can't be written, for example because the disk is full; what was there before stays.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        aside = self.folder / f".{name}.{uuid.uuid4().hex}.aside"
+        aside = self.folder / f".{name}.{uuid.uuid4().hex}.partial"
         try:
             _write(aside, value)
-            path = self.folder / f"{name}.{_checksum(aside)}.pt"
+            path = self.folder / f"{name}.{self.checksum(name, aside)}.pt"
             aside.replace(path)
         finally:
             aside.unlink(missing_ok=True)
@@ -171,6 +189,16 @@ class Unfinished:
         if not self.has(name):
             self.store(name, make())
         return self.load(name)
+
+    def checksum(self, name: str, path: Path) -> str:
+        """What the name of a piece's file carries: of the job, the piece and the file's content."""
+        begun = hashlib.sha256(f"{self.key}/{name}/".encode())
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, begun.copy).hexdigest()[:_DIGITS]
+
+    def _is_whole(self, path: Path) -> bool:
+        name, found, _ = path.name.rsplit(".", 2)
+        return self.checksum(name, path) == found
 
     def _find(self, name: str) -> Path | None:
         """The newest file of a name; an interruption can leave the one before it."""
@@ -212,6 +240,11 @@ class Unfinished:
                 self._keep(step + 1, parts)
                 kept = time.monotonic()
 
+    def keep_history(self) -> None:
+        """Keep the rows of metrics for `forget`; called when the result is made and not yet in its place."""
+        if distributed.is_main():
+            self.store(_HISTORY, self.history)
+
     def _is_time(self, kept: float) -> bool:
         return distributed.on_main(lambda: time.monotonic() - kept >= self.seconds)
 
@@ -226,10 +259,23 @@ class Unfinished:
             self.store(_STATE, state)
 
 
-def forget(root: Path | str, key: str) -> None:
-    """Remove what an interruption between a job's result and its end left; arguments as of `Unfinished`."""
-    if distributed.is_main() and (Path(root) / FOLDER / key).exists():
-        distributed.alone(lambda: Unfinished(root, key).__exit__(None, None, None))
+def forget(root: Path | str, key: str) -> list[dict[str, float]]:
+    """Remove what an interruption between a job's result and its end left; arguments as of `Unfinished`.
+
+    Returns:
+        The rows of metrics that the job had logged, if there was such an interruption; in the main process.
+    """
+    if not distributed.is_main() or not (Path(root) / FOLDER / key).exists():
+        return []
+
+    def take() -> list[dict[str, float]]:
+        with Unfinished(root, key) as work:
+            return list(work.load(_HISTORY)) if work.has(_HISTORY) else []
+
+    try:
+        return distributed.alone(take)
+    except OSError:  # a cache that can't be written
+        return []
 
 
 def steps_of(work: Unfinished | None, total: int, **parts: Part) -> Iterator[int]:
@@ -246,15 +292,6 @@ def _write(path: Path, value: Any) -> None:
             os.fsync(file.fileno())
     except RuntimeError as error:  # PyTorch's writer hides what the system said
         raise OSError(f"{path.parent}: cannot be written to (is the disk full?): {error}") from error
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:_DIGITS]
-
-
-def _named_checksum(path: Path) -> str:
-    return path.name.split(".")[-2]
 
 
 def _capture(part: Part) -> Any:

@@ -1,12 +1,11 @@
 """Record episodes of a policy for offline reinforcement learning: `python -m orderrl.rollouts policy=raster n=256`.
 
-Transitions are written as a memory-mapped TensorDict in the layout of TorchRL's offline data sets, and as a Minari data
-set if `minari` names one.
+Transitions are written as a table on disk in the layout of TorchRL's offline data sets, which
+`orderrl.tables.open_table` reads, and as a Minari data set if `minari` names one.
 """
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from collections.abc import Iterator
 from copy import deepcopy
@@ -32,6 +31,8 @@ from orderrl.metrics.planning import act
 from orderrl.pipeline import announce, open_backbone, require_order_robust
 from orderrl.planners import core_config
 from orderrl.runs import Run, progress
+from orderrl.storage import filled_aside
+from orderrl.tables import TableWriter, open_table, write_checksums
 
 ENVIRONMENT = "orderrl/NextBlock-v0"
 OBSERVATION = ("hidden", "entropy", "visible", "label", "fraction", "action_mask", "budget_mask", "step_cost")
@@ -97,15 +98,16 @@ def record_dataset(
         data: its images are revealed in turn, from the first.
         policy, config: who acts, and in which environment.
         count: episodes.
-        folder: a new or empty one; afterwards `TensorDict.load_memmap(folder)` reads it.
+        folder: a new or empty one; afterwards `orderrl.tables.open_table(folder)` reads it.
         batch_size: episodes at once.
         seed: of environment and policy.
 
     Returns:
-        The memory-mapped transitions, as `record` gives them.
+        The transitions, as `record` gives them, read from the disk as they are used.
 
     Raises:
         ValueError: if count or batch_size is not positive, or the folder holds something.
+        OSError: if the disk is full.
     """
     for name, value in (("count", count), ("batch_size", batch_size)):
         if value < 1:
@@ -113,24 +115,16 @@ def record_dataset(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"folder={str(folder)!r} must be new or empty")
     generator = torch.Generator().manual_seed(seed)
-    aside = folder.with_name(f".{folder.name}.parts")
-    parts: list[TensorDict] = []
-    try:
-        with progress(count, "recording", "episodes") as advance:
+    with filled_aside(folder) as aside:
+        with progress(count, "recording", "episodes") as advance, TableWriter(aside) as table:
             for episodes in torch.arange(count).split(batch_size):
                 core = NextBlockCore(backbone, data, len(episodes), config, seed + int(episodes[0]))
                 found = record(core, policy, generator, episodes % len(data))
                 found["episode"] += episodes[0]
-                parts.append(found.memmap(aside / f"{len(parts):06d}"))
+                table.append(found)
                 advance(len(episodes))
-        together = parts[0][:1].expand(sum(map(len, parts))).memmap_like(folder)
-        start = 0
-        for part in parts:
-            together[start : start + len(part)].update_(part)
-            start += len(part)
-        return together
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        write_checksums(aside)
+    return open_table(folder)
 
 
 def write_minari(

@@ -26,8 +26,10 @@ from orderrl.metrics.planning import Rollout
 from orderrl.pipeline import section
 from orderrl.resuming import Unfinished
 from orderrl.runs import fingerprint, progress
-from orderrl.sources import checksum, source_identity
+from orderrl.sources import source_identity
+from orderrl.storage import checksum, damage, manifest
 
+_SAMPLES = "samples"
 _STORED = (Evaluated, Rollout, BlockGrid)  # classes that a row is made of
 
 
@@ -92,18 +94,30 @@ def make_rows(jobs: Sequence[Job], protocol: Protocol, work: Unfinished, keep_sa
         The rows in the main process, nothing in the others.
     """
     names = [f"row-{number:04d}" for number in range(len(jobs))]
-    missing = distributed.on_main(lambda: [i for i, name in enumerate(names) if not work.has(name)])
+    missing = distributed.on_main(lambda: [i for i, name in enumerate(names) if not _is_there(work, name)])
     mine = distributed.share_of(missing)
     with progress(len(mine), "evaluating", "policies") as advance:
         for number in mine:
-            folder = work.folder / "samples" / names[number]
+            folder = work.folder / _SAMPLES / names[number]
             if folder.exists():  # of a row that was interrupted
                 shutil.rmtree(folder)
             made = jobs[number].make(replace(protocol, samples_folder=folder) if keep_samples else protocol)
+            work.store(f"{_SAMPLES}-{names[number]}", manifest(folder))
             work.store(names[number], made)
             advance(note=jobs[number].name)
     distributed.barrier()
     return [work.load(name, _STORED) for name in names] if distributed.is_main() else []
+
+
+def _is_there(work: Unfinished, name: str) -> bool:
+    """Whether a row was made, with its images."""
+    files = f"{_SAMPLES}-{name}"
+    if not (work.has(name) and work.has(files)):
+        return False
+    wrong = damage(work.folder / _SAMPLES / name, work.load(files))
+    if wrong is not None:
+        print(f"{wrong}; making {name} again", flush=True)
+    return wrong is None
 
 
 def publish_samples(work: Unfinished, folder: Path) -> None:
@@ -111,7 +125,7 @@ def publish_samples(work: Unfinished, folder: Path) -> None:
 
     The work keeps its own until all is done: an interruption can come between.
     """
-    for row in sorted((work.folder / "samples").glob("row-*")):
+    for row in sorted((work.folder / _SAMPLES).glob("row-*")):
         for policy in sorted(row.iterdir()):
             shutil.copytree(policy, free_folder(folder, policy.name))
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import math
 import platform
-import shutil
 import subprocess
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from datetime import datetime, timedelta
 from hashlib import sha256
@@ -34,6 +32,16 @@ from rich.progress import (
 from rich.text import Text
 
 from orderrl import distributed
+from orderrl.storage import (
+    Unsealed,
+    damage,
+    filled_aside,
+    manifest,
+    read_sealed,
+    remove_orphans,
+    sealed,
+    written_aside,
+)
 
 T = TypeVar("T")
 _PACKAGES = (
@@ -114,12 +122,13 @@ def versions() -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON in one move, so that no reader sees half of it; numbers that are not finite become null."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
+    with written_aside(path) as aside:
         aside.write_text(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+
+
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """Write JSON with a hash of itself, as `orderrl.storage.read_sealed` reads it."""
+    write_json(path, sealed(_finite(value)))
 
 
 def _finite(value: Any) -> Any:
@@ -257,8 +266,9 @@ def _new_folder(parent: Path) -> Path:
 class Cache:
     """Folders kept under ``<root>/<kind>/<key>``, each of them complete or absent.
 
-    An entry's ``key.json`` holds the description of everything that determined it. Entries are filled aside and moved
-    into place, so a failure leaves nothing behind, and of several writers the first one wins.
+    An entry's ``key.json`` holds the description of everything that determined it, and its files' sizes and checksums.
+    Entries are filled aside and moved into place, so a failure leaves nothing behind, and of several writers the first
+    one wins. A damaged entry is as good as none: it is named in one line and gives way to a new one.
 
     Args:
         root: the cache's folder; made when something is stored.
@@ -272,51 +282,88 @@ class Cache:
         return self.root / kind / key
 
     def find(self, kind: str, key: str) -> Path | None:
-        """The entry's folder if it is there and complete."""
+        """The entry's folder if it is there, complete and unaltered; what is wrong is printed."""
+        remove_orphans(self.root / kind)
         folder = self.folder(kind, key)
-        return folder if (folder / "key.json").is_file() else None
+        if not folder.exists():
+            return None
+        wrong = self._damage(folder)
+        if wrong is not None:
+            _tell(f"{wrong}; making it again")
+        return folder if wrong is None else None
 
     @contextmanager
-    def store(self, kind: str, key: str, description: Mapping[str, Any]) -> Iterator[Path]:
+    def store(self, kind: str, key: str, description: Mapping[str, Any], replace: bool = False) -> Iterator[Path]:
         """Fill a temporary folder that becomes the entry when the block ends without an error.
 
         Args:
             kind: what is stored, such as ``labels``.
             key: usually ``fingerprint(description)``.
             description: plain values that determined the entry.
+            replace: a complete entry gives way; else it stays, and a damaged one gives way.
 
         Yields:
             The folder to write to. Afterwards the entry is at :meth:`folder`.
+
+        Raises:
+            OSError: if the cache can't be written.
         """
         final = self.folder(kind, key)
-        aside = final.with_name(f".{key}.{uuid.uuid4().hex}")
-        aside.mkdir(parents=True)
-        try:
+        with filled_aside(final, lambda: replace or self._damage(final) is not None) as aside:
             yield aside
             entry = {"kind": kind, "key": key, "created": time.time(), "description": _canonical(description)}
-            write_json(aside / "key.json", entry)
-            self._publish(kind, key, aside)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            write_sealed(aside / "key.json", entry | {"files": manifest(aside)})
 
     def newest(self, kind: str, predicate: Callable[[dict[str, Any]], bool] = lambda _: True) -> Path | None:
-        """The folder of the entry stored last whose description fulfils the predicate."""
-        entries = []
-        for path in (self.root / kind).glob("[!.]*/key.json"):
-            with suppress(OSError, json.JSONDecodeError):  # removed or damaged by hand in the meantime
-                entries.append((json.loads(path.read_text(encoding="utf-8")), path.parent))
-        fitting = [(entry["created"], folder) for entry, folder in entries if predicate(entry["description"])]
-        return max(fitting)[1] if fitting else None
+        """The folder of the entry stored last whose description fulfils the predicate; damaged ones are left out."""
+        remove_orphans(self.root / kind)
+        fitting, older = [], 0
+        for folder in sorted((self.root / kind).glob("[!.]*")):
+            try:
+                entry = self._read(folder)
+                if predicate(entry["description"]):
+                    fitting.append((float(entry["created"]), folder, entry["files"]))
+            except Unsealed:
+                older += 1
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                _tell(f"{_named(folder / 'key.json', error)}; left out")
+        if older:
+            _tell(f"{self.root / kind}: left out {older} of an older version, which kept no checksums")
+        for _, folder, files in sorted(fitting, reverse=True, key=lambda found: found[:2]):
+            wrong = damage(folder, files)
+            if wrong is None:
+                return folder
+            _tell(f"{wrong}; left out")
+        return None
 
-    def _publish(self, kind: str, key: str, aside: Path) -> None:
-        final = self.folder(kind, key)
-        if final.exists() and self.find(kind, key) is None:  # emptied by hand; a complete entry is never replaced
-            shutil.rmtree(final)
+    def _read(self, folder: Path) -> dict[str, Any]:
+        """What an entry says of itself.
+
+        Raises:
+            ValueError, OSError, KeyError: if it is not what was written.
+        """
+        entry = read_sealed(folder / "key.json")
+        if (entry["kind"], entry["key"]) != (folder.parent.name, folder.name):
+            raise ValueError(f"{folder}: is {entry['kind']}/{entry['key']}, moved here by hand")
+        return entry
+
+    def _damage(self, folder: Path) -> str | None:
         try:
-            aside.rename(final)
-        except OSError:
-            if self.find(kind, key) is None:
-                raise
+            return damage(folder, self._read(folder)["files"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return _named(folder / "key.json", error)
+
+
+def _named(path: Path, error: Exception) -> str:
+    """An error of reading a file as a line that begins with a path."""
+    if isinstance(error, OSError):
+        return f"{path}: can't be read ({error.strerror})"
+    return str(error) if isinstance(error, ValueError) else f"{path}: is damaged ({type(error).__name__}: {error})"
+
+
+def _tell(line: str) -> None:
+    if distributed.is_main():
+        print(line, flush=True)
 
 
 # -- progress ---------------------------------------------------------------------------------------------------------

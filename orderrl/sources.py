@@ -12,13 +12,9 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from orderrl.storage import checksum
+
 SMALL = 2**26  # bytes: sources up to this size are told apart by their content
-
-
-def checksum(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_versions(files: Sequence[Path], in_full: bool = False) -> list[str]:

@@ -94,7 +94,8 @@ def tokenize_folder(
     Args:
         tokenizer: frozen, on the device where it shall run.
         folder: images and crops.
-        output: the token set's folder, or a cache, where other images or crops have another one.
+        output: the token set's folder, or a cache, where other images or crops have another one and what is damaged
+            is made again.
         tokenizer_path: file or hub name that the tokeniser came from, remembered for decoding.
         batch_size: images a call; all their views go together.
         shard_size: images a shard.
@@ -114,8 +115,9 @@ def tokenize_folder(
     images = list_images(folder)
     announce(images.describe())
     identity = _identity(tokenizer, folder, images, shard_size, sample_seed, half)
+    cached = isinstance(output, Cache)  # what is damaged there is made again; elsewhere it is refused
     where = output.folder("tokens", fingerprint(identity)) if isinstance(output, Cache) else output
-    writer = TokenSetWriter(where, identity, images, tokenizer_path, own=tokenizer.name == "small")
+    writer = TokenSetWriter(where, identity, images, tokenizer_path, own=tokenizer.name == "small", remake=cached)
     missing = writer.missing()
     announce(f"{len(writer.shards) - len(missing)} of {len(writer.shards)} shards are there in {writer.folder}")
     with progress(sum(len(shard.rows) for shard in missing), "tokenising", "images") as advance:

@@ -19,6 +19,7 @@ from typing import Any
 
 from orderrl.checkpoint import load_checkpoint
 from orderrl.entry import compose
+from orderrl.storage import read_sealed
 
 DONE = "done.json"
 _LONGEST = 600  # seconds that a command may take
@@ -102,6 +103,7 @@ def kill_and_compare(case: Case, folder: Path, kills: int, seed: int) -> None:
         found = case.read(Path(json.loads((home / DONE).read_text())))
         assert found == expected, f"{case.function}, seed {seed}, after {done} kills: {(home / 'out.txt').read_text()}"
         assert not list((home / "cache" / "unfinished").glob("*"))
+        assert not [path for path in (home / "cache").rglob(".*") if path.name != ".lock"], "orphans"
 
 
 # -- what must be equal -----------------------------------------------------------------------------------------------
@@ -130,7 +132,7 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 def table(folder: Path) -> dict[str, Any]:
     """The results of an evaluation without what was measured with a clock."""
-    results = json.loads((folder / "results.json").read_text())
+    results = read_sealed(folder / "results.json")
     for row in results["rows"]:
         for key in [key for key in row if "seconds" in key]:
             del row[key]

@@ -1,5 +1,6 @@
 """Checkpoints come back as they were written, and every file that is not one is refused in one line."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -137,3 +138,25 @@ def test_load_state_names_all_that_does_not_fit_and_changes_nothing(path: Path) 
 def test_others_can_read_a_checkpoint(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "a.safetensors", {"x": torch.zeros(1)}, {"kind": "planner"})
     assert (tmp_path / "a.safetensors").stat().st_mode & 0o044 == 0o044
+
+
+def test_equal_checkpoints_have_equal_bytes_in_every_process(path: Path, tensors: dict[str, Tensor]) -> None:
+    """The library writes metadata in an order of its own, another one in every call."""
+    for number in range(8):
+        again = path.with_name(f"{number}.safetensors")
+        save_checkpoint(again, dict(reversed(tensors.items())), dict(reversed(CONFIG.items())))
+        assert again.read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("place", ["a tensor", "the configuration"])
+def test_a_single_altered_bit_is_refused(path: Path, place: str) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3 if place == "a tensor" else content.index(b"width")] ^= 1
+    path.write_bytes(content)
+    assert "is altered (its checksum is not the one in it)" in _message(path)
+
+
+def test_checkpoints_of_versions_without_checksums_are_read(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    metadata = {"format": "1", "kind": "planner", "config": json.dumps(CONFIG)}
+    save_file(tensors, tmp_path / "old.safetensors", metadata=metadata)
+    assert load_checkpoint(tmp_path / "old.safetensors", "planner")[1] == CONFIG

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import gc
+import json
 import os
 import subprocess
 import sys
@@ -62,12 +64,14 @@ def test_the_folder_goes_when_the_job_is_done_and_stays_when_it_fails(tmp_path: 
     assert not work.folder.exists()
 
 
-def test_what_an_interruption_at_the_very_end_left_is_removed(tmp_path: Path) -> None:
-    Unfinished(tmp_path, "job").store("a", 1)
-    (tmp_path / "unfinished" / ".gone-1").mkdir()
-    forget(tmp_path, "other")
-    forget(tmp_path, "job")
-    assert not list((tmp_path / "unfinished").iterdir())
+def test_what_an_interruption_at_the_very_end_left_is_removed_and_its_metrics_are_not_lost(tmp_path: Path) -> None:
+    work = Unfinished(tmp_path, "job")
+    work.history.append({"step": 1.0, "loss": 0.5})
+    work.keep_history()
+    del work  # as if its process were gone
+    assert forget(tmp_path, "other") == []
+    assert forget(tmp_path, "job") == [{"step": 1.0, "loss": 0.5}]
+    assert not list((tmp_path / "unfinished").iterdir()) and forget(tmp_path, "job") == []
 
 
 @pytest.mark.parametrize("damage", ["truncated", "altered", "empty"])
@@ -94,9 +98,9 @@ def test_a_missing_piece_is_named(work: Unfinished) -> None:
 
 def test_what_a_write_left_aside_is_removed_at_the_next_start(tmp_path: Path) -> None:
     Unfinished(tmp_path, "job").store("a", 1)
-    (tmp_path / "unfinished" / "job" / ".b.123.aside").write_bytes(b"half")
+    (tmp_path / "unfinished" / "job" / ".b.123.partial").write_bytes(b"half")
     again = Unfinished(tmp_path, "job")
-    assert again.load("a") == 1 and not list(again.folder.glob(".*.aside"))
+    assert again.load("a") == 1 and not list(again.folder.glob(".*.partial"))
 
 
 def test_the_same_job_in_another_process_gets_a_folder_of_its_own(tmp_path: Path) -> None:
@@ -136,7 +140,7 @@ def test_a_full_disk_is_an_error_and_leaves_what_was_good(work: Unfinished, full
     for name in ("a", "b"):
         with pytest.raises(OSError, match="No space left on device"):
             work.store(name, "new")
-    assert work.load("a") == "old" and not work.has("b") and not list(work.folder.glob(".*.aside"))
+    assert work.load("a") == "old" and not work.has("b") and not list(work.folder.glob(".*.partial"))
 
 
 def test_a_disk_that_fills_up_while_pytorch_writes_is_the_same_error(tmp_path: Path) -> None:
@@ -345,3 +349,28 @@ def test_a_finished_training_that_is_interrupted_before_its_end_is_not_repeated(
     kept = train(config)
     lines = (kept.parent / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 6
+
+
+def test_a_training_that_is_killed_between_its_result_and_its_end_still_logs_all_of_it(tmp_path: Path) -> None:
+    save_backbone(tmp_path / "tiny.safetensors", tiny_backbone(8, 8, vocab_size=17, num_classes=10), {})
+    overrides = [f"backbone.name={tmp_path / 'tiny.safetensors'}", "labels.contexts=30", "agent.steps=6"]
+    overrides += ["planner.dim=32", "planner.stem=1", f"output_dir={tmp_path / 'runs'}"]
+    config = compose("train", [*overrides, f"cache_dir={tmp_path / 'cache'}"])
+    end = Unfinished.__exit__
+
+    def killed(self: Unfinished, *error: Any) -> None:
+        if "planners" in self.key:  # labels are done
+            raise KeyboardInterrupt
+        end(self, *error)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Unfinished, "__exit__", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    (first,) = (tmp_path / "runs" / "train").iterdir()
+    gc.collect()  # nobody holds the lock any more
+    again = train(config)
+    logged = [[json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+              for run in (first, again.parent)]  # fmt: skip
+    assert len(logged[0]) == 6 and logged[0] == logged[1]
+    assert not list((tmp_path / "cache" / "unfinished").iterdir())

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_clip import VisionTransformer
 
 from orderrl.data import load_split
-from orderrl.metrics.features import DIGITS, extract_features
+from orderrl.metrics.features import CLIP_METADATA, DIGITS, extract_features
 from orderrl.metrics.images import save_images
 from orderrl.metrics.quality import sample_quality
 from orderrl.metrics.references import open_reference, reference_of
+from orderrl.storage import checksum
 from tests.test_quality import noisy
 
 
@@ -69,7 +70,7 @@ WITH_OURS = [sys.executable, "-c", "import orderrl.metrics.features; from torch_
     ("command", "name"), [([str(COMMAND)], "clip-vit-b-32"), (WITH_OURS, DIGITS)], ids=["fidelity", "with our features"]
 )
 def test_torch_fidelitys_command_line_agrees_on_kept_class_folders(
-    real: Tensor, tmp_path: Path, command: list[str], name: str
+    real: Tensor, tmp_path: Path, command: list[str], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     labels = load_split("digits", "backbone").labels[:100].sort().values
     generated = noisy(real[:100], 20)
@@ -77,6 +78,8 @@ def test_torch_fidelitys_command_line_agrees_on_kept_class_folders(
     save_images(real[100:200], tmp_path / "real")
     assert len(list((tmp_path / "generated").iterdir())) == 10  # a folder per class
     weights = None if name == DIGITS else tiny_clip(tmp_path / "clip.pt")
+    if weights is not None:  # as if OpenAI had published them
+        monkeypatch.setitem(CLIP_METADATA[name], "hash", checksum(weights))
     arguments = ["--input1", str(tmp_path / "generated"), "--input2", str(tmp_path / "real"), "--samples-find-deep"]
     arguments += ["--feature-extractor", name, "--fid", "--kid", "--kid-subset-size", "100", "--prc"]
     arguments += ["--cpu", "--json", "--silent", "--no-cache", "--save-cpu-ram"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from orderrl.checkpoint import shorten
+from orderrl.storage import read_json
 
 HUB = "hf://"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
@@ -81,8 +81,8 @@ def read_shards(path: str | Path, weights: str | None = None) -> Iterator[dict[s
     if str(path).endswith(".index.json"):
         index = local_path(path)
         try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+            shards = sorted(set(read_json(index)["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
             raise ValueError(f"{index}: is no index of shards ({error})") from error
         for shard in shards:
             yield from read_shards(f"{str(path).rpartition('/')[0]}/{shard}" if "/" in str(path) else shard, weights)
@@ -107,7 +107,12 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_pickle(path: Path) -> object:
     """A pickle of tensors and plain containers, nothing else."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (RuntimeError, ValueError) as error:
+            if "mmap" not in str(error):
+                raise
+            return torch.load(path, map_location="cpu", weights_only=True)  # before torch 1.6, which can't be mapped
     except pickle.UnpicklingError as error:
         wanted = re.search(r"(?:GLOBAL|global) ([\w.]+)", str(error))
         what = f" ({wanted.group(1)})" if wanted else ""
@@ -116,8 +121,6 @@ def _read_pickle(path: Path) -> object:
             "torch.save(checkpoint['model'], ...) or safetensors, where the file is trusted"
         ) from error
     except (RuntimeError, EOFError, ValueError) as error:
-        if "mmap" in str(error):  # the format before torch 1.6, which can't be mapped
-            return torch.load(path, map_location="cpu", weights_only=True)
         raise ValueError(f"{path}: is truncated, damaged or no PyTorch file ({error}); copy it again") from error
 
 

@@ -2,7 +2,7 @@
 
 A folder holds
 
-- `tokens.json`: the identity (tokeniser, crops, splits, grid), and every finished shard with its checksums;
+- `tokens.json`: the identity (tokeniser, crops, splits, grid), every finished shard with its checksums, and its own;
 - `images.tsv`: split, class index, file name and version (see `orderrl.sources`) of every image;
 - `SPLIT-00000.tokens.npy` and `SPLIT-00000.labels.npy`: tokens (rows, N) uint16 or int32, or (rows, N, C) float16 or
   float32 if continuous, and labels (rows,) int64. A row is a view (crop, flip) of an image; the views of an image
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import math
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,15 +27,14 @@ from torch import Tensor
 from orderrl.data.folder import SPLITS, Images
 from orderrl.data.mapped import MappedTokens
 from orderrl.data.tokens import TokenSet
-from orderrl.runs import fingerprint, write_json
-from orderrl.sources import checksum
+from orderrl.runs import fingerprint, write_sealed
+from orderrl.storage import Unsealed, checksum, is_intact, read_json, read_sealed, written_aside
 
 FORMAT = 1
 DESCRIPTION, IMAGES, TOKENIZER = "tokens.json", "images.tsv", "tokenizer.safetensors"
 _HUB = "hf://"
 _IN_MEMORY = 2**30  # bytes; larger splits are read from their files row by row
 _DECODE_BATCH = 50
-_verified: set[tuple[str, int, int]] = set()  # (path, time of change, bytes) of files whose checksum was right
 
 
 @dataclass(frozen=True)
@@ -94,10 +92,12 @@ class TokenSetWriter:
         tokenizer_path: file or hub name of the tokeniser's weights, for decoding. A file in OrderRL's own format is
             copied into the folder (`own=True`), published weights are remembered by where they are.
         own: see `tokenizer_path`.
+        remake: make again what is damaged, with a line that says so, instead of refusing it; for folders that nobody
+            but this package writes to.
 
     Raises:
         ValueError: if the folder holds something else, or a token set of another identity (with the keys that differ),
-            or a finished shard that is truncated or altered (by name).
+            or something damaged (by name).
     """
 
     def __init__(
@@ -107,25 +107,31 @@ class TokenSetWriter:
         images: Images,
         tokenizer_path: str | Path,
         own: bool = False,
+        remake: bool = False,
     ) -> None:
-        self.folder = Path(folder)
+        self.folder, self.remake = Path(folder), remake
         self.identity: dict[str, Any] = json.loads(json.dumps(identity))
         self.shards = plan_shards(identity["images"], int(identity["shard_size"]))
         self._path = self.folder / DESCRIPTION
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self._path.is_file():
-            self._described = read_description(self.folder)
+        described = self._read_if_there()
+        if described is not None:
+            self._described = described
             _refuse_other_identity(self.folder, self._described["identity"], self.identity, images.table)
         elif any(self.folder.iterdir()):
             raise ValueError(f"{self.folder}: is not empty and holds no token set; choose another output")
         else:
             where = TOKENIZER if own else _lasting(tokenizer_path)
             self._described = {"format": FORMAT, "identity": self.identity, "tokenizer_path": where, "shards": {}}
-            write_json(self._path, self._described)
-        if not (self.folder / IMAGES).is_file():
-            _move_in(self.folder / IMAGES, lambda file: file.write(images.table.encode()))
-        if own and not (self.folder / TOKENIZER).is_file():
-            _move_in(self.folder / TOKENIZER, lambda file: file.write(Path(tokenizer_path).read_bytes()))
+            write_sealed(self._path, self._described)
+        copies = {IMAGES: images.table.encode()} | ({TOKENIZER: Path(tokenizer_path).read_bytes()} if own else {})
+        for name, content in copies.items():
+            path, there = self.folder / name, (self.folder / name).is_file()
+            if there and remake and path.read_bytes() != content:
+                print(f"{path}: is truncated or altered; making it again", flush=True)
+                there = False
+            if not there:
+                _move_in(path, lambda file, content=content: file.write(content))  # type: ignore[misc]
 
     def missing(self) -> list[Shard]:
         """Shards that are still to be made.
@@ -153,7 +159,7 @@ class TokenSetWriter:
             checksums[kind] = checksum(path)
         entry = {"images": len(shard.rows), "rows": len(labels), "skipped": list(skipped), "sha256": checksums}
         self._described["shards"][shard.name] = entry
-        write_json(self._path, self._described)
+        write_sealed(self._path, self._described)
 
     def finish(self) -> None:
         """Remove what interrupted writes left aside; called when no shard is missing."""
@@ -170,9 +176,30 @@ class TokenSetWriter:
         files = {kind: _file(self.folder, shard.name, kind) for kind in ("tokens", "labels")}
         if not all(path.is_file() for path in files.values()):
             return False
-        for kind, path in files.items():
-            verify(path, entry["sha256"][kind])
+        try:
+            for kind, path in files.items():
+                verify(path, entry["sha256"][kind])
+        except ValueError as error:
+            if not self.remake:
+                raise
+            print(f"{error.args[0].partition(';')[0]}; making it again", flush=True)
+            return False
         return True
+
+    def _read_if_there(self) -> dict[str, Any] | None:
+        """The description of what is in the folder; None makes everything anew."""
+        try:
+            return read_description(self.folder)
+        except FileNotFoundError:
+            left = [path for path in self.folder.iterdir() if self.remake]
+        except ValueError as error:
+            if not self.remake:
+                raise
+            print(f"{error.args[0].partition(';')[0]}; making {self.folder} again", flush=True)
+            left = list(self.folder.iterdir())
+        for path in left:
+            path.unlink()
+        return None
 
 
 def _lasting(path: str | Path) -> str:
@@ -182,13 +209,8 @@ def _lasting(path: str | Path) -> str:
 
 def _move_in(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     """Write a file aside and move it into place."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with aside.open("wb") as file:
-            write(file)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with written_aside(path) as aside, aside.open("wb") as file:
+        write(file)
 
 
 def _file(folder: Path, shard: str, kind: str) -> Path:
@@ -258,16 +280,11 @@ def verify(path: Path, expected: str) -> None:
     """
     if not path.is_file():
         raise ValueError(f"{path}: is missing; run `python -m orderrl.tokenize` again to make it")
-    state = path.stat()
-    key = (str(path.resolve()), state.st_mtime_ns, state.st_size)
-    if key in _verified:
-        return
-    if checksum(path) != expected:
+    if not is_intact(path, expected):
         raise ValueError(
             f"{path}: is truncated or altered (its checksum is not the one in {DESCRIPTION}); remove it and run "
             "`python -m orderrl.tokenize` again"
         )
-    _verified.add(key)
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -283,14 +300,17 @@ def read_description(folder: Path) -> dict[str, Any]:
             f"{folder}: holds no token set ({DESCRIPTION}); make one with `python -m orderrl.tokenize`"
         )
     try:
-        described = json.loads(path.read_text(encoding="utf-8"))
+        described = read_sealed(path)
+    except Unsealed:  # older token sets have no seal
+        described = read_json(path)
+    try:
         known = described["format"]
         _ = described["identity"]["images"], described["shards"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: is damaged ({type(error).__name__}: {error}); make the token set anew") from error
     if known != FORMAT:
         raise ValueError(f"{path}: has format {known}, this version reads {FORMAT}; make the token set anew")
-    return cast(dict[str, Any], described)
+    return described
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -380,7 +400,7 @@ def load_token_set(folder: Path | str, split: str, mapped: bool | None = None) -
             path = _file(folder, name, kind)
             verify(path, described["shards"][name]["sha256"][kind])
             checksums.append(described["shards"][name]["sha256"][kind])
-            parts.append(np.load(path, mmap_mode="r"))
+            parts.append(_map(path, described["shards"][name]["rows"], identity, kind))
     continuous = identity["vocab_size"] is None
     tokens = MappedTokens(arrays["tokens"], torch.float32 if continuous else torch.int64)
     if mapped is None:
@@ -402,6 +422,24 @@ def load_token_set(folder: Path | str, split: str, mapped: bool | None = None) -
         present=None if identity.get("present") is None else tuple(identity["present"]),
     )
     return stored.shuffled()  # images are stored in the folder's order, which is by class
+
+
+def _map(path: Path, rows: int, identity: Mapping[str, Any], kind: str) -> np.ndarray:
+    """A shard's file, mapped; ValueError if it holds anything but the numbers that belong there."""
+    height, width = identity["grid"]
+    row = (
+        []
+        if kind == "labels"
+        else [height * width, *([identity["token_dim"]] if identity["vocab_size"] is None else [])]
+    )
+    dtype = np.dtype(np.int64 if kind == "labels" else identity["dtype"])
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")  # reads no pickles
+    except ValueError as error:
+        raise ValueError(f"{path}: holds no array of numbers ({error})") from error
+    if array.shape != (rows, *row) or array.dtype != dtype:
+        raise ValueError(f"{path}: holds {array.dtype} {array.shape} instead of {dtype} {(rows, *row)}")
+    return array
 
 
 def token_set_splits(folder: Path | str) -> dict[str, TokenSet]:

@@ -10,9 +10,7 @@ open_clip is the optional extra `clip`. Its networks come with their own tokenis
 from __future__ import annotations
 
 import difflib
-import pickle
 import re
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -27,9 +25,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from orderrl.data import TokenSet
-from orderrl.metrics.features import first_lines
+from orderrl.metrics.features import UNREADABLE, first_lines
 from orderrl.metrics.images import check_images
-from orderrl.sources import checksum, source_identity
+from orderrl.sources import source_identity
+from orderrl.storage import checksum
 
 PROMPT = "a photo of a {}"
 _SYNSET = re.compile(r"n\d{8}")  # a WordNet id, as ImageNet's class folders are called
@@ -115,7 +114,7 @@ def _load_clip(name: str, weights: str, version: str | None, device: torch.devic
     try:
         model, preprocess = open_clip.create_model_from_pretrained(name, device=device or "cpu", **options)
         tokenize = open_clip.get_tokenizer(name)
-    except (RuntimeError, OSError, KeyError, ValueError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except (*UNREADABLE, AttributeError) as error:  # the last one is open_clip's, of arrays for another kind of network
         if weights in tags:
             reason, instead = "can't be downloaded", "; download them elsewhere and set clip_weights to the file"
         else:

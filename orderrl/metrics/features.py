@@ -21,16 +21,19 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.feature_extractor_clip import MODEL_METADATA as CLIP_METADATA
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
 
 from orderrl.classifier import CLASSIFIERS, load_classifier, own_classifier
 from orderrl.metrics.images import TensorImages, check_images
 from orderrl.sources import source_identity
+from orderrl.storage import checksum
 
 SHIPPED = "orderrl-"
 DIGITS = SHIPPED + "digits"
@@ -40,6 +43,11 @@ CLIP = "clip-vit-l-14-336px"
 TIMM = "timm:"
 LOCAL_DIR = "local-dir"
 """timm's name for models in folders of config.json and weights, as `timm.models.save_for_hf` writes them."""
+UNREADABLE = (
+    *(RuntimeError, OSError, KeyError, ValueError, EOFError),
+    *(pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError),
+)
+"""What libraries raise on a file of weights that is none."""
 SPATIAL_CHANNELS = 7
 """Channels of the feature map that sFID looks at, as in ADM's evaluator (Dhariwal and Nichol, 2021)."""
 
@@ -329,7 +337,7 @@ def _timm_model(name: str, checkpoint: Path | None) -> Any:
         head = state.get(f"{heads if isinstance(heads, str) else heads[0]}.weight")
         model.reset_classifier(0 if head is None else len(head))
         model.load_state_dict(state, strict=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, OSError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         whose = "a model of timm" if name == LOCAL_DIR else f"timm's {name}"
         raise ValueError(f"{checkpoint} does not hold the weights of {whose} ({first_lines(error)})") from error
     return model
@@ -420,7 +428,9 @@ def _check_weights(weights: Path, features: str) -> None:
         raise ValueError(f"weights={str(weights)!r}: name the file in features, timm:MODEL:CHECKPOINT_FILE")
     if not weights.is_file():
         raise ValueError(f"weights={str(weights)!r} does not exist; it must be a file of {_whose(features)}")
-    if features.startswith("clip"):  # a TorchScript archive, which is not unpickled
+    if features.startswith("clip"):  # a TorchScript archive, whose code runs: nobody's but OpenAI's own
+        if checksum(weights) != CLIP_METADATA[features]["hash"]:
+            raise ValueError(f"weights={str(weights)!r} is not the file that OpenAI published for {features}")
         return
     try:
         torch.load(weights, map_location="cpu", weights_only=True)

@@ -8,7 +8,9 @@ covariance only: they give Fréchet distances, but no kernel distance, precision
 from __future__ import annotations
 
 import pickle
+import struct
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,10 @@ from orderrl.metrics.features import INCEPTION, Features, extract_features, regi
 from orderrl.metrics.images import ImageFolder, TokenImages
 
 KINDS = "an image folder, a token set's folder, a .npz of ADM's evaluator, or a .pt statistics file of torch-fidelity"
+
+
+_DAMAGED = (OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error, struct.error)
+"""What numpy and zipfile raise on a damaged archive."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +175,7 @@ def _from_npz(path: Path, features: str, weights: Path | None, device: torch.dev
     try:
         with np.load(path, allow_pickle=False) as file:
             values = {key: file[key] for key in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except _DAMAGED as error:
         raise ValueError(f"reference={str(path)!r} can't be read as .npz arrays ({error})") from error
     named = str(values["features"]) if "features" in values else INCEPTION
     counted = {"mu", "sigma"} <= values.keys()

@@ -177,16 +177,16 @@ def test_an_interrupted_run_continues(
 def test_a_shard_that_was_written_but_not_listed_is_made_again(
     tmp_path: Path, folder: Path, source: FolderConfig, weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_json = shards.write_json
+    write = shards.write_sealed
 
     def failing(path: Path, value: Any) -> None:
         if len(value["shards"]) == 2:
             raise RuntimeError("power cut")
-        write_json(path, value)
+        write(path, value)
 
     broken = tmp_path / "broken"
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "write_json", failing)
+        patch.setattr(shards, "write_sealed", failing)
         with pytest.raises(RuntimeError, match="power cut"):
             make(broken, source, weights)
     assert len(list(broken.glob("*.tokens.npy"))) == 2
