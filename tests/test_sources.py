@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from orderrl import sources
+from orderrl import compose, planners, sources
 from orderrl.sources import file_versions, printable, source_identity
+from tests.helpers import tiny_backbone
 
 
 def folder_of(root: Path, **contents: str) -> Path:
@@ -67,3 +69,17 @@ def test_printable_names_are_one_line_and_stay_different() -> None:
     shown = [printable(name) for name in names]
     assert len(set(shown)) == len(names) and all(text.isprintable() and text.encode() for text in shown)
     assert printable("schön, 'x'=[1]") == "schön, 'x'=[1]"
+
+
+def test_imitated_policies_of_users_are_known_by_their_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = tmp_path / "a_users_policy.py"
+    module.write_text("def policy(observation, generator):\n    return observation['visible'].long().argmin(-1)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(planners, "_find_or_imitate", lambda config, backbone, policy, described, run, reuse: described)
+    config = compose("train", ["agent=imitation", "agent.policy=a_users_policy:policy"])
+    backbone = tiny_backbone(8, 8, vocab_size=17, num_classes=10)
+    before: Any = planners.find_or_train_imitation(config, backbone)
+    module.write_text(module.read_text().replace("argmin", "argmax"))
+    assert before and planners.find_or_train_imitation(config, backbone) != before
+    config = compose("train", ["agent=imitation", "agent.policy=raster"])
+    assert planners.find_or_train_imitation(config, backbone) == {}
