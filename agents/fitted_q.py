@@ -27,6 +27,7 @@ from orderrl.data import TokenSet
 from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.planner import OrderHead
 from orderrl.resuming import Part, Unfinished, steps_of
+from orderrl.values import at_least, check_fields, positive
 
 _LEAST_SPREAD = 0.1  # nats; differences that hardly vary do not count for more
 
@@ -54,14 +55,13 @@ class FittedQConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("images", 1), ("steps", 1), ("batch_size", 2)):  # one image has no spread
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        for name in ("learning_rate", "temperature"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
+        check_fields(
+            self,
+            at_least(1, "images", "steps"),
+            at_least(2, "batch_size"),  # one image has no spread
+            positive("learning_rate", "temperature"),
+            at_least(0, "weight_decay", "seed"),
+        )
 
 
 @torch.no_grad()

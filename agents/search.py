@@ -23,6 +23,7 @@ from orderrl.data import TokenSet
 from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.geometry import BlockGrid
 from orderrl.resuming import Unfinished
+from orderrl.values import at_least, check_fields, positive
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,12 @@ class SearchConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("episodes", "width", "epochs", "chains", "moves"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.refinements < 0:
-            raise ValueError(f"refinements must be at least 0, got {self.refinements}")
-        for name in ("learning_rate", "temperature"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        check_fields(
+            self,
+            at_least(1, "episodes", "width", "epochs", "chains", "moves"),
+            at_least(0, "refinements", "seed"),
+            positive("learning_rate", "temperature"),
+        )
 
     @property
     def replayed(self) -> int:

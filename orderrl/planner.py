@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from orderrl.backbones.protocol import Backbone, backbone_device
 from orderrl.checkpoint import load_checkpoint, load_state, save_checkpoint
+from orderrl.values import at_least, between, check_fields
 
 
 @dataclass(frozen=True)
@@ -66,16 +67,15 @@ class PlannerConfig:
     step_cost_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_blocks", "hidden_size", "num_classes", "num_budgets", "dim", "core", "heads", "latents"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("stem", "reasoning_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        check_fields(
+            self,
+            at_least(1, "num_blocks", "hidden_size", "num_classes", "num_budgets", "dim", "core", "heads", "latents"),
+            at_least(0, "stem"),
+            between("[0, 1000]", "reasoning_steps"),
+            between("[0, 1)", "dropout"),
+        )
         if self.dim % self.heads:
             raise ValueError(f"heads={self.heads} must divide dim={self.dim}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
         if self.step_cost_range is not None:  # a list in checkpoints
             low, high = self.step_cost_range
             if not 0 < low < high:

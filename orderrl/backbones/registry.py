@@ -232,11 +232,16 @@ def new_backbone(family: str, shape: Mapping[str, Any]) -> TrainableBackbone:
     Raises:
         ValueError: if the family or an argument is unknown, or a value is not allowed.
     """
+    config = backbone_config(family, shape)
+    return _FAMILIES[family][0](config)
+
+
+def backbone_config(family: str, shape: Mapping[str, Any]) -> TransformerConfig | MaskedConfig:
+    """The configuration of an untrained backbone; arguments and errors as of `new_backbone`."""
     if family not in _FAMILIES:
         raise ValueError(f"family={family!r} is unknown; choose one of {', '.join(_FAMILIES)}")
-    model, config = _FAMILIES[family]
     try:
-        return model(config(**shape))
+        return _FAMILIES[family][1](**shape)
     except TypeError as error:
         raise ValueError(f"shape of a {family} backbone: {error}") from error
 

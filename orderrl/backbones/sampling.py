@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from orderrl.values import at_least, between, check_fields, one_of
+
 SCHEDULES = ("constant", "linear")
 
 
@@ -34,20 +36,14 @@ class Sampling:
     guidance_interval: int = -1
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be 0 (keep all) or positive, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
-        if not self.guidance >= 0:
-            raise ValueError(f"guidance must be at least 0, got {self.guidance}")
-        if self.guidance_schedule not in SCHEDULES:
-            raise ValueError(
-                f"guidance_schedule={self.guidance_schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}"
-            )
-        if self.guidance_interval < -1:
-            raise ValueError(f"guidance_interval must be -1 (always) or at least 0, got {self.guidance_interval}")
+        check_fields(
+            self,
+            at_least(0, "temperature", "top_k"),
+            between("(0, 1]", "top_p"),
+            between("[0, 1000]", "guidance"),
+            one_of(SCHEDULES, "guidance_schedule"),
+            at_least(-1, "guidance_interval"),
+        )
 
     def scale(self, decided: Tensor, total: int) -> Tensor:
         """Guidance scale of tokens about to be drawn.
