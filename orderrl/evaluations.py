@@ -21,6 +21,7 @@ from torch import Tensor
 from orderrl.backbones import Backbone, backbone_fingerprint
 from orderrl.data import load_split
 from orderrl.data.shards import DESCRIPTION, checksum, read_description, token_set_splits
+from orderrl.jsonfile import read_json
 from orderrl.metrics.evaluation import Evaluated, Protocol
 from orderrl.runs import fingerprint
 
@@ -119,7 +120,7 @@ def open_evaluation(folder: Path, name: str | None = None) -> Evaluation:
             f"{str(folder)!r} is no finished evaluation: it has no results.json; give folders that "
             "`python -m orderrl.evaluate` wrote, runs/evaluate/DATE"
         )
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    results = read_json(folder / "results.json")
     if "identity" not in results or not (folder / VALUES).is_file():
         raise ValueError(f"{str(folder)!r} has no identity of its protocol or no {VALUES}; evaluate again")
     values: dict[int, dict[str, Tensor]] = defaultdict(dict)

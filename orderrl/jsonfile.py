@@ -19,9 +19,7 @@ def read_json(path: Path | str, most: int = MOST_BYTES) -> Any:
     path = Path(path)
     size = path.stat().st_size
     if size > most:
-        raise ValueError(
-            f"{path}: has {size} bytes of JSON, more than the {most} that are read"
-        )
+        raise ValueError(f"{path}: has {size} bytes of JSON, more than the {most} that are read")
     return parse_json(path.read_bytes(), path, most)
 
 

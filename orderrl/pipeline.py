@@ -6,7 +6,6 @@ key in the cache, so nothing is made twice and nothing stale is taken.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from orderrl.backbones.sharding import fix_memory, shard_backbone
 from orderrl.data import TokenSet, load_split
 from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.envs.reward import RewardConfig
+from orderrl.jsonfile import read_json
 from orderrl.labelling import assemble, label_shard, label_shard_together, make_shards, plan_shards
 from orderrl.oracle import Contexts, LabelConfig, random_contexts
 from orderrl.planner import load_planner
@@ -244,7 +244,7 @@ def open_labels(folder: Path, backbone: Backbone) -> TensorDict:
     Raises:
         ValueError: if they were made for another backbone.
     """
-    described = json.loads((folder / "key.json").read_text(encoding="utf-8"))["description"]
+    described = read_json(folder / "key.json")["description"]
     have, want = described["backbone"], backbone_fingerprint(backbone)
     if have != want:
         raise ValueError(

@@ -23,7 +23,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from orderrl.backbones.protocol import Backbone, backbone_device
-from orderrl.checkpoint import load_checkpoint, load_state, save_checkpoint
+from orderrl.checkpoint import build_to_fit, load_checkpoint, load_state, save_checkpoint
 from orderrl.values import at_least, between, check_fields
 
 
@@ -313,7 +313,7 @@ def load_planner(path: Path | str, backbone: Backbone | None = None) -> tuple[Or
     tensors, description = load_checkpoint(Path(path), "planner")
     try:
         config = PlannerConfig(**description["shape"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: its planner shape is none of this version's ({error}); train it anew") from error
     if backbone is not None:
         fitting = PlannerConfig.for_backbone(backbone)
@@ -324,7 +324,7 @@ def load_planner(path: Path | str, backbone: Backbone | None = None) -> tuple[Or
                     f"{path}: planner with {name}={have} does not fit the backbone's {name}={want}; train one for this "
                     "backbone with `python -m orderrl.train agent=bc`"
                 )
-    planner = OrderHead(config)
+    planner = build_to_fit(lambda: OrderHead(config), description["shape"], tensors, path)
     load_state(planner, tensors, Path(path))
     if backbone is not None:
         planner.to(backbone_device(backbone))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from orderrl.checkpoint import shorten
+from orderrl.jsonfile import read_json
 
 HUB = "hf://"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
@@ -81,8 +81,8 @@ def read_shards(path: str | Path, weights: str | None = None) -> Iterator[dict[s
     if str(path).endswith(".index.json"):
         index = local_path(path)
         try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+            shards = sorted(set(map(str, read_json(index)["weight_map"].values())))
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index}: is no index of shards ({error})") from error
         for shard in shards:
             yield from read_shards(f"{str(path).rpartition('/')[0]}/{shard}" if "/" in str(path) else shard, weights)

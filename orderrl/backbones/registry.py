@@ -20,11 +20,14 @@ from orderrl.backbones.packing import Packing
 from orderrl.backbones.presets import PRESETS
 from orderrl.backbones.protocol import Backbone
 from orderrl.backbones.transformer import OrderRobustTransformer
-from orderrl.checkpoint import load_checkpoint, load_state, save_checkpoint
+from orderrl.checkpoint import build_to_fit, load_checkpoint, load_state, save_checkpoint
+from orderrl.devices import checked_device
+from orderrl.finite import require_finite
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 TrainableBackbone = OrderRobustTransformer | RasterTransformer | ARPG | MaskedTransformer
 Model = TypeVar("Model", bound=TrainableBackbone)
+NOT_FINITE = "the weights are of a diverged training, or overflow in this dtype; use others, or dtype=float32"
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 _FAMILIES: dict[str, tuple[type[Any], type[Any]]] = {
     "llamagen": (RasterTransformer, TransformerConfig),
@@ -79,10 +82,12 @@ def load_backbone(
             agree up to floating-point summation.
 
     Raises:
-        ValueError: if the name is unknown, the weights are missing, damaged or of another model.
+        ValueError: if the name or the device is unknown, or the weights are missing, damaged, not finite or of another
+            model.
         FileNotFoundError: if there is no such file.
     """
     name = str(name_or_path)
+    where = None if device is None else checked_device(device)
     if name in PRESETS:
         if path is None:
             raise ValueError(
@@ -106,8 +111,9 @@ def load_backbone(
         backbone.eval().requires_grad_(False)
         if dtype is not None:
             _cast(backbone, as_dtype(dtype))
-        if device is not None:
-            backbone.to(device)
+        require_finite(path or name, backbone.state_dict(), NOT_FINITE)
+        if where is not None:
+            backbone.to(where)
         set_packing(backbone, pack_weights)
     if memory_gb is not None:
         if not hasattr(backbone, "packing"):
@@ -215,9 +221,11 @@ def backbone_fingerprint(backbone: Backbone) -> str:
 def _from_file(path: Path) -> TrainableBackbone:
     tensors, description = load_checkpoint(path, "backbone")
     try:
-        backbone = new_backbone(description.get("family", "randar"), description["model"])
+        family, shape = description.get("family", "randar"), description["model"]
+        config = backbone_config(family, shape)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: does not describe a backbone ({type(error).__name__}: {error})") from error
+    backbone: TrainableBackbone = build_to_fit(lambda: _FAMILIES[family][0](config), shape, tensors, path)
     load_state(backbone, tensors, path)
     return backbone
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from orderrl.data.folder import SPLITS, ImageSplit
 from orderrl.data.mapped import MappedTokens
 from orderrl.data.tokens import TokenSet
+from orderrl.jsonfile import read_json
 from orderrl.runs import fingerprint, write_json
 
 FORMAT = 1
@@ -277,10 +278,10 @@ def read_description(folder: Path) -> dict[str, Any]:
             f"{folder}: holds no token set ({DESCRIPTION}); make one with `python -m orderrl.tokenize`"
         )
     try:
-        described = json.loads(path.read_text(encoding="utf-8"))
+        described = read_json(path)
         known = described["format"]
         _ = described["identity"]["images"], described["shards"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: is damaged ({type(error).__name__}: {error}); make the token set anew") from error
     if known != FORMAT:
         raise ValueError(f"{path}: has format {known}, this version reads {FORMAT}; make the token set anew")

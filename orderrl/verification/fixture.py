@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+
+from orderrl.jsonfile import read_json
 
 DEFAULT_TOLERANCE = 1e-4  # float32
 
@@ -96,10 +97,10 @@ def load_fixture(path: str | Path) -> Fixture:
             raise ValueError(f"{file} does not exist; a fixture is NAME.safetensors with NAME.json beside it")
     try:
         tensors = load_file(path)
-        description = json.loads(beside.read_text(encoding="utf-8"))
+        description = read_json(beside)
         roles = {name: entry["role"] for name, entry in description["io"].items()}
         _ = description["config"]["arguments"], description["config"]["constructor"], description["source"]["files"]
-    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a fixture ({type(error).__name__}: {error})") from error
     absent = [name for name in roles if f"io/{name}" not in tensors]
     if absent:
