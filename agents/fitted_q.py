@@ -25,6 +25,7 @@ from orderrl.agents.distribution import RankedBlocks
 from orderrl.backbones import Backbone
 from orderrl.data import TokenSet
 from orderrl.envs.core import CoreConfig, NextBlockCore
+from orderrl.finite import OVERFLOW, require_finite
 from orderrl.planner import OrderHead
 from orderrl.resuming import Part, Unfinished, steps_of
 from orderrl.values import at_least, check_fields, positive
@@ -121,7 +122,9 @@ def _play(backbone: Backbone, data: TokenSet, images: Tensor, order: Tensor, con
         observation["cost"] = core.losses[:, order].cumsum(-1)  # the losses of visible blocks are zero
         seen.append(observation)
         core.step(block.expand(len(images)))
-    return TensorDict.stack(seen, 1).cpu().to_dict()
+    played: dict[str, Tensor] = TensorDict.stack(seen, 1).cpu().to_dict()
+    require_finite("losses of a played order", played, OVERFLOW)
+    return played
 
 
 def require_choice(budgets: tuple[int, ...], blocks: int) -> None:

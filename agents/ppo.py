@@ -64,6 +64,19 @@ class PPOConfig(PolicyGradientConfig):
                 "the same number of steps in a round"
             )
 
+    def require_whole_episodes(self, blocks: int, budgets: tuple[int, ...]) -> None:
+        """Raise ValueError if a round ends before an episode of the smallest budget does.
+
+        What comes after a round's end is played in no round, so nothing would be learnt about late steps.
+        """
+        steps, longest = self.frames_per_batch // self.num_envs, -(-blocks // budgets[0])
+        if steps < longest:
+            raise ValueError(
+                f"frames_per_batch={self.frames_per_batch} over num_envs={self.num_envs} are {steps} steps of each "
+                f"image a round, but an episode takes up to {longest}; use frames_per_batch={longest * self.num_envs} "
+                "or fewer num_envs"
+            )
+
 
 class _Critic(nn.Module):
     """A planner of its own weights whose value is read."""

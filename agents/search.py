@@ -21,6 +21,7 @@ from orderrl.agents.schedules import growing
 from orderrl.backbones import Backbone
 from orderrl.data import TokenSet
 from orderrl.envs.core import CoreConfig, NextBlockCore
+from orderrl.finite import OVERFLOW, require_finite
 from orderrl.geometry import BlockGrid
 from orderrl.resuming import Unfinished
 from orderrl.values import at_least, check_fields, positive
@@ -193,7 +194,9 @@ def _play(
         listed = order.gather(1, (revealed[:, None] + torch.arange(largest)).clamp_max(width - 1))
         core.step(torch.cat([listed, size[:, None] - 1], 1) if core.multi else listed[:, 0])
         revealed += size
-    return {"visible": torch.cat(visible), "excess": torch.cat(excess), "start": start}
+    played = {"visible": torch.cat(visible), "excess": torch.cat(excess), "start": start}
+    require_finite("losses of played schedules", played, OVERFLOW)
+    return played
 
 
 class MeanLosses(nn.Module):

@@ -40,6 +40,13 @@ class CoreConfig:
         if not self.budgets or list(self.budgets) != sorted(set(self.budgets)):
             raise ValueError(f"budgets must be one or more ascending numbers of blocks, got {list(self.budgets)}")
 
+    def require_blocks(self, blocks: int) -> None:
+        """Raise ValueError if a budget exceeds the blocks of an image."""
+        if self.budgets[-1] > blocks:
+            raise ValueError(
+                f"budgets={self.budgets} exceed the {blocks} blocks of the image; use budgets up to {blocks}"
+            )
+
 
 class Transition(NamedTuple):
     """What a step gave, each (M,).

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-CAUSES = "weights of a diverged training, or an overflow in float16 or bfloat16"
+DIVERGED = "the training diverged: lower its learning rate; nothing was stored, and the next run starts anew"
+OVERFLOW = "the weights are of a diverged training, or overflow in this dtype: use others, or dtype=float32"
+_LOSSES = ("loss", "entropy", "kl", "cost")  # how metrics begin that are finite as long as a training is sound
 
 
 class NotFiniteError(ValueError):
@@ -43,15 +45,15 @@ def require_finite(where: object, tensors: Mapping[str, Tensor], advice: str) ->
         raise NotFiniteError(f"{where}: not finite: {found}; {advice}")
 
 
-def require_finite_losses(row: Mapping[str, float], keys: Iterable[str], advice: str) -> None:
-    """Refuse a row of a training's metrics in which one of some keys is not finite.
+def require_finite_losses(row: Mapping[str, float]) -> None:
+    """Refuse a row of a training's metrics in which a loss is not finite.
 
     Raises:
-        NotFiniteError: naming the step, the key and its value.
+        NotFiniteError: naming the step, the loss and its value.
     """
-    for key in keys:
-        if not math.isfinite(row[key]):
-            raise NotFiniteError(f"step {int(row['step'])}: {key} is {row[key]}; {advice}")
+    for key, value in row.items():
+        if key.startswith(_LOSSES) and not math.isfinite(value):
+            raise NotFiniteError(f"step {int(row['step'])}: {key} is {value}; {DIVERGED}")
 
 
 def tensors_in(value: Any, name: str = "") -> dict[str, Tensor]:

@@ -65,7 +65,7 @@ def find_or_train_joint(config: DictConfig, backbone: Backbone, run: Run | None 
                 if row["step"]:  # the first row is what was measured before the first step
                     advance(row["new"], f"loss {row['loss']:.3f}")
 
-            follow(tuning.train(work), work, run, report)
+            follow(tuning.train(work), work, run, report, stops_itself=True)
         outcome.update(tuning.outcome)
         announce(f"joint: {outcome['stopped'] or 'no collapse, no explosion'}; kept step {outcome['kept_step']}")
         return tuning.planner

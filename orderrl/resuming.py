@@ -9,7 +9,8 @@ Every long job keeps a folder `<cache>/unfinished/<key>` while it is under way; 
 
 Files are written aside, flushed to the disk and moved into place; their names carry their checksums. So a file is there
 and whole, or it does not count. When the job is done, its result is in the cache or in a run's folder and this folder
-goes. A job that fails (a full disk, an error) leaves it, and goes on when it is started again.
+goes. A job that fails (a full disk, an error) leaves it, and goes on when it is started again; but a training that
+diverged starts anew, for from its states it would only diverge again.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import IO, Any, Protocol, Self
 import torch
 
 from orderrl import distributed
+from orderrl.finite import DIVERGED, NotFiniteError, require_finite, tensors_in
 
 try:
     import fcntl
@@ -89,6 +91,9 @@ class Unfinished:
                 gone = self.folder.with_name(f"{_GONE}{uuid.uuid4().hex}")
                 self.folder.rename(gone)  # in one move: half a folder would be continued
                 shutil.rmtree(gone, ignore_errors=True)
+        elif issubclass(kind, NotFiniteError) and distributed.is_main():
+            for path in self.folder.glob(f"{_STATE}.*.pt"):  # on the way to what was not finite; pieces are good
+                path.unlink(missing_ok=True)
         if self._lock is not None:
             self._lock.close()
 
@@ -193,6 +198,7 @@ class Unfinished:
 
         Raises:
             ValueError: if the state is truncated or altered.
+            NotFiniteError: if a state that is to be kept holds tensors that are not finite.
             OSError: if it can't be written; the one before it stays.
         """
         done = 0
@@ -223,6 +229,7 @@ class Unfinished:
             "generators": distributed.gather(_global_generators()),
         }
         if distributed.is_main():
+            require_finite(f"state after step {step}", tensors_in(state["parts"]), DIVERGED)
             self.store(_STATE, state)
 
 

@@ -53,7 +53,8 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         check_fields(
             self,
-            at_least(1, "vocab_size", "num_classes", "dim", "layers", "heads", "multiple_of"),
+            at_least(1, "vocab_size", "num_classes", "dim", "heads", "multiple_of"),
+            between("[1, 1000]", "layers"),
             between("[0, 1)", "dropout"),
         )
         BlockGrid(self.height, self.width, self.block_size)

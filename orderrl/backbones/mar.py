@@ -72,6 +72,7 @@ class MARConfig:
         check_fields(
             self,
             at_least(1, *counts),
+            between("[1, 1000]", "encoder_depth", "decoder_depth", "diffloss_d"),
             positive("mlp_ratio", "norm_eps"),
             between("[0, 1)", "attn_dropout", "proj_dropout"),
         )

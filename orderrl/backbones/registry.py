@@ -22,12 +22,11 @@ from orderrl.backbones.protocol import Backbone
 from orderrl.backbones.transformer import OrderRobustTransformer
 from orderrl.checkpoint import build_to_fit, load_checkpoint, load_state, save_checkpoint
 from orderrl.devices import checked_device
-from orderrl.finite import require_finite
+from orderrl.finite import OVERFLOW, require_finite
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 TrainableBackbone = OrderRobustTransformer | RasterTransformer | ARPG | MaskedTransformer
 Model = TypeVar("Model", bound=TrainableBackbone)
-NOT_FINITE = "the weights are of a diverged training, or overflow in this dtype; use others, or dtype=float32"
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 _FAMILIES: dict[str, tuple[type[Any], type[Any]]] = {
     "llamagen": (RasterTransformer, TransformerConfig),
@@ -111,7 +110,7 @@ def load_backbone(
         backbone.eval().requires_grad_(False)
         if dtype is not None:
             _cast(backbone, as_dtype(dtype))
-        require_finite(path or name, backbone.state_dict(), NOT_FINITE)
+        require_finite(path or name, backbone.state_dict(), OVERFLOW)
         if where is not None:
             backbone.to(where)
         set_packing(backbone, pack_weights)

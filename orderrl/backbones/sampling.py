@@ -10,6 +10,7 @@ from torch import Tensor
 from orderrl.values import at_least, between, check_fields, one_of
 
 SCHEDULES = ("constant", "linear")
+LOWEST_TEMPERATURE = 1e-3  # below, logits divided by it overflow
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class Sampling:
     """How tokens are drawn.
 
     Attributes:
-        temperature: divides the logits; 1 leaves them.
+        temperature: divides the logits; 1 leaves them, 0 takes the most likely token (of equal ones the first). For
+            continuous tokens it scales the noise of the reverse steps, not the starting noise.
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: keep the smallest set of tokens whose probability reaches p; 1 keeps all.
         guidance: classifier-free guidance scale: unconditional + guidance * (conditional - unconditional);
@@ -44,6 +46,10 @@ class Sampling:
             one_of(SCHEDULES, "guidance_schedule"),
             at_least(-1, "guidance_interval"),
         )
+        if 0 < self.temperature < LOWEST_TEMPERATURE:
+            raise ValueError(
+                f"temperature must be 0 (the most likely token) or at least {LOWEST_TEMPERATURE}, got {self.temperature}"
+            )
 
     def scale(self, decided: Tensor, total: int) -> Tensor:
         """Guidance scale of tokens about to be drawn.
@@ -111,6 +117,8 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tenso
     Returns:
         (...) int64 tokens.
     """
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
     logits = filter_logits(logits / sampling.temperature, sampling.top_k, sampling.top_p)
     cumulative = logits.double().softmax(-1).cumsum(-1)
     target = uniforms.double()[..., None] * cumulative[..., -1:]
