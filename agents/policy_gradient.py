@@ -216,6 +216,7 @@ class PolicyGradient(ABC):
                 for rows in torch.randperm(len(samples)).split(minibatch):
                     row |= self._update(samples[rows])
             self.iteration += 1
+            self.planner.require_sound(f"round {self.iteration}: the planner")
             yield {"step": self.iteration, "frames": self.frames} | distributed.mean_of(row)
 
     def _round_seeds(self) -> Tensor:

@@ -21,7 +21,7 @@ from orderrl.agents.schedules import growing
 from orderrl.backbones import Backbone
 from orderrl.data import TokenSet
 from orderrl.envs.core import CoreConfig, NextBlockCore
-from orderrl.finite import OVERFLOW, require_finite
+from orderrl.finite import DIVERGED, OVERFLOW, require_finite
 from orderrl.geometry import BlockGrid
 from orderrl.resuming import Unfinished
 from orderrl.values import at_least, check_fields, positive
@@ -121,6 +121,7 @@ def search_schedule(
         def search(visible: Tensor = visible, excess: Tensor = excess) -> dict[str, Any]:
             model = fit_mean_losses(visible, excess + start, config)
             order, step, cost = anneal(model, blocks, budgets, step_cost, config, generator)
+            require_finite("costs of the schedules found", {"cost": cost}, DIVERGED)
             return {"order": order, "step": step, "cost": cost, "generator": generator.get_state()}
 
         found = search() if work is None else work.piece(f"annealed-{refinement:03d}", search)

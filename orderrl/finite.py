@@ -10,7 +10,7 @@ from torch import Tensor
 
 DIVERGED = "the training diverged: lower its learning rate; nothing was stored, and the next run starts anew"
 OVERFLOW = "the weights are of a diverged training, or overflow in this dtype: use others, or dtype=float32"
-_LOSSES = ("loss", "entropy", "kl", "cost")  # how metrics begin that are finite as long as a training is sound
+_LOSSES = ("loss", "held_out", "entropy", "kl", "cost", "return")  # metrics that are finite while a training is sound
 
 
 class NotFiniteError(ValueError):

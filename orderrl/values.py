@@ -74,7 +74,7 @@ def check_fields(settings: Any, *rules: Rule) -> None:
     Raises:
         ValueError: naming the field, its value and what is allowed.
     """
-    for name, kind in _kinds(type(settings)).items():
+    for name, kind in _kinds(settings.__class__).items():
         require_kind(name, getattr(settings, name), kind)
     for rule in rules:
         for name in rule.names:
@@ -82,7 +82,7 @@ def check_fields(settings: Any, *rules: Rule) -> None:
 
 
 @cache
-def _kinds(settings: type) -> dict[str, Any]:
+def _kinds(settings: Any) -> dict[str, Any]:
     hints = get_type_hints(settings)
     return {field.name: hints[field.name] for field in fields(settings)}
 
@@ -116,9 +116,10 @@ def fits(value: Any, kind: Any) -> bool:
     if kind is bool:
         return isinstance(value, bool)
     if kind is int:
-        return isinstance(value, Integral) and not isinstance(value, bool) and abs(value) <= LARGEST_INTEGER
+        return isinstance(value, Integral) and not isinstance(value, bool) and abs(int(value)) <= LARGEST_INTEGER
     if kind is float:
-        return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= LARGEST_NUMBER  # no NaN either
+        number: Any = value if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+        return bool(abs(number) <= LARGEST_NUMBER)  # never true of NaN
     if kind is str:
         return isinstance(value, str | os.PathLike)
     if origin is dict or kind is dict:

@@ -48,7 +48,8 @@ class Sampling:
         )
         if 0 < self.temperature < LOWEST_TEMPERATURE:
             raise ValueError(
-                f"temperature must be 0 (the most likely token) or at least {LOWEST_TEMPERATURE}, got {self.temperature}"
+                f"temperature must be 0 (the most likely token) or at least {LOWEST_TEMPERATURE}, "
+                f"got {self.temperature}"
             )
 
     def scale(self, decided: Tensor, total: int) -> Tensor:
