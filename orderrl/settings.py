@@ -21,7 +21,6 @@ KINDS: dict[str, Any] = {
     "minari": str | None,
     "room": dict | None,
     "agent.start": str | None,
-    "agent.start_target": str | None,
     "agent.sharpness": float | None,
     "agent.spacing": float | None,
     "agent.pair_strength": float | None,

@@ -76,7 +76,7 @@ def wrong_values(key: str, default: Any, meaning: str) -> Iterator[Any]:
     elif isinstance(default, list):
         yield from ("abc", 5, 1.5, True, [True], [[[1]]])
         if default:
-            yield from (["a"], [1.5], [math.inf], [-1], [10**30]) if isinstance(default[0], int) else ([5], [1.5])
+            yield from (["a"], [math.inf], [-1], [10**400]) if not isinstance(default[0], str | list) else ([5], [1.5])
     else:
         yield from (True, math.nan, [True], [5, "a"])
     if "null" not in meaning and key != "backbone.name":  # that of `small` is null until there is one
@@ -90,7 +90,8 @@ def test_every_key_refuses_wrong_values(choice: str) -> None:
     command, overrides = CHOICES[choice]
     meanings = documented_keys(command, overrides)
     config: Any = OmegaConf.to_container(compose(command, overrides))
-    check_settings(config, config)
+    defaults = config | ({"output": "???"} if command == "tokenize" else {})
+    check_settings(config, defaults)
     tried = 0
     for key, default in leaves(config):
         if key in ("backbone.shape", "data.name"):  # a mapping of anything; made of another key
@@ -100,7 +101,7 @@ def test_every_key_refuses_wrong_values(choice: str) -> None:
             group, _, name = key.rpartition(".")
             (select(changed, group) if group else changed)[name] = wrong
             with pytest.raises(ValueError) as caught:
-                check_settings(changed, config)
+                check_settings(changed, defaults)
                 pytest.fail(f"{key}={wrong!r} was accepted")
             message = str(caught.value)
             assert name in message and "\n" not in message and len(message) < 400, message
@@ -113,7 +114,7 @@ def test_null_is_allowed_exactly_where_the_help_says_what_it_means(choice: str) 
     command, overrides = CHOICES[choice]
     config: Any = OmegaConf.to_container(compose(command, overrides))
     for key, meaning in documented_keys(command, overrides).items():
-        if "null" in meaning and "null makes" not in meaning and key != "room":
+        if "null" in meaning:
             changed = copy.deepcopy(config)
             group, _, name = key.rpartition(".")
             (select(changed, group) if group else changed)[name] = None
