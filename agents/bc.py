@@ -32,6 +32,7 @@ from orderrl.geometry import BlockGrid
 from orderrl.oracle import WEIGHTS, distance_weights, utilities
 from orderrl.planner import OrderHead, PlannerOutput
 from orderrl.resuming import Part, Unfinished, steps_of
+from orderrl.values import at_least, between, check_fields, one_of, positive
 
 TARGETS = ("label", "soft", "utility", "charged", "pairs")
 REGRESSED = ("utility", "charged", "pairs")  # a mean over candidates, not over states
@@ -78,20 +79,16 @@ class BCConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, allowed in (("target", TARGETS), ("weight", WEIGHTS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}")
-        for name in ("steps", "batch_size", "evaluate_every", "dagger_contexts", "dagger_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.dagger_rounds < 0:
-            raise ValueError(f"dagger_rounds must be at least 0, got {self.dagger_rounds}")
-        if not 0 <= self.dagger_own_share <= 1:
-            raise ValueError(f"dagger_own_share must lie in [0, 1], got {self.dagger_own_share}")
-        if not 0 < self.held_out < 1:
-            raise ValueError(f"held_out must lie in (0, 1), got {self.held_out}")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}")
+        check_fields(
+            self,
+            one_of(TARGETS, "target"),
+            one_of(WEIGHTS, "weight"),
+            at_least(1, "steps", "batch_size", "evaluate_every", "dagger_contexts", "dagger_steps"),
+            at_least(0, "weight_decay", "dagger_rounds", "seed"),
+            positive("learning_rate", "temperature", "sigma"),
+            between("(0, 1)", "held_out"),
+            between("[0, 1]", "dagger_own_share"),
+        )
 
 
 def bc_loss(scores: Tensor, utility: Tensor, hidden: Tensor, target: str, temperature: float) -> Tensor:

@@ -25,8 +25,10 @@ from orderrl.agents.distribution import RankedBlocks
 from orderrl.backbones import Backbone
 from orderrl.data import TokenSet
 from orderrl.envs.core import CoreConfig, NextBlockCore
+from orderrl.finite import OVERFLOW, require_finite
 from orderrl.planner import OrderHead
 from orderrl.resuming import Part, Unfinished, steps_of
+from orderrl.values import at_least, check_fields, positive
 
 _LEAST_SPREAD = 0.1  # nats; differences that hardly vary do not count for more
 
@@ -54,14 +56,13 @@ class FittedQConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("images", 1), ("steps", 1), ("batch_size", 2)):  # one image has no spread
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        for name in ("learning_rate", "temperature"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
+        check_fields(
+            self,
+            at_least(1, "images", "steps"),
+            at_least(2, "batch_size"),  # one image has no spread
+            positive("learning_rate", "temperature"),
+            at_least(0, "weight_decay", "seed"),
+        )
 
 
 @torch.no_grad()
@@ -121,7 +122,9 @@ def _play(backbone: Backbone, data: TokenSet, images: Tensor, order: Tensor, con
         observation["cost"] = core.losses[:, order].cumsum(-1)  # the losses of visible blocks are zero
         seen.append(observation)
         core.step(block.expand(len(images)))
-    return TensorDict.stack(seen, 1).cpu().to_dict()
+    played: dict[str, Tensor] = TensorDict.stack(seen, 1).cpu().to_dict()
+    require_finite("losses of a played order", played, OVERFLOW)
+    return played
 
 
 def require_choice(budgets: tuple[int, ...], blocks: int) -> None:

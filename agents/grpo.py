@@ -23,6 +23,7 @@ from torchrl.objectives import ClipPPOLoss
 from orderrl.agents.policy_gradient import PolicyGradient, PolicyGradientConfig
 from orderrl.envs.torchrl import NextBlockTorchRLEnv
 from orderrl.planner import OrderHead
+from orderrl.values import at_least, check_fields
 
 _LEAST_STD = 1e-3  # nats; far below what orders differ by, far above how losses are rounded
 
@@ -50,16 +51,12 @@ class GRPOConfig(PolicyGradientConfig):
     reward_to_go: bool = False
     kl_coeff: float = 0.0
 
-    _counts: ClassVar = (*PolicyGradientConfig._counts, "episodes")
-    _not_negative: ClassVar = (*PolicyGradientConfig._not_negative, "kl_coeff")
     _shared_out: ClassVar = ("episodes", "minibatch_size")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.group_size < 2:
-            raise ValueError(
-                f"group_size must be at least 2: an episode is compared with others, got {self.group_size}"
-            )
+        # an episode is compared with the others of its group
+        check_fields(self, at_least(1, "episodes"), at_least(2, "group_size"), at_least(0, "kl_coeff"))
         if self.episodes % self.num_envs:
             raise ValueError(
                 f"num_envs={self.num_envs} must divide episodes={self.episodes}: every sub-environment plays the same "

@@ -13,6 +13,7 @@ from orderrl.agents.policies import Policy
 from orderrl.envs.core import NextBlockCore
 from orderrl.planner import OrderHead
 from orderrl.resuming import Part, Unfinished, steps_of
+from orderrl.values import at_least, between, check_fields, positive
 
 
 @dataclass(frozen=True)
@@ -38,16 +39,13 @@ class ImitationConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "num_envs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
-        for name in ("weight_decay", "entropy_coeff"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if not 0 <= self.own_share < 1:
-            raise ValueError(f"own_share must lie in [0, 1), got {self.own_share}")
+        check_fields(
+            self,
+            at_least(1, "steps", "num_envs"),
+            positive("learning_rate"),
+            at_least(0, "weight_decay", "entropy_coeff", "seed"),
+            between("[0, 1)", "own_share"),
+        )
 
 
 def imitate(

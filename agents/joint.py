@@ -32,6 +32,7 @@ from orderrl.data import TokenSet
 from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.planner import OrderHead, PlannerOutput
 from orderrl.resuming import Part, Unfinished, steps_of
+from orderrl.values import at_least, between, check_fields, positive
 
 OH_KEYS = ("target", "temperature", "weight", "sigma", "held_out")  # of L_OH, shared by the clone
 Augmentation = Callable[[Tensor, torch.Generator, float], Tensor]
@@ -84,21 +85,16 @@ class JointConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_fields(
+            self,
+            at_least(1, "steps", "batch_size", "contexts", "held_out_images", "held_out_contexts", "evaluate_every"),
+            at_least(0, "layers", "oh_coeff", "weight_decay", "augmentation", "explosion", "seed"),
+            positive("learning_rate", "backbone_learning_rate"),
+            between("[0, 1]", "label_dropout", "collapse"),
+        )
         _ = self.cloning  # checks what L_OH shares with cloning
         if self.target == "pairs":
             raise ValueError("target='pairs' is for agent=bc; L_OH learns scores: label, soft, utility or charged")
-        for name in ("steps", "batch_size", "contexts", "held_out_images", "held_out_contexts", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("layers", "oh_coeff", "weight_decay", "augmentation", "explosion"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        for name in ("learning_rate", "backbone_learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("label_dropout", "collapse"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
 
     @property
     def cloning(self) -> BCConfig:

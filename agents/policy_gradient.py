@@ -28,6 +28,7 @@ from orderrl.agents.distribution import RankedBlocks
 from orderrl.envs.torchrl import NextBlockTorchRLEnv
 from orderrl.planner import OrderHead
 from orderrl.resuming import Unfinished
+from orderrl.values import at_least, check_fields, positive
 
 _PROCESS_SEEDS = 1_000_000_007  # between the random numbers of processes
 OBSERVATION_KEYS = ("hidden", "entropy", "visible", "label", "fraction")
@@ -70,25 +71,17 @@ class PolicyGradientConfig:
     pair_strength: float | None = None
     seed: int = 0
 
-    _counts: ClassVar[tuple[str, ...]] = ("iterations", "num_envs", "group_size", "epochs", "minibatch_size")
-    _positive: ClassVar[tuple[str, ...]] = ("learning_rate", "clip_epsilon", "max_grad_norm", "sharpness")
-    _not_negative: ClassVar[tuple[str, ...]] = ("entropy_coeff", "spacing", "pair_strength")
     _shared_out: ClassVar[tuple[str, ...]] = ("minibatch_size",)  # besides num_envs: multiples of the processes
 
     def __post_init__(self) -> None:
-        for name in self._counts:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_fields(
+            self,
+            at_least(1, "iterations", "num_envs", "group_size", "epochs", "minibatch_size"),
+            positive("learning_rate", "clip_epsilon", "max_grad_norm", "sharpness"),
+            at_least(0, "entropy_coeff", "spacing", "pair_strength", "seed"),
+        )
         if self.num_envs % self.group_size:
             raise ValueError(f"group_size={self.group_size} must divide num_envs={self.num_envs}")
-        for name in self._positive:
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
-        for name in self._not_negative:
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ValueError(f"{name} must be at least 0, got {value}")
 
 
 class Actor(nn.Module):
@@ -223,6 +216,7 @@ class PolicyGradient(ABC):
                 for rows in torch.randperm(len(samples)).split(minibatch):
                     row |= self._update(samples[rows])
             self.iteration += 1
+            self.planner.require_sound(f"round {self.iteration}: the planner")
             yield {"step": self.iteration, "frames": self.frames} | distributed.mean_of(row)
 
     def _round_seeds(self) -> Tensor:

@@ -23,6 +23,7 @@ from orderrl import distributed
 from orderrl.agents.policy_gradient import PolicyGradient, PolicyGradientConfig, flatten
 from orderrl.envs.torchrl import NextBlockTorchRLEnv
 from orderrl.planner import OrderHead
+from orderrl.values import at_least, between, check_fields, positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,20 +47,35 @@ class PPOConfig(PolicyGradientConfig):
     privileged_critic: bool = True
     critic_warmup: int = 2
 
-    _counts: ClassVar = (*PolicyGradientConfig._counts, "frames_per_batch")
-    _positive: ClassVar = (*PolicyGradientConfig._positive, "critic_learning_rate")
-    _not_negative: ClassVar = (*PolicyGradientConfig._not_negative, "critic_warmup")
     _shared_out: ClassVar = ("frames_per_batch", "minibatch_size")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_fields(
+            self,
+            at_least(1, "frames_per_batch"),
+            positive("critic_learning_rate"),
+            at_least(0, "critic_warmup"),
+            between("[0, 1]", "gae_lambda"),
+        )
         if self.frames_per_batch % self.num_envs:
             raise ValueError(
                 f"num_envs={self.num_envs} must divide frames_per_batch={self.frames_per_batch}: every image takes "
                 "the same number of steps in a round"
             )
-        if not 0 <= self.gae_lambda <= 1:
-            raise ValueError(f"gae_lambda must lie in [0, 1], got {self.gae_lambda}")
+
+    def require_whole_episodes(self, blocks: int, budgets: tuple[int, ...]) -> None:
+        """Raise ValueError if a round ends before an episode of the smallest budget does.
+
+        What comes after a round's end is played in no round, so nothing would be learnt about late steps.
+        """
+        steps, longest = self.frames_per_batch // self.num_envs, -(-blocks // budgets[0])
+        if steps < longest:
+            raise ValueError(
+                f"frames_per_batch={self.frames_per_batch} over num_envs={self.num_envs} are {steps} steps of each "
+                f"image a round, but an episode takes up to {longest}; use frames_per_batch={longest * self.num_envs} "
+                "or fewer num_envs"
+            )
 
 
 class _Critic(nn.Module):

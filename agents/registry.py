@@ -45,7 +45,7 @@ from orderrl.agents.policies import (
 )
 from orderrl.agents.schedules import Schedule, entropy_threshold, fixed, growing, information_threshold
 from orderrl.backbones.protocol import Backbone
-from orderrl.planner import load_planner
+from orderrl.planner import load_planner, require_described
 
 REFERENCES = ("confidence", "lookahead", "oracle")
 NEED_PROBABILITIES = ("lookahead", "confidence")
@@ -199,6 +199,7 @@ def _planner_policy(path: str, rest: str, backbone: Backbone) -> NamedPolicy:
     """The planner of a file; `rest` of its name is a step cost, a schedule, both ("cost0.5@4") or nothing."""
     how = next((prefix for prefix in (SPACED, PAIRED) if path.startswith(prefix)), "")
     planner, description = load_planner(Path(path.removeprefix(how)), backbone)
+    require_described(path, planner, description)
     if how == PAIRED:
         planner.config.require_pairs(f"policy {path!r}")
     agent = description["agent"]

@@ -21,8 +21,10 @@ from orderrl.agents.schedules import growing
 from orderrl.backbones import Backbone
 from orderrl.data import TokenSet
 from orderrl.envs.core import CoreConfig, NextBlockCore
+from orderrl.finite import DIVERGED, OVERFLOW, require_finite
 from orderrl.geometry import BlockGrid
 from orderrl.resuming import Unfinished
+from orderrl.values import at_least, check_fields, positive
 
 
 @dataclass(frozen=True)
@@ -52,14 +54,12 @@ class SearchConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("episodes", "width", "epochs", "chains", "moves"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.refinements < 0:
-            raise ValueError(f"refinements must be at least 0, got {self.refinements}")
-        for name in ("learning_rate", "temperature"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        check_fields(
+            self,
+            at_least(1, "episodes", "width", "epochs", "chains", "moves"),
+            at_least(0, "refinements", "seed"),
+            positive("learning_rate", "temperature"),
+        )
 
     @property
     def replayed(self) -> int:
@@ -121,6 +121,7 @@ def search_schedule(
         def search(visible: Tensor = visible, excess: Tensor = excess) -> dict[str, Any]:
             model = fit_mean_losses(visible, excess + start, config)
             order, step, cost = anneal(model, blocks, budgets, step_cost, config, generator)
+            require_finite("costs of the schedules found", {"cost": cost}, DIVERGED)
             return {"order": order, "step": step, "cost": cost, "generator": generator.get_state()}
 
         found = search() if work is None else work.piece(f"annealed-{refinement:03d}", search)
@@ -194,7 +195,9 @@ def _play(
         listed = order.gather(1, (revealed[:, None] + torch.arange(largest)).clamp_max(width - 1))
         core.step(torch.cat([listed, size[:, None] - 1], 1) if core.multi else listed[:, 0])
         revealed += size
-    return {"visible": torch.cat(visible), "excess": torch.cat(excess), "start": start}
+    played = {"visible": torch.cat(visible), "excess": torch.cat(excess), "start": start}
+    require_finite("losses of played schedules", played, OVERFLOW)
+    return played
 
 
 class MeanLosses(nn.Module):

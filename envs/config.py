@@ -9,6 +9,7 @@ from torch import Tensor
 
 from orderrl.backbones.sampling import Sampling
 from orderrl.envs.reward import RewardConfig
+from orderrl.values import at_least, check_fields, one_of
 
 MODES = ("teacher", "generate")
 
@@ -34,11 +35,17 @@ class CoreConfig:
     hindsight: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self, one_of(MODES, "mode"), at_least(1, "budgets"))
         object.__setattr__(self, "budgets", tuple(int(k) for k in self.budgets))
-        if self.mode not in MODES:
-            raise ValueError(f"mode={self.mode!r} is unknown; choose one of {', '.join(MODES)}")
-        if not self.budgets or list(self.budgets) != sorted(set(self.budgets)) or self.budgets[0] < 1:
-            raise ValueError(f"budgets must be ascending positive numbers of blocks, got {self.budgets}")
+        if not self.budgets or list(self.budgets) != sorted(set(self.budgets)):
+            raise ValueError(f"budgets must be one or more ascending numbers of blocks, got {list(self.budgets)}")
+
+    def require_blocks(self, blocks: int) -> None:
+        """Raise ValueError if a budget exceeds the blocks of an image."""
+        if self.budgets[-1] > blocks:
+            raise ValueError(
+                f"budgets={self.budgets} exceed the {blocks} blocks of the image; use budgets up to {blocks}"
+            )
 
 
 class Transition(NamedTuple):

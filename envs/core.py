@@ -64,11 +64,7 @@ class NextBlockCore:
         geometry = backbone.geometry
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1, got {num_envs}")
-        if config.budgets[-1] > geometry.num_blocks:
-            raise ValueError(
-                f"budgets={config.budgets} exceed the {geometry.num_blocks} blocks of the image; "
-                f"use budgets up to {geometry.num_blocks}"
-            )
+        config.require_blocks(geometry.num_blocks)
         check_fits(backbone, data)
         self.backbone, self.data, self.config, self.geometry = backbone, data, config, geometry
         self.num_envs = num_envs

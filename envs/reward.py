@@ -12,6 +12,7 @@ from torch import Tensor
 from orderrl.geometry import BlockGrid
 from orderrl.oracle import WEIGHTS, distance_weights
 from orderrl.random import Stream, keyed_log_uniform
+from orderrl.values import at_least, check_fields, one_of, positive
 
 OBJECTIVES = ("context", "likelihood")
 FORMS = ("future_loss", "charged")
@@ -40,15 +41,16 @@ class RewardConfig:
     step_cost: float | tuple[float, float] = 0.0
 
     def __post_init__(self) -> None:
-        for name, allowed in (("objective", OBJECTIVES), ("form", FORMS), ("weight", WEIGHTS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}")
-        if not self.sigma > 0:
-            raise ValueError(f"sigma must be positive (in blocks), got {self.sigma}")
+        check_fields(
+            self,
+            one_of(OBJECTIVES, "objective"),
+            one_of(FORMS, "form"),
+            one_of(WEIGHTS, "weight"),
+            positive("sigma"),  # in blocks
+            at_least(0, "step_cost"),  # nats per image
+        )
         if isinstance(self.step_cost, list | tuple):  # a list in configs
             object.__setattr__(self, "step_cost", _checked_range(self.step_cost))
-        elif not self.step_cost >= 0:
-            raise ValueError(f"step_cost must be at least 0 nats per image, got {self.step_cost}")
         if self.form == "charged" and (self.objective != "likelihood" or self.weight != "uniform"):
             raise ValueError(
                 "form='charged' equals the utility up to a potential only for objective='likelihood' and "
@@ -68,7 +70,7 @@ class RewardConfig:
 
 def _checked_range(limits: Sequence[float]) -> tuple[float, float]:
     """A range of step costs as two floats; refused unless costs can be drawn from it log-uniformly."""
-    if len(limits) != 2 or not 0 < limits[0] < limits[1] < math.inf:
+    if not 0 < limits[0] < limits[1]:
         raise ValueError(f"step_cost must be a number or a range (low, high) with 0 < low < high, got {tuple(limits)}")
     return float(limits[0]), float(limits[1])
 

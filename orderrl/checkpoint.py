@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from orderrl.finite import require_finite
+from orderrl.jsonfile import parse_json
 from orderrl.storage import written_aside
 
+T = TypeVar("T", bound=nn.Module)
 FORMAT = 1
+MOST_CONFIG_BYTES = 2**20
 _DIGEST = "sha256"
+_REPEATED = re.compile(r"(?:^|[._])(?:layers|depth|stem|core|num_res_blocks|diffloss_d)$")  # keys that count parts
 _PICKLE_SUFFIXES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 _PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
@@ -33,7 +39,7 @@ def save_checkpoint(path: Path | str, tensors: Mapping[str, Tensor], config: Map
             or ``classifier``.
 
     Raises:
-        ValueError: if ``path`` does not end in ``.safetensors`` or ``config`` names no kind.
+        ValueError: if ``path`` does not end in ``.safetensors``, ``config`` names no kind, or a tensor is not finite.
         TypeError: if ``config`` holds something that JSON cannot.
     """
     path = Path(path)
@@ -42,6 +48,7 @@ def save_checkpoint(path: Path | str, tensors: Mapping[str, Tensor], config: Map
     kind = config.get("kind")
     if not isinstance(kind, str):
         raise ValueError(f"{path}: config['kind'] must name what is saved, such as 'planner', got {kind!r}")
+    require_finite(path, tensors, f"nothing was written; the training that made this {kind} diverged")
     metadata = {"format": str(FORMAT), "kind": kind, "config": json.dumps(config, sort_keys=True)}
     # A copy each: safetensors refuses tensors that share their memory, such as tied embeddings.
     contents = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
@@ -92,8 +99,42 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor], path: Path | st
         path: where they came from, for the message.
 
     Raises:
-        ValueError: if keys are missing, unexpected or of another shape; all of them in one line.
+        ValueError: if keys are missing, unexpected or of another shape, all of them in one line; or if a tensor is not
+            finite.
     """
+    _require_fit(module, tensors, path)
+    require_finite(path, tensors, "the training that made it diverged, or the file is damaged; use another one")
+    module.load_state_dict(dict(tensors))
+
+
+def build_to_fit(
+    build: Callable[[], T], shape: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path | str
+) -> T:
+    """Build the owner of a checkpoint's tensors, but only if it is no larger than they are.
+
+    Args:
+        build: makes the module from a configuration that was read from the file.
+        shape: that configuration, plain values.
+        tensors: of the file.
+        path: the file, for the message.
+
+    Raises:
+        ValueError: if the configuration asks for more layers, or for other shapes, than the file has tensors.
+    """
+    # every repeated part brings at least one tensor, so a number of parts above theirs is a lie, and would take hours
+    for name, value in numbers_in(shape).items():
+        if _REPEATED.search(name) and value > len(tensors):
+            raise ValueError(f"{path}: its configuration has {name}={value}, but the file holds {len(tensors)} tensors")
+    try:
+        with torch.device("meta"):  # takes no memory
+            module = build()
+    except (RuntimeError, ValueError, TypeError) as error:  # sizes whose product overflows, widths that do not divide
+        raise ValueError(f"{path}: its configuration can't be built ({error}); make the checkpoint anew") from error
+    _require_fit(module, tensors, path)
+    return build()
+
+
+def _require_fit(module: nn.Module, tensors: Mapping[str, Tensor], path: Path | str) -> None:
     expected = module.state_dict()
     problems = {
         "missing": sorted(expected.keys() - tensors.keys()),
@@ -110,7 +151,17 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor], path: Path | st
             f"{path}: does not fit {type(module).__name__} ({found}); use the checkpoint's own configuration, "
             "or a checkpoint made for this one"
         )
-    module.load_state_dict(dict(tensors))
+
+
+def numbers_in(value: Any, name: str = "") -> dict[str, float]:
+    """All numbers of nested mappings and lists, by their dotted place."""
+    if isinstance(value, int | float):
+        return {name: value}
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    found: dict[str, float] = {}
+    for key, item in items:
+        found |= numbers_in(item, f"{name}.{key}" if name else str(key))
+    return found
 
 
 def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
@@ -154,10 +205,7 @@ def _read_config(path: Path, metadata: Mapping[str, str], kind: str) -> dict[str
         )
     if metadata["kind"] != kind:
         raise ValueError(f"{path}: is a {metadata['kind']} checkpoint; give a {kind} checkpoint")
-    try:
-        config = json.loads(metadata["config"])
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: its configuration is damaged ({error}); make the checkpoint anew") from error
+    config = parse_json(metadata["config"], f"{path}: its configuration", MOST_CONFIG_BYTES)
     if not isinstance(config, dict):
         raise ValueError(f"{path}: its configuration is damaged (not a mapping); make the checkpoint anew")
     return config

@@ -19,6 +19,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache, partial
 from importlib import resources
 from typing import Any, NoReturn
 
@@ -26,6 +27,7 @@ import hydra
 import yaml
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
@@ -49,7 +51,7 @@ _HYDRA_SETTINGS = {
 
 
 def compose(command: str, overrides: Sequence[str] = (), *, config_module: str = CONFIGS) -> DictConfig:
-    """The resolved configuration that ``python -m orderrl.<command> <overrides>`` would run with.
+    """The resolved and checked configuration that ``python -m orderrl.<command> <overrides>`` would run with.
 
     Args:
         command: the entry point, such as ``train``.
@@ -57,7 +59,7 @@ def compose(command: str, overrides: Sequence[str] = (), *, config_module: str =
         config_module: the package that holds the configuration.
 
     Raises:
-        ValueError: in one line, for an unknown key or choice; it names the allowed ones.
+        ValueError: in one line, for an unknown key or choice or a wrong value; it names what is allowed.
     """
     with _loader(command, config_module) as loader:
         config = _load(loader, command, overrides)
@@ -65,7 +67,42 @@ def compose(command: str, overrides: Sequence[str] = (), *, config_module: str =
         OmegaConf.resolve(config)
     except OmegaConfBaseException as error:
         raise ValueError(f"{command}: {_line(error)}") from error
+    _check(command, config, overrides, config_module)
     return config
+
+
+def _check(command: str, config: DictConfig, overrides: Sequence[str], config_module: str) -> None:
+    """Refuse wrong values, measured by the defaults under the same choices of groups."""
+    with _loader(command, config_module) as loader:
+        choices = tuple(item for item in overrides if _is_group(loader, item.partition("=")[0]))
+    if len(choices) == len(overrides):  # nothing but what the files say
+        return
+    from orderrl.settings import check_settings  # imports what --help does not need
+
+    check_settings(_plain(config), _defaults(command, choices, config_module), config_module == CONFIGS)
+
+
+@cache
+def _defaults(command: str, choices: tuple[str, ...], config_module: str) -> dict[str, Any]:
+    """What a configuration holds if only groups are chosen."""
+    with _loader(command, config_module) as loader:
+        return _plain(_load(loader, command, choices))
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    """Plain values; what must be given, or is made of such a value, is "???"."""
+    found: dict[str, Any] = {}
+    for key in config:
+        try:
+            value = config[key]
+        except OmegaConfBaseException:
+            value = "???"
+        if isinstance(value, DictConfig):
+            value = _plain(value)
+        elif isinstance(value, ListConfig):
+            value = OmegaConf.to_container(value, resolve=True)
+        found[str(key)] = value
+    return found
 
 
 def documented_keys(command: str, overrides: Sequence[str] = (), *, config_module: str = CONFIGS) -> dict[str, str]:
@@ -94,8 +131,8 @@ def run_application(command: str, main: Callable[[DictConfig], Any], *, config_m
 
     Everything that Hydra offers works: ``key=value``, ``group=choice``, ``--multirun``, ``--cfg job``,
     ``hydra/launcher=...``. ``--help`` lists the groups and explains every key. Wrong input ends the program with
-    code 2 and one line, ``error: ...``; so do ``ValueError`` and ``OSError`` (a missing file, a full disk) of ``main``.
-    With ``HYDRA_FULL_ERROR=1`` they show their traceback.
+    code 2 and one line, ``error: ...``; so do ``ValueError``, ``OSError`` (a missing file, a full disk) and too little
+    memory in ``main``. With ``HYDRA_FULL_ERROR=1`` they show their traceback.
 
     Args:
         command: the name of the primary configuration, such as ``train``.
@@ -108,9 +145,10 @@ def run_application(command: str, main: Callable[[DictConfig], Any], *, config_m
         if {"-h", "--help"} & set(arguments):
             _print_help(command, list(filter(_is_override, arguments)), config_module)
             return
-        _run_hydra(command, lambda config: _run_job(command, main, full_error, config), arguments, config_module)
-    except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
-        if full_error:
+        job = partial(_run_job, command, main, full_error, config_module)
+        _run_hydra(command, lambda config: job(config), arguments, config_module)
+    except Exception as error:
+        if full_error or not _is_refusal(error):
             raise
         _refuse(_explain_anew(error, command, arguments, config_module))
     except KeyboardInterrupt:
@@ -141,17 +179,34 @@ def _run_hydra(command: str, job: Callable[[DictConfig], Any], arguments: list[s
             os.environ[_FULL_ERROR] = setting
 
 
-def _run_job(command: str, main: Callable[[DictConfig], Any], full_error: bool, config: DictConfig) -> Any:
+def _run_job(
+    command: str, main: Callable[[DictConfig], Any], full_error: bool, config_module: str, config: DictConfig
+) -> Any:
     try:
         missing = _missing_keys(config)
         if missing:
             raise ValueError(f"{command} needs {missing[0]}=...; see --help")
         OmegaConf.resolve(config)
+        _check(command, config, HydraConfig.get().overrides.task, config_module)
         return main(config)
-    except (ValueError, OSError, OmegaConfBaseException) as error:
-        if full_error:
+    except Exception as error:
+        if full_error or not _is_refusal(error):
             raise
         _refuse(_line(error))
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether an error is an answer to the user, and no fault of the program."""
+    expected = (HydraException, OmegaConfBaseException, ValueError, OSError, MemoryError)
+    return isinstance(error, expected) or _lacks_memory(error) or type(error).__name__ == "DecompressionBombError"
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Whether the machine or the device has too little memory; PyTorch says so in errors of several types."""
+    said = ("out of memory", "can't allocate memory", "failed to allocate")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error).lower() for words in said)
+    )
 
 
 def _missing_keys(config: DictConfig) -> list[str]:
@@ -256,7 +311,13 @@ def _closest(name: str, known: Sequence[str]) -> str:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    said = " ".join(str(error).split()) or type(error).__name__
+    if _lacks_memory(error):
+        return (
+            f"too little memory ({said[:200]}); make batches smaller (batch_size, num_envs, backbone.memory_gb), use a "
+            "smaller model, or fewer images"
+        )
+    return said
 
 
 # -- help -------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from orderrl.values import at_least, check_fields
+
+MOST_TOKENS = 2**16  # of an image
+
 
 @dataclass(frozen=True)
 class BlockGrid:
@@ -31,10 +35,9 @@ class BlockGrid:
     block_size: int
 
     def __post_init__(self) -> None:
-        for name in ("height", "width", "block_size"):
-            value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"{name} must be a positive number of tokens, got {value}")
+        check_fields(self, at_least(1, "height", "width", "block_size"))
+        if self.height * self.width > MOST_TOKENS:
+            raise ValueError(f"height={self.height} x width={self.width} are more than {MOST_TOKENS} tokens")
         if self.height % self.block_size or self.width % self.block_size:
             raise ValueError(
                 f"block_size={self.block_size} must divide the token grid {self.height}x{self.width}; "

@@ -21,7 +21,7 @@ from orderrl.pipeline import (
     require_order_robust,
     section,
 )
-from orderrl.planner import OrderHead, load_planner, save_planner
+from orderrl.planner import OrderHead, load_planner, require_described, save_planner
 from orderrl.planners import find_or_train_planner, planner_to_start_from
 from orderrl.resuming import Unfinished
 from orderrl.runs import Run, progress, write_json
@@ -38,6 +38,7 @@ def find_or_train_joint(config: DictConfig, backbone: Backbone, run: Run | None 
     tuned = copy_to_tune(backbone, settings.layers)
     start = Path(config.agent.start) if config.agent.start else planner_to_start_from(config, backbone)
     planner, started = load_planner(start, backbone)
+    require_described(start, planner, started)
     labels = find_or_make_labels(config, backbone)
     description = {
         "format": FORMAT,
@@ -65,7 +66,7 @@ def find_or_train_joint(config: DictConfig, backbone: Backbone, run: Run | None 
                 if row["step"]:  # the first row is what was measured before the first step
                     advance(row["new"], f"loss {row['loss']:.3f}")
 
-            follow(tuning.train(work), work, run, report)
+            follow(tuning.train(work), work, run, report, stops_itself=True)
         outcome.update(tuning.outcome)
         announce(f"joint: {outcome['stopped'] or 'no collapse, no explosion'}; kept step {outcome['kept_step']}")
         return tuning.planner

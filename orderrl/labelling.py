@@ -15,6 +15,7 @@ from torch import Tensor
 from orderrl import distributed
 from orderrl.backbones import Backbone
 from orderrl.data import TokenSet
+from orderrl.finite import OVERFLOW, require_finite
 from orderrl.oracle import Contexts, LabelConfig, label_contexts
 from orderrl.resuming import Unfinished
 from orderrl.runs import Advance
@@ -93,20 +94,28 @@ def label_shard_together(
     return {key: torch.cat([labels[key] for _, labels in gathered])[order] for key in here}
 
 
+def missing_shards(work: Unfinished, shards: list[range]) -> list[range]:
+    """The shards that are still to be made."""
+    return distributed.on_main(lambda: [shard for shard in shards if not work.has(shard_name(shard))])
+
+
 def make_shards(
     work: Unfinished, shards: list[range], make: Callable[[range], dict[str, Tensor]], together: bool
 ) -> None:
-    """Make the shards that are missing.
+    """Make shards.
 
     Args:
         work: where they are kept.
-        shards: all of them.
+        shards: those of this process.
         make: labels of one.
-        together: all processes work on the same shard; else each takes shards of its own.
+        together: all processes work on the same shards; else each has shards of its own.
+
+    Raises:
+        NotFiniteError: at the first shard whose labels are not finite; it is not kept.
     """
-    missing = distributed.on_main(lambda: [shard for shard in shards if not work.has(shard_name(shard))])
-    for shard in missing if together else distributed.share_of(missing):
+    for shard in shards:
         labels = make(shard)
+        require_finite(f"labels of contexts {shard.start} to {shard.stop - 1}", labels, OVERFLOW)
         if not together or distributed.is_main():
             work.store(shard_name(shard), labels)
     distributed.barrier()

@@ -17,6 +17,7 @@ from orderrl.backbones.protocol import Backbone, BlockLosses, backbone_device
 from orderrl.backbones.sampling import Sampling
 from orderrl.geometry import BlockGrid
 from orderrl.random import Stream, keyed_uniform
+from orderrl.values import at_least, between, check_fields, one_of
 
 KINDS = ("pointwise", "kl", "expected")
 WEIGHTS = ("uniform", "far")
@@ -233,13 +234,13 @@ class LabelConfig:
     target_fraction: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"kind={self.kind!r} is unknown; choose one of {', '.join(KINDS)}")
-        for name in ("contexts", "samples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 < self.target_fraction <= 1:
-            raise ValueError(f"target_fraction must lie in (0, 1], got {self.target_fraction}")
+        check_fields(
+            self,
+            one_of(KINDS, "kind"),
+            at_least(1, "contexts", "samples", "batch_size"),
+            at_least(0, "seed"),
+            between("(0, 1]", "target_fraction"),
+        )
 
 
 class Contexts(NamedTuple):

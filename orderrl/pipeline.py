@@ -26,7 +26,16 @@ from orderrl.backbones.sharding import fix_memory, shard_backbone
 from orderrl.data import TokenSet, load_split
 from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.envs.reward import RewardConfig
-from orderrl.labelling import assemble, label_columns, label_shard, label_shard_together, make_shards, plan_shards
+from orderrl.finite import require_finite_losses
+from orderrl.labelling import (
+    assemble,
+    label_columns,
+    label_shard,
+    label_shard_together,
+    make_shards,
+    missing_shards,
+    plan_shards,
+)
 from orderrl.oracle import Contexts, LabelConfig, random_contexts
 from orderrl.planner import load_planner
 from orderrl.resuming import Unfinished, forget
@@ -114,7 +123,13 @@ def announce(text: str) -> None:
         print(text, flush=True)
 
 
-def follow(rows: Iterator[dict[str, float]], work: Unfinished, run: Run | None, report: Callable[[Any], None]) -> None:
+def follow(
+    rows: Iterator[dict[str, float]],
+    work: Unfinished,
+    run: Run | None,
+    report: Callable[[Any], None],
+    stops_itself: bool = False,
+) -> None:
     """Run a training loop to its end and log its rows.
 
     Args:
@@ -122,6 +137,10 @@ def follow(rows: Iterator[dict[str, float]], work: Unfinished, run: Run | None, 
         work: a loop that continues has the rows of its earlier steps there, which are logged again.
         run: gets the rows.
         report: moves a progress bar; gets the last row, and as its key "new" how many steps were done.
+        stops_itself: whether the loop ends well when its loss is not finite.
+
+    Raises:
+        NotFiniteError: at the first loss that is not finite.
     """
     shown = 0
     for row in rows:
@@ -129,6 +148,8 @@ def follow(rows: Iterator[dict[str, float]], work: Unfinished, run: Run | None, 
         for earlier in work.history[shown:]:
             if run is not None:
                 run.log(earlier, int(earlier["step"]))
+        if not stops_itself:
+            require_finite_losses(row)
         report(row | {"new": len(work.history) - shown})
         shown = len(work.history)
 
@@ -221,7 +242,12 @@ def _find_or_label(
         shard_backbone(backbone, config.device)
         fix_memory(backbone)
     with Unfinished(config.cache_dir, f"{LABELS}-{key}") as work:
-        with progress(None, "labelling", "contexts") as advance:
+        missing = missing_shards(work, shards)
+        if len(missing) < len(shards):
+            there = settings.contexts - sum(map(len, missing))
+            announce(f"labels: {there} of {settings.contexts} contexts are there from an interrupted run")
+        mine = missing if together else distributed.share_of(missing)
+        with progress(sum(map(len, mine)), "labelling", "contexts") as advance:
 
             def make(shard: range) -> dict[str, Tensor]:
                 label = label_shard_together if together else label_shard
@@ -230,7 +256,7 @@ def _find_or_label(
                     run.log({"mean_gain": made["gains"].mean().item()}, shard.stop)
                 return made
 
-            make_shards(work, shards, make, together)
+            make_shards(work, mine, make, together)
 
         def publish() -> None:
             assemble(work, shards, work.folder / "contexts")

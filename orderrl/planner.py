@@ -13,17 +13,20 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from orderrl.backbones.protocol import Backbone, backbone_device
-from orderrl.checkpoint import load_checkpoint, load_state, save_checkpoint
+from orderrl.checkpoint import build_to_fit, load_checkpoint, load_state, save_checkpoint
+from orderrl.finite import DIVERGED, require_finite
+from orderrl.values import at_least, between, check_fields, require_kind
 
 
 @dataclass(frozen=True)
@@ -66,16 +69,15 @@ class PlannerConfig:
     step_cost_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_blocks", "hidden_size", "num_classes", "num_budgets", "dim", "core", "heads", "latents"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("stem", "reasoning_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        check_fields(
+            self,
+            at_least(1, "num_blocks", "hidden_size", "num_classes", "num_budgets", "dim", "core", "heads", "latents"),
+            at_least(0, "stem"),
+            between("[0, 1000]", "reasoning_steps"),
+            between("[0, 1)", "dropout"),
+        )
         if self.dim % self.heads:
             raise ValueError(f"heads={self.heads} must divide dim={self.dim}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
         if self.step_cost_range is not None:  # a list in checkpoints
             low, high = self.step_cost_range
             if not 0 < low < high:
@@ -229,6 +231,28 @@ class OrderHead(nn.Module):
             scores, sharpness * scores, self.budget_head(pooled), self.value_head(pooled), dependence, repulsion
         )
 
+    @torch.no_grad()
+    def require_sound(self, where: object) -> None:
+        """Refuse weights from which scores would not be finite; weights that are may still overflow.
+
+        Args:
+            where: the planner is, for the message.
+
+        Raises:
+            NotFiniteError: if an output is not finite in a state of which nothing is visible.
+        """
+        blocks, like = self.config.num_blocks, self.position
+        observation = {
+            "hidden": like.new_zeros(1, blocks, self.config.hidden_size),
+            "entropy": like.new_zeros(1, blocks),
+            "visible": like.new_zeros(1, blocks, dtype=torch.bool),
+            "label": like.new_zeros(1, dtype=torch.int64),
+            "fraction": like.new_zeros(1, 1),
+            "context_loss": like.new_zeros(1, blocks),
+            "step_cost": like.new_full((1, 1), math.sqrt(math.prod(self.config.step_cost_range or (1.0, 1.0)))),
+        }
+        require_finite(where, self(TensorDict(observation, batch_size=[1]))._asdict(), DIVERGED)
+
     def _standardised(self, step_cost: Tensor) -> Tensor:
         """Logarithms of costs with mean 0 and variance 1 over the range that they are drawn from."""
         assert self.config.step_cost_range is not None
@@ -299,7 +323,12 @@ class OrderHead(nn.Module):
 
 
 def save_planner(path: Path, planner: OrderHead, description: dict[str, Any]) -> None:
-    """Write a planner as safetensors with its config and a description (agent, budgets, backbone, data)."""
+    """Write a planner as safetensors with its config and a description (agent, budgets, backbone, data).
+
+    Raises:
+        NotFiniteError: if its weights or its scores are not finite.
+    """
+    planner.require_sound(path)
     tensors = {key: value.detach().cpu() for key, value in planner.state_dict().items()}
     save_checkpoint(path, tensors, {**description, "kind": "planner", "shape": asdict(planner.config)})
 
@@ -313,7 +342,7 @@ def load_planner(path: Path | str, backbone: Backbone | None = None) -> tuple[Or
     tensors, description = load_checkpoint(Path(path), "planner")
     try:
         config = PlannerConfig(**description["shape"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: its planner shape is none of this version's ({error}); train it anew") from error
     if backbone is not None:
         fitting = PlannerConfig.for_backbone(backbone)
@@ -324,8 +353,27 @@ def load_planner(path: Path | str, backbone: Backbone | None = None) -> tuple[Or
                     f"{path}: planner with {name}={have} does not fit the backbone's {name}={want}; train one for this "
                     "backbone with `python -m orderrl.train agent=bc`"
                 )
-    planner = OrderHead(config)
+    planner = build_to_fit(lambda: OrderHead(config), description["shape"], tensors, path)
     load_state(planner, tensors, Path(path))
     if backbone is not None:
         planner.to(backbone_device(backbone))
     return planner.eval(), description
+
+
+def require_described(path: Path | str, planner: OrderHead, description: Mapping[str, Any]) -> None:
+    """Refuse a planner whose description does not say how it was trained: by which agent, for what, with which budgets.
+
+    Raises:
+        ValueError: naming the first value that is missing or wrong.
+    """
+    kinds = {"agent": dict, "objective": str, "seed": int, "budgets": list[int], "name": str | None, "env": dict | None}
+    try:
+        for key, kind in kinds.items():
+            require_kind(key, description.get(key), kind)
+        require_kind("agent.name", description["agent"].get("name"), str)
+        budgets = tuple(description["budgets"])
+        planner.config.require_budgets(budgets)
+        if list(budgets) != sorted(set(budgets)) or budgets[0] < 1 or budgets[-1] > planner.config.num_blocks:
+            raise ValueError(f"budgets={list(budgets)} must ascend from 1 to at most {planner.config.num_blocks}")
+    except ValueError as error:
+        raise ValueError(f"{path}: does not say how it was trained ({error}); train it anew") from error

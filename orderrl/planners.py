@@ -123,7 +123,10 @@ def find_or_train_schedule(config: DictConfig, backbone: Backbone, run: Run | No
     """Checkpoint of the planner that `agent=schedule` trains: it imitates the best fixed schedule found."""
     require_order_robust(config, backbone, "agent=schedule")
     _require_code_length(config, "agent=schedule searches")
-    search, environment = SearchConfig(**section(config.agent, "search"), seed=config.seed), core_config(config)
+    search, environment = (
+        SearchConfig(**section(config.agent, "search"), seed=config.seed),
+        core_config(config, backbone),
+    )
 
     def searched(data: TokenSet, work: Unfinished) -> Policy:
         return _searched(search, environment, backbone, data, work).policy(backbone.geometry, environment.budgets)
@@ -160,7 +163,7 @@ def find_or_train_fitted_q(config: DictConfig, backbone: Backbone, run: Run | No
     _require_code_length(config, "agent=fitted_q learns budgets")
     settings = FittedQConfig(**section(config, "agent", "name", "order", "search"), seed=config.seed)
     search = SearchConfig(**section(config.agent, "search"), seed=config.seed)
-    environment, name = core_config(config), config.agent.order
+    environment, name = core_config(config, backbone), config.agent.order
     if name != "schedule" and name not in ORDERS:
         raise ValueError(f"agent.order={name!r} is unknown; choose schedule or one of {', '.join(ORDERS)}")
     require_choice(environment.budgets, backbone.geometry.num_blocks)
@@ -209,7 +212,7 @@ def find_or_train_imitation(config: DictConfig, backbone: Backbone, run: Run | N
         raise ValueError(f"agent.policy={named.name!r} looks behind the observation; imitate another policy")
     if named.step_cost_range is not None:
         raise ValueError(f"agent.policy={spec!r} must be told what a step costs; imitate it at one cost: PATH@cost0.5")
-    policy = AmongBudgets(named.policy, named.budgets, core_config(config).budgets)
+    policy = AmongBudgets(named.policy, named.budgets, core_config(config, backbone).budgets)
     # What is in a planner's file or a user's module counts, not its name.
     file = planner_file(spec) or policy_source(spec)
     imitated = {} if file is None else {"imitated": checksum(file)}
@@ -229,7 +232,7 @@ def _find_or_imitate(
     `described` is what the description says differently or besides.
     """
     settings = ImitationConfig(**section(config.agent, "imitation"), seed=config.seed)
-    environment = core_config(config)
+    environment = core_config(config, backbone)
     shape = PlannerConfig.for_backbone(backbone, **section(config, "planner"), num_budgets=len(environment.budgets))
     description = _describe(config, backbone) | described
 
@@ -300,6 +303,10 @@ def _find_or_improve(
     reuse: bool,
 ) -> Path:
     """Checkpoint of a planner that starts from another and is improved on the environment of a config."""
+    # refused before labels and a start are made, which takes long
+    environment = core_config(config, backbone)
+    if isinstance(settings, PPOConfig):
+        settings.require_whole_episodes(backbone.geometry.num_blocks, environment.budgets)
     start = Path(config.agent.start) if config.agent.start else planner_to_start_from(config, backbone)
     planner, _ = load_planner(start, backbone)
     description = _describe(config, backbone) | {
@@ -309,7 +316,7 @@ def _find_or_improve(
 
     def train(work: Unfinished) -> OrderHead:
         data = load_split(config.data.name, "planner")
-        core = NextBlockCore(backbone, data, settings.num_envs // distributed.size(), core_config(config))
+        core = NextBlockCore(backbone, data, settings.num_envs // distributed.size(), environment)
         agent = make(planner, core)
         with progress(settings.iterations, f"{config.agent.name} ({config.env.objective})", "rounds") as advance:
 
@@ -322,11 +329,17 @@ def _find_or_improve(
     return find_or_train_planner(config, description, train, reuse, run)
 
 
-def core_config(config: DictConfig) -> CoreConfig:
-    """The environment of a config group env."""
+def core_config(config: DictConfig, backbone: Backbone) -> CoreConfig:
+    """The environment of a config group env.
+
+    Raises:
+        ValueError: if a value is not allowed, or a budget exceeds the blocks of the backbone's images.
+    """
     values = section(config, "env")
     budgets = tuple(values.pop("budgets"))
-    return CoreConfig(budgets=budgets, reward=RewardConfig(**values))
+    environment = CoreConfig(budgets=budgets, reward=RewardConfig(**values))
+    environment.require_blocks(backbone.geometry.num_blocks)
+    return environment
 
 
 def planner_to_start_from(config: DictConfig, backbone: Backbone) -> Path:

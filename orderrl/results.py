@@ -17,11 +17,12 @@ SHARED = ("backbone", "data", "logger", "output_dir", "cache_dir", "device", "ch
 
 def results(config: DictConfig) -> Path:
     """Train what is not in the cache, evaluate everything, and return the run folder of the evaluation."""
+    # all composed first: a wrong value in the last one is refused before the first one trains
+    trainings = [(seed, row, training_config(config, row, seed)) for seed in config.seeds for row in config.runs]
     checkpoints: list[str] = []
-    for seed in config.seeds:
-        for overrides in config.runs:
-            announce(f"\n== seed {seed}: {' '.join(overrides)}")
-            checkpoints.append(str(train(training_config(config, overrides, seed))))
+    for seed, overrides, training in trainings:
+        announce(f"\n== seed {seed}: {' '.join(overrides)}")
+        checkpoints.append(str(train(training)))
     announce("\n== evaluation")
     return evaluate(with_values(config, {"eval": {"planners": checkpoints}}))
 

@@ -9,7 +9,8 @@ Every long job keeps a folder `<cache>/unfinished/<key>` while it is under way; 
 
 Files are written aside, flushed to the disk and moved into place; their names carry checksums of job, name and content.
 So a file is there and whole, or it does not count. When the job is done, its result is in the cache or in a run's
-folder and this folder goes. A job that fails (a full disk, an error) leaves it, and goes on when it is started again.
+folder and this folder goes. A job that fails (a full disk, an error) leaves it, and goes on when it is started again;
+but a training that diverged starts anew, for from its states it would only diverge again.
 
 A job holds the lock in its folder. A second one of the same key that runs at the same time, and one that finds a folder
 of another user, takes `<key>-2`, `<key>-3` ...; they go with the first that is done.
@@ -32,6 +33,7 @@ from typing import IO, Any, Protocol, Self
 import torch
 
 from orderrl import distributed
+from orderrl.finite import DIVERGED, NotFiniteError, require_finite, tensors_in
 from orderrl.storage import LOCK, claim, remove_folder, remove_if_left, remove_orphans
 
 FOLDER = "unfinished"
@@ -97,6 +99,9 @@ class Unfinished:
                         remove_if_left(other)
                 if self._evaded:
                     self.folder.parent.rmdir()
+        elif issubclass(kind, NotFiniteError) and distributed.is_main():
+            for path in self.folder.glob(f"{_STATE}.*.pt"):  # on the way to what was not finite; pieces are good
+                path.unlink(missing_ok=True)
         if self._lock is not None:
             self._lock.close()
 
@@ -221,6 +226,7 @@ class Unfinished:
 
         Raises:
             ValueError: if the state is truncated or altered.
+            NotFiniteError: if a state that is to be kept holds tensors that are not finite.
             OSError: if it can't be written; the one before it stays.
         """
         done = 0
@@ -256,6 +262,7 @@ class Unfinished:
             "generators": distributed.gather(_global_generators()),
         }
         if distributed.is_main():
+            require_finite(f"state after step {step}", tensors_in(state["parts"]), DIVERGED)
             self.store(_STATE, state)
 
 

@@ -233,7 +233,7 @@ def rollouts(config: DictConfig) -> Path:
     require_order_robust(config, backbone, "rollouts")
     spec = str(newest_planners(config, backbone)[-1]) if config.policy == "newest" else config.policy
     named = make_policy(spec, backbone, lambda: fitted_order(config, backbone), tuple(config.env.budgets))
-    environment = replace(core_config(config), budgets=named.budgets)
+    environment = replace(core_config(config, backbone), budgets=named.budgets)
     costs, told = environment.reward.step_cost_range, named.step_cost_range
     if costs and told and not told[0] <= costs[0] < costs[1] <= told[1]:
         raise ValueError(f"env.step_cost={costs} reaches beyond the range that the planner was trained on, {told}")

@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import IO, Any
 from weakref import WeakValueDictionary
 
+from orderrl.jsonfile import read_json
+
 try:
     import fcntl
 except ImportError:  # Windows: no locks, so a job must not be started twice at a time there, and orphans stay
@@ -35,7 +37,6 @@ Manifest = dict[str, dict[str, Any]]
 LOCK = ".lock"
 SEAL = "sha256"
 _ASIDE = re.compile(r"\..+\.[0-9a-f]{32}")
-_LARGEST_JSON = 2**26  # bytes; no file of the package comes near
 _UNLOCKED = 86_400.0  # seconds; a folder gets its lock at once, unless its process is killed just then
 _held: WeakValueDictionary[str, IO[bytes]] = WeakValueDictionary()  # lock files of this process, which may lock twice
 _verified: set[tuple[str, int, int, str]] = set()  # (path, time of change, bytes, SHA-256) that were right
@@ -242,25 +243,6 @@ def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 class Unsealed(ValueError):
     """A file that should be sealed and is not: an older version wrote it."""
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        ValueError: if the file is no JSON object, by its path.
-        OSError: if it can't be read.
-    """
-    size = path.stat().st_size
-    try:
-        if size > _LARGEST_JSON:
-            raise ValueError(f"{size} bytes are too many")
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError(f"it holds a {type(values).__name__}")
-    except (ValueError, RecursionError) as error:  # not UTF-8, no JSON, too deep
-        raise ValueError(f"{path}: is damaged, it holds no JSON object ({str(error)[:200]})") from error
-    return values
 
 
 def read_sealed(path: Path) -> dict[str, Any]:

@@ -19,8 +19,9 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from orderrl.jsonfile import read_json
 from orderrl.runs import write_json, write_sealed
-from orderrl.storage import damage, flush, manifest, read_json, read_sealed
+from orderrl.storage import damage, flush, manifest, read_sealed
 
 CHECKSUMS = "checksums.json"
 _META = "meta.json"

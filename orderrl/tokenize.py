@@ -13,6 +13,7 @@ from torch import Tensor
 from orderrl.data.folder import SPLITS, FolderConfig, Images, ImageSplit, crops, folder_config, list_images, read_views
 from orderrl.data.shards import Shard, TokenSetWriter, token_dtype
 from orderrl.entry import run_application
+from orderrl.finite import OVERFLOW, require_finite
 from orderrl.pipeline import announce, section
 from orderrl.pretrain_tokenizer import pretrain_tokenizer
 from orderrl.random import Stream, keyed_index
@@ -180,6 +181,7 @@ def _encode_shard(
             encoded = tokenizer.encode(pixels, noise.to(device))
         else:
             encoded = tokenizer.encode(pixels)
+        require_finite(f"tokens of {images.names[rows[0]]}", {"tokens": encoded}, OVERFLOW)
         tokens.append(encoded.cpu().numpy())
         labels.append(images.labels[rows].repeat_interleave(views.shape[1]))
         read |= set(rows)

@@ -27,6 +27,7 @@ from orderrl.classifier import load_classifier
 from orderrl.data import load_token_set
 from orderrl.data.folder import FolderConfig, read_image
 from orderrl.evaluations import open_evaluation, save_results
+from orderrl.jsonfile import read_json
 from orderrl.labelling import label_columns
 from orderrl.metrics.clip_score import load_clip
 from orderrl.metrics.features import extract_features
@@ -36,7 +37,7 @@ from orderrl.pipeline import open_labels
 from orderrl.planner import load_planner
 from orderrl.resuming import Unfinished
 from orderrl.runs import Cache, write_sealed
-from orderrl.storage import manifest, read_json
+from orderrl.storage import manifest
 from orderrl.tables import TableWriter, open_table
 from orderrl.tokenize import tokenize_folder
 from orderrl.tokenizers import load_tokenizer

@@ -21,7 +21,7 @@ from orderrl import compose, resuming
 from orderrl.backbones import save_backbone
 from orderrl.data import TokenSet
 from orderrl.label import label
-from orderrl.labelling import assemble, label_shard, make_shards, plan_shards, shard_name
+from orderrl.labelling import assemble, label_shard, make_shards, missing_shards, plan_shards, shard_name
 from orderrl.oracle import LabelConfig, label_contexts, random_contexts
 from orderrl.resuming import Unfinished, forget, steps_of
 from orderrl.train import train
@@ -301,14 +301,14 @@ def test_a_shard_that_is_damaged_or_missing_is_made_again_alone(
         made.append(shard)
         return label_shard(backbone, data, SETTINGS, contexts, shard, ignore)
 
-    make_shards(work, shards, make, together=False)
+    make_shards(work, missing_shards(work, shards), make, together=False)
     assemble(work, shards, tmp_path / "before")
     (path,) = work.folder.glob(f"{shard_name(shards[1])}.*.pt")
     path.write_bytes(path.read_bytes()[:1000]) if damage == "truncated" else path.unlink()
     with pytest.raises(ValueError, match="truncated or altered" if damage == "truncated" else "is missing"):
         assemble(work, shards, tmp_path / "after")
     made.clear()
-    make_shards(work, shards, make, together=False)
+    make_shards(work, missing_shards(work, shards), make, together=False)
     assert made == [shards[1]]
     assemble(work, shards, tmp_path / "after")
     assert contents(tmp_path / "before", "*") == contents(tmp_path / "after", "*")

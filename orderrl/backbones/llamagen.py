@@ -22,6 +22,7 @@ from orderrl.backbones.linear import EVERY, Linear
 from orderrl.backbones.protocol import BlockLosses, Drawing
 from orderrl.backbones.sampling import Sampling, guide, sample_tokens
 from orderrl.geometry import BlockGrid
+from orderrl.values import at_least, between, check_fields
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,15 @@ class TransformerConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        check_fields(
+            self,
+            at_least(1, "vocab_size", "num_classes", "dim", "heads", "multiple_of"),
+            between("[1, 1000]", "layers"),
+            between("[0, 1)", "dropout"),
+        )
         BlockGrid(self.height, self.width, self.block_size)
-        for name in ("vocab_size", "num_classes", "dim", "layers", "heads", "multiple_of"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.dim % self.heads:
             raise ValueError(f"heads={self.heads} must divide dim={self.dim}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
 
     def to_dict(self) -> dict[str, int | float]:
         """Plain values, as stored in checkpoints."""

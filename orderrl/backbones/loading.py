@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from orderrl.checkpoint import shorten
-from orderrl.storage import read_json
+from orderrl.jsonfile import read_json
 
 HUB = "hf://"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
@@ -81,8 +81,8 @@ def read_shards(path: str | Path, weights: str | None = None) -> Iterator[dict[s
     if str(path).endswith(".index.json"):
         index = local_path(path)
         try:
-            shards = sorted(set(read_json(index)["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            shards = sorted(set(map(str, read_json(index)["weight_map"].values())))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index}: is no index of shards ({error})") from error
         for shard in shards:
             yield from read_shards(f"{str(path).rpartition('/')[0]}/{shard}" if "/" in str(path) else shard, weights)

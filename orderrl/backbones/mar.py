@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import NamedTuple, Protocol, cast
 
@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from orderrl.backbones.diffusion import DiffLoss, respaced_timesteps
 from orderrl.backbones.linear import Linear
+from orderrl.values import at_least, between, check_fields, positive
 
 
 @dataclass(frozen=True)
@@ -67,15 +68,14 @@ class MARConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        for name in (field.name for field in fields(self) if field.type == "int"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("mlp_ratio", "norm_eps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("attn_dropout", "proj_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        counts = [name for name in self.__dataclass_fields__ if isinstance(getattr(self, name), int)]
+        check_fields(
+            self,
+            at_least(1, *counts),
+            between("[1, 1000]", "encoder_depth", "decoder_depth", "diffloss_d"),
+            positive("mlp_ratio", "norm_eps"),
+            between("[0, 1)", "attn_dropout", "proj_dropout"),
+        )
         for part in ("encoder", "decoder"):
             heads, dim = getattr(self, f"{part}_num_heads"), getattr(self, f"{part}_embed_dim")
             if dim % heads:

@@ -24,6 +24,7 @@ from orderrl.backbones.protocol import BlockLosses, Drawing
 from orderrl.backbones.sampling import Sampling
 from orderrl.geometry import BlockGrid
 from orderrl.random import Stream, keyed_normal, mix_content
+from orderrl.values import between, check_fields
 
 TRAINING_DRAWS = 4  # times and noises of a token in a training step, the published diffusion_batch_mul
 LOWEST_LOG_VARIANCE, HIGHEST_LOG_VARIANCE = -14.0, 14.0
@@ -47,6 +48,7 @@ class MaskedConfig(MARConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_fields(self, between("[1, 1000]", "loss_draws", "entropy_samples", "entropy_steps"))
         BlockGrid(self.height, self.width, self.block_size)
 
 

@@ -9,6 +9,8 @@ import psutil
 import torch
 from torch import Tensor
 
+from orderrl.values import check_fields, positive
+
 CPU_BYTES = 2**22  # of an activation: more make no forward faster on a CPU, and leave its caches
 SHARE_OF_FREE = 0.8
 WIDTHS_PER_ENTRY = 20  # activations of an entry that live at once, in widths of the model
@@ -29,8 +31,7 @@ class Packing:
     memory_gb: float | None = None
 
     def __post_init__(self) -> None:
-        if self.memory_gb is not None and not self.memory_gb > 0:
-            raise ValueError(f"memory_gb must be positive, got {self.memory_gb}")
+        check_fields(self, positive("memory_gb"))
 
     def budget(self, device: torch.device) -> float:
         """Bytes that may be taken now."""

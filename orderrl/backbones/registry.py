@@ -20,7 +20,9 @@ from orderrl.backbones.packing import Packing
 from orderrl.backbones.presets import PRESETS
 from orderrl.backbones.protocol import Backbone
 from orderrl.backbones.transformer import OrderRobustTransformer
-from orderrl.checkpoint import load_checkpoint, load_state, save_checkpoint
+from orderrl.checkpoint import build_to_fit, load_checkpoint, load_state, save_checkpoint
+from orderrl.devices import checked_device
+from orderrl.finite import OVERFLOW, require_finite
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 TrainableBackbone = OrderRobustTransformer | RasterTransformer | ARPG | MaskedTransformer
@@ -79,10 +81,12 @@ def load_backbone(
             agree up to floating-point summation.
 
     Raises:
-        ValueError: if the name is unknown, the weights are missing, damaged or of another model.
+        ValueError: if the name or the device is unknown, or the weights are missing, damaged, not finite or of another
+            model.
         FileNotFoundError: if there is no such file.
     """
     name = str(name_or_path)
+    where = None if device is None else checked_device(device)
     if name in PRESETS:
         if path is None:
             raise ValueError(
@@ -106,8 +110,9 @@ def load_backbone(
         backbone.eval().requires_grad_(False)
         if dtype is not None:
             _cast(backbone, as_dtype(dtype))
-        if device is not None:
-            backbone.to(device)
+        require_finite(path or name, backbone.state_dict(), OVERFLOW)
+        if where is not None:
+            backbone.to(where)
         set_packing(backbone, pack_weights)
     if memory_gb is not None:
         if not hasattr(backbone, "packing"):
@@ -215,9 +220,11 @@ def backbone_fingerprint(backbone: Backbone) -> str:
 def _from_file(path: Path) -> TrainableBackbone:
     tensors, description = load_checkpoint(path, "backbone")
     try:
-        backbone = new_backbone(description.get("family", "randar"), description["model"])
+        family, shape = description.get("family", "randar"), description["model"]
+        config = backbone_config(family, shape)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: does not describe a backbone ({type(error).__name__}: {error})") from error
+    backbone: TrainableBackbone = build_to_fit(lambda: _FAMILIES[family][0](config), shape, tensors, path)
     load_state(backbone, tensors, path)
     return backbone
 
@@ -232,11 +239,16 @@ def new_backbone(family: str, shape: Mapping[str, Any]) -> TrainableBackbone:
     Raises:
         ValueError: if the family or an argument is unknown, or a value is not allowed.
     """
+    config = backbone_config(family, shape)
+    return _FAMILIES[family][0](config)
+
+
+def backbone_config(family: str, shape: Mapping[str, Any]) -> TransformerConfig | MaskedConfig:
+    """The configuration of an untrained backbone; arguments and errors as of `new_backbone`."""
     if family not in _FAMILIES:
         raise ValueError(f"family={family!r} is unknown; choose one of {', '.join(_FAMILIES)}")
-    model, config = _FAMILIES[family]
     try:
-        return model(config(**shape))
+        return _FAMILIES[family][1](**shape)
     except TypeError as error:
         raise ValueError(f"shape of a {family} backbone: {error}") from error
 

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from orderrl.values import at_least, between, check_fields, one_of
+
 SCHEDULES = ("constant", "linear")
+LOWEST_TEMPERATURE = 1e-3  # below, logits divided by it overflow
 
 
 @dataclass(frozen=True)
@@ -15,7 +18,8 @@ class Sampling:
     """How tokens are drawn.
 
     Attributes:
-        temperature: divides the logits; 1 leaves them.
+        temperature: divides the logits; 1 leaves them, 0 takes the most likely token (of equal ones the first). For
+            continuous tokens it scales the noise of the reverse steps, not the starting noise.
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: keep the smallest set of tokens whose probability reaches p; 1 keeps all.
         guidance: classifier-free guidance scale: unconditional + guidance * (conditional - unconditional);
@@ -34,20 +38,19 @@ class Sampling:
     guidance_interval: int = -1
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be 0 (keep all) or positive, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
-        if not self.guidance >= 0:
-            raise ValueError(f"guidance must be at least 0, got {self.guidance}")
-        if self.guidance_schedule not in SCHEDULES:
+        check_fields(
+            self,
+            at_least(0, "temperature", "top_k"),
+            between("(0, 1]", "top_p"),
+            between("[0, 1000]", "guidance"),
+            one_of(SCHEDULES, "guidance_schedule"),
+            at_least(-1, "guidance_interval"),
+        )
+        if 0 < self.temperature < LOWEST_TEMPERATURE:
             raise ValueError(
-                f"guidance_schedule={self.guidance_schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}"
+                f"temperature must be 0 (the most likely token) or at least {LOWEST_TEMPERATURE}, "
+                f"got {self.temperature}"
             )
-        if self.guidance_interval < -1:
-            raise ValueError(f"guidance_interval must be -1 (always) or at least 0, got {self.guidance_interval}")
 
     def scale(self, decided: Tensor, total: int) -> Tensor:
         """Guidance scale of tokens about to be drawn.
@@ -115,6 +118,8 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tenso
     Returns:
         (...) int64 tokens.
     """
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
     logits = filter_logits(logits / sampling.temperature, sampling.top_k, sampling.top_p)
     cumulative = logits.double().softmax(-1).cumsum(-1)
     target = uniforms.double()[..., None] * cumulative[..., -1:]

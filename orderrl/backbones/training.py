@@ -24,6 +24,7 @@ from orderrl.backbones.transformer import cross_entropy
 from orderrl.data import TokenSet
 from orderrl.geometry import BlockGrid
 from orderrl.resuming import Part, Unfinished, steps_of
+from orderrl.values import at_least, between, check_fields, one_of, positive
 
 ORDERS = ("random", "raster")
 MAX_LOGITS = 2**26  # in one evaluation forward
@@ -66,14 +67,14 @@ class PretrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.order not in ORDERS:
-            raise ValueError(f"order={self.order!r} is unknown; choose one of {', '.join(ORDERS)}")
-        for name in ("steps", "batch_size", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("label_dropout", "anneal_from", "ema"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        check_fields(
+            self,
+            one_of(ORDERS, "order"),
+            at_least(1, "steps", "batch_size", "evaluate_every"),
+            at_least(0, "warmup", "weight_decay", "augmentation", "seed"),
+            positive("learning_rate"),
+            between("[0, 1]", "label_dropout", "anneal_from", "ema"),
+        )
 
 
 def random_share(step: int, config: PretrainConfig) -> float:

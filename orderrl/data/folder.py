@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from orderrl.data.classes import IMAGENET, class_ids, look_like_synsets
 from orderrl.data.images import describe_left_out, find_images, read_image
 from orderrl.sources import file_versions, printable
+from orderrl.values import at_least, between, check_fields, one_of
 
 SPLITS = ("backbone", "planner", "test")
 CROPS = ("centre", "ten")
@@ -60,24 +61,24 @@ class FolderConfig:
     workers: int = 0
 
     def __post_init__(self) -> None:
+        check_fields(
+            self,
+            one_of(CROPS, "crop"),
+            at_least(1, "image_size", "crop_ranges", "num_classes"),
+            at_least(0, "workers", "split_seed"),
+            between("[0, 1)", "test_share", "planner_share"),
+        )
         object.__setattr__(self, "crop_ranges", tuple(float(value) for value in self.crop_ranges))
-        if self.crop not in CROPS:
-            raise ValueError(f"crop={self.crop!r} is unknown; choose one of {', '.join(CROPS)}")
         if self.crop == "ten" and self.flips:
             raise ValueError("flips=true is for crop=centre; crop=ten holds its mirror images already")
-        if self.crop == "ten" and (not self.crop_ranges or min(self.crop_ranges) < 1):
-            raise ValueError(f"crop_ranges={list(self.crop_ranges)} must be one or more numbers of at least 1")
-        if self.image_size < 1:
-            raise ValueError(f"image_size must be at least 1 pixel, got {self.image_size}")
-        if self.workers < 0:
-            raise ValueError(f"workers must be at least 0, got {self.workers}")
+        if self.crop == "ten" and not self.crop_ranges:
+            raise ValueError("crop_ranges=[] must be one or more numbers of at least 1")
         if self.classes is None and self.num_classes is not None:
             raise ValueError(f"num_classes={self.num_classes} goes with classes=FILE; without it, folders are counted")
-        shares = (self.test_share, self.planner_share)
-        if min(shares) < 0 or sum(shares) >= 1:
+        if self.test_share + self.planner_share >= 1:
             raise ValueError(
-                f"test_share={self.test_share} and planner_share={self.planner_share} must be at least 0 and "
-                "leave images for the backbone"
+                f"test_share={self.test_share} and planner_share={self.planner_share} must leave images "
+                "for the backbone"
             )
 
     @property

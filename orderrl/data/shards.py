@@ -27,8 +27,9 @@ from torch import Tensor
 from orderrl.data.folder import SPLITS, Images
 from orderrl.data.mapped import MappedTokens
 from orderrl.data.tokens import TokenSet
+from orderrl.jsonfile import read_json
 from orderrl.runs import fingerprint, write_sealed
-from orderrl.storage import Unsealed, checksum, is_intact, read_json, read_sealed, written_aside
+from orderrl.storage import Unsealed, checksum, is_intact, read_sealed, written_aside
 
 FORMAT = 1
 DESCRIPTION, IMAGES, TOKENIZER = "tokens.json", "images.tsv", "tokenizer.safetensors"

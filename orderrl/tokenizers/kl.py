@@ -32,6 +32,7 @@ from orderrl.tokenizers.layers import (
     to_pixels,
     to_unit_range,
 )
+from orderrl.values import at_least, check_fields, positive
 
 SCALE = 0.2325  # of the published KL-16: makes the tokens' standard deviation about 1
 LOGVAR_RANGE = (-30.0, 20.0)
@@ -55,10 +56,7 @@ class KLConfig:
     decoder: StackConfig = field(default_factory=StackConfig)
 
     def __post_init__(self) -> None:
-        if self.embed_dim < 1:
-            raise ValueError(f"embed_dim must be at least 1, got {self.embed_dim}")
-        if not self.scale > 0:
-            raise ValueError(f"scale must be positive, got {self.scale}")
+        check_fields(self, at_least(1, "embed_dim"), positive("scale"))
         for name in ("encoder", "decoder"):
             object.__setattr__(self, name, stack_config(getattr(self, name)))
         if self.encoder.factor != self.decoder.factor:

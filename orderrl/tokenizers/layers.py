@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from orderrl.values import at_least, between, check_fields
+
 GROUPS = 32
+MOST_RESOLUTIONS = 10  # 512 pixels along a side of a token
 EPS = 1e-6
 
 
@@ -42,18 +45,18 @@ class StackConfig:
     attn_resolutions: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("ch_mult", "attn_resolutions"):
-            object.__setattr__(self, name, tuple(int(value) for value in getattr(self, name)))
-        if self.ch < 1 or self.ch % GROUPS:
-            raise ValueError(f"ch={self.ch} must be a positive multiple of {GROUPS}, the groups of GroupNorm")
-        if not self.ch_mult or min(self.ch_mult) < 1:
-            raise ValueError(f"ch_mult={list(self.ch_mult)} must be one or more positive integers")
-        if self.num_res_blocks < 0 or self.resolution < 1:
-            raise ValueError(
-                f"num_res_blocks={self.num_res_blocks} must be at least 0 and resolution={self.resolution} at least 1"
-            )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+        check_fields(
+            self,
+            at_least(1, "ch", "ch_mult", "resolution", "attn_resolutions"),
+            at_least(0, "num_res_blocks"),
+            between("[0, 1)", "dropout"),
+        )
+        for name in ("ch_mult", "attn_resolutions"):  # lists in configs
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.ch % GROUPS:
+            raise ValueError(f"ch={self.ch} must be a multiple of {GROUPS}, the groups of GroupNorm")
+        if not 1 <= len(self.ch_mult) <= MOST_RESOLUTIONS:
+            raise ValueError(f"ch_mult={list(self.ch_mult)} must have 1 to {MOST_RESOLUTIONS} factors")
 
     @property
     def factor(self) -> int:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from orderrl.backbones.loading import read_state
-from orderrl.checkpoint import load_checkpoint, load_state, save_checkpoint
+from orderrl.checkpoint import build_to_fit, load_checkpoint, load_state, save_checkpoint
+from orderrl.devices import checked_device
 from orderrl.tokenizers import kl, vq
 from orderrl.tokenizers.kl import KLConfig, KLTokenizer
 from orderrl.tokenizers.layers import StackConfig
@@ -52,10 +53,11 @@ def load_tokenizer(
         device: where it runs; None is the CPU.
 
     Raises:
-        ValueError: if the name is unknown, needs a path, or the file does not fit.
+        ValueError: if the name or the device is unknown, a path is needed, or the file does not fit or is not finite.
         FileNotFoundError: if there is no such file.
     """
     name = str(name)
+    where = None if device is None else checked_device(device)
     if name in PRESETS:
         tokenizer = _published(name, path)
     elif path is None and (name.endswith(".safetensors") or Path(name).exists()):
@@ -73,7 +75,7 @@ def load_tokenizer(
             ".safetensors file written by pretrain_tokenizer"
         )
     tokenizer.eval().requires_grad_(False)
-    return tokenizer if device is None else tokenizer.to(device)
+    return tokenizer if where is None else tokenizer.to(where)
 
 
 def save_tokenizer(path: Path | str, tokenizer: VQTokenizer, description: Mapping[str, Any]) -> None:
@@ -93,11 +95,13 @@ def _published(name: str, path: str | Path | None) -> VQTokenizer | KLTokenizer:
 def _own(path: Path) -> VQTokenizer:
     tensors, description = load_checkpoint(path, "tokenizer")
     try:
-        tokenizer = VQTokenizer(VQConfig(**description["model"]), description["name"])
-    except (KeyError, TypeError) as error:
+        name, shape = str(description["name"]), description["model"]
+        config = VQConfig(**shape)
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: does not describe a VQ tokeniser ({error}); make it anew with "
             "`python -m orderrl.pretrain_tokenizer`"
         ) from error
+    tokenizer = build_to_fit(lambda: VQTokenizer(config, name), shape, tensors, path)
     load_state(tokenizer, tensors, path)
     return tokenizer

@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from orderrl.resuming import Unfinished, steps_of
 from orderrl.tokenizers.layers import to_unit_range
 from orderrl.tokenizers.vq import VQTokenizer
+from orderrl.values import at_least, between, check_fields, one_of, positive
 
 RECONSTRUCTIONS = ("l1", "l2")
 
@@ -63,19 +64,14 @@ class TokenizerTrainingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.reconstruction not in RECONSTRUCTIONS:
-            raise ValueError(
-                f"reconstruction={self.reconstruction!r} is unknown; choose one of {', '.join(RECONSTRUCTIONS)}"
-            )
-        for name in ("steps", "batch_size", "restart_every", "evaluate_every", "held_out_images"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("codebook", "commitment", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("restart_until", "ema"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        check_fields(
+            self,
+            one_of(RECONSTRUCTIONS, "reconstruction"),
+            at_least(1, "steps", "batch_size", "restart_every", "evaluate_every", "held_out_images"),
+            at_least(0, "codebook", "commitment", "weight_decay", "warmup", "seed"),
+            positive("learning_rate"),
+            between("[0, 1]", "restart_until", "ema"),
+        )
 
 
 def tokenizer_losses(tokenizer: VQTokenizer, images: Tensor, reconstruction: str) -> tuple[dict[str, Tensor], Tensor]:

@@ -32,6 +32,7 @@ from orderrl.tokenizers.layers import (
     to_pixels,
     to_unit_range,
 )
+from orderrl.values import at_least, check_fields
 
 UNUSED_KEYS = ("quantize.codebook_used",)  # a training statistic that published files carry
 _SEARCH_ROWS = 4096  # positions compared with the whole codebook at once
@@ -57,9 +58,7 @@ class VQConfig:
     decoder: StackConfig = field(default_factory=StackConfig)
 
     def __post_init__(self) -> None:
-        for name in ("codebook_size", "codebook_embed_dim", "z_channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_fields(self, at_least(1, "codebook_size", "codebook_embed_dim", "z_channels"))
         for name in ("encoder", "decoder"):
             object.__setattr__(self, name, stack_config(getattr(self, name)))
         if self.encoder.factor != self.decoder.factor:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from orderrl.storage import read_json
+from orderrl.jsonfile import read_json
 
 DEFAULT_TOLERANCE = 1e-4  # float32
 

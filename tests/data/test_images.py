@@ -7,7 +7,6 @@ import struct
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -24,14 +23,8 @@ RAMP = np.tile(np.linspace(0, 1, 32), (32, 1))
 EIGHT, SIXTEEN = (RAMP * 255).astype(np.uint8), (RAMP * 65535).astype(np.uint16)
 
 
-<<<<<<< HEAD
-def written(folder: Path, name: str, array: np.ndarray, **options: Any) -> Path:
-    folder.mkdir(exist_ok=True)
-    Image.fromarray(array).save(folder / name, **options)
-=======
 def written(folder: Path, name: str, array: np.ndarray) -> Path:
     Image.fromarray(array).save(folder / name)
->>>>>>> h-pictures
     return folder / name
 
 

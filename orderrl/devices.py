@@ -1,0 +1,28 @@
+"""Devices by name: those that the package runs on, refused in one line where they are not there."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+
+def checked_device(device: torch.device | str) -> torch.device:
+    """A device that is there.
+
+    Args:
+        device: "cpu", "cuda" or "cuda:N". Apple's mps has no float64, which the keyed random numbers need.
+
+    Raises:
+        ValueError: if it is unknown or not there; with the choices.
+    """
+    number = re.fullmatch(r"(cpu|cuda)(?::(\d{1,3}))?", str(device))
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    choices = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{index}" for index in range(gpus))]
+    advice = f"choose one of {', '.join(choices)}" if gpus else "use device=cpu"
+    if number is None:
+        raise ValueError(f"device={str(device)!r} is unknown; {advice}")
+    kind, index = number.group(1), int(number.group(2) or 0)
+    if index >= (gpus if kind == "cuda" else 1):
+        raise ValueError(f"device={str(device)!r} is not available here; {advice}")
+    return torch.device(str(device))
