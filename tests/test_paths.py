@@ -139,7 +139,7 @@ def test_published_weights_and_their_shards_lie_there(home: Path) -> None:
 def test_feature_extractors_lie_there(home: Path, planner: Path) -> None:
     model: Any = timm.create_model("test_resnet", num_classes=10)
     torch.save({"state_dict_ema": model.state_dict()}, home / "own.pth")
-    save_for_hf(model, home / "folder")
+    save_for_hf(model, str(home / "folder"))
     rows = {}
     for name in (f"timm:test_resnet:{home / 'own.pth'}", f"timm:local-dir:{home / 'folder'}"):
         named: dict[str, Any] = {"eval.features": name, "eval.classifier": name}

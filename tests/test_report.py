@@ -433,10 +433,11 @@ def test_a_line_joins_only_schedules_that_no_other_of_the_policy_beats() -> None
     rows = [row(f"diagonal@{s}", 0.1, steps=float(s), decode_nll=nats, **same) for s, nats in found.items()]
     (axes,) = cost_figure(rows, "steps").axes
     drawn = [line for line in axes.lines if line.get_marker() != "None" and line.get_markerfacecolor() != "none"]
-    marks = sorted(x for line in drawn for x in line.get_xdata())
+    marks = sorted(x for line in drawn for x in np.asarray(line.get_xdata()))
     joined = [line for line in drawn if line.get_linestyle() == "-"]
     assert marks == sorted(found) and len(joined) == 1
-    assert list(joined[0].get_xdata()) == [4, 5, 6, 16] and (np.diff(joined[0].get_ydata()) < 0).all()
+    assert np.asarray(joined[0].get_xdata()).tolist() == [4, 5, 6, 16]
+    assert (np.diff(np.asarray(joined[0].get_ydata())) < 0).all()
 
 
 # -- bad input and Markdown -------------------------------------------------------------------------------------------

@@ -227,7 +227,7 @@ def sizes_of_steps(named: NamedPolicy) -> list[int]:
     """How many blocks each step reveals, last block first."""
     core = tiny_core(named.budgets, num_envs=3)
     core.reset()
-    sizes = []
+    sizes: list[int] = []
     while not core.visible.all():
         before = core.hidden_count
         core.step(act(named.policy, core, torch.Generator()))
@@ -312,6 +312,6 @@ def test_a_planner_is_not_called_what_another_policy_is(
 @pytest.mark.parametrize("name", [None, "mine", "ppo@night - 2", "oracle_like", "a:b"])
 def test_any_other_name_is_the_planners(name: str | None, tmp_path: Path, backbone: OrderRobustTransformer) -> None:
     check_planner_name(name)
-    known = {} if name is None else {"name": name}
+    known: dict[str, Any] = {} if name is None else {"name": name}
     named = make_policy(replace(planner_of(tmp_path, "named", **known), schedule="4"), backbone)
     assert (named.name, named.family) == (f"{name or 'bc_utility_r0'}@4", name or "bc_utility_r0")
