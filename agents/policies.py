@@ -6,6 +6,7 @@ both. Only references (oracle, lookahead, confidence) look at the state behind t
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Protocol
 
@@ -231,19 +232,15 @@ class AmongBudgets:
     """
 
     def __init__(self, policy: Policy, own: tuple[int, ...], offered: tuple[int, ...]) -> None:
-        if missing := sorted(set(own) - set(offered)):
-            raise ValueError(f"budgets={offered} of the environment lack {missing}, which the policy chooses")
         self.policy, self.own, self.offered = policy, tuple(own), tuple(offered)
-        self.place = torch.tensor([offered.index(budget) for budget in own])
+        self.place = _places(self.own, self.offered)
         self.reads_content = reads_content(policy)
 
     def __call__(self, observation: TensorDictBase, generator: torch.Generator) -> Tensor:
         if self.own == self.offered:
             return self.policy(observation, generator)
         offered, place = observation["budget_mask"], self.place.to(observation["budget_mask"].device)
-        legal = offered[:, place].clone()
-        legal[:, 0] = True  # as in an environment of its own, which cuts the smallest short
-        action = self.policy(observation.copy().set("budget_mask", legal), generator)
+        action = self.policy(observation.copy().set("budget_mask", _own_mask(offered, place)), generator)
         if self.own == (1,):
             action = torch.stack([action, torch.zeros_like(action)], -1)
         blocks, chosen = action[:, :-1], action[:, -1]
@@ -251,6 +248,88 @@ class AmongBudgets:
         ranked = torch.nn.functional.pad(blocks, (0, self.offered[-1] - blocks.shape[1]))
         # with few blocks left its own smallest budget may be too large
         return torch.cat([ranked, torch.minimum(place[chosen], offered.sum(-1) - 1)[:, None]], -1)
+
+
+def with_schedule(
+    policy: Policy | ReferencePolicy, budgets: tuple[int, ...], schedule: Schedule, name: str = "the policy"
+) -> Policy | ReferencePolicy:
+    """A policy of a user whose first choices are revealed, as many as a schedule says.
+
+    Args:
+        policy: ranks blocks for these budgets: its actions begin with a list (M, K) of blocks, K the largest budget;
+            what stands behind it is left out. For budgets == (1,) it may also be one block, (M,).
+        budgets: of the schedule.
+        schedule: chooses among them.
+        name: of the policy, for messages.
+
+    Raises:
+        ValueError: if a reference acts in a way of its own; while acting, if the policy gives fewer blocks.
+    """
+    if isinstance(policy, RankingPolicy | ReferencePolicy):
+        if isinstance(policy, ReferencePolicy) and type(policy).act is not ReferencePolicy.act:
+            raise ValueError(f"{name} takes no schedule: {type(policy).__name__} has an `act` of its own")
+        scheduled = copy.copy(policy)
+        scheduled.budgets, scheduled.schedule = tuple(budgets), schedule
+        return scheduled
+    return _Scheduled(policy, tuple(budgets), schedule, name)
+
+
+class _Scheduled:
+    """A user's policy, a function, under a schedule."""
+
+    def __init__(self, policy: Policy, budgets: tuple[int, ...], schedule: Schedule, name: str) -> None:
+        self.policy, self.budgets, self.schedule, self.name = policy, budgets, schedule, name
+        self.reads_content = reads_content(policy) or reads_content(schedule)
+
+    def __call__(self, observation: TensorDictBase, generator: torch.Generator) -> Tensor:
+        action, most = self.policy(observation, generator), self.budgets[-1]
+        if not isinstance(action, Tensor):
+            return action  # refused by whoever acts, as without a schedule
+        ranked = action[:, None] if action.ndim == 1 else action
+        if ranked.ndim != 2 or ranked.shape[1] < most:
+            raise ValueError(
+                f"{self.name} is to reveal up to {most} blocks a step, but gives actions of shape "
+                f"{tuple(action.shape)}; return a ranked list of blocks, (batch, {most}), or leave out the schedule"
+            )
+        ranked = ranked[:, :most]
+        if self.budgets == (1,):
+            return ranked[:, 0]
+        return torch.cat([ranked, legal_place(self.schedule, observation, ranked)[:, None]], dim=-1)
+
+
+def among_budgets(
+    policy: Policy | ReferencePolicy, own: tuple[int, ...], offered: tuple[int, ...]
+) -> Policy | ReferencePolicy:
+    """The same policy or reference in an environment that offers more budgets, see `AmongBudgets`.
+
+    Raises:
+        ValueError: if one of its budgets is not offered, or a reference acts in a way of its own.
+    """
+    if tuple(own) == tuple(offered):
+        return policy
+    if not isinstance(policy, ReferencePolicy):
+        return AmongBudgets(policy, own, offered)
+    place, schedule = _places(own, offered), policy.schedule
+
+    def among(observation: TensorDictBase, ranked: Tensor) -> Tensor:
+        mine = observation.copy().set("budget_mask", _own_mask(observation["budget_mask"], place))
+        return place.to(ranked.device)[legal_place(schedule, mine, ranked[:, : own[-1]])]
+
+    return with_schedule(policy, offered, among)
+
+
+def _places(own: tuple[int, ...], offered: tuple[int, ...]) -> Tensor:
+    """Where a policy's own budgets stand in the environment's list, int64."""
+    if missing := sorted(set(own) - set(offered)):
+        raise ValueError(f"budgets={offered} of the environment lack {missing}, which the policy chooses")
+    return torch.tensor([offered.index(budget) for budget in own])
+
+
+def _own_mask(budget_mask: Tensor, place: Tensor) -> Tensor:
+    """Which of its own budgets are legal, (M, number of them) bool, as in an environment of the policy's own."""
+    legal = budget_mask[:, place.to(budget_mask.device)].clone()
+    legal[:, 0] = True  # that environment cuts the smallest short
+    return legal
 
 
 # ---------------------------------------------------------------------- references

@@ -18,13 +18,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
-import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -42,20 +43,18 @@ from orderrl.agents.policies import (
     Scorer,
     fixed_order,
     planner_scorer,
+    with_schedule,
 )
 from orderrl.agents.schedules import Schedule, entropy_threshold, fixed, growing, information_threshold
+from orderrl.agents.spec import PAIRED, REFERENCES, SPACED, THRESHOLD, PolicySpec, written_cost
 from orderrl.backbones.protocol import Backbone
 from orderrl.planner import load_planner, require_described
 
-REFERENCES = ("confidence", "lookahead", "oracle")
 NEED_PROBABILITIES = ("lookahead", "confidence")
-SPACED = "spaced_"
 SPACING = 1.0
-PAIRED = "paired_"
 THRESHOLD_BUDGETS = (1, 2, 4)
-_THRESHOLD = re.compile(r"(i?)<(-?\d*\.?\d+)(?:/(\d+(?:,\d+)*))?")  # kind, nats, budgets
-_STEPS = re.compile(r"\d+(?:\+\d+)*")
-_COST = re.compile(r"cost(\d*\.?\d+(?:e-?\d+)?)(?:@(.*))?")  # nats per image, schedule
+_SETTINGS_IN_A_NAME = 3
+_TRAINING = ("agent", "planner", "env", "data", "backbone", "labels")  # of a planner's description; no seed in them
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,9 @@ class NamedPolicy:
         seed: training seed of a planner, else None.
         step_cost: nats per image that a step cost it in training, or that it is told; None of other policies.
         step_cost_range: of a planner that still must be told what a step costs, by the observation; else None.
+        spec: what it was made of; None if it was made of no name.
+        family: the name without schedule and step cost; None is the name.
+        settings: what determined a planner's training, apart from its seed; nothing of other policies.
     """
 
     name: str
@@ -84,6 +86,9 @@ class NamedPolicy:
     seed: int | None = None
     step_cost: float | None = None
     step_cost_range: tuple[float, float] | None = None
+    spec: PolicySpec | None = None
+    family: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def reference(self) -> bool:
@@ -97,7 +102,10 @@ def policy_names() -> list[str]:
 
 
 def make_policy(
-    spec: str, backbone: Backbone, fitted: Callable[[], Tensor] | None = None, budgets: tuple[int, ...] = (1,)
+    spec: str | PolicySpec,
+    backbone: Backbone,
+    fitted: Callable[[], Tensor] | None = None,
+    budgets: tuple[int, ...] = (1,),
 ) -> NamedPolicy:
     """Build a policy from its name.
 
@@ -105,179 +113,238 @@ def make_policy(
         spec: see the module's text.
         backbone: gives the block grid; planners must fit it.
         fitted: gives the fixed order (B,) fitted on planner labels; called for "fitted" alone.
-        budgets: of own policies (module:attribute).
+        budgets: of own policies (module:attribute) without a schedule.
 
     Raises:
         ValueError: if the name is unknown, or its schedule or checkpoint does not fit.
     """
-    base, _, sizes = spec.partition("@")
-    if base.endswith(".safetensors"):
-        return _planner_policy(base, sizes, backbone)
-    if ":" in base and not base.startswith(REFERENCES):
-        return _own_policy(base, budgets)
-    if base.partition(":")[0] in NEED_PROBABILITIES and not backbone.vocab_size:
+    if not isinstance(spec, PolicySpec):
+        spec = PolicySpec.parse(spec)
+    if spec.kind == "newest":
+        raise ValueError(f"policy '{spec}': there is no cache here to take the newest planner from; give its file")
+    if spec.kind == "planner":
+        return _planner_policy(spec, backbone)
+    if spec.kind == "own":
+        return _own_policy(spec, backbone, budgets)
+    if spec.name in NEED_PROBABILITIES and not backbone.vocab_size:
         raise ValueError(
-            f"policy {spec!r} needs token probabilities, which a backbone of continuous tokens does not have; "
+            f"policy '{spec}' needs token probabilities, which a backbone of continuous tokens does not have; "
             "choose another policy"
         )
-    chosen, schedule = _schedule(spec, sizes, backbone)
-    name, _, argument = base.partition(":")
-    if name in REFERENCES:
-        return NamedPolicy(spec, _reference(name, argument, chosen, schedule), chosen)
-    spaced, plain = base.startswith(SPACED), base.removeprefix(SPACED)
-    scorer = _scorer(plain, spec, backbone, fitted)
-    policy = RankingPolicy(scorer, backbone.geometry, chosen, schedule, SPACING if spaced else 0.0)
-    return NamedPolicy(spec, policy, chosen, scorer)
+    chosen, schedule = _schedule(spec, backbone)
+    if spec.kind == "reference":
+        return _named(spec, _reference(spec, chosen, schedule), chosen)
+    scorer = _scorer(spec, backbone, fitted)
+    policy = RankingPolicy(scorer, backbone.geometry, chosen, schedule, SPACING if spec.prefix == SPACED else 0.0)
+    return _named(spec, policy, chosen, scorer)
 
 
-def _scorer(name: str, spec: str, backbone: Backbone, fitted: Callable[[], Tensor] | None) -> Scorer:
-    if name in ORDERS:
-        return fixed_order(ORDERS[name](backbone.geometry))
-    if name in SCORERS:
-        return SCORERS[name]
-    if name == "fitted":
+def _named(
+    spec: PolicySpec, policy: Policy | ReferencePolicy, budgets: tuple[int, ...], scorer: Scorer | None = None
+) -> NamedPolicy:
+    """A policy that is called what it is made of."""
+    return NamedPolicy(str(spec), policy, budgets, scorer, spec=spec, family=str(spec.family))
+
+
+def _scorer(spec: PolicySpec, backbone: Backbone, fitted: Callable[[], Tensor] | None) -> Scorer:
+    if spec.name in ORDERS:
+        return fixed_order(ORDERS[spec.name](backbone.geometry))
+    if spec.name in SCORERS:
+        return SCORERS[spec.name]
+    if spec.name == "fitted":
         if fitted is None:
-            raise ValueError(f"policy {spec!r} is fitted on labels, and there are none here; choose another policy")
+            raise ValueError(f"policy '{spec}' is fitted on labels, and there are none here; choose another policy")
         return fixed_order(fitted())
     raise ValueError(
-        f"policy {spec!r} is unknown; choose one of {', '.join(policy_names())} (NAME@k reveals k blocks a step), "
+        f"policy '{spec}' is unknown; choose one of {', '.join(policy_names())} (NAME@k reveals k blocks a step), "
         "a planner's .safetensors file or module:attribute"
     )
 
 
-def _schedule(spec: str, sizes: str, backbone: Backbone) -> tuple[tuple[int, ...], Schedule]:
-    """Budgets and schedule of the part behind '@'."""
-    if not sizes:
+def _schedule(spec: PolicySpec, backbone: Backbone) -> tuple[tuple[int, ...], Schedule]:
+    """Budgets and schedule of a name."""
+    if not spec.schedule:
         return (1,), fixed(0)
     blocks = backbone.geometry.num_blocks
-    if threshold := _THRESHOLD.fullmatch(sizes):
-        return _threshold(spec, threshold, backbone)
-    if not _STEPS.fullmatch(sizes):
-        raise ValueError(
-            f"policy {spec!r}: {sizes!r} is no schedule; write @4, @1+1+2+4+8, or a threshold in nats: @<1.5 (mean "
-            "entropy), @i<6 (summed entropy), @i<6/1,2,4,8 (other budgets); a planner's step cost is written @cost0.5"
-        )
-    steps = tuple(int(size) for size in sizes.split("+"))
+    if THRESHOLD.fullmatch(spec.schedule):
+        return _threshold(spec, backbone)
+    steps = tuple(int(size) for size in spec.schedule.split("+"))
     if min(steps) < 1 or max(steps) > blocks:
-        raise ValueError(f"policy {spec!r}: a step must reveal between 1 and {blocks} blocks")
+        raise ValueError(f"policy '{spec}': a step must reveal between 1 and {blocks} blocks")
     if len(steps) == 1:
         return steps, fixed(0)
     if sum(steps) != blocks:
-        raise ValueError(f"policy {spec!r}: the steps must sum to the {blocks} blocks, they sum to {sum(steps)}")
+        raise ValueError(f"policy '{spec}': the steps must sum to the {blocks} blocks, they sum to {sum(steps)}")
     budgets = tuple(sorted(set(steps)))
     return budgets, growing(budgets, steps)
 
 
-def _threshold(spec: str, threshold: re.Match[str], backbone: Backbone) -> tuple[tuple[int, ...], Schedule]:
+def _threshold(spec: PolicySpec, backbone: Backbone) -> tuple[tuple[int, ...], Schedule]:
     """Budgets and schedule of a threshold on entropies."""
-    information, nats, named = threshold.groups()
+    found = THRESHOLD.fullmatch(spec.schedule)
+    assert found is not None
+    information, nats, named = found.groups()
     blocks = backbone.geometry.num_blocks
     budgets = tuple(k for k in THRESHOLD_BUDGETS if k <= blocks)
     if named is not None:
         budgets = tuple(sorted({int(k) for k in named.split(",")}))
         if budgets[0] < 1 or budgets[-1] > blocks:
-            raise ValueError(f"policy {spec!r}: budgets must lie between 1 and {blocks} blocks, got {named}")
+            raise ValueError(f"policy '{spec}': budgets must lie between 1 and {blocks} blocks, got {named}")
     if not information:
         return budgets, entropy_threshold(budgets, float(nats))
     if not backbone.vocab_size:
         raise ValueError(
-            f"policy {spec!r} sums entropies in nats, which a backbone of continuous tokens does not have; choose "
+            f"policy '{spec}' sums entropies in nats, which a backbone of continuous tokens does not have; choose "
             "another schedule"
         )
     return budgets, information_threshold(budgets, float(nats))
 
 
-def _reference(name: str, argument: str, budgets: tuple[int, ...], schedule: Schedule) -> ReferencePolicy:
-    if name == "lookahead":
-        if argument and not argument.isdigit():
-            raise ValueError(f"lookahead:{argument} must name a number of draws, for example lookahead:4")
-        return Lookahead(int(argument or 1), budgets, schedule)
-    return {"oracle": Oracle, "confidence": Confidence}[name](budgets, schedule)
+def _reference(spec: PolicySpec, budgets: tuple[int, ...], schedule: Schedule) -> ReferencePolicy:
+    if spec.name == "lookahead":
+        return Lookahead(spec.draws or 1, budgets, schedule)
+    return {"oracle": Oracle, "confidence": Confidence}[spec.name](budgets, schedule)
 
 
-def _planner_policy(path: str, rest: str, backbone: Backbone) -> NamedPolicy:
-    """The planner of a file; `rest` of its name is a step cost, a schedule, both ("cost0.5@4") or nothing."""
-    how = next((prefix for prefix in (SPACED, PAIRED) if path.startswith(prefix)), "")
-    planner, description = load_planner(Path(path.removeprefix(how)), backbone)
-    require_described(path, planner, description)
-    if how == PAIRED:
-        planner.config.require_pairs(f"policy {path!r}")
-    agent = description["agent"]
-    what = agent.get("target", description["objective"])
-    reasoning, costs = planner.config.reasoning_steps, planner.config.step_cost_range
-    made = f"{agent['name']}_{what}{'_conditioned' if costs else ''}_r{reasoning}"
-    name = description.get("name", made)
-    cost, sizes = description.get("env", {}).get("step_cost"), rest
+def _planner_policy(spec: PolicySpec, backbone: Backbone) -> NamedPolicy:
+    """The planner of a file; it chooses its budgets itself, or its block scores act with a schedule."""
+    assert spec.path is not None
+    planner, description = load_planner(spec.path, backbone)
+    require_described(spec.path, planner, description)
+    if spec.prefix == PAIRED:
+        planner.config.require_pairs(f"policy '{spec}'")
+    costs, cost = planner.config.step_cost_range, description.get("env", {}).get("step_cost")
+    family = spec.prefix + _planner_name(description, planner.config.reasoning_steps, costs is not None)
     step_cost = None if isinstance(cost, list) else cost  # a range: it is told, or what it imitates knows no costs
-    if told := _COST.fullmatch(rest):
-        step_cost, sizes = float(told[1]), told[2] or ""
+    if spec.step_cost is not None:
+        step_cost = spec.step_cost
         try:
             planner, costs = planner.at_step_cost(step_cost), None
         except ValueError as error:
-            raise ValueError(f"policy '{path}@{rest}': {error}") from None
-        name = f"{name}@cost{step_cost:g}"
-    named = NamedPolicy(
-        name,
-        PlannerPolicy(planner, tuple(description["budgets"])),
-        tuple(description["budgets"]),
+            raise ValueError(f"policy '{spec}': {error}") from None
+    told = f"@{written_cost(spec.step_cost)}" if spec.step_cost is not None else ""
+    budgets: tuple[int, ...] = tuple(description["budgets"])
+    policy: Policy = PlannerPolicy(planner, budgets)
+    if spec.schedule or spec.prefix:
+        budgets, schedule = _schedule(spec, backbone)
+        if spec.prefix == PAIRED:
+            policy = PairedPolicy(planner, budgets, schedule)
+        else:
+            spacing = SPACING if spec.prefix == SPACED else 0.0
+            policy = RankingPolicy(planner_scorer(planner), backbone.geometry, budgets, schedule, spacing)
+    return NamedPolicy(
+        f"{family}{told}{'@' + spec.schedule if spec.schedule else ''}",
+        policy,
+        budgets,
         planner_scorer(planner),
         description["objective"],
-        reasoning,
+        planner.config.reasoning_steps,
         description["seed"],
         step_cost,
         costs,
+        spec,
+        family,
+        {key: description[key] for key in _TRAINING if key in description},
     )
-    if not sizes and not how:
-        return named
-    budgets, schedule = _schedule(path, sizes, backbone)
-    policy: Policy
-    if how == PAIRED:
-        policy = PairedPolicy(planner, budgets, schedule)
-    else:
-        spacing = SPACING if how == SPACED else 0.0
-        policy = RankingPolicy(planner_scorer(planner), backbone.geometry, budgets, schedule, spacing)
-    name = f"{how}{named.name}{'@' + sizes if sizes else ''}"
-    return replace(named, name=name, policy=policy, budgets=budgets)
 
 
-def planner_file(spec: str) -> Path | None:
-    """The checkpoint that a policy's name means; None if it means none."""
-    path = spec.partition("@")[0].removeprefix(SPACED).removeprefix(PAIRED)
-    return Path(path) if path.endswith(".safetensors") else None
+def _planner_name(description: Mapping[str, Any], reasoning_steps: int, conditioned: bool) -> str:
+    """What tables call a planner: its own name, or one made of agent, target or objective, and R."""
+    agent = description["agent"]
+    what = agent.get("target", description["objective"])
+    made = f"{agent['name']}_{what}{'_conditioned' if conditioned else ''}_r{reasoning_steps}"
+    name = description.get("name", made)
+    return f"planner_{name}" if _is_taken(name) else str(name)
 
 
-def policy_source(spec: str) -> Path | None:
-    """The file that defines a user's policy (module:attribute); None for other policies, and where there is no file."""
-    module, colon, _ = spec.partition("@")[0].partition(":")
-    if not colon or module.startswith(REFERENCES):
-        return None
+def policy_source(spec: PolicySpec | None) -> Path | None:
+    """The file that a policy is made of: a planner's checkpoint, or the user's module; None where there is none."""
+    if spec is None or spec.kind != "own":
+        return spec.path if spec is not None else None
     try:
-        return Path(inspect.getfile(importlib.import_module(module)))
+        return Path(inspect.getfile(importlib.import_module(spec.module_and_attribute[0])))
     except (ImportError, TypeError):  # no module, or one without a file
         return None
 
 
-def tell_step_costs_apart(policies: Sequence[NamedPolicy]) -> list[NamedPolicy]:
-    """Planners of one name that were trained at different step costs are no seeds of each other: NAME@cost0.3."""
+def check_planner_name(name: str | None) -> None:
+    """Refuse to call a planner what tables call something else; None is fine.
+
+    Raises:
+        ValueError: if it is the name of a baseline or reference.
+    """
+    if name is not None and _is_taken(name):
+        raise ValueError(f"name={name!r} is the name of another policy in every table; choose another name")
+
+
+def _is_taken(name: str) -> bool:
+    try:
+        return PolicySpec.parse(name).name in policy_names() or name in ("token_raster", "real images")
+    except ValueError:
+        return False
+
+
+def tell_apart(policies: Sequence[NamedPolicy]) -> list[NamedPolicy]:
+    """Planners of one name that are no training seeds of each other get names of their own.
+
+    Trained at different step costs they are NAME@cost0.3, points of one curve; with other settings that differ they are
+    "NAME (agent.steps=20)"; what is still alike in name and seed, such as another start, is "NAME #2".
+    """
+    families: dict[str, list[NamedPolicy]] = defaultdict(list)
     costs: dict[str, set[float | None]] = defaultdict(set)
     for policy in policies:
+        families[policy.family or policy.name].append(policy)
         costs[policy.name].add(policy.step_cost)
-    return [
-        replace(policy, name=f"{policy.name}@cost{policy.step_cost:g}")
-        if len(costs[policy.name]) > 1 and policy.step_cost is not None
-        else policy
-        for policy in policies
-    ]
+    seen: dict[tuple[str, int | None], int] = defaultdict(int)
+    found = []
+    for policy in policies:
+        old = policy.family or policy.name
+        family = old + _what_differs(policy, families[old])
+        name = family + policy.name.removeprefix(old)
+        if len(costs[policy.name]) > 1 and policy.step_cost is not None:
+            name = f"{name}@{written_cost(policy.step_cost)}"
+        seen[name, policy.seed] += 1
+        if (number := seen[name, policy.seed]) > 1:
+            name, family = f"{name} #{number}", f"{family} #{number}"
+        found.append(policy if name == policy.name else replace(policy, name=name, family=family))
+    return found
 
 
-def _own_policy(spec: str, budgets: tuple[int, ...]) -> NamedPolicy:
-    module, _, attribute = spec.partition(":")
+def _what_differs(policy: NamedPolicy, family: Sequence[NamedPolicy]) -> str:
+    """The settings in which planners of one name differ, in brackets; a hash of them if they are many."""
+    settings = _flat(policy.settings)
+    keys = [key for key in differing_settings(*(other.settings for other in family)) if key != "env.step_cost"]
+    told = ", ".join(f"{key}={settings.get(key)}" for key in keys)
+    if len(keys) > _SETTINGS_IN_A_NAME:
+        told = f"settings {hashlib.sha256(told.encode()).hexdigest()[:6]}"
+    return f" ({told})" if told else ""
+
+
+def differing_settings(*settings: Mapping[str, Any]) -> list[str]:
+    """Dotted keys whose values are not the same in all of some nested settings."""
+    flat = [_flat(part) for part in settings]
+    keys = dict.fromkeys(key for part in flat for key in part)
+    return [key for key in keys if any(part.get(key) != flat[0].get(key) for part in flat)]
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+def _own_policy(spec: PolicySpec, backbone: Backbone, budgets: tuple[int, ...]) -> NamedPolicy:
+    module, attribute = spec.module_and_attribute
     try:
         policy = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"policy {spec!r} cannot be imported: {error}; write module:attribute") from None
-    if not callable(policy):
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"policy '{spec}' cannot be imported: {error}; write module:attribute") from None
+    if not callable(policy) and not isinstance(policy, ReferencePolicy):
         raise ValueError(
-            f"policy {spec!r} must be callable as policy(observation, generator), got {type(policy).__name__}"
+            f"policy '{spec}' must be callable as policy(observation, generator), got {type(policy).__name__}"
         )
-    return NamedPolicy(spec, policy, tuple(budgets))
+    if not spec.schedule:
+        return _named(spec, policy, tuple(budgets))
+    budgets, schedule = _schedule(spec, backbone)
+    return _named(spec, with_schedule(policy, budgets, schedule, f"policy '{spec}'"), budgets)

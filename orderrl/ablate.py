@@ -7,7 +7,7 @@ content at all, and what do latents do?
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from orderrl.agents.policies import PlannerPolicy
 from orderrl.agents.registry import NamedPolicy
 from orderrl.backbones import Backbone
 from orderrl.entry import run_application
-from orderrl.evaluate import chosen_policies, describe, make_protocol, planner_paths
+from orderrl.evaluate import chosen_policies, describe, make_protocol, planner_specs
 from orderrl.metrics.ablations import (
     REMOVALS,
     Injection,
@@ -56,7 +56,8 @@ def ablate(config: DictConfig) -> Path:
     backbone = open_backbone(config)
     require_order_robust(config, backbone, "ablate")
     counts = checked_counts(config.injected, backbone)
-    policies = [named for named, _ in chosen_policies(config, backbone, planner_paths(config, backbone))]
+    chosen = [named for named, _ in chosen_policies(config, backbone, planner_specs(config, backbone))]
+    policies = seeds_named(chosen)
     protocol = make_protocol(config, backbone)
     with Run("ablate", config) as run:
         with progress(len(policies), "evaluating", "policies") as advance:
@@ -78,6 +79,15 @@ def ablate(config: DictConfig) -> Path:
         print_ablations(results)
         announce(f"ablations: {path}")
     return run.folder
+
+
+def seeds_named(policies: Sequence[NamedPolicy]) -> list[NamedPolicy]:
+    """Every policy under a name of its own: training seeds of a planner share one in tables, here the seed is in it."""
+    names = [named.name for named in policies]
+    return [
+        replace(named, name=f"{named.name} (seed {named.seed})") if names.count(named.name) > 1 else named
+        for named in policies
+    ]
 
 
 def checked_counts(counts: Sequence[int], backbone: Backbone) -> list[int]:

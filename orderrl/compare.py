@@ -32,11 +32,11 @@ class RunPairs(NamedTuple):
 
     Attributes:
         pairs: the family of comparisons.
-        equal: "<policy> - <opponent>" of those whose values are equal on every image and metric.
+        equal: those whose values are equal on every image and metric, as "name", "policy" and "opponent".
     """
 
     pairs: list[Pair]
-    equal: list[str]
+    equal: list[dict[str, str]]
 
 
 def run_pairs(evaluations: Sequence[Evaluation], metrics: Sequence[str] = METRICS) -> RunPairs:
@@ -49,15 +49,16 @@ def run_pairs(evaluations: Sequence[Evaluation], metrics: Sequence[str] = METRIC
     """
     first, *others = evaluations
     pairs: list[Pair] = []
-    equal: list[str] = []
+    equal: list[dict[str, str]] = []
     for other in others:
         mine, theirs = by_policy(other.rows), by_policy(first.rows)
         for policy, opponent in _matched(mine, theirs):
             name = f"{policy} ({other.name}) - {opponent} ({first.name})"
-            found = list(_metric_pairs(name, mine[policy], theirs[opponent], metrics))
+            named = {"policy": policy, "opponent": opponent}
+            found = _metric_pairs(name, named, mine[policy], theirs[opponent], metrics)
             different = [pair for pair in found if not _equal(pair.policy, pair.opponent)]
             pairs += different
-            equal += [name] if found and not different else []
+            equal += [{"name": name, **named}] if found and not different else []
     if not pairs and not equal:
         measured = sorted({key for run in evaluations for row in run.rows for key in row.per_image})
         raise ValueError(
@@ -76,14 +77,14 @@ def _matched(mine: dict[str, list[Evaluated]], theirs: dict[str, list[Evaluated]
 
 
 def _metric_pairs(
-    name: str, mine: Sequence[Evaluated], theirs: Sequence[Evaluated], metrics: Sequence[str]
+    name: str, named: dict[str, Any], mine: Sequence[Evaluated], theirs: Sequence[Evaluated], metrics: Sequence[str]
 ) -> list[Pair]:
     found = []
     for metric in metrics:
         one, other = stacked(mine, metric), stacked(theirs, metric)
         if one is not None and other is not None:
             masked = metric == "decode_nll" and mine[0].row["decode_nll"] is None  # masked models have no nats
-            found.append(Pair(name, "decode_loss" if masked else metric, one, other))
+            found.append(Pair(name, "decode_loss" if masked else metric, one, other, named))
     return found
 
 
@@ -139,7 +140,7 @@ def summary(results: dict[str, Any]) -> str:
         f"{len(results['runs'])} runs of one protocol, compared with {first}: {told if entries else 'no differences.'}"
     ]
     if equal:
-        sentences.append(f"Equal on every image: {', '.join(dict.fromkeys(name.split(' (')[0] for name in equal))}.")
+        sentences.append(f"Equal on every image: {', '.join(dict.fromkeys(pair['policy'] for pair in equal))}.")
     return " ".join(sentences)
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +33,12 @@ from hydra.core.object_type import ObjectType
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, Node, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import (
+    GrammarParseError,
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+    UnsupportedInterpolationType,
+)
 from rich.console import Console
 from rich.table import Table
 
@@ -261,10 +267,13 @@ def _explain(error: Exception, loader: ConfigLoader, command: str, overrides: Se
         options = _choices(loader, group)
         return f"{group}={choice} is unknown{_closest(choice, options)}; choose one of {', '.join(options)}"
     if isinstance(error, OverrideParseException):
-        return f"cannot read {error.override!r}; write key=value or group=choice, special characters in quotes"
+        return f"cannot read {error.override!r}; write key=value or group=choice{_in_quotes(error.override)}"
     if ambiguous := re.match(r"Ambiguous value for argument '(.+?)=(.*)'", str(error)):
         key, values = ambiguous.groups()
-        return f"{key}={values} gives several values; add --multirun to run with each, or write '{key}=[{values}]'"
+        return (
+            f"{key}={values} gives several values; add --multirun to run with each, or write '{key}=[{values}]'"
+            + _in_quotes(f"{key}={values}")
+        )
     unknown = re.search(r"Could not override '([^'@]+)", str(error))
     if unknown is None:
         return _line(error)
@@ -281,6 +290,24 @@ def _explain(error: Exception, loader: ConfigLoader, command: str, overrides: Se
     return (
         f"{command} has no key {where}{name}{_closest(name, keys)}; keys {f'of {parent}' if parent else 'here'}: "
         + (", ".join(keys))
+    )
+
+
+def quoted(value: str) -> str:
+    """A string as Hydra's command line takes it, whatever characters are in it (but `${`, which names another key)."""
+    escaped = re.sub(r"(\\*)'", lambda found: 2 * found[1] + "\\'", value)
+    escaped = re.sub(r"(\\+)$", lambda found: 2 * found[1], escaped)  # it would escape the closing quote
+    return f"'{escaped}'"
+
+
+def _in_quotes(override: str | None) -> str:
+    """How to write an override whose value has characters that mean something to Hydra, in quotes for the shell too."""
+    key, equals, value = (override or "").partition("=")
+    if not equals or not value or value.startswith(("'", '"')):
+        return ", special characters in quotes"  # there is no value to show
+    text = f"{key}={quoted(value)}"
+    return "; a path or text with special characters stands in quotes: " + (
+        shlex.quote(text) if re.search(r'["$`\\!]', text) else f'"{text}"'
     )
 
 
@@ -311,13 +338,15 @@ def _closest(name: str, known: Sequence[str]) -> str:
 
 
 def _line(error: Exception) -> str:
-    said = " ".join(str(error).split()) or type(error).__name__
+    line = " ".join(str(error).split()) or type(error).__name__
     if _lacks_memory(error):
         return (
-            f"too little memory ({said[:200]}); make batches smaller (batch_size, num_envs, backbone.memory_gb), use a "
+            f"too little memory ({line[:200]}); make batches smaller (batch_size, num_envs, backbone.memory_gb), use a "
             "smaller model, or fewer images"
         )
-    return said
+    if isinstance(error, InterpolationResolutionError | UnsupportedInterpolationType | GrammarParseError):
+        line += " (${...} stands for another key of the configuration: no path can hold it)"
+    return line
 
 
 # -- help -------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from orderrl.agents.fitted import fit_order
-from orderrl.agents.registry import NamedPolicy, make_policy, tell_step_costs_apart
+from orderrl.agents.registry import NamedPolicy, make_policy, tell_apart
+from orderrl.agents.spec import PolicySpec
 from orderrl.backbones import Backbone, backbone_fingerprint, backbone_names, load_backbone
 from orderrl.backbones.masked import MaskedTransformer
 from orderrl.backbones.protocol import backbone_device
@@ -54,7 +55,6 @@ from orderrl.pipeline import (
 from orderrl.planners import newest_planner
 from orderrl.report import write_report
 from orderrl.report.markdown import markdown_comparisons, markdown_table
-from orderrl.report.summary import is_reference
 from orderrl.resuming import Unfinished
 from orderrl.rows import Job, evaluation_key, log_values, make_rows, publish_samples
 from orderrl.runs import Run
@@ -197,16 +197,38 @@ def all_splits(name: str) -> list[Any]:
     return [load_split(name, split) for split in ("backbone", "planner", "test")]
 
 
-def planner_paths(config: DictConfig, backbone: Backbone) -> list[str]:
-    """Checkpoints of the planners of the table; none where there is no order to choose."""
-    paths: list[str] = []
+def planner_specs(config: DictConfig, backbone: Backbone) -> list[PolicySpec]:
+    """The planners of the table; none where there is no order to choose.
+
+    Raises:
+        ValueError: if an entry is no planner, or none is there.
+    """
+    specs: list[PolicySpec] = []
     for entry in config.eval.planners if backbone.order_robust else []:
-        found = newest_planners(config, backbone) if entry == "newest" else [entry]
-        paths += [str(path) for path in found]
-    return paths
+        spec = PolicySpec.parse(entry)
+        if spec.kind not in ("planner", "newest"):
+            raise ValueError(f"eval.planners: {entry!r} is no planner; give a .safetensors file or newest")
+        specs += [spec.at(path) for path in newest_planners(config, backbone)] if spec.kind == "newest" else [spec]
+    return specs
 
 
-def chosen_policies(config: DictConfig, backbone: Backbone, paths: list[str]) -> list[tuple[NamedPolicy, bool]]:
+def policy_of(config: DictConfig, backbone: Backbone) -> PolicySpec:
+    """The policy of a config that has one; "newest" is the last of the agents' newest planners.
+
+    Raises:
+        ValueError: if it is no policy's name, or there is no planner.
+    """
+    spec = PolicySpec.parse(config.policy)
+    if spec.kind != "newest":
+        return spec
+    spec = spec.at(newest_planners(config, backbone)[-1])
+    announce(f"policy: {spec}")
+    return spec
+
+
+def chosen_policies(
+    config: DictConfig, backbone: Backbone, planners: Sequence[PolicySpec]
+) -> list[tuple[NamedPolicy, bool]]:
     """Policies of the table, each with whether its samples are scored; all names are checked before any work."""
     order: dict[str, Tensor] = {}
 
@@ -221,25 +243,31 @@ def chosen_policies(config: DictConfig, backbone: Backbone, paths: list[str]) ->
             f"{config.backbone.name} draws in raster order only: no policy to compare, its raster row stands alone"
         )
         return []
-    for path in paths:
-        announce(f"planner: {path}")
+    for planner in planners:
+        announce(f"planner: {planner}")
     own_budgets = tuple(e.get("budgets", (1,)))
 
-    def build(spec: str) -> NamedPolicy:
+    def build(spec: PolicySpec) -> NamedPolicy:
         return make_policy(spec, backbone, fitted, own_budgets)
 
-    baselines = dict.fromkeys(swept for spec in e.policies for swept in schedules(spec, (1,), e.sweep))
-    told = [spec for path in paths for spec in at_step_costs(path, build(path), e.step_costs)]
-    planners = dict.fromkeys(swept for spec in told for swept in schedules(spec, build(spec).budgets, e.sweep))
-    chosen = [(build(s), s in e.sampled or s.partition("@")[0] in swept_names(e) or ":" in s) for s in baselines]
-    return chosen + [(named, True) for named in tell_step_costs_apart([build(path) for path in planners])]
+    listed = [PolicySpec.parse(text) for text in e.policies]
+    baselines = dict.fromkeys(swept for spec in listed for swept in schedules(spec, (1,), e.sweep))
+    told = [spec for planner in planners for spec in at_step_costs(planner, build(planner), e.step_costs)]
+    swept_planners = dict.fromkeys(swept for spec in told for swept in schedules(spec, build(spec).budgets, e.sweep))
+    sampled = {PolicySpec.parse(text) for text in e.sampled}
+
+    def is_sampled(spec: PolicySpec) -> bool:
+        return spec in sampled or bool(e.sweep and spec.family in sampled) or spec.kind in ("own", "planner")
+
+    chosen = [(build(spec), is_sampled(spec)) for spec in baselines]
+    return chosen + [(named, True) for named in tell_apart([build(spec) for spec in swept_planners])]
 
 
-def at_step_costs(spec: str, named: NamedPolicy, step_costs: Sequence[float] | None) -> list[str]:
+def at_step_costs(spec: PolicySpec, named: NamedPolicy, step_costs: Sequence[float] | None) -> list[PolicySpec]:
     """A planner that must be told what a step costs, once for every cost of a list; others stay as they are.
 
     Args:
-        spec: its name, PATH or PATH@SCHEDULE.
+        spec: what it was made of.
         named: the policy.
         step_costs: nats per image; None takes the ends of the range that the planner was trained on and their geometric
             mean, to two digits.
@@ -248,24 +276,17 @@ def at_step_costs(spec: str, named: NamedPolicy, step_costs: Sequence[float] | N
         return [spec]
     low, high = named.step_cost_range
     between = min(max(float(f"{(low * high) ** 0.5:.2g}"), low), high)
-    path, at, schedule = spec.partition("@")
-    return [f"{path}@cost{cost}{at}{schedule}" for cost in step_costs or (low, between, high)]
+    return [replace(spec, step_cost=float(cost)) for cost in step_costs or (low, between, high)]
 
 
-def schedules(spec: str, budgets: tuple[int, ...], sweep: Sequence[int]) -> list[str]:
+def schedules(spec: PolicySpec, budgets: tuple[int, ...], sweep: Sequence[int]) -> list[PolicySpec]:
     """A policy, and if it reveals one block a step by no schedule of its own the same at every budget of a sweep.
 
     Own policies and references, which are evaluated on the first images only, stay as they are.
     """
-    planner = spec.endswith(".safetensors")
-    if "@" in spec or budgets != (1,) or (not planner and (":" in spec or is_reference(spec))):
+    if spec.schedule or budgets != (1,) or spec.kind == "own" or not spec.rival:
         return [spec]
-    return [spec, *(f"{spec}@{budget}" for budget in sweep if budget != 1)]
-
-
-def swept_names(e: DictConfig) -> list[str]:
-    """Baselines whose samples are scored at every budget of the sweep."""
-    return [name for name in e.sampled if "@" not in name] if e.sweep else []
+    return [spec, *(replace(spec, schedule=str(budget)) for budget in sweep if budget != 1)]
 
 
 def evaluate(config: DictConfig) -> Path:
@@ -276,11 +297,10 @@ def evaluate(config: DictConfig) -> Path:
     """
     check_settings(config)
     backbone = open_backbone(config)
-    paths = planner_paths(config, backbone)
-    policies = chosen_policies(config, backbone, paths)
+    policies = chosen_policies(config, backbone, planner_specs(config, backbone))
     protocol = make_protocol(config, backbone)
     jobs = row_jobs(config, backbone, policies)
-    key = evaluation_key(config, backbone, protocol.data, [named for named, _ in policies], paths)
+    key = evaluation_key(config, backbone, protocol.data, [named for named, _ in policies])
     with Run("evaluate", config) as run, Unfinished(config.cache_dir, f"evaluation-{key}", instead=run.folder) as work:
         rows = make_rows(jobs, protocol, work, config.eval.keep_samples)
         if is_main():
@@ -429,7 +449,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 def print_comparisons(entries: list[dict[str, Any]]) -> None:
     """Planners against raster on screen; the report has all pairs."""
     for entry in entries:
-        if entry["name"].endswith("- raster") or " at " in entry["name"]:
+        if entry["opponent"] == "raster" or entry["at_steps"] is not None:
             announce(
                 f"{entry['name']}: {entry['metric']} {entry['mean']:+.4f} [{entry['low']:+.4f}, {entry['high']:+.4f}]"
             )

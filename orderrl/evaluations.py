@@ -179,10 +179,12 @@ def open_evaluations(arguments: Sequence[str]) -> list[Evaluation]:
 
 
 def _name_and_folder(argument: str) -> tuple[str, Path]:
-    name, equals, folder = argument.partition("=")
-    if not equals or Path(argument).expanduser().is_dir():  # a folder's own name may have an equals sign
+    """NAME=FOLDER or FOLDER: names and folders may hold equals signs, so whatever is a folder there is taken."""
+    if "=" not in argument or Path(argument).expanduser().is_dir():
         return "", Path(argument).expanduser()
-    return name, Path(folder).expanduser()
+    parts = argument.split("=")
+    splits = [("=".join(parts[:i]), Path("=".join(parts[i:])).expanduser()) for i in range(1, len(parts))]
+    return next((split for split in splits if split[1].is_dir()), splits[0])
 
 
 def require_one_protocol(evaluations: Sequence[Evaluation]) -> None:

@@ -19,7 +19,7 @@ from orderrl.data import TokenSet, load_split
 from orderrl.data.shards import decode_in_parts
 from orderrl.entry import run_application
 from orderrl.envs.render import order_image, partial_images
-from orderrl.evaluate import fitted_order, newest_planners
+from orderrl.evaluate import fitted_order, policy_of
 from orderrl.generation import Generated, balanced_labels, generate_images, generate_published
 from orderrl.geometry import BlockGrid
 from orderrl.metrics.images import save_images
@@ -42,16 +42,13 @@ def generate(config: DictConfig) -> Path:
     config, backbone, data = _opened(config)
     if config.label is not None and not 0 <= config.label < backbone.num_classes:
         raise ValueError(f"label={config.label} is no class; use 0 to {backbone.num_classes - 1} or null")
-    spec = config.policy
-    if spec == "newest":
-        spec = str(newest_planners(config, backbone)[-1])
-        announce(f"policy: {spec}")
+    spec = policy_of(config, backbone)
     labels = balanced_labels(config.n, data.classes)
     if config.label is not None:
         labels = torch.full_like(labels, config.label)
     sampling = sampling_of(config)
     geometry = backbone.geometry
-    if spec == PUBLISHED:
+    if str(spec) == PUBLISHED:
         geometry = BlockGrid(geometry.height, geometry.width, 1)  # its pictures show single tokens
         draw = partial(generate_published, backbone, labels, config.steps, sampling, config.seed)
     else:

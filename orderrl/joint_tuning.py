@@ -36,7 +36,7 @@ def find_or_train_joint(config: DictConfig, backbone: Backbone, run: Run | None 
     require_order_robust(config, backbone, "agent=joint")
     settings = JointConfig(**section(config, "agent", "name", "start"), seed=config.seed)
     tuned = copy_to_tune(backbone, settings.layers)
-    start = Path(config.agent.start) if config.agent.start else planner_to_start_from(config, backbone)
+    start = planner_to_start_from(config, backbone)
     planner, started = load_planner(start, backbone)
     require_described(start, planner, started)
     labels = find_or_make_labels(config, backbone)

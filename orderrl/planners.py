@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +22,9 @@ from orderrl.agents.orders import ORDERS
 from orderrl.agents.policies import AmongBudgets, Policy, ReferencePolicy
 from orderrl.agents.policy_gradient import PolicyGradient, PolicyGradientConfig
 from orderrl.agents.ppo import PPO, PPOConfig
-from orderrl.agents.registry import make_policy, planner_file, policy_source
+from orderrl.agents.registry import differing_settings, make_policy, policy_source
 from orderrl.agents.search import FixedSchedule, SearchConfig, search_schedule
+from orderrl.agents.spec import NEWEST, PolicySpec
 from orderrl.backbones import Backbone, backbone_fingerprint
 from orderrl.backbones.protocol import backbone_device
 from orderrl.backbones.registry import weights_fingerprint
@@ -36,6 +38,7 @@ from orderrl.pipeline import (
     CHEAPEST,
     DAGGER,
     FORMAT,
+    LABELS,
     NO_DATA,
     announce,
     find_or_make_labels,
@@ -206,15 +209,15 @@ def find_or_train_imitation(config: DictConfig, backbone: Backbone, run: Run | N
             the environment does not have.
     """
     require_order_robust(config, backbone, "agent=imitation")
-    spec = config.agent.policy
+    spec = PolicySpec.parse(config.agent.policy)
     named = make_policy(spec, backbone)
     if isinstance(named.policy, ReferencePolicy):
         raise ValueError(f"agent.policy={named.name!r} looks behind the observation; imitate another policy")
     if named.step_cost_range is not None:
-        raise ValueError(f"agent.policy={spec!r} must be told what a step costs; imitate it at one cost: PATH@cost0.5")
+        raise ValueError(f"agent.policy='{spec}' must be told what a step costs; imitate it at one cost: PATH@cost0.5")
     policy = AmongBudgets(named.policy, named.budgets, core_config(config, backbone).budgets)
     # What is in a planner's file or a user's module counts, not its name.
-    file = planner_file(spec) or policy_source(spec)
+    file = policy_source(spec)
     imitated = {} if file is None else {"imitated": checksum(file)}
     return _find_or_imitate(config, backbone, lambda data, work: policy, imitated, run, reuse)
 
@@ -307,7 +310,7 @@ def _find_or_improve(
     environment = core_config(config, backbone)
     if isinstance(settings, PPOConfig):
         settings.require_whole_episodes(backbone.geometry.num_blocks, environment.budgets)
-    start = Path(config.agent.start) if config.agent.start else planner_to_start_from(config, backbone)
+    start = planner_to_start_from(config, backbone)
     planner, _ = load_planner(start, backbone)
     description = _describe(config, backbone) | {
         "agent": section(config, "agent", "start", "start_target"),
@@ -343,23 +346,97 @@ def core_config(config: DictConfig, backbone: Backbone) -> CoreConfig:
 
 
 def planner_to_start_from(config: DictConfig, backbone: Backbone) -> Path:
-    """The planner that `start_target` or L_OH names, of the same backbone, data, labels, planner and seed."""
+    """The planner that `agent.start`, `start_target` or L_OH names; what it is and where it came from is printed.
+
+    A file; "newest", the newest cached clone of this backbone and data, whatever its settings; or, with null, the
+    planner of the same backbone, data, labels, planner and seed, which is trained if it is not in the cache.
+
+    Raises:
+        ValueError: if there is no clone in the cache to be the newest one.
+    """
+    agent = config.agent
+    if agent.start is not None and agent.start != NEWEST:
+        announce(f"{agent.name}: starts from {agent.start}")
+        return Path(agent.start)
+    if agent.start == NEWEST:
+        newest = newest_planner(config, backbone, "bc")
+        if newest is None:
+            raise ValueError(
+                f"agent.start=newest: no clone for backbone {config.backbone.name!r} and this data in "
+                f"{config.cache_dir}; train one with `python -m orderrl.train agent=bc`"
+            )
+        announce(f"{agent.name}: starts from the newest clone, {newest}")
+        return newest
+    started, what = _config_of_start(config)
+    newest = newest_planner(config, backbone, started.agent.name)
+    if newest is not None and (different := _differences(newest, started, backbone)):
+        taken = f"agent.start={'newest' if started.agent.name == 'bc' else newest} takes it"
+        announce(f"{agent.name}: passes over the newest in the cache, {newest} ({different}); {taken}")
+    cached = set((Path(config.cache_dir) / PLANNERS).glob("*"))
+    find_or_train = {
+        "bc": find_or_train_clone,
+        "schedule": find_or_train_schedule,
+        "imitation": find_or_train_imitation,
+    }
+    path = find_or_train[started.agent.name](started, backbone)
+    announce(f"{agent.name}: starts from {what}, {'cached' if path.parent in cached else 'trained now'}: {path}")
+    return path
+
+
+def _config_of_start(config: DictConfig) -> tuple[DictConfig, str]:
+    """The config that trains the planner to start from, and what that is in words."""
     agent = config.agent
     target = agent.get("start_target")
-    if target is not None and target not in TARGETS:
-        searched = target == "schedule"
-        making = compose("train", ["agent=schedule" if searched else "agent=imitation"])
-        if not searched:  # a policy's name may hold what an override may not
-            making.agent.policy = target
-        shared = ("backbone", "data", "env", "planner", "seed", "cache_dir", "device", "checkpoint_seconds")
-        announce(f"{agent.name}: starting from {'the fixed schedule of this config' if searched else target}")
-        start = with_values(making, {key: config[key] for key in shared})
-        return (find_or_train_schedule if searched else find_or_train_imitation)(start, backbone)
-    chosen = {"target": target} if target is not None else {key: agent[key] for key in OH_KEYS}
-    cloning = compose("train", ["agent=bc", *(f"agent.{key}={value}" for key, value in chosen.items())])
-    shared = ("backbone", "data", "labels", "planner", "seed", "cache_dir", "device", "checkpoint_seconds")
-    announce(f"{agent.name}: starting from the clone of this config with target {cloning.agent.target}")
-    return find_or_train_clone(with_values(cloning, {key: config[key] for key in shared}), backbone)
+    cloned = target is None or target in TARGETS
+    name = "bc" if cloned else "schedule" if target == "schedule" else "imitation"
+    started = compose("train", [f"agent={name}"])
+    shared = ("backbone", "data", "planner", "seed", "cache_dir", "device", "checkpoint_seconds")
+    started = with_values(started, {key: config[key] for key in (*shared, "labels" if cloned else "env")})
+    # values are set and not composed: a policy's name may hold what an override may not
+    if cloned:
+        started.agent.update({key: agent[key] for key in OH_KEYS} if target is None else {"target": target})
+        return started, f"the clone of this config with target {started.agent.target}"
+    if name == "imitation":
+        started.agent.policy = target
+    return started, "the fixed schedule of this config" if name == "schedule" else f"an imitation of {target}"
+
+
+def _differences(newest: Path, wanted: DictConfig, backbone: Backbone) -> str:
+    """In which settings a cached planner is not the one that a config would train, "" if in none."""
+    try:
+        _, there = load_planner(newest)
+    except (ValueError, OSError):  # it is not taken, and whoever takes it is told
+        return ""
+    agent = section(wanted, "agent", *([] if wanted.agent.get("dagger_rounds") else DAGGER))
+    here: dict[str, Any] = {"agent": agent, "planner": section(wanted, "planner"), "seed": wanted.seed, "name": None}
+    if wanted.agent.name == "bc":
+        here["labels"] = section(wanted, "labels", "batch_size", "shard_size")
+        there = there | {"labels": _label_settings(wanted, there["labels"])}
+    else:
+        environment = section(wanted, "env")
+        if wanted.agent.name == "schedule":
+            environment["step_cost"] = core_config(wanted, backbone).reward.typical_step_cost
+        here["env"] = environment
+    there = {key: there.get(key) for key in here}
+    keys = differing_settings(there, here)
+    told = [f"{key}={_value(there, key)} there, {_value(here, key)} here" for key in keys[:5]]
+    return "; ".join([*told, *([f"and {len(keys) - 5} more"] if len(keys) > 5 else [])])
+
+
+def _label_settings(config: DictConfig, key: str) -> Any:
+    """The settings of cached labels; their key where they are gone."""
+    try:
+        entry = json.loads((Cache(config.cache_dir).folder(LABELS, key) / "key.json").read_text(encoding="utf-8"))
+        return entry["description"]["labels"]
+    except (OSError, ValueError, KeyError):
+        return key
+
+
+def _value(settings: Any, key: str) -> Any:
+    """The value of a dotted key; None where there is none."""
+    for part in key.split("."):
+        settings = settings.get(part) if isinstance(settings, dict) else None
+    return "null" if settings is None else settings
 
 
 def find_or_train_planner(

@@ -30,11 +30,11 @@ def results(config: DictConfig) -> Path:
 def training_config(config: DictConfig, overrides: list[str], seed: int) -> DictConfig:
     """The config of `python -m orderrl.train` for a row of the grid: its overrides come after the grid's labels."""
     labels = section(config, "labels")
-    kind = labels.pop("kind")
-    own_kind = any(override.startswith(("labels=", "labels.kind=")) for override in overrides)
-    shared = [*([] if own_kind else [f"labels={kind}"]), *(f"labels.{key}={value}" for key, value in labels.items())]
-    wanted = compose("train", [*shared, *overrides, f"seed={seed}"])
-    return with_values(wanted, {key: config[key] for key in SHARED})
+    given = {override.lstrip("+").partition("=")[0] for override in overrides}
+    kind = [] if given & {"labels", "labels.kind"} else [f"labels={labels['kind']}"]
+    wanted = compose("train", [*kind, *overrides, f"seed={seed}"])
+    shared = {key: value for key, value in labels.items() if key != "kind" and f"labels.{key}" not in given}
+    return with_values(wanted, {"labels": shared} | {key: config[key] for key in SHARED})
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,16 @@ from omegaconf import DictConfig
 from tensordict import TensorDict
 from torch import Tensor
 
-from orderrl.agents.policies import Policy, ReferencePolicy
+from orderrl.agents.policies import Policy, ReferencePolicy, among_budgets
 from orderrl.agents.registry import make_policy
 from orderrl.backbones import Backbone
 from orderrl.data import TokenSet, load_split
 from orderrl.entry import run_application
 from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.envs.spaces import action_space, observation_space, to_numpy
-from orderrl.evaluate import fitted_order, newest_planners
+from orderrl.evaluate import fitted_order, policy_of
 from orderrl.metrics.planning import act
-from orderrl.pipeline import announce, open_backbone, require_order_robust
+from orderrl.pipeline import announce, open_backbone, require_order_robust, with_values
 from orderrl.planners import core_config
 from orderrl.runs import Run, progress
 from orderrl.storage import filled_aside
@@ -231,26 +231,25 @@ def rollouts(config: DictConfig) -> Path:
         require_minari(config.minari)
     backbone = open_backbone(config)
     require_order_robust(config, backbone, "rollouts")
-    spec = str(newest_planners(config, backbone)[-1]) if config.policy == "newest" else config.policy
-    named = make_policy(spec, backbone, lambda: fitted_order(config, backbone), tuple(config.env.budgets))
-    environment = replace(core_config(config, backbone), budgets=named.budgets)
+    asked = None if config.env.budgets is None else tuple(config.env.budgets)
+    named = make_policy(policy_of(config, backbone), backbone, lambda: fitted_order(config, backbone), asked or (1,))
+    environment = core_config(with_values(config, {"env": {"budgets": list(asked or named.budgets)}}), backbone)
+    policy = among_budgets(named.policy, named.budgets, environment.budgets)
     costs, told = environment.reward.step_cost_range, named.step_cost_range
     if costs and told and not told[0] <= costs[0] < costs[1] <= told[1]:
         raise ValueError(f"env.step_cost={costs} reaches beyond the range that the planner was trained on, {told}")
     data = load_split(config.data.name, config.split)
     with Run("rollouts", config) as run:
         folder = run.folder / "transitions" if config.output is None else Path(config.output).expanduser()
-        found = record_dataset(
-            backbone, data, named.policy, environment, config.n, folder, config.batch_size, config.seed
-        )
+        found = record_dataset(backbone, data, policy, environment, config.n, folder, config.batch_size, config.seed)
         returns = torch.zeros(config.n).index_add_(0, found["episode"], found["next", "reward"][:, 0])
         run.log({"episodes": float(config.n), "transitions": float(len(found)), "return": returns.mean().item()}, 0)
         announce(f"{config.n} episodes of {named.name}, {len(found)} transitions, mean return {returns.mean():.4f}")
         announce(f"transitions: {folder}")
         if config.minari is not None:
             known = {"backbone": config.backbone.name, "data": config.data.name, "split": config.split}
-            arguments = known | {"budgets": list(named.budgets)} | asdict(environment.reward)
-            write_minari(config.minari, found, backbone, named.budgets, arguments, named.name, config.seed, costs)
+            arguments = known | {"budgets": list(environment.budgets)} | asdict(environment.reward)
+            write_minari(config.minari, found, backbone, environment.budgets, arguments, named.name, config.seed, costs)
             announce(f"Minari data set: {config.minari}")
     return folder
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig
 
 from orderrl import distributed
-from orderrl.agents.registry import PAIRED, SPACED, NamedPolicy, policy_source
+from orderrl.agents.registry import NamedPolicy, policy_source
 from orderrl.backbones import Backbone, backbone_fingerprint
 from orderrl.data import TokenSet
 from orderrl.geometry import BlockGrid
@@ -45,16 +45,13 @@ class Job(NamedTuple):
     make: Callable[[Protocol], Evaluated]
 
 
-def evaluation_key(
-    config: DictConfig, backbone: Backbone, data: TokenSet, policies: Sequence[NamedPolicy], checkpoints: Sequence[str]
-) -> str:
+def evaluation_key(config: DictConfig, backbone: Backbone, data: TokenSet, policies: Sequence[NamedPolicy]) -> str:
     """Fingerprint of everything that determines the rows of an evaluation."""
     settings = section(config, "eval", "planners")
-    planners = [part for spec in checkpoints for part in _parts(spec)]
     weights = [settings[key] for key in ("reference", "feature_weights", "clip_weights")]
     named = [settings[key] for key in ("features", "classifier")]
     of_timm = [timm_source(name) for name in named if name]
-    files = [*planners, *settings["token_raster"], *weights, *of_timm]
+    files = [*settings["token_raster"], *weights, *of_timm]
     description = {
         "backbone": backbone_fingerprint(backbone),
         "data": data.fingerprint,
@@ -62,16 +59,18 @@ def evaluation_key(
         "labels": section(config, "labels"),
         "seed": config.seed,
         "files": [source_identity(file) for file in files],
-        "own": [source_identity(policy_source(policy.name)) for policy in policies],
+        "policies": [
+            [policy.name, _acting(policy), source_identity(policy_source(policy.spec))] for policy in policies
+        ],
         "code": code_fingerprint(),
     }
     return fingerprint(description)
 
 
-def _parts(spec: str) -> tuple[str, str]:
-    """The file of a planner's name, and what acts with it: PATH@cost0.5@4, spaced_PATH."""
-    path = spec.removeprefix(SPACED).removeprefix(PAIRED).partition("@")[0]
-    return path, spec.replace(path, "", 1)
+def _acting(policy: NamedPolicy) -> str | None:
+    """What acts with a planner's file, wherever it lies, PATH@cost0.5@4, spaced_PATH; other policies by their names."""
+    spec = policy.spec
+    return None if spec is None else str(replace(spec, kind="newest", name="") if spec.path is not None else spec)
 
 
 def code_fingerprint() -> str:

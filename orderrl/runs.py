@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
@@ -48,6 +50,7 @@ _PACKAGES = (
     *("orderrl", "torch", "torchvision", "torchrl", "tensordict", "gymnasium", "timm", "torch-fidelity"),
     *("hydra-core", "numpy", "scikit-learn", "safetensors"),
 )
+_WANDB_MODES = ("online", "offline", "disabled")
 _PLAIN_INTERVAL = 10.0  # seconds between progress lines when the output is not a terminal
 
 
@@ -157,13 +160,15 @@ class Run:
         command: the entry point, such as ``train``.
         config: its configuration. Used here: ``output_dir`` (default ``runs``) and ``logger``; with
             ``logger.name=wandb`` the same metrics go to Weights & Biases, under ``logger.project`` and
-            ``logger.mode`` (online, offline or disabled), with its files in the run's folder.
+            ``logger.mode`` (online, offline or disabled), with its files in the run's folder. Where these are null
+            its own environment variables decide: WANDB_MODE, WANDB_DISABLED, WANDB_PROJECT, WANDB_NAME, WANDB_DIR.
 
     Attributes:
         folder: the run's folder.
 
     Raises:
-        ValueError: if the logger is unknown.
+        ValueError: if the logger or its mode is unknown, or Weights & Biases can't be started (nobody is logged in);
+            the folder is then removed.
     """
 
     def __init__(self, command: str, config: Mapping[str, Any]) -> None:
@@ -173,6 +178,8 @@ class Run:
         name = self._logger.get("name", "local")
         if name not in ("local", "wandb"):
             raise ValueError(f"logger.name={name!r} is unknown; choose one of local, wandb")
+        if (mode := self._logger.get("mode")) not in (None, *_WANDB_MODES):
+            raise ValueError(f"logger.mode={mode!r} is unknown; choose one of {', '.join(_WANDB_MODES)}, or null")
         parent = Path(self.config.get("output_dir", "runs")) / command
         self.folder = distributed.on_main(lambda: _new_folder(parent))
         self._start = time.monotonic()
@@ -182,7 +189,13 @@ class Run:
             (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(self.config), encoding="utf-8")
             self.write_json("versions.json", versions())
             self._metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
-            self._wandb = self._start_wandb() if name == "wandb" else None
+            if name == "wandb":
+                try:
+                    self._wandb = self._start_wandb()
+                except ValueError:
+                    self._metrics.close()
+                    shutil.rmtree(self.folder)
+                    raise
 
     def __enter__(self) -> Self:
         return self
@@ -230,15 +243,28 @@ class Run:
             self._wandb = None
 
     def _start_wandb(self) -> Any:
-        import wandb
+        """Start logging to Weights & Biases; what the config leaves open its environment variables decide."""
+        try:
+            import wandb
+        except ImportError as error:
+            raise ValueError(f"logger=wandb needs the package wandb: pip install wandb ({error})") from error
 
-        return wandb.init(
-            project=self._logger.get("project", "orderrl"),
-            mode=self._logger.get("mode", "online"),
-            name=f"{self.command}_{self.folder.name}",
-            dir=self.folder,
-            config=self.config,
-        )
+        given, mode = os.environ.get, self._logger.get("mode")
+        if mode is None and given("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on"):
+            mode = "disabled"  # wandb itself knows this variable no more, other trainers do
+        try:
+            return wandb.init(
+                project=self._logger.get("project") or given("WANDB_PROJECT") or "orderrl",
+                mode=mode,
+                name=given("WANDB_NAME") or f"{self.command}_{self.folder.name}",
+                dir=given("WANDB_DIR") or self.folder,
+                config=self.config,
+            )
+        except (wandb.Error, ValueError, OSError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(
+                f"logger=wandb can't be started: {reason}; log in with `wandb login`, or use logger.mode=offline"
+            ) from error
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from orderrl.agents.registry import check_planner_name
 from orderrl.distributed import launched, on_main
 from orderrl.entry import run_application
 from orderrl.joint_tuning import find_or_train_joint
@@ -43,6 +44,7 @@ def train(config: DictConfig) -> Path:
     """
     if config.agent.name not in AGENTS:
         raise ValueError(f"agent.name={config.agent.name!r} is unknown; choose one of {', '.join(AGENTS)}")
+    check_planner_name(config.name)
     backbone = open_backbone(config)
     with Run("train", config) as run:
         path = AGENTS[config.agent.name](config, backbone, run, config.reuse)

@@ -18,12 +18,16 @@ def row(policy: str, gain: float | None, R: int | None = None, **values: Any) ->
     """A row of `results.json`."""
     interval = None if gain is None else [gain - 0.01, gain + 0.01]
     empty = dict.fromkeys(column.key for column in COLUMNS)
-    return empty | {"policy": policy, "R": R, "gain_auc": gain, "gain_auc_ci": interval} | values
+    named = {"policy": policy, "family": policy, "rival": policy not in ("oracle", "lookahead"), "R": R}
+    return empty | named | {"gain_auc": gain, "gain_auc_ci": interval} | values
 
 
 def comparison(low: float, high: float, name: str = "bc_utility - raster", metric: str = "gain_auc") -> dict[str, Any]:
     """A paired comparison."""
-    return {"name": name, "metric": metric, "mean": (low + high) / 2, "low": low, "high": high}
+    policy, _, rest = name.partition(" - ")
+    opponent, at, steps = rest.partition(" at ")
+    named = {"policy": policy, "opponent": opponent, "at_steps": float(steps.split()[0]) if at else None}
+    return {"name": name, **named, "metric": metric, "mean": (low + high) / 2, "low": low, "high": high}
 
 
 def episode(rng: np.random.Generator, budget: int = 1, scored: bool = True) -> Episode:
@@ -66,7 +70,7 @@ RESULTS: dict[str, Any] = {
     "rows": [
         row("raster", 0.064, steps=16.0, decode_nll=76.1, budgets=[1]),
         row("random", 0.07, steps=16.0, decode_nll=77.0, budgets=[1], seconds_per_image=0.016, regret=0.03),
-        row("random@4", 0.05, steps=4.0, decode_nll=79.1, budgets=[4], seconds_per_image=0.004),
+        row("random@4", 0.05, family="random", steps=4.0, decode_nll=79.1, budgets=[4], seconds_per_image=0.004),
         row("oracle", 0.148, budgets=[1], decode_nll=69.0, steps=16.0),
         row(
             "bc_utility", 0.09, R=2, seed=0, objective="context", budgets=[1, 2, 4], regret=0.0123, steps=5.3,

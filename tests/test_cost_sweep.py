@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from orderrl import compose
-from orderrl.agents.registry import make_policy, tell_step_costs_apart
+from orderrl.agents.registry import make_policy, tell_apart
+from orderrl.agents.spec import PolicySpec
 from orderrl.backbones import load_backbone, save_backbone
 from orderrl.evaluate import chosen_policies, evaluate, schedules
 from orderrl.planner import OrderHead, PlannerConfig, save_planner
@@ -43,8 +44,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_schedules_of_a_sweep(spec: str, budgets: tuple[int, ...], expected: list[str]) -> None:
-    assert schedules(spec, budgets, [1, 2, 4]) == expected
-    assert schedules(spec, budgets, []) == [spec]
+    assert list(map(str, schedules(PolicySpec.parse(spec), budgets, [1, 2, 4]))) == expected
+    assert list(map(str, schedules(PolicySpec.parse(spec), budgets, []))) == [spec]
 
 
 def test_a_swept_policy_stands_once_and_is_sampled_at_every_budget(home: Path) -> None:
@@ -59,12 +60,12 @@ def test_only_planners_of_several_step_costs_are_told_apart(home: Path) -> None:
     backbone = load_backbone(str(home / "tiny.safetensors"))
     cheap, dear = (make_policy(str(home / f"{name}.safetensors"), backbone) for name in ("cheap", "dear"))
     assert [p.step_cost for p in (cheap, dear)] == [0.1, 1.0]
-    assert [p.name for p in tell_step_costs_apart([cheap, dear])] == [
+    assert [p.name for p in tell_apart([cheap, dear])] == [
         "ppo_likelihood_r0@cost0.1",
         "ppo_likelihood_r0@cost1",
     ]
     seeds = [cheap, replace(cheap, seed=1)]
-    assert tell_step_costs_apart(seeds) == seeds
+    assert tell_apart(seeds) == seeds
 
 
 def test_one_command_gives_curves_of_every_policy(home: Path) -> None:

@@ -25,6 +25,7 @@ from orderrl.backbones.loading import read_state
 from orderrl.checkpoint import load_checkpoint
 from orderrl.classifier import load_classifier
 from orderrl.data import load_token_set
+from orderrl.data.classes import class_ids
 from orderrl.data.folder import FolderConfig, read_image
 from orderrl.evaluations import open_evaluation, save_results
 from orderrl.jsonfile import read_json
@@ -166,6 +167,7 @@ LOADERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "fixture": ("x.safetensors", _fixture),
     "JSON": ("x.json", read_json),
     "key of the cache": ("x.json", _sealed),
+    "class ids": ("x.json", lambda path: class_ids(str(path))),
     "image": ("x.png", read_image),
     "images of a folder": ("x.png", lambda path: ImageFolder(path.parent)[0]),
 }
@@ -294,8 +296,8 @@ READERS = {
 }  # fmt: skip
 """Functions of libraries that read files."""
 KNOWN = {
-    "backbones/loading.py", "checkpoint.py", "data/folder.py", "data/shards.py", "evaluations.py",
-    "metrics/clip_score.py", "metrics/features.py", "metrics/images.py", "metrics/references.py", "resuming.py",
+    "backbones/loading.py", "checkpoint.py", "data/classes.py", "data/images.py", "data/shards.py", "evaluations.py",
+    "jsonfile.py", "metrics/clip_score.py", "metrics/features.py", "metrics/references.py", "resuming.py",
     "metrics/recognisability.py", "runs.py", "storage.py", "tables.py", "verification/fixture.py", "rollouts.py",
 }  # fmt: skip
 """Modules whose loaders are in this file's lists."""

@@ -15,7 +15,7 @@ import torch
 from orderrl.data.pictures import HIDDEN_GREY
 from orderrl.report import Curve, Episode, Examples, PolicyDetail, figures, markdown, style, viewer, write_report
 from orderrl.report.columns import COLUMNS, shown_columns
-from orderrl.report.cost import Point, cost_points, pareto_front
+from orderrl.report.cost import Point, cost_figure, cost_points, pareto_front
 from orderrl.report.summary import summary
 from orderrl.runs import Run
 from tests.report_data import BLOCKS, RESULTS, comparison, detail, details, episode, examples, reliability, row
@@ -144,7 +144,14 @@ def test_cells_carry_what_they_are_sorted_by(page: str) -> None:
 def test_every_number_of_a_row_has_a_column() -> None:
     from orderrl.metrics.evaluation import EMPTY_ROW
 
-    not_in_the_table = {"recognisability_curve", "visible_neighbours_curve", "reliability", "decode_bits"}
+    not_in_the_table = {
+        "family",
+        "rival",
+        "recognisability_curve",
+        "visible_neighbours_curve",
+        "reliability",
+        "decode_bits",
+    }
     keys = {key for key in EMPTY_ROW if not key.endswith("_ci")}
     assert {column.key for column in COLUMNS} == keys - not_in_the_table
     assert all(column.meaning for column in COLUMNS)
@@ -396,7 +403,7 @@ def test_maps_share_one_colour_scale() -> None:
 @pytest.mark.parametrize("higher", [False, True])
 def test_pareto_front_is_what_no_other_point_beats(higher: bool) -> None:
     rng = np.random.default_rng(7)
-    points = [Point(f"p{i}", float(c), float(q)) for i, (c, q) in enumerate(rng.integers(0, 12, (60, 2)))]
+    points = [Point(f"p{i}", float(c), float(q), f"p{i}") for i, (c, q) in enumerate(rng.integers(0, 12, (60, 2)))]
 
     def beats(one: Point, other: Point) -> bool:
         quality = one.quality >= other.quality if higher else one.quality <= other.quality
@@ -416,7 +423,23 @@ def test_costs_are_compared_among_comparable_rows() -> None:
     timed = cost_points([*rows, scored], "seconds_per_image", "decode_nll")
     assert [point.policy for point in timed] == ["random", "random@4"]  # those that drew samples
     seeds = [row("a", 0.1, R=0, budgets=[1], steps=s, decode_nll=n) for s, n in ((4.0, 70.0), (6.0, 80.0))]
-    assert cost_points(seeds, "steps", "decode_nll") == [Point("a", 5.0, 75.0)]
+    assert cost_points(seeds, "steps", "decode_nll") == [Point("a", 5.0, 75.0, "a")]
+
+
+def test_a_line_joins_only_schedules_that_no_other_of_the_policy_beats() -> None:
+    """Schedules of one order that are good and bad at nearly equal steps would otherwise be a zigzag line."""
+    found = {4: 86.0, 5: 84.5, 5.5: 86.2, 6: 83.0, 8: 85.0, 16: 81.7}  # steps and code length
+    rows = [
+        row(f"diagonal@{s}", 0.1, steps=float(s), decode_nll=nats, family="diagonal", budgets=[1])
+        for s, nats in found.items()
+    ]
+    (axes,) = cost_figure(rows, "steps").axes
+    drawn = [line for line in axes.lines if line.get_marker() != "None" and line.get_markerfacecolor() != "none"]
+    marks = sorted(x for line in drawn for x in np.asarray(line.get_xdata()))
+    joined = [line for line in drawn if line.get_linestyle() == "-"]
+    assert marks == sorted(found) and len(joined) == 1
+    assert np.asarray(joined[0].get_xdata()).tolist() == [4, 5, 6, 16]
+    assert (np.diff(np.asarray(joined[0].get_ydata())) < 0).all()
 
 
 # -- bad input and Markdown -------------------------------------------------------------------------------------------

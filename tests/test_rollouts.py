@@ -109,6 +109,30 @@ def test_a_folder_that_holds_something_is_left_alone(
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+def recorded(tmp_path: Path, *overrides: str) -> TensorDict:
+    save_backbone(tmp_path / "tiny.safetensors", tiny_backbone(8, 8, vocab_size=17, num_classes=10), {})
+    where = [f"backbone.name={tmp_path / 'tiny.safetensors'}", f"output_dir={tmp_path / 'runs'}"]
+    return TensorDict.load_memmap(rollouts(compose("rollouts", [*where, "n=3", *overrides])))
+
+
+@pytest.mark.parametrize("policy", ["random@4", "raster", "oracle@2", "multiscale@1+1+2+4+4+4"])
+def test_the_action_space_that_is_asked_for_is_recorded(policy: str, tmp_path: Path) -> None:
+    """The same blocks at the same steps as in an environment of the policy's own, as actions of the one asked for."""
+    asked = recorded(tmp_path, f"policy='{policy}'", "env.budgets=[1,2,4]")
+    own = recorded(tmp_path, f"policy='{policy}'")
+    assert asked["action"].shape[1:] == (5,) and asked["budget_mask"].shape[1:] == (3,)
+    assert torch.equal(asked["visible"], own["visible"]) and torch.equal(
+        asked["next", "visible"], own["next", "visible"]
+    )
+    assert not asked["next", "illegal"].any()
+
+
+def test_an_action_space_that_lacks_the_policys_budgets_is_refused(tmp_path: Path) -> None:
+    for policy in ("random@4", "oracle@4"):
+        with pytest.raises(ValueError, match=r"budgets=\(1, 2\) of the environment lack \[4\]"):
+            recorded(tmp_path, f"policy={policy}", "env.budgets=[1,2]")
+
+
 @pytest.fixture
 def minari(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     found = pytest.importorskip("minari", reason="Minari is not installed (pip install -e '.[minari]')")

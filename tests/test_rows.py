@@ -15,7 +15,7 @@ from tests.helpers import tiny_backbone
 def key(*overrides: str) -> str:
     data = load_split("digits", "test")
     return evaluation_key(
-        compose("evaluate", [*overrides]), tiny_backbone(8, 8, vocab_size=17, num_classes=10), data, [], []
+        compose("evaluate", [*overrides]), tiny_backbone(8, 8, vocab_size=17, num_classes=10), data, []
     )
 
 

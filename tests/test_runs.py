@@ -1,6 +1,7 @@
 """Runs write what they promise, caches hold whole entries only, progress stays readable."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -134,6 +135,55 @@ def test_wandb_gets_the_same_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyP
     settings, line, code = calls
     assert (settings["project"], settings["mode"], settings["dir"]) == ("p", "offline", run.folder)
     assert line == ({"loss": 1.0}, 4) and code == 1
+
+
+def start_wandb(tmp_path: Path, environment: dict[str, str], **logger: str) -> subprocess.CompletedProcess[str]:
+    """A run in a process of its own, on a machine where nobody is logged in to W&B."""
+    program = (
+        "import orderrl.runs, sys\n"
+        f"with orderrl.runs.Run('train', {_config(tmp_path / 'runs', name='wandb', **logger)!r}) as run:\n"
+        "    run.log({'loss': 1.0}, 1)\n"
+        "    print(run._wandb.settings.mode, run._wandb.settings.project)\n"
+    )
+    known = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+    home = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "WANDB_CONFIG_DIR": str(tmp_path / "config")}
+    call = [sys.executable, "-c", program]
+    return subprocess.run(call, env={**known, **home, **environment}, capture_output=True, text=True, cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("environment", "logger", "mode"),
+    [
+        ({"WANDB_MODE": "offline"}, {}, "offline"),
+        ({"WANDB_MODE": "disabled"}, {}, "disabled"),
+        ({"WANDB_DISABLED": "true"}, {}, "disabled"),
+        ({"WANDB_MODE": "online"}, {"mode": "offline"}, "offline"),
+        ({"WANDB_DISABLED": "true"}, {"mode": "offline"}, "offline"),
+    ],
+)
+def test_the_environment_of_wandb_decides_where_the_config_does_not(
+    environment: dict[str, str], logger: dict[str, str], mode: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("wandb")
+    done = start_wandb(tmp_path, {**environment, "WANDB_PROJECT": "mine"}, **logger)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[0] == mode and (mode == "disabled" or done.stdout.split()[1] == "mine")
+
+
+def test_nobody_logged_in_to_wandb_is_one_line_and_leaves_no_folder(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    done = start_wandb(tmp_path, {})
+    assert done.stderr.splitlines()[-1].startswith("ValueError: logger=wandb can't be started: ")
+    assert "logger.mode=offline" in done.stderr.splitlines()[-1]
+    assert not any((tmp_path / "runs" / "train").iterdir())
+
+
+def test_an_unknown_mode_of_wandb_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"logger\.mode='of' is unknown; choose one of online, offline, disabled, or null"
+    ):
+        Run("train", _config(tmp_path, name="wandb", mode="of"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_wandb_is_not_imported_unless_asked_for() -> None:

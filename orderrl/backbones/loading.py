@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+import pathlib
 import pickle
+import pickletools
 import re
+import types
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download, list_repo_files
@@ -13,13 +19,20 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Offl
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from orderrl import distributed
 from orderrl.checkpoint import shorten
 from orderrl.jsonfile import read_json
 
 HUB = "hf://"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 # What published files wrap a state dict in; averaged weights come first, they are what the papers evaluate.
-NESTINGS = ("model_ema", "ema", "model", "module", "state_dict")
+AVERAGED = (
+    *("model_ema", "ema_model", "model_ema_state_dict", "ema_model_state_dict", "ema_state_dict", "state_dict_ema"),
+    *("params_ema", "ema_params", "ema", "averaged_model"),
+)
+NESTINGS = (*AVERAGED, "model", "model_state_dict", "module", "state_dict", "params")
+# Classes in which training scripts keep their arguments: to make one and to fill it runs no code of the file.
+SCRIPT_ARGUMENTS: list[Any] = [argparse.Namespace, types.SimpleNamespace, pathlib.PosixPath]
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
 
 
@@ -104,28 +117,38 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: is truncated, damaged or not a safetensors file ({error}); copy it again") from error
 
 
-def _read_pickle(path: Path) -> object:
-    """A pickle of tensors and plain containers, nothing else."""
+def _read_pickle(path: Path, mmap: bool = True) -> object:
+    """A pickle of tensors, plain containers and a training script's arguments, nothing else."""
     try:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (RuntimeError, ValueError) as error:
-            if "mmap" not in str(error):
-                raise
-            return torch.load(path, map_location="cpu", weights_only=True)  # before torch 1.6, which can't be mapped
+        with torch.serialization.safe_globals(SCRIPT_ARGUMENTS):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         wanted = re.search(r"(?:GLOBAL|global) ([\w.]+)", str(error))
         what = f" ({wanted.group(1)})" if wanted else ""
         raise ValueError(
             f"{path}: holds more than tensors{what}, and reading that could run code; save its state dict alone, with "
-            "torch.save(checkpoint['model'], ...) or safetensors, where the file is trusted"
+            f"torch.save(checkpoint[{_nesting_of(path)!r}], ...) or safetensors, where the file is trusted"
         ) from error
-    except (RuntimeError, EOFError, ValueError) as error:
+    except (RuntimeError, EOFError, ValueError, TypeError, AttributeError) as error:
+        if mmap and "mmap" in str(error):  # the format before torch 1.6, which can't be mapped
+            return _read_pickle(path, mmap=False)
         raise ValueError(f"{path}: is truncated, damaged or no PyTorch file ({error}); copy it again") from error
 
 
+def _nesting_of(path: Path) -> str:
+    """The state dict to take from a pickle that is not read: of the strings in it, the first that is in `NESTINGS`."""
+    strings: set[object] = set()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+            strings = {argument for _, argument, _ in pickletools.genops(archive.read(name))}
+    except (OSError, ValueError, TypeError, zipfile.BadZipFile):  # the format before torch 1.6, or damaged
+        pass
+    return next((name for name in NESTINGS if name in strings), "model")
+
+
 def unwrap(contents: object, path: Path, weights: str | None = None) -> dict[str, Tensor]:
-    """The state dict inside what a file holds.
+    """The state dict inside what a file holds; if there is a choice, or it is averaged, a line says which was taken.
 
     Raises:
         ValueError: if there is none, or not the one asked for.
@@ -137,6 +160,7 @@ def unwrap(contents: object, path: Path, weights: str | None = None) -> dict[str
         raise ValueError(f"{path}: has no weights={weights!r}; choose one of {', '.join(nested) or 'none'}")
     chosen = weights or (nested[0] if nested else None)
     if chosen is not None:
+        _tell(path, chosen, [name for name in nested if name != chosen])
         return unwrap(contents[chosen], path)
     tensors = {str(name): value for name, value in contents.items() if isinstance(value, Tensor)}
     others = [str(name) for name in contents if str(name) not in tensors]
@@ -145,12 +169,25 @@ def unwrap(contents: object, path: Path, weights: str | None = None) -> dict[str
     return tensors
 
 
+def _tell(path: Path, chosen: str, others: list[str]) -> None:
+    if (others or chosen in AVERAGED) and distributed.is_main():
+        averaged = " (averaged weights)" if chosen in AVERAGED else ""
+        print(f"{path}: takes {chosen}{averaged}" + (f", not {', '.join(others)}" if others else ""), flush=True)
+
+
 def clean_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names without the prefixes of FSDP, torch.compile, activation checkpointing, and of DDP where all have it."""
+    """Names without the prefixes of FSDP, torch.compile, activation checkpointing, and of DDP where all have it.
+
+    The counter of `torch.optim.swa_utils.AveragedModel` is left out.
+    """
     cleaned = {_WRAPPERS.sub("", name): value for name, value in state.items()}
-    while cleaned and all(name.startswith("module.") for name in cleaned):
-        cleaned = {name.removeprefix("module."): value for name, value in cleaned.items()}
-    return cleaned
+    counter = cleaned.pop("n_averaged", None)
+    unwrapped = cleaned
+    while unwrapped and all(name.startswith("module.") for name in unwrapped):
+        unwrapped = {name.removeprefix("module."): value for name, value in unwrapped.items()}
+    if counter is not None and unwrapped is cleaned:  # no AveragedModel: a tensor of this name
+        unwrapped["n_averaged"] = counter
+    return unwrapped
 
 
 def load_weights(module: nn.Module, path: str | Path, weights: str | None = None) -> nn.Module:

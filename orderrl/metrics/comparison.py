@@ -64,12 +64,15 @@ class Pair(NamedTuple):
         name: "<policy> - <opponent>".
         metric: key of the row.
         policy, opponent: (seeds, n) values of each image.
+        named: what the result says besides: "policy" and "opponent", as in the table, and for a family of schedules at
+            equal mean steps, "at_steps".
     """
 
     name: str
     metric: str
     policy: Tensor
     opponent: Tensor
+    named: dict[str, Any] | None = None
 
 
 def compare(pairs: Sequence[Pair], resamples: int, seed: int) -> list[dict[str, Any]]:
@@ -86,17 +89,17 @@ def compare(pairs: Sequence[Pair], resamples: int, seed: int) -> list[dict[str, 
     Returns:
         For each pair a dict of name, metric; mean, low, high (95 % interval over images), p_value, p_holm, significant
         (p_holm < 0.05), effect_size (paired Cohen's d over images), images, seeds (of the policy) and seed_std
-        (standard deviation of the mean difference over them, None for one seed).
+        (standard deviation of the mean difference over them, None for one seed), and what the pair is named.
     """
     resamples = max(resamples, RESAMPLES_PER_COMPARISON * len(pairs))
     found = []
-    for name, metric, policy, opponent in pairs:
+    for name, metric, policy, opponent, named in pairs:
         images = min(policy.shape[-1], opponent.shape[-1])
         one, other = policy[..., :images], opponent[..., :images]
         difference = paired_bootstrap(one, other, resamples, seed=seed)
         spread = (one - other.mean(0)).mean(1).std().item() if len(one) > 1 else None
         known = {"images": images, "seeds": len(one), "seed_std": spread}
-        found.append({"name": name, "metric": metric, **asdict(difference), **known})
+        found.append({"name": name, **(named or {}), "metric": metric, **asdict(difference), **known})
     for row, adjusted in zip(found, holm([row["p_value"] for row in found]), strict=True):
         row |= {"p_holm": float(adjusted), "significant": bool(adjusted < 1 - LEVEL)}
     return found
@@ -117,7 +120,7 @@ def comparisons(rows: Sequence[Evaluated], resamples: int, seed: int) -> list[di
     families: dict[str, list[Evaluated]] = defaultdict(list)
     for row in rows:
         if row.row["R"] is None and row.decode_nll is not None:
-            families[row.row["policy"].partition("@")[0]].append(row)
+            families[row.row["family"] or row.row["policy"]].append(row)
     pairs: list[Pair] = []
     for name, group in learned.items():
         if group[0].row["objective"] == "context":
@@ -128,7 +131,7 @@ def comparisons(rows: Sequence[Evaluated], resamples: int, seed: int) -> list[di
                 comparable = theirs is not None and rival[0].row["objective"] in (None, "context")
                 if other != name and comparable and rival[0].row["budgets"] == [1]:
                     assert theirs is not None
-                    pairs.append(Pair(f"{name} - {other}", "gain_auc", mine, theirs))
+                    pairs.append(_pair(name, other, "gain_auc", mine, theirs))
         if group[0].row["objective"] == "likelihood":
             pairs += _code_length_pairs(name, group, groups, families)
     return compare(pairs, resamples, seed)
@@ -141,10 +144,16 @@ def _code_length_pairs(
     assert mine is not None and steps is not None
     found = []
     if "raster" in groups and (raster := stacked(groups["raster"], "decode_nll")) is not None:
-        found.append(Pair(f"{name} - raster", "decode_nll", mine, raster))
+        found.append(_pair(name, "raster", "decode_nll", mine, raster))
     for family, members in families.items():
         rivals = [code_length_at(members, float(s)) for s in steps.mean(1)]
         if len(members) > 1 and all(rival is not None for rival in rivals):
             theirs = torch.stack([rival for rival in rivals if rival is not None])
-            found.append(Pair(f"{name} - {family} at {steps.mean():.1f} steps", "decode_nll", mine, theirs))
+            found.append(_pair(name, family, "decode_nll", mine, theirs, float(steps.mean())))
     return found
+
+
+def _pair(policy: str, opponent: str, metric: str, mine: Tensor, theirs: Tensor, at_steps: float | None = None) -> Pair:
+    at = "" if at_steps is None else f" at {at_steps:.1f} steps"
+    named = {"policy": policy, "opponent": opponent, "at_steps": at_steps}
+    return Pair(f"{policy} - {opponent}{at}", metric, mine, theirs, named)

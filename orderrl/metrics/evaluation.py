@@ -74,6 +74,8 @@ WITH_INTERVAL = (
 """Numbers of a row whose 95 % interval over images stands under the same key with `_ci` behind it, [low, high]."""
 WITHOUT_INTERVAL = (
     "policy",
+    "family",
+    "rival",
     "objective",
     "budgets",
     "R",
@@ -93,6 +95,8 @@ WITHOUT_INTERVAL = (
     "cmmd",
     "features",
 )
+"""The others. `family` is the policy without schedule and step cost; `rival` is false for oracle and lookahead, which
+know or try out hidden tokens and are evaluated on the first images only."""
 EMPTY_ROW: dict[str, Any] = dict.fromkeys([*WITHOUT_INTERVAL, *WITH_INTERVAL, *(f"{key}_ci" for key in WITH_INTERVAL)])
 
 
@@ -240,7 +244,7 @@ def evaluate_policy(
         advance: told how many images are generated.
     """
     p = protocol
-    expensive = named.reference and named.name.partition("@")[0].partition(":")[0] in ("oracle", "lookahead")
+    expensive = named.spec is not None and not named.spec.rival
     images = min(len(p.data), p.reference_images) if expensive else len(p.data)
     core = NextBlockCore(p.backbone, p.data, images, CoreConfig(budgets=named.budgets, strict=True), p.seed)
     generator = torch.Generator().manual_seed(p.seed)
@@ -250,6 +254,8 @@ def evaluate_policy(
     per_image = planning_values(rollout, p.backbone.draws_per_block) | areas
     row = EMPTY_ROW | {
         "policy": named.name,
+        "family": named.family or named.name,
+        "rival": not expensive,
         "objective": named.objective,
         "budgets": list(named.budgets),
         "R": named.reasoning_steps,

@@ -30,6 +30,7 @@ from torch_fidelity.feature_extractor_clip import MODEL_METADATA as CLIP_METADAT
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
 
+from orderrl.backbones.loading import SCRIPT_ARGUMENTS
 from orderrl.classifier import CLASSIFIERS, load_classifier, own_classifier
 from orderrl.metrics.images import TensorImages, check_images
 from orderrl.sources import source_identity
@@ -331,7 +332,8 @@ def _timm_model(name: str, checkpoint: Path | None) -> Any:
     try:
         if name == LOCAL_DIR:
             return timm.create_model(f"{LOCAL_DIR}:{checkpoint}", pretrained=True)
-        state = timm.models.load_state_dict(str(checkpoint), weights_only=True)
+        with torch.serialization.safe_globals(SCRIPT_ARGUMENTS):  # timm's own training script keeps them beside
+            state = timm.models.load_state_dict(str(checkpoint), weights_only=True)
         model: Any = timm.create_model(name, pretrained=False)
         heads = model.pretrained_cfg.get("classifier") or ""
         head = state.get(f"{heads if isinstance(heads, str) else heads[0]}.weight")

@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from orderrl.report.columns import COLUMNS
 from orderrl.report.style import COLOURS, INK, MARKERS, MUTED, WIDTH, grid_lines, new_figure, shorten
-from orderrl.report.summary import is_reference, learned_policies
+from orderrl.report.summary import is_rival
 
 QUALITIES = ("decode_nll", "decode_loss", "frechet_distance", "accuracy")
 COSTS = {"steps": "planner steps per image", "seconds_per_image": "milliseconds per image"}
@@ -28,16 +28,13 @@ class Point:
         policy: as in the table.
         cost: mean steps, or seconds, per image.
         quality: the metric.
+        family: the policy without its schedule.
     """
 
     policy: str
     cost: float
     quality: float
-
-    @property
-    def family(self) -> str:
-        """The policy without its schedule."""
-        return self.policy.partition("@")[0]
+    family: str
 
 
 def cost_points(rows: Sequence[dict[str, Any]], cost: str, quality: str) -> list[Point]:
@@ -49,10 +46,14 @@ def cost_points(rows: Sequence[dict[str, Any]], cost: str, quality: str) -> list
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         known = row.get(cost) is not None and row.get(quality) is not None
-        if known and row.get("budgets") and not is_reference(row["policy"]):
+        if known and row.get("budgets") and is_rival(row):
             groups[row["policy"]].append(row)
+
+    def mean(group: list[dict[str, Any]], key: str) -> float:
+        return sum(row[key] for row in group) / len(group)
+
     return [
-        Point(policy, *(sum(row[key] for row in group) / len(group) for key in (cost, quality)))
+        Point(policy, mean(group, cost), mean(group, quality), group[0].get("family") or policy)
         for policy, group in groups.items()
     ]
 
@@ -83,7 +84,8 @@ def cost_panels(rows: Sequence[dict[str, Any]], cost: str) -> dict[str, list[Poi
 def cost_figure(rows: Sequence[dict[str, Any]], cost: str, ink: str = INK) -> Figure:
     """Every metric of `QUALITIES` against a cost, one panel each, with the Pareto front marked.
 
-    A line joins the schedules of one policy; policies with one schedule are single points.
+    A line joins those schedules of one policy that none of its others beats in cost and quality; all others are single
+    points.
 
     Args:
         rows: of `results.json`.
@@ -92,7 +94,7 @@ def cost_figure(rows: Sequence[dict[str, Any]], cost: str, ink: str = INK) -> Fi
     """
     panels = cost_panels(rows, cost)
     families = list(dict.fromkeys(family for points in panels.values() for family in _families(points)))
-    learned = [name for name in learned_policies(rows) if "@" not in name]
+    learned = dict.fromkeys(row.get("family") or row["policy"] for row in rows if row.get("R") is not None)
     named = list(dict.fromkeys([*learned, *families, "raster"]))
     named = [name for name in named if any(p.family == name for points in panels.values() for p in points)]
     looks = {name: _look(index, name, ink) for index, name in enumerate(named)}
@@ -132,9 +134,12 @@ def _panel(
     front = pareto_front(points, higher_is_better(quality))
     axes.plot([across * p.cost for p in front], [up * p.quality for p in front], color=ink, zorder=1, **_FRONT)
     for family in dict.fromkeys(point.family for point in points):
-        members = sorted((p for p in points if p.family == family), key=lambda p: p.cost)
+        members = [p for p in points if p.family == family]
         look = looks.get(family, {"color": MUTED, "marker": ".", "markersize": 5, "linewidth": 0.7})
-        axes.plot([across * p.cost for p in members], [up * p.quality for p in members], zorder=3, **look)
+        best = pareto_front(members, higher_is_better(quality))  # joining all of them would draw a zigzag
+        axes.plot([across * p.cost for p in best], [up * p.quality for p in best], zorder=3, **look)
+        rest, alone = [p for p in members if p not in best], {**look, "linestyle": "", "alpha": 0.5}
+        axes.plot([across * p.cost for p in rest], [up * p.quality for p in rest], zorder=2, **alone)
     for point in front:
         axes.plot(
             across * point.cost, up * point.quality, "o",

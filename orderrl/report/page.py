@@ -49,7 +49,7 @@ def write_report(
         folder: an existing or new folder.
         results: as in `results.json`: "protocol" (key to value), "rows" (dicts with the keys of `COLUMNS` and
             intervals "<key>_ci", null where a metric does not apply) and optionally "comparisons", a list of
-            {"name", "metric", "mean", "low", "high"} where name is "<policy> - <opponent>".
+            {"name", "policy", "opponent", "metric", "mean", "low", "high"}, as `comparisons` gives them.
         details: what the pictures show, one for each policy with pictures. Curves and maps are drawn of learned
             planners and of policies that reveal one block a step; the viewer has all.
         examples: the images of the episodes in the details; None shows neither viewer nor images.
@@ -152,8 +152,9 @@ def _plots(rows: Sequence[dict[str, Any]], details: Sequence[PolicyDetail], lear
                 Plot(
                     name,
                     f"Quality against {'steps' if key == 'steps' else 'time'}",
-                    "Lines join the schedules of one policy. Rings on the thick line: the Pareto front, which no other "
-                    "policy shown beats in cost and quality. Oracle and lookahead are left out.",
+                    "Lines join those schedules of one policy that none of its others beats. Rings on the thick line: "
+                    "the Pareto front, which no other policy shown beats in cost and quality. Oracle and lookahead are "
+                    "left out.",
                     lambda ink, key=key: cost.cost_figure(rows, key, ink),  # type: ignore[misc]
                 )
             )
@@ -180,7 +181,7 @@ def _of_first_seed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _has_reliability(row: dict[str, Any]) -> bool:
     """The oracle's scores are the utilities themselves."""
-    return bool(row.get("reliability")) and row["policy"].partition("@")[0] != "oracle"
+    return bool(row.get("reliability")) and row.get("family") != "oracle"
 
 
 def _recognisability(rows: Sequence[dict[str, Any]]) -> dict[str, Curve]:

@@ -108,8 +108,9 @@ def percent(fraction: float) -> str:
 
 
 def shorten(name: str, length: int) -> str:
-    """A name cut to a length."""
-    return name if len(name) <= length else name[: length - 1] + "…"
+    """A name cut to a length in its middle: names of one planner differ at their ends, in schedule and step cost."""
+    start = (length - 1) // 2
+    return name if len(name) <= length else f"{name[:start]}…{name[start + 1 - length :]}"
 
 
 def _attribute(text: str) -> str:

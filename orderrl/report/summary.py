@@ -7,13 +7,10 @@ from typing import Any
 
 from orderrl.report.columns import show_difference, show_interval, show_value
 
-REFERENCES = ("oracle", "lookahead")
-"""Policies that are no rivals: they know or try out hidden tokens, and are evaluated on the first images only."""
 
-
-def is_reference(policy: str) -> bool:
-    """Whether a policy is one of `REFERENCES`, whatever its schedule."""
-    return policy.partition("@")[0].partition(":")[0] in REFERENCES
+def is_rival(row: dict[str, Any]) -> bool:
+    """False for rows of policies that know or try out hidden tokens, and are evaluated on the first images only."""
+    return row.get("rival") is not False
 
 
 def learned_policies(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -58,7 +55,8 @@ def _gain_sentences(results: dict[str, Any], learned: Sequence[str]) -> list[str
     if not known:
         return []
     best = max(known, key=lambda name: means[name])
-    rivals = [name for name in means if not is_reference(name) and name not in (*learned, "raster")]
+    others = {row["policy"] for row in results["rows"] if is_rival(row)} - {*learned, "raster"}
+    rivals = [name for name in means if name in others]
     rivals = [name for name in rivals if _paired(results, best, name, "gain_auc")]
     strongest = max(rivals, key=lambda name: means[name], default=None)
     found = [_against_raster(results, best, means)]
@@ -102,11 +100,16 @@ def _code_length_sentences(results: dict[str, Any], learned: Sequence[str]) -> l
     if best in steps:
         intro += f" in {steps[best]:.1f} steps"
     paired = [entry for entry in results.get("comparisons") or [] if entry["metric"] == "decode_nll"]
-    rivals = [entry for entry in paired if entry["name"].startswith(f"{best} - ")]
-    raster = [entry for entry in rivals if entry["name"] == f"{best} - raster"]
-    equal = sorted((e for e in rivals if " at " in e["name"] and not is_reference(_opponent(e))), key=_mean)
+    rivals = [entry for entry in paired if entry["policy"] == best]
+    raster = [entry for entry in rivals if entry["opponent"] == "raster" and entry.get("at_steps") is None]
+    no_rivals = {row.get("family") for row in rows if not is_rival(row)}
+    equal = [e for e in rivals if e.get("at_steps") is not None and e["opponent"] not in no_rivals]
+    equal.sort(key=lambda entry: float(entry["mean"]))
     parts = [f"raster's is {_relation(entry)} ({_difference(entry)})" for entry in raster]
-    parts += [f"that of {_opponent(entry)} is {_relation(entry)} ({_difference(entry)})" for entry in equal[-1:]]
+    parts += [
+        f"that of {entry['opponent']} at {entry['at_steps']:.1f} steps is {_relation(entry)} ({_difference(entry)})"
+        for entry in equal[-1:]
+    ]
     return [f"{intro}; {'; '.join(parts)}." if parts else f"{intro}; no paired interval was computed."]
 
 
@@ -125,16 +128,9 @@ def _means(rows: Sequence[dict[str, Any]], metric: str) -> dict[str, float]:
 
 
 def _paired(results: dict[str, Any], policy: str, opponent: str, metric: str) -> dict[str, Any] | None:
-    wanted = (f"{policy} - {opponent}", metric)
-    return next((c for c in results.get("comparisons") or [] if (c["name"], c["metric"]) == wanted), None)
-
-
-def _opponent(entry: dict[str, Any]) -> str:
-    return str(entry["name"]).partition(" - ")[2]
-
-
-def _mean(entry: dict[str, Any]) -> float:
-    return float(entry["mean"])
+    wanted = (policy, opponent, metric)
+    entries = results.get("comparisons") or []
+    return next((c for c in entries if (c["policy"], c["opponent"], c["metric"]) == wanted), None)
 
 
 def is_found(entry: dict[str, Any]) -> bool:

@@ -225,7 +225,7 @@ def test_a_paired_policy_by_name(tmp_path: Path) -> None:
 
 def test_a_paired_policy_needs_pairs(tmp_path: Path) -> None:
     path = saved(tmp_path / "planner.safetensors", tiny_planner())
-    with pytest.raises(ValueError, match=r"policy 'paired_.*planner.safetensors' needs a planner with pairs=True"):
+    with pytest.raises(ValueError, match=r"policy 'paired_.*planner.safetensors@4' needs a planner with pairs=True"):
         make_policy(f"paired_{path}@4", tiny_backbone())
     with pytest.raises(ValueError, match="a paired policy needs a planner with pairs=True"):
         PairedPolicy(tiny_planner())

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tensordict import TensorDict
 
 from orderrl import compose
-from orderrl.agents.policies import RankingPolicy
-from orderrl.agents.registry import make_policy, tell_step_costs_apart
+from orderrl.agents.policies import RankingPolicy, ReferencePolicy, fixed_order
+from orderrl.agents.registry import NamedPolicy, check_planner_name, make_policy, tell_apart
+from orderrl.agents.spec import PolicySpec
 from orderrl.backbones import OrderRobustTransformer, save_backbone
 from orderrl.evaluate import at_step_costs, chosen_policies
 from orderrl.metrics.planning import act
@@ -66,11 +70,12 @@ def test_small_images_have_the_budgets_that_fit() -> None:
     assert make_policy("random@<1.5", tiny_backbone(2, 4, 2)).budgets == (1, 2)
 
 
-@pytest.mark.parametrize("schedule", ["<", "i<", "i<a", "<1/", "<1/1+2", "j<3", "i6", "1,2", "1++2", "-1", "costs", ""])
+@pytest.mark.parametrize(
+    "schedule", ["<", "i<", "i<a", "<1/", "<1/1+2", "j<3", "i6", "1,2", "1++2", "-1", "costs", "", "cost0.5"]
+)
 def test_what_is_no_schedule_is_refused(schedule: str, backbone: OrderRobustTransformer) -> None:
-    if schedule:
-        with pytest.raises(ValueError, match=r"is no schedule; write @4.*@i<6/1,2,4,8"):
-            make_policy(f"random@{schedule}", backbone)
+    with pytest.raises(ValueError, match=r"is no schedule; write @4.*@i<6/1,2,4,8"):
+        make_policy(f"random@{schedule}", backbone)
 
 
 @pytest.mark.parametrize("budgets", ["0,2", "1,10"])
@@ -156,7 +161,7 @@ def test_a_planner_of_one_cost_takes_no_other(home: Path, backbone: OrderRobustT
 
 def test_seeds_of_one_cost_share_a_name_and_no_other_planner_does(home: Path, backbone: OrderRobustTransformer) -> None:
     specs = ["ranged.safetensors@cost0.5", "again.safetensors@cost0.5", "ranged.safetensors@cost1", "fixed.safetensors"]
-    named = tell_step_costs_apart([make_policy(str(home / spec), backbone) for spec in specs])
+    named = tell_apart([make_policy(str(home / spec), backbone) for spec in specs])
     conditioned = "ppo_likelihood_conditioned_r0"
     assert [n.name for n in named] == [*[f"{conditioned}@cost0.5"] * 2, f"{conditioned}@cost1", "ppo_likelihood_r0"]
     assert [n.seed for n in named] == [0, 1, 0, 0]
@@ -169,15 +174,144 @@ def test_an_evaluation_tells_a_list_of_costs(
     costs: list[float] | None, expected: list[str], home: Path, backbone: OrderRobustTransformer
 ) -> None:
     save_backbone(home / "tiny.safetensors", backbone, {})
-    paths = [str(home / f"{name}.safetensors") for name in ("ranged", "fixed", "cloned")]
+    planners = [PolicySpec.parse(str(home / f"{name}.safetensors")) for name in ("ranged", "fixed", "cloned")]
     config = compose("evaluate", [f"backbone.name={home / 'tiny.safetensors'}", "eval.policies=[]", "eval.sweep=[2]"])
     config.eval.step_costs = costs
-    names = [named.name for named, _ in chosen_policies(config, backbone, paths)]
+    names = [named.name for named, _ in chosen_policies(config, backbone, planners)]
     conditioned = [f"ppo_likelihood_conditioned_r0@cost{cost}" for cost in expected]
     assert names == [*conditioned, "ppo_likelihood_r0", "bc_utility_r0", "bc_utility_r0@2"]
 
 
 def test_a_schedule_is_told_the_same_costs(home: Path, backbone: OrderRobustTransformer) -> None:
-    spec = f"{home / 'ranged.safetensors'}@4"
+    spec = PolicySpec.parse(f"{home / 'ranged.safetensors'}@4")
     told = at_step_costs(spec, make_policy(spec, backbone), [0.1, 1.0])
-    assert told == [f"{home / 'ranged.safetensors'}@cost{cost}@4" for cost in ("0.1", "1.0")]
+    assert list(map(str, told)) == [f"{home / 'ranged.safetensors'}@cost{cost}@4" for cost in ("0.1", "1")]
+
+
+# ---------------------------------------------------------------------- users' own policies under a schedule
+
+
+def last_hidden(observation: TensorDict, generator: torch.Generator) -> torch.Tensor:
+    """One block: the last hidden one."""
+    return ranked_last_first(observation, generator)[:, 0]
+
+
+def ranked_last_first(observation: TensorDict, generator: torch.Generator) -> torch.Tensor:
+    """All blocks, the last hidden one first."""
+    places = torch.arange(observation["visible"].shape[-1])
+    return torch.where(observation["action_mask"], places, -1).argsort(-1, descending=True)
+
+
+def largest_budget(observation: TensorDict, generator: torch.Generator) -> torch.Tensor:
+    """For budgets (1, 2): a ranked list, and always the second budget where it is legal."""
+    place = observation["budget_mask"].sum(-1, keepdim=True) - 1
+    return torch.cat([ranked_last_first(observation, generator)[:, :2], place], -1)
+
+
+class LastFirst(ReferencePolicy):
+    def scores(self, core: Any, rows: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.arange(core.geometry.num_blocks).float().expand(len(rows), -1)
+
+
+class OwnWay(LastFirst):
+    def act(self, core: Any) -> torch.Tensor:
+        return torch.zeros(core.num_envs, dtype=torch.int64)
+
+
+reference, own_way = LastFirst(), OwnWay()
+ranking = RankingPolicy(fixed_order(torch.arange(8, -1, -1)), tiny_backbone().geometry)
+HERE = "tests.agents.test_registry"
+
+
+def sizes_of_steps(named: NamedPolicy) -> list[int]:
+    """How many blocks each step reveals, last block first."""
+    core = tiny_core(named.budgets, num_envs=3)
+    core.reset()
+    sizes: list[int] = []
+    while not core.visible.all():
+        before = core.hidden_count
+        core.step(act(named.policy, core, torch.Generator()))
+        (size,) = set((before - core.hidden_count).tolist())
+        assert core.visible[:, len(core.visible[0]) - sum(sizes) - size :].all()
+        sizes.append(size)
+    return sizes
+
+
+@pytest.mark.parametrize("name", ["ranked_last_first", "reference", "ranking"])
+@pytest.mark.parametrize(
+    ("schedule", "sizes"), [("4", [4, 4, 1]), ("1+2+2+4", [1, 2, 2, 4]), ("1", [1] * 9), ("<100/1,3", [3, 3, 3])]
+)
+def test_an_own_policy_reveals_what_its_schedule_says(
+    name: str, schedule: str, sizes: list[int], backbone: OrderRobustTransformer
+) -> None:
+    named = make_policy(f"{HERE}:{name}@{schedule}", backbone, budgets=(1, 2))
+    assert named.name == f"{HERE}:{name}@{schedule}" and named.family == f"{HERE}:{name}"
+    assert sizes_of_steps(named) == sizes
+
+
+def test_an_own_policys_own_budget_gives_way_to_the_schedule(backbone: OrderRobustTransformer) -> None:
+    assert sizes_of_steps(make_policy(f"{HERE}:largest_budget", backbone, budgets=(1, 2))) == [2, 2, 2, 2, 1]
+    assert sizes_of_steps(make_policy(f"{HERE}:largest_budget@2", backbone, budgets=(1, 2))) == [2, 2, 2, 2, 1]
+    assert sizes_of_steps(make_policy(f"{HERE}:largest_budget@1+2+2+2+2", backbone)) == [1, 2, 2, 2, 2]
+
+
+def test_an_own_policy_that_cannot_do_what_its_name_says_is_refused(backbone: OrderRobustTransformer) -> None:
+    one = make_policy(f"{HERE}:last_hidden@4", backbone)
+    with pytest.raises(ValueError, match=r"last_hidden@4' is to reveal up to 4 blocks a step, .* \(batch, 4\)"):
+        sizes_of_steps(one)
+    assert sizes_of_steps(make_policy(f"{HERE}:last_hidden@1", backbone)) == [1] * 9
+    with pytest.raises(ValueError, match=r"own_way@4' takes no schedule: OwnWay has an `act` of its own"):
+        make_policy(f"{HERE}:own_way@4", backbone)
+    with pytest.raises(ValueError, match="a step must reveal between 1 and 9 blocks"):
+        make_policy(f"{HERE}:ranked_last_first@10", backbone)
+
+
+# ---------------------------------------------------------------------- names that two planners share
+
+
+def planner_of(home: Path, file: str, seed: int = 0, weights: int = 0, **known: Any) -> PolicySpec:
+    agent = {"name": "bc", "target": "utility", "steps": known.pop("steps", 600)}
+    described = {"agent": agent, "seed": seed, "objective": "context", "budgets": [1], **known}
+    save_planner(home / f"{file}.safetensors", tiny_planner(seed=weights), described)
+    return PolicySpec.parse(str(home / f"{file}.safetensors"))
+
+
+def test_planners_of_other_settings_are_no_seeds_of_each_other(
+    tmp_path: Path, backbone: OrderRobustTransformer
+) -> None:
+    short, long = planner_of(tmp_path, "short", steps=20), planner_of(tmp_path, "long", seed=1)
+    again = planner_of(tmp_path, "again", seed=2)
+    named = tell_apart([make_policy(spec, backbone) for spec in (short, long, again, replace(long, schedule="2"))])
+    assert [policy.name for policy in named] == [
+        "bc_utility_r0 (agent.steps=20)",
+        *["bc_utility_r0 (agent.steps=600)"] * 2,
+        "bc_utility_r0 (agent.steps=600)@2",
+    ]
+    assert [policy.family for policy in named[2:]] == ["bc_utility_r0 (agent.steps=600)"] * 2
+    many = planner_of(tmp_path, "many", data="a", labels="b", backbone="c", planner={"dim": 16})
+    names = [policy.name for policy in tell_apart([make_policy(spec, backbone) for spec in (long, many)])]
+    assert all(re.fullmatch(r"bc_utility_r0 \(settings [0-9a-f]{6}\)", name) for name in names) and len(set(names)) == 2
+
+
+def test_two_planners_of_one_seed_are_numbered(tmp_path: Path, backbone: OrderRobustTransformer) -> None:
+    specs = [planner_of(tmp_path, f"p{weights}", weights=weights) for weights in range(2)]
+    names = [policy.name for policy in tell_apart([make_policy(spec, backbone) for spec in specs])]
+    assert names == ["bc_utility_r0", "bc_utility_r0 #2"]
+
+
+@pytest.mark.parametrize("name", ["raster", "halton@4", "oracle", "lookahead:4", "spaced_random", "real images"])
+def test_a_planner_is_not_called_what_another_policy_is(
+    name: str, tmp_path: Path, backbone: OrderRobustTransformer
+) -> None:
+    with pytest.raises(ValueError, match="is the name of another policy"):
+        check_planner_name(name)
+    spec = planner_of(tmp_path, "named", name=name)
+    assert make_policy(spec, backbone).name == f"planner_{name}"
+
+
+@pytest.mark.parametrize("name", [None, "mine", "ppo@night - 2", "oracle_like", "a:b"])
+def test_any_other_name_is_the_planners(name: str | None, tmp_path: Path, backbone: OrderRobustTransformer) -> None:
+    check_planner_name(name)
+    known: dict[str, Any] = {} if name is None else {"name": name}
+    named = make_policy(replace(planner_of(tmp_path, "named", **known), schedule="4"), backbone)
+    assert (named.name, named.family) == (f"{name or 'bc_utility_r0'}@4", name or "bc_utility_r0")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import types
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from orderrl.backbones import load_backbone
-from orderrl.backbones.loading import NESTINGS, clean_names, load_weights, local_path, read_state
+from orderrl.backbones.loading import AVERAGED, NESTINGS, clean_names, load_weights, local_path, read_state
 from orderrl.backbones.registry import new_backbone
 from tests.backbones.families import CAUSAL, images, tiny
 
@@ -91,10 +93,88 @@ def test_keys_that_do_not_fit_are_listed_not_skipped(tmp_path: Path) -> None:
         assert part in str(error.value)
 
 
-def test_pickles_that_want_more_are_refused_with_the_reason(tmp_path: Path) -> None:
-    torch.save({"model": STATE, "args": argparse.Namespace(lr=1)}, tmp_path / "w.pt")
-    with pytest.raises(ValueError, match=r"holds more than tensors \(argparse\.Namespace\)"):
+class Settings:
+    """Of a training script; a file with such an object is not opened."""
+
+
+@pytest.mark.parametrize(
+    ("beside", "advised"), [({}, "model"), ({"model_ema": STATE}, "model_ema"), ({"ema": STATE}, "ema")]
+)
+def test_pickles_that_want_more_are_refused_with_the_reason(
+    beside: dict[str, Any], advised: str, tmp_path: Path
+) -> None:
+    torch.save({"model": STATE, **beside, "args": Settings()}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=rf"holds more than tensors .*Settings.*checkpoint\['{advised}'\]"):
         read_state(tmp_path / "w.pt")
+
+
+AROUND: dict[str, Any] = {
+    "arguments": argparse.Namespace(lr=1e-4, output_dir=Path("out"), betas=(0.9, 0.95)),
+    "simple": types.SimpleNamespace(lr=1e-4),
+    "plain": {"lr": 1e-4},
+}
+WRAPPED: dict[str, Any] = {
+    "as it is": lambda name: name,
+    "DDP": lambda name: f"module.{name}",
+    "compiled": lambda name: f"_orig_mod.{name}",
+    "compiled DDP": lambda name: f"module._orig_mod.{name}",
+    "DDP compiled": lambda name: f"_orig_mod.module.{name}",
+}
+
+
+@pytest.mark.parametrize("averaged", AVERAGED)
+@pytest.mark.parametrize("around", AROUND)
+def test_training_checkpoints_give_the_averaged_weights_and_say_so(
+    averaged: str, around: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = {name: value + 1 for name, value in STATE.items()}
+    for wrapping, wrap in WRAPPED.items():
+        kept = {wrap(name): value for name, value in STATE.items()}
+        saved = {"model": raw, averaged: kept, "optimizer": {"state": {}}, "epoch": 3, "args": AROUND[around]}
+        torch.save(saved, tmp_path / "w.pth")
+        assert equals_state(load_weights(fresh(), tmp_path / "w.pth")), wrapping
+        assert f"takes {averaged} (averaged weights), not model" in capsys.readouterr().out
+
+
+def test_an_averaged_model_of_torch_is_unwrapped(tmp_path: Path) -> None:
+    averaged = torch.optim.swa_utils.AveragedModel(load_weights(fresh(), saved(tmp_path / "w.pt", STATE)))
+    raw = {name: value + 1 for name, value in STATE.items()}
+    path = saved(tmp_path / "both.pt", {"model": raw, "ema": averaged.state_dict(), "args": AROUND["arguments"]})
+    assert equals_state(load_weights(fresh(), path))
+
+
+def saved(path: Path, contents: Any) -> Path:
+    torch.save(contents, path)
+    return path
+
+
+class Attack:
+    """Pickles as a call of a function."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def test_arguments_that_are_admitted_run_no_code(tmp_path: Path) -> None:
+    """Whatever stands inside them: calls are refused, and names of their own methods are only values."""
+    mark = tmp_path / "mark"
+    for inside in (Attack(os.mkdir, str(mark)), Attack(eval, f"open({str(mark)!r}, 'w')"), Attack(getattr, "", "join")):
+        for hidden in ({"lr": inside}, {"__setstate__": inside}, {"__class__": inside}):
+            arguments = argparse.Namespace()
+            arguments.__dict__.update(hidden)
+            for suffix, zipped in ((".pt", True), (".pth", False)):
+                torch.save(
+                    {"model": STATE, "args": arguments}, tmp_path / f"w{suffix}", _use_new_zipfile_serialization=zipped
+                )
+                with pytest.raises(ValueError, match="could run code"):
+                    read_state(tmp_path / f"w{suffix}")
+    assert not mark.exists()
+    shadowed = argparse.Namespace()
+    shadowed.__dict__.update({"__setstate__": "os.system", "__class__": "x", "__reduce__": 1})
+    assert equals_state(load_weights(fresh(), saved(tmp_path / "w.pt", {"model": STATE, "args": shadowed})))
 
 
 def test_broken_files(tmp_path: Path) -> None:
