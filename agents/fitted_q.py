@@ -25,6 +25,7 @@ from orderrl.agents.distribution import RankedBlocks
 from orderrl.backbones import Backbone
 from orderrl.data import TokenSet
 from orderrl.envs.core import CoreConfig, NextBlockCore
+from orderrl.isolation import isolated, isolated_float32
 from orderrl.planner import OrderHead
 from orderrl.resuming import Part, Unfinished, steps_of
 
@@ -64,6 +65,7 @@ class FittedQConfig:
             raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
 
 
+@isolated
 @torch.no_grad()
 def record_order(
     backbone: Backbone,
@@ -214,6 +216,7 @@ def budget_loss(logits: Tensor, spent: Tensor, legal: Tensor, temperature: float
     return torch.where(further, error / spread, 0.0).square().sum() / (len(spent) * further.sum())
 
 
+@isolated_float32
 def fit_budgets(
     planner: OrderHead,
     played: TensorDict,

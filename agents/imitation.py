@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from orderrl.agents.distribution import planner_actions
 from orderrl.agents.policies import Policy
 from orderrl.envs.core import NextBlockCore
+from orderrl.isolation import isolated_float32
 from orderrl.planner import OrderHead
 from orderrl.resuming import Part, Unfinished, steps_of
 
@@ -50,6 +51,7 @@ class ImitationConfig:
             raise ValueError(f"own_share must lie in [0, 1), got {self.own_share}")
 
 
+@isolated_float32
 def imitate(
     planner: OrderHead,
     core: NextBlockCore,

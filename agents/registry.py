@@ -45,6 +45,7 @@ from orderrl.agents.policies import (
 )
 from orderrl.agents.schedules import Schedule, entropy_threshold, fixed, growing, information_threshold
 from orderrl.backbones.protocol import Backbone
+from orderrl.isolation import isolated_float32
 from orderrl.planner import load_planner
 
 REFERENCES = ("confidence", "lookahead", "oracle")
@@ -96,6 +97,7 @@ def policy_names() -> list[str]:
     return [*ORDERS, *SCORERS, SPACED + "random", "fitted", *REFERENCES]
 
 
+@isolated_float32
 def make_policy(
     spec: str, backbone: Backbone, fitted: Callable[[], Tensor] | None = None, budgets: tuple[int, ...] = (1,)
 ) -> NamedPolicy:

@@ -22,6 +22,7 @@ from orderrl.backbones import Backbone
 from orderrl.data import TokenSet
 from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.geometry import BlockGrid
+from orderrl.isolation import isolated_float32
 from orderrl.resuming import Unfinished
 
 
@@ -88,6 +89,7 @@ class FixedSchedule(NamedTuple):
         return RankingPolicy(fixed_order(self.order), geometry, budgets, growing(budgets, self.sizes))
 
 
+@isolated_float32
 def search_schedule(
     backbone: Backbone,
     data: TokenSet,

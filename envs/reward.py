@@ -98,7 +98,7 @@ def chosen_step_cost(config: RewardConfig, cost: Tensor | float, count: int) -> 
             f"high); it is {config.step_cost}"
         )
     chosen = torch.as_tensor(cost, dtype=torch.float32)
-    low, high = torch.tensor(config.step_cost_range)  # rounded as the costs are
+    low, high = torch.tensor(config.step_cost_range, dtype=torch.float32)  # rounded as the costs are
     if chosen.shape not in [(), (1,), (count,)] or not bool(((chosen.cpu() >= low) & (chosen.cpu() <= high)).all()):
         raise ValueError(
             f"step_cost must be one number or {count} in the range {config.step_cost_range}, got {chosen.tolist()}"

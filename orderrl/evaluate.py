@@ -25,6 +25,7 @@ from orderrl.data import TokenSet, load_split
 from orderrl.distributed import is_main, launched
 from orderrl.entry import run_application
 from orderrl.evaluations import protocol_identity, save_results
+from orderrl.isolation import isolated_float32
 from orderrl.metrics.calibration import lookahead_utility
 from orderrl.metrics.clip_score import class_captions
 from orderrl.metrics.comparison import comparisons
@@ -268,6 +269,7 @@ def swept_names(e: DictConfig) -> list[str]:
     return [name for name in e.sampled if "@" not in name] if e.sweep else []
 
 
+@isolated_float32
 def evaluate(config: DictConfig) -> Path:
     """Evaluate all policies of a config and return the run folder with `results.json` and `report.html`.
 

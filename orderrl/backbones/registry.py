@@ -21,6 +21,7 @@ from orderrl.backbones.presets import PRESETS
 from orderrl.backbones.protocol import Backbone
 from orderrl.backbones.transformer import OrderRobustTransformer
 from orderrl.checkpoint import load_checkpoint, load_state, save_checkpoint
+from orderrl.isolation import isolated_float32
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 TrainableBackbone = OrderRobustTransformer | RasterTransformer | ARPG | MaskedTransformer
@@ -51,6 +52,7 @@ def backbone_names() -> list[str]:
     return sorted(_REGISTRY)
 
 
+@isolated_float32
 def load_backbone(
     name_or_path: str | Path,
     path: str | Path | None = None,
@@ -180,6 +182,7 @@ def save_backbone(path: Path, backbone: TrainableBackbone, description: dict[str
     save_checkpoint(path, tensors, config)
 
 
+@isolated_float32
 def with_block_size(backbone: Model, block_size: int) -> Model:
     """The same weights on another block grid; block_size = the grid's side is plain raster token order."""
     other: Any = type(backbone)(replace(backbone.config, block_size=block_size))  # type: ignore[arg-type]

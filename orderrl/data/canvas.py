@@ -56,7 +56,7 @@ def place(levels: Tensor, generator: torch.Generator) -> Tensor:
     """
     side = round(levels.shape[1] ** 0.5)
     images = levels.view(-1, side, side)
-    uniform = torch.rand(2, len(images), generator=generator)
+    uniform = torch.rand(2, len(images), generator=generator, dtype=torch.float32)
     corners = []
     for inked, line in zip(_inked_lines(images), uniform, strict=True):
         first, length = _extent(inked)

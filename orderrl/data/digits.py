@@ -117,11 +117,11 @@ def augment_digits(tokens: Tensor, generator: torch.Generator, strength: float) 
     """
     n = len(tokens)
     angle, scale_y, scale_x, shear, shift_y, shift_x = (
-        (2 * torch.rand(6, n, generator=generator) - 1)
+        (2 * torch.rand(6, n, generator=generator, dtype=torch.float32) - 1)
         * strength
-        * torch.tensor([0.16, 0.09, 0.09, 0.09, 0.1, 0.1])[:, None]
+        * torch.tensor([0.16, 0.09, 0.09, 0.09, 0.1, 0.1], dtype=torch.float32)[:, None]
     )
-    chosen = torch.rand(n, generator=generator) < 0.5
+    chosen = torch.rand(n, generator=generator, dtype=torch.float32) < 0.5
     cos, sin = angle.cos(), angle.sin()
     theta = torch.stack(
         [

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from orderrl.backbones.loading import read_state
 from orderrl.checkpoint import load_checkpoint, load_state, save_checkpoint
+from orderrl.isolation import isolated_float32
 from orderrl.tokenizers import kl, vq
 from orderrl.tokenizers.kl import KLConfig, KLTokenizer
 from orderrl.tokenizers.layers import StackConfig
@@ -40,6 +41,7 @@ def load_weights(tokenizer: VQTokenizer | KLTokenizer, state: Mapping[str, Tenso
     load_state(tokenizer, used, path)
 
 
+@isolated_float32
 def load_tokenizer(
     name: str | Path, path: str | Path | None = None, device: torch.device | str | None = None
 ) -> VQTokenizer | KLTokenizer:
