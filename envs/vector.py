@@ -94,7 +94,7 @@ class NextBlockVectorEnv(VectorEnv[dict[str, Any], Any, np.ndarray]):
         """Start the histories of those sub-environments again that are given a seed."""
         if seed is None:
             return
-        if not isinstance(seed, Sequence | np.ndarray):
+        if isinstance(seed, str) or not isinstance(seed, Sequence | np.ndarray) or np.ndim(seed) == 0:
             self.core.seed(as_seed(seed), rows)
             return
         if len(seed) != self.num_envs:
