@@ -26,8 +26,8 @@ class NextBlockEnv(gym.Env[dict[str, Any], Any]):
     `Discrete(B)` if `budgets == (1,)`: the block to reveal. Otherwise `MultiDiscrete([B] * K + [n])` with K the
     largest budget and n their number: a ranked list of blocks and the index of the budget k; entries past k
     are ignored. A budget is legal if it does not exceed the hidden blocks; if none is, the smallest is legal
-    and cut short. Masks: `info["action_mask"]` (int8), `env.get_wrapper_attr("action_masks")()` (flat, bool; wrappers
-    of Gymnasium 1 pass no attributes on, so `env.action_masks()` is there on `env.unwrapped` alone).
+    and cut short. Masks: `info["action_mask"]` (int8); flat and bool `env.get_wrapper_attr("action_masks")()` or
+    `env.unwrapped.action_masks()` (wrappers of Gymnasium 1 pass no attributes on).
 
     ## Observation Space
     A `Dict`: `hidden` (B, D) float32, the backbone's hidden state at the first query of each hidden block (zero

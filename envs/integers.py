@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import operator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -56,11 +56,8 @@ def as_seed(value: Any, name: str = "seed") -> int:
     Raises:
         ValueError: if it is no whole number or out of range.
     """
-    if not isinstance(value, bool | np.bool_ | float):
-        try:
-            seed = operator.index(value)
-        except (TypeError, ValueError, RuntimeError):
-            seed = -1
-        if 0 <= seed <= LARGEST_SEED:
-            return seed
+    with suppress(ValueError):
+        seed = as_int64(name, value)
+        if seed.ndim == 0 and 0 <= int(seed) <= LARGEST_SEED:
+            return int(seed)
     raise ValueError(f"{name} must be a whole number from 0 to {LARGEST_SEED}, got {value!r}")
