@@ -13,6 +13,7 @@ from torch.nn import functional
 from orderrl.data.digits import HEIGHT as DIGIT
 from orderrl.data.digits import augment_digits, digits_as_collected
 from orderrl.data.tokens import TokenSet
+from orderrl.isolation import isolated
 
 HEIGHT = WIDTH = 12
 PLACES = {"backbone": 1, "planner": 4, "test": 1}  # canvases of every digit
@@ -64,6 +65,7 @@ def place(levels: Tensor, generator: torch.Generator) -> Tensor:
     return _window(functional.pad(images, (0, WIDTH - side, 0, HEIGHT - side)), corners, HEIGHT)
 
 
+@isolated
 def augment_canvas(tokens: Tensor, generator: torch.Generator, strength: float) -> Tensor:
     """`augment_digits` of the digit on each canvas, and another place.
 

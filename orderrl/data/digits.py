@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from orderrl.data.tokens import TokenSet
+from orderrl.isolation import isolated
 
 HEIGHT = WIDTH = 8
 LEVELS = 17
@@ -98,11 +99,13 @@ def patches_to_images(patches: Tensor) -> Tensor:
     return grey.round().to(torch.uint8).expand(-1, 3, -1, -1)
 
 
+@isolated
 def augment_patches(patches: Tensor, generator: torch.Generator, strength: float) -> Tensor:
     """`augment_digits` of continuous tokens (n, 16, 4)."""
     return _to_patches(augment_digits(_to_levels(patches), generator, strength))
 
 
+@isolated
 def augment_digits(tokens: Tensor, generator: torch.Generator, strength: float) -> Tensor:
     """Mild augmentation: a small random rotation, scale, shear and shift of half of the images.
 
