@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from orderrl import distributed
 from orderrl.data.tokens import random_window
 from orderrl.geometry import BlockGrid
+from orderrl.isolation import isolated_float32
 from orderrl.oracle import WEIGHTS, distance_weights, utilities
 from orderrl.planner import OrderHead, PlannerOutput
 from orderrl.resuming import Part, Unfinished, steps_of
@@ -153,6 +154,7 @@ def held_out_metrics(planner: OrderHead, data: TensorDict, utility: Tensor) -> d
     return {"chosen": chosen.mean().item(), "regret": (best - chosen).mean().item()}
 
 
+@isolated_float32
 def clone(
     planner: OrderHead, labels: TensorDict, geometry: BlockGrid, config: BCConfig, work: Unfinished | None = None
 ) -> Iterator[dict[str, float]]:

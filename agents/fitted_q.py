@@ -26,6 +26,7 @@ from orderrl.backbones import Backbone
 from orderrl.data import TokenSet
 from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.finite import OVERFLOW, require_finite
+from orderrl.isolation import isolated, isolated_float32
 from orderrl.planner import OrderHead
 from orderrl.resuming import Part, Unfinished, steps_of
 from orderrl.values import at_least, check_fields, positive
@@ -65,6 +66,7 @@ class FittedQConfig:
         )
 
 
+@isolated
 @torch.no_grad()
 def record_order(
     backbone: Backbone,
@@ -217,6 +219,7 @@ def budget_loss(logits: Tensor, spent: Tensor, legal: Tensor, temperature: float
     return torch.where(further, error / spread, 0.0).square().sum() / (len(spent) * further.sum())
 
 
+@isolated_float32
 def fit_budgets(
     planner: OrderHead,
     played: TensorDict,

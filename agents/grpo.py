@@ -22,6 +22,7 @@ from torchrl.objectives import ClipPPOLoss
 
 from orderrl.agents.policy_gradient import PolicyGradient, PolicyGradientConfig
 from orderrl.envs.torchrl import NextBlockTorchRLEnv
+from orderrl.isolation import isolated_float32
 from orderrl.planner import OrderHead
 from orderrl.values import at_least, check_fields
 
@@ -113,6 +114,7 @@ class GRPO(PolicyGradient):
 
     config: GRPOConfig
 
+    @isolated_float32
     def __init__(self, planner: OrderHead, env: NextBlockTorchRLEnv, config: GRPOConfig) -> None:
         super().__init__(planner, env, config)
         self.start = self._actor_of(copy.deepcopy(self.planner).requires_grad_(False)) if config.kl_coeff else None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from orderrl.agents.distribution import planner_actions
 from orderrl.agents.policies import Policy
 from orderrl.envs.core import NextBlockCore
+from orderrl.isolation import isolated_float32
 from orderrl.planner import OrderHead
 from orderrl.resuming import Part, Unfinished, steps_of
 from orderrl.values import at_least, between, check_fields, positive
@@ -48,6 +49,7 @@ class ImitationConfig:
         )
 
 
+@isolated_float32
 def imitate(
     planner: OrderHead,
     core: NextBlockCore,

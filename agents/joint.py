@@ -30,6 +30,7 @@ from orderrl.backbones.registry import with_block_size
 from orderrl.backbones.training import block_orders, mean_loss, order_losses, training_loss
 from orderrl.data import TokenSet
 from orderrl.envs.core import CoreConfig, NextBlockCore
+from orderrl.isolation import isolated_float32
 from orderrl.planner import OrderHead, PlannerOutput
 from orderrl.resuming import Part, Unfinished, steps_of
 from orderrl.values import at_least, between, check_fields, positive
@@ -177,6 +178,7 @@ class JointTuning:
         ValueError: if the labels come from a single image, so that none can be kept back.
     """
 
+    @isolated_float32
     def __init__(
         self,
         planner: OrderHead,
@@ -199,6 +201,7 @@ class JointTuning:
         self.shown = replace(labelled, tokens=labelled.tokens[shown], labels=labelled.labels[shown], identity=None)
         self.outcome: dict[str, Any] = {}
 
+    @isolated_float32
     def train(self, work: Unfinished | None = None) -> Iterator[dict[str, float]]:
         """Train in place; on return planner and backbone are in the state of least held-out loss.
 

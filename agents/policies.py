@@ -140,7 +140,7 @@ def spaced_ranking(scores: Tensor, closeness: Tensor, places: int) -> Tensor:
 
 def fixed_order(order: Tensor) -> Scorer:
     """A fixed order (B,) of blocks as a scorer."""
-    rank = torch.empty(len(order))
+    rank = torch.empty(len(order), dtype=torch.float32)
     rank[order] = torch.arange(len(order)).float()
 
     @places_only
@@ -154,7 +154,8 @@ def fixed_order(order: Tensor) -> Scorer:
 def uniform_random(observation: TensorDictBase, generator: torch.Generator) -> Tensor:
     """A random order for each image."""
     shape = observation["visible"].shape
-    return torch.rand(shape, generator=generator, device=generator.device).to(observation["entropy"].device)
+    uniform = torch.rand(shape, generator=generator, dtype=torch.float32, device=generator.device)
+    return uniform.to(observation["entropy"].device)
 
 
 def low_entropy(observation: TensorDictBase, generator: torch.Generator) -> Tensor:

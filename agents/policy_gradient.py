@@ -26,6 +26,7 @@ from torchrl.objectives import ClipPPOLoss
 from orderrl import distributed
 from orderrl.agents.distribution import RankedBlocks
 from orderrl.envs.torchrl import NextBlockTorchRLEnv
+from orderrl.isolation import isolated_float32
 from orderrl.planner import OrderHead
 from orderrl.resuming import Unfinished
 from orderrl.values import at_least, check_fields, positive
@@ -135,6 +136,7 @@ class PolicyGradient(ABC):
     config: PolicyGradientConfig
     loss: ClipPPOLoss
 
+    @isolated_float32
     def __init__(self, planner: OrderHead, env: NextBlockTorchRLEnv, config: PolicyGradientConfig) -> None:
         self._check_shares(config)
         if env.core.num_envs * distributed.size() != config.num_envs:
@@ -190,6 +192,7 @@ class PolicyGradient(ABC):
 
     # ------------------------------------------------------------------ training
 
+    @isolated_float32
     def train(self, work: Unfinished | None = None) -> Iterator[dict[str, float]]:
         """Rounds until `config.iterations`; yields one dict of metrics a round.
 

@@ -22,6 +22,7 @@ from torchrl.objectives.value import GAE
 from orderrl import distributed
 from orderrl.agents.policy_gradient import PolicyGradient, PolicyGradientConfig, flatten
 from orderrl.envs.torchrl import NextBlockTorchRLEnv
+from orderrl.isolation import isolated_float32
 from orderrl.planner import OrderHead
 from orderrl.values import at_least, between, check_fields, positive
 
@@ -134,6 +135,7 @@ class PPO(PolicyGradient):
 
     config: PPOConfig
 
+    @isolated_float32
     def __init__(self, planner: OrderHead, env: NextBlockTorchRLEnv, config: PPOConfig) -> None:
         if config.privileged_critic and not env.privileged:
             raise ValueError("privileged_critic=True needs an environment made with privileged=True")

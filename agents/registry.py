@@ -48,6 +48,7 @@ from orderrl.agents.policies import (
 from orderrl.agents.schedules import Schedule, entropy_threshold, fixed, growing, information_threshold
 from orderrl.agents.spec import PAIRED, REFERENCES, SPACED, THRESHOLD, PolicySpec, written_cost
 from orderrl.backbones.protocol import Backbone
+from orderrl.isolation import isolated_float32
 from orderrl.planner import load_planner, require_described
 
 NEED_PROBABILITIES = ("lookahead", "confidence")
@@ -101,6 +102,7 @@ def policy_names() -> list[str]:
     return [*ORDERS, *SCORERS, SPACED + "random", "fitted", *REFERENCES]
 
 
+@isolated_float32
 def make_policy(
     spec: str | PolicySpec,
     backbone: Backbone,

@@ -23,6 +23,7 @@ from orderrl.data import TokenSet
 from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.finite import DIVERGED, OVERFLOW, require_finite
 from orderrl.geometry import BlockGrid
+from orderrl.isolation import isolated_float32
 from orderrl.resuming import Unfinished
 from orderrl.values import at_least, check_fields, positive
 
@@ -88,6 +89,7 @@ class FixedSchedule(NamedTuple):
         return RankingPolicy(fixed_order(self.order), geometry, budgets, growing(budgets, self.sizes))
 
 
+@isolated_float32
 def search_schedule(
     backbone: Backbone,
     data: TokenSet,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
-from orderrl.backbones.protocol import Backbone
+from orderrl.backbones.protocol import Backbone, backbone_device
 from orderrl.backbones.registry import load_backbone
 from orderrl.backbones.sampling import Sampling
 from orderrl.data import TokenSet, load_split
@@ -14,7 +16,7 @@ from orderrl.envs.reward import RewardConfig
 
 def build_core(
     num_envs: int,
-    backbone: str | Backbone = "digits",
+    backbone: str | Path | Backbone = "digits",
     data: str | TokenSet = "digits",
     split: str = "planner",
     mode: str = "teacher",
@@ -26,14 +28,24 @@ def build_core(
     step_cost: float | tuple[float, float] = 0.0,
     sampling: Sampling | None = None,
     strict: bool = False,
-    seed: int = 0,
+    seed: int | None = None,
     device: torch.device | str | None = None,
 ) -> NextBlockCore:
     """Build the core that all faces share; the arguments are documented at `NextBlockEnv`."""
-    if isinstance(backbone, str):
+    if isinstance(backbone, str | Path):
         backbone = load_backbone(backbone, device=device)
+    elif device is not None and not _same_device(torch.device(device), backbone_device(backbone)):
+        raise ValueError(
+            f"device={str(device)!r} contradicts the backbone, which lies on {str(backbone_device(backbone))!r}; move "
+            "it there with backbone.to(device), or leave device out"
+        )
     if isinstance(data, str):
         data = load_split(data, split)
     reward = RewardConfig(objective, form, weight, sigma, step_cost)
-    config = CoreConfig(mode, tuple(budgets), reward, sampling or Sampling(), strict)
+    config = CoreConfig(mode, budgets, reward, sampling or Sampling(), strict)
     return NextBlockCore(backbone, data, num_envs, config, seed)
+
+
+def _same_device(wanted: torch.device, actual: torch.device) -> bool:
+    """Whether a device is meant; one without a number means any of its kind."""
+    return wanted.type == actual.type and wanted.index in (None, actual.index)

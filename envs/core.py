@@ -7,10 +7,12 @@ context loss already computed) and makes one packed forward over the chains of t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from tensordict import TensorDict
 from torch import Tensor
@@ -18,8 +20,10 @@ from torch import Tensor
 from orderrl.backbones.protocol import Backbone, backbone_device, check_fits
 from orderrl.data import TokenSet
 from orderrl.envs.config import CoreConfig, Transition
+from orderrl.envs.integers import as_choices, as_int64, as_seed
 from orderrl.envs.reward import ILLEGAL_REWARD, Reward, RewardConfig, chosen_step_cost, drawn_step_cost
-from orderrl.random import Stream, keyed_index, keyed_uniform
+from orderrl.isolation import isolated
+from orderrl.random import Stream, drawn_seed, keyed_index, keyed_uniform
 
 __all__ = ["CoreConfig", "NextBlockCore", "Transition", "replay_return"]
 
@@ -42,7 +46,7 @@ class NextBlockCore:
         data: images to reveal (mode "teacher"); labels alone are drawn uniformly in mode "generate".
         num_envs: M.
         config: mode, budgets, reward, sampling.
-        seed: sub-environment i behaves like a single environment of seed + i.
+        seed: sub-environment i behaves like a single environment of seed + i; None draws one, see `drawn_seed`.
         track_losses: compute context losses even if the reward does not need them.
         observe: compute hidden states and entropies; off, they stay zero unless context losses bring them along. For
             policies that do not read them.
@@ -51,19 +55,20 @@ class NextBlockCore:
         ValueError: if data and backbone do not fit or a budget exceeds the number of blocks.
     """
 
+    @isolated
     def __init__(
         self,
         backbone: Backbone,
         data: TokenSet,
         num_envs: int,
         config: CoreConfig,
-        seed: int = 0,
+        seed: int | None = 0,
         track_losses: bool = False,
         observe: bool = True,
     ) -> None:
         geometry = backbone.geometry
-        if num_envs < 1:
-            raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+        if isinstance(num_envs, bool) or not isinstance(num_envs, int | np.integer) or num_envs < 1:
+            raise ValueError(f"num_envs must be a whole number, at least 1, got {num_envs!r}")
         config.require_blocks(geometry.num_blocks)
         check_fits(backbone, data)
         self.backbone, self.data, self.config, self.geometry = backbone, data, config, geometry
@@ -78,20 +83,22 @@ class NextBlockCore:
         self._block_tokens = geometry.block_tokens.to(self.device)
         m, b = num_envs, geometry.num_blocks
         zeros = torch.zeros(m, dtype=torch.int64, device=self.device)
-        self.seeds = torch.arange(m, device=self.device) + seed
-        self.episode = zeros - 1
+        self.seeds, self.episode = zeros.clone(), zeros - 1
+        self._drawn = torch.zeros_like(zeros, dtype=torch.bool)  # rows whose seed nobody gave
+        self._process = os.getpid()
+        self.seed(seed)
         self.step_count = zeros.clone()
         self.image_index = zeros.clone()
         self.labels = zeros.clone()
         costs = config.reward.step_cost_range
-        self.step_cost = None if costs is None else torch.full((m,), costs[0], device=self.device)
+        self.step_cost = None if costs is None else torch.full((m,), costs[0], dtype=torch.float32, device=self.device)
         self.tokens = self._data_tokens.new_zeros(m, *self._data_tokens.shape[1:])
         self.visible = torch.zeros(m, b, dtype=torch.bool, device=self.device)
         self.reveal_step = torch.full((m, b), -1, dtype=torch.int64, device=self.device)
         self.reveal_rank = torch.full((m, b), -1, dtype=torch.int64, device=self.device)
-        self.losses = torch.zeros(m, b, device=self.device)
-        self.hidden = torch.zeros(m, b, backbone.hidden_size, device=self.device)
-        self.entropy = torch.zeros(m, b, device=self.device)
+        self.losses = torch.zeros(m, b, dtype=torch.float32, device=self.device)
+        self.hidden = torch.zeros(m, b, backbone.hidden_size, dtype=torch.float32, device=self.device)
+        self.entropy = torch.zeros(m, b, dtype=torch.float32, device=self.device)
         self._guided = config.mode == "generate" and config.sampling.guidance != 1
         self._dropped = torch.full_like(zeros, backbone.num_classes)
         self.prefix: Any = None  # of all episodes, from the first reset on
@@ -149,18 +156,28 @@ class NextBlockCore:
 
     # ------------------------------------------------------------------ episodes
 
-    def seed(self, seeds: Tensor | int, rows: Tensor | None = None) -> None:
+    @isolated
+    def seed(self, seeds: Tensor | int | None, rows: Tensor | None = None) -> None:
         """Start histories again: the next reset of a sub-environment is episode 0 of its seed.
 
         Args:
-            seeds: (m,) int64, or s for s + i.
+            seeds: (m,) int64, or s for s + i; None draws s. Drawn seeds are drawn anew in a process forked later, whose
+                episodes would else be those of its parent.
             rows: (m,) int64 sub-environments; None is all.
+
+        Raises:
+            ValueError: if a seed is no whole number.
         """
         rows = torch.arange(self.num_envs, device=self.device) if rows is None else rows.to(self.device)
-        self.seeds, self.episode = self.seeds.clone(), self.episode.clone()
-        self.seeds[rows] = rows + seeds if isinstance(seeds, int) else seeds.to(self.device)
+        self.seeds, self.episode, self._drawn = self.seeds.clone(), self.episode.clone(), self._drawn.clone()
+        if isinstance(seeds, Tensor) and seeds.ndim:
+            self.seeds[rows] = as_int64("seeds", seeds).to(self.device)
+        else:
+            self.seeds[rows] = rows + (drawn_seed() if seeds is None else as_seed(seeds))
         self.episode[rows] = -1
+        self._drawn[rows] = seeds is None
 
+    @isolated
     @torch.no_grad()
     def reset(
         self,
@@ -178,7 +195,8 @@ class NextBlockCore:
             step_cost: () or (m,) nats per image, if the config's is a range; None draws it from (seed, episode).
 
         Raises:
-            ValueError: if an index lies outside the data set, or a cost outside the config's range.
+            ValueError: if an index lies outside the data set, a label outside the classes, a cost outside the config's
+                range, or one of them is no whole number.
         """
         rows = torch.arange(self.num_envs, device=self.device) if rows is None else rows.to(self.device)
         self._begin(rows, index, labels, step_cost)
@@ -194,6 +212,9 @@ class NextBlockCore:
     ) -> None:
         if not len(rows):
             return
+        if self._process != os.getpid():  # forked: the parent goes on with the drawn seeds
+            self._process = os.getpid()
+            self.seeds = torch.where(self._drawn, drawn_seed() + torch.arange(self.num_envs).to(self.seeds), self.seeds)
         told = None if step_cost is None else chosen_step_cost(self.config.reward, step_cost, len(rows))
         self.episode[rows] += 1
         if self.step_cost is not None:
@@ -205,15 +226,17 @@ class NextBlockCore:
             self.image_index[rows] = -1
             self.tokens[rows] = 0
             if index is not None:
-                self.labels[rows] = self._data_labels[self._checked_index(index, rows)]
+                self.labels[rows] = self._data_labels[self._chosen_images(index, rows)]
         else:
             chosen = keyed_index(key, len(self.data), self.device)
             if index is not None:
-                chosen = self._checked_index(index, rows)
+                chosen = self._chosen_images(index, rows)
             self.image_index[rows] = chosen
             self.tokens[rows], self.labels[rows] = self._data_tokens[chosen], self._data_labels[chosen]
         if labels is not None:
-            self.labels[rows] = labels.to(self.device)
+            classes = self.backbone.num_classes + 1
+            chosen = as_choices("labels", labels, len(rows), classes, "labels, the last for no class")
+            self.labels[rows] = chosen.to(self.device)
         self._start(rows)
         self.visible[rows] = False
         self.step_count[rows] = 0
@@ -232,6 +255,7 @@ class NextBlockCore:
             return started
         return (self.backbone.start(labels) if prefix is None else prefix).put(rows, started)
 
+    @isolated
     @torch.no_grad()
     def show(self, order: Tensor, length: Tensor) -> None:
         """Put all episodes, fresh from `reset`, into given contexts without playing them.
@@ -246,18 +270,11 @@ class NextBlockCore:
         self._looks = []
         self._look((~self.visible.all(-1)).nonzero().flatten())
 
-    def _checked_index(self, index: Tensor | int, rows: Tensor) -> Tensor:
-        chosen = torch.as_tensor(index, device=self.device)
-        if chosen.is_floating_point() or chosen.dtype == torch.bool or chosen.shape not in [(), rows.shape]:
-            raise ValueError(f"index must be one int64 or {len(rows)}, one for each episode that begins, got {index!r}")
-        chosen = chosen.long().expand(len(rows))
-        if ((chosen < 0) | (chosen >= len(self.data))).any():
-            raise ValueError(
-                f"index={torch.as_tensor(index).tolist()} lies outside the {len(self.data)} images of "
-                f"{self.data.name}/{self.data.split}; use 0 to {len(self.data) - 1}"
-            )
-        return chosen
+    def _chosen_images(self, index: Tensor | int, rows: Tensor) -> Tensor:
+        of = f"images of {self.data.name}/{self.data.split}"
+        return as_choices("index", index, len(rows), len(self.data), of).to(self.device)
 
+    @isolated
     @torch.no_grad()
     def step(self, actions: Tensor, restart: Tensor | None = None) -> Transition:
         """Reveal blocks. Finished episodes (complete or truncated) ignore their action and are paid nothing.
@@ -309,11 +326,10 @@ class NextBlockCore:
     def read_actions(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Ranked blocks (M, K), how many of them count (M,), and whether the action is legal (M,) bool."""
         expected = (self.num_envs, self.largest_budget + 1) if self.multi else (self.num_envs,)
-        if actions.is_floating_point() or actions.dtype == torch.bool:
-            raise ValueError(f"action must be int64, got {actions.dtype}; return block indices, not scores")
+        actions = as_int64("action", actions)  # block indices, not scores
         if tuple(actions.shape) != expected:
             raise ValueError(f"action must have shape {expected}, got {tuple(actions.shape)}")
-        actions = actions.to(self.device, torch.int64)
+        actions = actions.to(self.device)
         if not self.multi:
             blocks, count = actions[:, None], torch.ones_like(actions)
             legal = torch.ones_like(actions, dtype=torch.bool)
@@ -352,7 +368,7 @@ class NextBlockCore:
         charged = torch.zeros_like(self.losses)
         for rows, chosen in self._together(blocks, count):
             losses, _ = self.backbone.context_loss(self._some(self.prefix, rows), self.tokens[rows], chosen)
-            charged[rows[:, None], chosen] = losses.loss
+            charged[rows[:, None], chosen] = losses.loss.float()
         return charged
 
     def _draw(self, blocks: Tensor, count: Tensor) -> tuple[Any, Any]:
@@ -436,7 +452,6 @@ class NextBlockCore:
 
     def _look_together(self, rows: Tensor) -> None:
         """Refresh some episodes in one packed forward, padded to the one that hides most."""
-        total = self.geometry.num_blocks
         widest = int(self.hidden_count[rows].max())
         blocks = self.visible[rows].long().argsort(dim=1, stable=True)[:, :widest]  # hidden blocks first
         is_hidden = ~self.visible[rows].gather(1, blocks)
@@ -447,19 +462,19 @@ class NextBlockCore:
             place = place.scatter(1, blocks, torch.arange(widest, device=self.device).expand_as(blocks))
             self._looks.append(_Look(rows, place, entries))
             hidden, entropy = now.hidden, now.entropy
-            losses = now.loss.new_zeros(len(rows), total)
-            self.losses[rows] = losses.scatter(1, blocks, torch.where(is_hidden, now.loss, 0.0))
+            blank = torch.zeros_like(self.losses[rows])
+            self.losses[rows] = blank.scatter(1, blocks, torch.where(is_hidden, now.loss.float(), 0.0))
         else:
             hidden, entropy = self.backbone.observe(prefix, blocks)
         shown = torch.zeros_like(self.hidden[rows])
         index = blocks[..., None].expand_as(hidden)
-        self.hidden[rows] = shown.scatter(1, index, torch.where(is_hidden[..., None], hidden, 0.0))
+        self.hidden[rows] = shown.scatter(1, index, torch.where(is_hidden[..., None], hidden.float(), 0.0))
         blank = torch.zeros_like(self.entropy[rows])
-        self.entropy[rows] = blank.scatter(1, blocks, torch.where(is_hidden, entropy, 0.0))
+        self.entropy[rows] = blank.scatter(1, blocks, torch.where(is_hidden, entropy.float(), 0.0))
 
     def _hindsight_return(self, finished: Tensor) -> Tensor:
         """Whole return of images that were just finished, by replaying them with their tokens known."""
-        reward = torch.zeros(self.num_envs, device=self.device)
+        reward = torch.zeros(self.num_envs, dtype=torch.float32, device=self.device)
         rows = finished.nonzero().flatten()
         if not self.config.hindsight or not len(rows):
             return reward
@@ -476,6 +491,7 @@ class NextBlockCore:
         return reward
 
 
+@isolated
 def replay_return(
     backbone: Backbone,
     data: TokenSet,
@@ -512,7 +528,7 @@ def replay_return(
     config = CoreConfig(budgets=tuple(range(1, largest + 1)), reward=reward)
     core = NextBlockCore(backbone, images, len(tokens), config)
     core.reset(index=torch.arange(len(tokens)), step_cost=step_cost)
-    total = torch.zeros(len(tokens), device=core.device)
+    total = torch.zeros(len(tokens), dtype=torch.float32, device=core.device)
     places = torch.arange(largest, device=core.device)
     for step in range(sizes.shape[1]):
         count = sizes[:, step]

@@ -6,11 +6,12 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import torch
 
 from orderrl.envs.build import build_core
+from orderrl.envs.integers import as_int64, as_seed
 from orderrl.envs.render import frame
 from orderrl.envs.spaces import action_space, flat_mask, observation_space, to_numpy
+from orderrl.isolation import isolated, isolated_float32
 
 
 class NextBlockEnv(gym.Env[dict[str, Any], Any]):
@@ -25,7 +26,8 @@ class NextBlockEnv(gym.Env[dict[str, Any], Any]):
     `Discrete(B)` if `budgets == (1,)`: the block to reveal. Otherwise `MultiDiscrete([B] * K + [n])` with K the
     largest budget and n their number: a ranked list of blocks and the index of the budget k; entries past k
     are ignored. A budget is legal if it does not exceed the hidden blocks; if none is, the smallest is legal
-    and cut short. Masks: `info["action_mask"]` (int8), `env.action_masks()` (flat, bool).
+    and cut short. Masks: `info["action_mask"]` (int8); flat and bool `env.get_wrapper_attr("action_masks")()` or
+    `env.unwrapped.action_masks()` (wrappers of Gymnasium 1 pass no attributes on).
 
     ## Observation Space
     A `Dict`: `hidden` (B, D) float32, the backbone's hidden state at the first query of each hidden block (zero
@@ -56,22 +58,25 @@ class NextBlockEnv(gym.Env[dict[str, Any], Any]):
       `sigma` in blocks; `step_cost` in nats per image, a number or a range (low, high).
     - `sampling`: a `Sampling` for mode "generate".
     - `strict`: raise on illegal actions.
-    - `seed`: used by resets without a seed; `device`: where the backbone runs.
+    - `seed`: used by resets without a seed; None draws one that `torch.manual_seed` determines within a process. Forked
+      processes draw their own, also for an environment that was made before the fork.
+    - `device`: where a backbone given by name runs; None is the CPU. An object stays where it is.
     - `render_mode`: None or "rgb_array": the partial image beside the order as a heat map.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 4}
 
+    @isolated_float32
     def __init__(self, render_mode: str | None = None, **arguments: Any) -> None:
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             raise ValueError(f"render_mode={render_mode!r} is unknown; choose 'rgb_array' or None")
         self.render_mode = render_mode
-        self._seeded = "seed" in arguments
         self.core = build_core(1, **arguments)
         budgets, costs = self.core.config.budgets, self.core.config.reward.step_cost_range
         self.observation_space = observation_space(self.core.backbone, budgets, costs)
         self.action_space = action_space(self.core.backbone, budgets)
 
+    @isolated
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -81,26 +86,26 @@ class NextBlockEnv(gym.Env[dict[str, Any], Any]):
             seed: starts the history of episodes again.
             options: "index" chooses the image; "step_cost", if the environment's is a range, what a step costs.
         """
-        super().reset(seed=seed)
-        if seed is None and not self._seeded:
-            seed = int(self.np_random.integers(2**31))
         if seed is not None:
+            seed = as_seed(seed)
             self.core.seed(seed)
-            self._seeded = True
+        super().reset(seed=seed)
         options = options or {}
         self.core.reset(index=options.get("index"), step_cost=options.get("step_cost"))
         return self._observation(), self._info(False)
 
+    @isolated
     def step(self, action: Any) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Reveal the blocks of an action."""
-        row = torch.as_tensor(np.asarray(action))[None]
-        reward, terminated, truncated, illegal = self.core.step(row)
+        reward, terminated, truncated, illegal = self.core.step(as_int64("action", action)[None])
         return self._observation(), float(reward), bool(terminated), bool(truncated), self._info(bool(illegal))
 
+    @isolated
     def action_masks(self) -> np.ndarray:
         """Flat bool mask of legal entries: (B,), or (K * B + number of budgets,)."""
         return flat_mask(self.core.observation(), self.core.largest_budget)[0].cpu().numpy()
 
+    @isolated
     def render(self) -> np.ndarray | None:
         """(h, w, 3) uint8: the partial image with hidden blocks grey, beside the order as a heat map."""
         if self.render_mode is None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -99,8 +100,11 @@ def chosen_step_cost(config: RewardConfig, cost: Tensor | float, count: int) -> 
             f"step_cost={cost} can be chosen for an episode only if the environment's step_cost is a range (low, "
             f"high); it is {config.step_cost}"
         )
-    chosen = torch.as_tensor(cost, dtype=torch.float32)
-    low, high = torch.tensor(config.step_cost_range)  # rounded as the costs are
+    given = cost if isinstance(cost, Tensor) else torch.as_tensor(np.asarray(cost))
+    if given.dtype == torch.bool or given.is_complex():
+        raise ValueError(f"step_cost must be numbers, got {cost!r}")
+    chosen = given.to(torch.float32)
+    low, high = torch.tensor(config.step_cost_range, dtype=torch.float32)  # rounded as the costs are
     if chosen.shape not in [(), (1,), (count,)] or not bool(((chosen.cpu() >= low) & (chosen.cpu() <= high)).all()):
         raise ValueError(
             f"step_cost must be one number or {count} in the range {config.step_cost_range}, got {chosen.tolist()}"

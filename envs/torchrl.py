@@ -13,6 +13,7 @@ from torchrl.envs import EnvBase
 from orderrl.envs.build import build_core
 from orderrl.envs.core import NextBlockCore
 from orderrl.envs.spaces import entropy_bounds, hidden_bound
+from orderrl.isolation import isolated, isolated_float32
 
 
 class NextBlockTorchRLEnv(EnvBase):
@@ -32,13 +33,11 @@ class NextBlockTorchRLEnv(EnvBase):
 
     batch_locked = True
 
+    @isolated_float32
     def __init__(
         self, num_envs: int = 1, privileged: bool = False, core: NextBlockCore | None = None, **arguments: Any
     ) -> None:
-        if core is None:  # without a seed, one that torch.manual_seed determines
-            arguments.setdefault("seed", int(torch.randint(2**31, ())))
-            core = build_core(num_envs, **arguments)
-        self.core = core
+        self.core = build_core(num_envs, **arguments) if core is None else core
         super().__init__(device=self.core.device, batch_size=[self.core.num_envs])
         self.privileged = privileged
         if privileged and not self.core._context_losses:
@@ -83,6 +82,7 @@ class NextBlockTorchRLEnv(EnvBase):
             parts["context_loss"] = self.core.losses.clone()
         return parts
 
+    @isolated
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDictBase:
         rows = None
         if tensordict is not None and "_reset" in tensordict:
@@ -92,6 +92,7 @@ class NextBlockTorchRLEnv(EnvBase):
         done = {key: falsehood[:, None].clone() for key in ("done", "terminated", "truncated")}
         return TensorDict(self._observe(falsehood) | done, batch_size=self.batch_size, device=self.device)
 
+    @isolated
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         reward, terminated, truncated, illegal = self.core.step(tensordict["action"])
         parts = self._observe(illegal) | {
@@ -102,5 +103,6 @@ class NextBlockTorchRLEnv(EnvBase):
         }
         return TensorDict(parts, batch_size=self.batch_size, device=self.device)
 
+    @isolated
     def _set_seed(self, seed: int | None) -> None:
-        self.core.seed(0 if seed is None else seed)
+        self.core.seed(seed)

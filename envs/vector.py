@@ -11,8 +11,10 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from orderrl.envs.build import build_core
+from orderrl.envs.integers import as_int64, as_seed
 from orderrl.envs.render import frame
 from orderrl.envs.spaces import action_space, flat_mask, observation_space, to_numpy
+from orderrl.isolation import isolated, isolated_float32
 
 
 class NextBlockVectorEnv(VectorEnv[dict[str, Any], Any, np.ndarray]):
@@ -33,6 +35,7 @@ class NextBlockVectorEnv(VectorEnv[dict[str, Any], Any, np.ndarray]):
         "autoreset_mode": AutoresetMode.NEXT_STEP,
     }
 
+    @isolated_float32
     def __init__(
         self,
         num_envs: int = 1,
@@ -46,7 +49,6 @@ class NextBlockVectorEnv(VectorEnv[dict[str, Any], Any, np.ndarray]):
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         self.render_mode = render_mode
         self.num_envs = num_envs
-        self._seeded = np.full(num_envs, "seed" in arguments)
         self.core = build_core(num_envs, **arguments)
         budgets, costs = self.core.config.budgets, self.core.config.reward.step_cost_range
         self.single_observation_space = observation_space(self.core.backbone, budgets, costs)
@@ -55,6 +57,7 @@ class NextBlockVectorEnv(VectorEnv[dict[str, Any], Any, np.ndarray]):
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._done = torch.zeros(num_envs, dtype=torch.bool)
 
+    @isolated
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -68,8 +71,8 @@ class NextBlockVectorEnv(VectorEnv[dict[str, Any], Any, np.ndarray]):
         """
         options = options or {}
         rows = self._rows(options.get("reset_mask"))
-        super().reset(seed=seed if isinstance(seed, int) else None)
         self._seed(seed, rows)
+        super().reset(seed=int(seed) if isinstance(seed, int | np.integer) else None)
         self.core.reset(rows, options.get("index"), step_cost=options.get("step_cost"))
         self._done[rows] = False
         begun = np.zeros(self.num_envs, dtype=bool)
@@ -88,21 +91,21 @@ class NextBlockVectorEnv(VectorEnv[dict[str, Any], Any, np.ndarray]):
         return torch.from_numpy(np.flatnonzero(mask))
 
     def _seed(self, seed: int | Sequence[int | None] | None, rows: torch.Tensor) -> None:
-        """Start the histories of some sub-environments again, those without a seed at a drawn one if they have none."""
-        if isinstance(seed, int):
-            self.core.seed(seed, rows)
-        else:
-            seeds = [None] * self.num_envs if seed is None else list(seed)
-            if len(seeds) != self.num_envs:
-                raise ValueError(f"seed must be one number or {self.num_envs}, got {len(seeds)}")
-            for row in rows.tolist():
-                value = seeds[row]
-                if value is None and not self._seeded[row]:
-                    value = int(self.np_random.integers(2**31))
-                if value is not None:
-                    self.core.seed(torch.tensor([value]), torch.tensor([row]))
-        self._seeded[rows.numpy()] = True
+        """Start the histories of those sub-environments again that are given a seed."""
+        if seed is None:
+            return
+        if isinstance(seed, np.ndarray):
+            seed = seed.tolist()  # a list, or a single number
+        if isinstance(seed, str) or not isinstance(seed, Sequence):
+            self.core.seed(as_seed(seed), rows)
+            return
+        if len(seed) != self.num_envs:
+            raise ValueError(f"seed must be one number or {self.num_envs}, got {len(seed)}")
+        for row in rows.tolist():
+            if seed[row] is not None:
+                self.core.seed(torch.tensor([as_seed(seed[row])]), torch.tensor([row]))
 
+    @isolated
     def step(self, actions: Any) -> tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Reveal the blocks of every action; finished episodes begin anew as `autoreset_mode` says."""
         next_step = self.autoreset_mode is AutoresetMode.NEXT_STEP
@@ -112,7 +115,7 @@ class NextBlockVectorEnv(VectorEnv[dict[str, Any], Any, np.ndarray]):
                 "DISABLED call reset(options={'reset_mask': ...}) first"
             )
         restart = self._done.clone() if next_step else None
-        reward, terminated, truncated, illegal = self.core.step(torch.as_tensor(np.asarray(actions)), restart)
+        reward, terminated, truncated, illegal = self.core.step(as_int64("action", actions), restart)
         self._done = (terminated | truncated).cpu()
         info: dict[str, Any] = {}
         if self.autoreset_mode is AutoresetMode.SAME_STEP and self._done.any():
@@ -140,10 +143,12 @@ class NextBlockVectorEnv(VectorEnv[dict[str, Any], Any, np.ndarray]):
             "_final_info": finished.copy(),
         }
 
+    @isolated
     def action_masks(self) -> np.ndarray:
         """Flat bool masks of legal entries: (M, B), or (M, K * B + number of budgets)."""
         return flat_mask(self.core.observation(), self.core.largest_budget).cpu().numpy()
 
+    @isolated
     def render(self) -> tuple[np.ndarray, ...] | None:
         """One frame for every sub-environment, as in `NextBlockEnv.render`."""
         if self.render_mode is None:

@@ -23,6 +23,7 @@ from orderrl.agents.registry import NamedPolicy
 from orderrl.backbones import Backbone
 from orderrl.entry import run_application
 from orderrl.evaluate import chosen_policies, describe, make_protocol, planner_specs
+from orderrl.isolation import isolated_float32
 from orderrl.metrics.ablations import (
     REMOVALS,
     Injection,
@@ -46,6 +47,7 @@ from orderrl.planner import PlannerConfig
 from orderrl.runs import Run, progress
 
 
+@isolated_float32
 def ablate(config: DictConfig) -> Path:
     """Run all ablations and return the run folder with `ablations.json`.
 

@@ -29,6 +29,7 @@ from orderrl.checkpoint import load_checkpoint, load_state, save_checkpoint
 from orderrl.data import AUGMENTATIONS, TokenSet, load_split
 from orderrl.data.pictures import HIDDEN_GREY, hide_blocks
 from orderrl.geometry import BlockGrid
+from orderrl.isolation import isolated_float32
 
 NUM_FEATURES = 64
 _WEIGHTS = Path(__file__).parent / "weights"
@@ -130,6 +131,7 @@ def random_visible(count: int, geometry: BlockGrid, generator: torch.Generator) 
     return complete | (ranks < shown)
 
 
+@isolated_float32
 def train_classifier(name: str = "digits", seed: int = 0, steps: int = 3000, batch_size: int = 128) -> Classifier:
     """Train on the backbone split of a data set, augmented, with hidden blocks in half of the images.
 
@@ -193,6 +195,7 @@ def save_classifier(classifier: Classifier, path: Path) -> None:
     save_checkpoint(path, classifier.state_dict(), config)
 
 
+@isolated_float32
 def load_classifier(name: str = "digits", path: Path | None = None) -> Classifier:
     """Load a classifier, frozen and in evaluation mode.
 

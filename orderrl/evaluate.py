@@ -26,6 +26,7 @@ from orderrl.data import TokenSet, load_split
 from orderrl.distributed import is_main, launched
 from orderrl.entry import run_application
 from orderrl.evaluations import protocol_identity, save_results
+from orderrl.isolation import isolated_float32
 from orderrl.metrics.calibration import lookahead_utility
 from orderrl.metrics.clip_score import class_captions
 from orderrl.metrics.comparison import comparisons
@@ -289,6 +290,7 @@ def schedules(spec: PolicySpec, budgets: tuple[int, ...], sweep: Sequence[int]) 
     return [spec, *(replace(spec, schedule=str(budget)) for budget in sweep if budget != 1)]
 
 
+@isolated_float32
 def evaluate(config: DictConfig) -> Path:
     """Evaluate all policies of a config and return the run folder with `results.json` and `report.html`.
 

@@ -22,6 +22,7 @@ from orderrl.envs.render import order_image, partial_images
 from orderrl.evaluate import fitted_order, policy_of
 from orderrl.generation import Generated, balanced_labels, generate_images, generate_published
 from orderrl.geometry import BlockGrid
+from orderrl.isolation import isolated_float32
 from orderrl.metrics.images import save_images
 from orderrl.pipeline import NO_DATA, announce, open_backbone, sampling_of, with_values
 from orderrl.runs import Run, progress
@@ -31,6 +32,7 @@ SMALLEST_SIDE = 64  # of an image in the pictures, pixels
 PUBLISHED = "published"  # the policy that is the model's own sampler
 
 
+@isolated_float32
 def generate(config: DictConfig) -> Path:
     """Generate images and return the run folder: `images.png`, `order.gif`, `order.png` and maybe `samples/`.
 

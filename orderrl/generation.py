@@ -17,6 +17,7 @@ from orderrl.backbones.protocol import backbone_device
 from orderrl.backbones.published import PublishedSamples, arpg_sampler, llamagen_sampler, randar_sampler
 from orderrl.data import TokenSet
 from orderrl.envs.core import CoreConfig, NextBlockCore
+from orderrl.isolation import isolated
 from orderrl.metrics.planning import act
 from orderrl.random import Stream, keyed_normal, keyed_uniform
 
@@ -38,6 +39,7 @@ class Generated:
     seconds: float
 
 
+@isolated
 @torch.no_grad()
 def generate_images(
     backbone: Backbone,
@@ -79,6 +81,7 @@ def generate_images(
     return Generated(tokens, drawn_labels, reveal_step, time.perf_counter() - start)
 
 
+@isolated
 @torch.no_grad()
 def generate_published(
     backbone: Backbone,
@@ -170,6 +173,7 @@ def _published_masked(
     return tokens, reveal_step
 
 
+@isolated
 def balanced_labels(count: int, classes: int | Tensor) -> Tensor:
     """Classes in turn, (count,) int64; classes are (c,) int64 labels, or how many there are."""
     labels = torch.arange(classes) if isinstance(classes, int) else classes

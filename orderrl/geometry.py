@@ -9,6 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from orderrl.isolation import isolated
 from orderrl.values import at_least, check_fields
 
 MOST_TOKENS = 2**16  # of an image
@@ -70,6 +71,7 @@ class BlockGrid:
         return self.block_size**2
 
     @cached_property
+    @isolated
     def block_tokens(self) -> Tensor:
         """(B, p*p) int64: raster positions of each block's tokens, in raster order inside the block."""
         positions = torch.arange(self.num_tokens).view(self.height, self.width)
@@ -77,6 +79,7 @@ class BlockGrid:
         return rearrange(positions, "(r p) (c q) -> (r c) (p q)", p=p, q=p)
 
     @cached_property
+    @isolated
     def token_block(self) -> Tensor:
         """(N,) int64: the block that each raster position belongs to."""
         owner = torch.empty(self.num_tokens, dtype=torch.int64)
@@ -84,17 +87,20 @@ class BlockGrid:
         return owner
 
     @cached_property
+    @isolated
     def centres(self) -> Tensor:
         """(B, 2) float32: (row, column) of each block on the grid of blocks, in blocks."""
         index = torch.arange(self.num_blocks)
         return torch.stack([index // self.columns, index % self.columns], dim=-1).float()
 
     @cached_property
+    @isolated
     def distances(self) -> Tensor:
         """(B, B) float32: Euclidean distance between block centres, in blocks."""
         return torch.cdist(self.centres, self.centres, compute_mode="donot_use_mm_for_euclid_dist")
 
     @cached_property
+    @isolated
     def touching(self) -> Tensor:
         """(B, B) bool: True where two blocks are the same or 8-neighbours."""
         offset = (self.centres[:, None] - self.centres[None]).abs()

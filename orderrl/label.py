@@ -8,10 +8,12 @@ from omegaconf import DictConfig
 
 from orderrl.distributed import launched
 from orderrl.entry import run_application
+from orderrl.isolation import isolated_float32
 from orderrl.pipeline import announce, find_or_make_labels, open_backbone
 from orderrl.runs import Run
 
 
+@isolated_float32
 def label(config: DictConfig) -> Path:
     """Make the labels of a config, or find them, and return their folder."""
     backbone = open_backbone(config)

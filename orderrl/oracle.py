@@ -6,6 +6,7 @@ block b by, and U(a | S) = 1/N sum_b w(b, a) G[a, b] (design, section 3; Algorit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from torch import Tensor
 from orderrl.backbones.protocol import Backbone, BlockLosses, backbone_device
 from orderrl.backbones.sampling import Sampling
 from orderrl.geometry import BlockGrid
+from orderrl.isolation import isolated
 from orderrl.random import Stream, keyed_uniform
 from orderrl.values import at_least, between, check_fields, one_of
 
@@ -36,14 +38,14 @@ def distance_weights(geometry: BlockGrid, weight: str, sigma: float) -> Tensor:
         (B, B) float32, indexed [a, b].
 
     Raises:
-        ValueError: if weight is unknown or sigma is not positive.
+        ValueError: if weight is unknown or sigma is not positive and finite.
     """
     if weight not in WEIGHTS:
         raise ValueError(f"weight={weight!r} is unknown; choose one of {', '.join(WEIGHTS)}")
-    if not sigma > 0:
-        raise ValueError(f"sigma must be positive (in blocks), got {sigma}")
+    if not 0 < sigma < math.inf:
+        raise ValueError(f"sigma must be positive and finite (in blocks), got {sigma}")
     if weight == "uniform":
-        return torch.ones(geometry.num_blocks, geometry.num_blocks)
+        return torch.ones_like(geometry.distances)
     return 1 - torch.exp(-((geometry.distances / sigma) ** 2))
 
 
@@ -95,7 +97,7 @@ def block_gains(
     width = targets.place.shape[2]  # targets of a candidate
     place, candidates = targets.place.flatten(1), hidden.repeat_interleave(width, 1)
     blocks = hidden.gather(1, place)  # (M, C * width)
-    gains = torch.zeros(len(hidden), total**2, device=hidden.device)
+    gains = torch.zeros(len(hidden), total**2, dtype=torch.float32, device=hidden.device)
     for draw in range(1 if kind == "pointwise" else samples):
         noise = None if uniforms is None else uniforms[:, draw]
         if kind == "expected":
@@ -135,7 +137,7 @@ def all_targets(hidden: Tensor) -> Targets:
     states, count = hidden.shape
     place = torch.arange(count, device=hidden.device)
     others = (place[None, :-1] + (place[None, :-1] >= place[:, None])).expand(states, -1, -1)  # skips the candidate
-    return Targets(others, torch.ones(others.shape, device=hidden.device))
+    return Targets(others, torch.ones(others.shape, dtype=torch.float32, device=hidden.device))
 
 
 def sampled_targets(geometry: BlockGrid, hidden: Tensor, losses: Tensor, fraction: float, uniforms: Tensor) -> Targets:
@@ -263,6 +265,7 @@ class Contexts(NamedTuple):
         return Contexts(*(part[rows] for part in self))
 
 
+@isolated
 def random_contexts(config: LabelConfig, images: int, num_blocks: int) -> Contexts:
     """Random prefixes, sorted by length.
 
@@ -270,12 +273,13 @@ def random_contexts(config: LabelConfig, images: int, num_blocks: int) -> Contex
     """
     generator = torch.Generator().manual_seed(config.seed)
     image = torch.arange(config.contexts) % images
-    order = torch.rand(config.contexts, num_blocks, generator=generator).argsort(1)
+    order = torch.rand(config.contexts, num_blocks, generator=generator, dtype=torch.float32).argsort(1)
     length = torch.randint(max(num_blocks - 1, 1), (config.contexts,), generator=generator)
     by_length = length.argsort(stable=True)
     return Contexts(torch.arange(config.contexts), image[by_length], order[by_length], length[by_length])
 
 
+@isolated
 @torch.no_grad()
 def label_contexts(
     backbone: Backbone, tokens: Tensor, labels: Tensor, config: LabelConfig, contexts: Contexts

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from orderrl.backbones.protocol import Backbone, backbone_device
 from orderrl.checkpoint import build_to_fit, load_checkpoint, load_state, save_checkpoint
 from orderrl.finite import DIVERGED, require_finite
+from orderrl.isolation import isolated_float32
 from orderrl.values import at_least, between, check_fields, require_kind
 
 
@@ -151,6 +152,7 @@ class OrderHead(nn.Module):
         config: its shape.
     """
 
+    @isolated_float32
     def __init__(self, config: PlannerConfig) -> None:
         super().__init__()
         self.config = config
@@ -270,6 +272,7 @@ class OrderHead(nn.Module):
         assert self.pair_head is not None
         self.pair_head.strength.fill_(strength)
 
+    @isolated_float32
     def with_budgets(self, num_budgets: int, step_cost_range: tuple[float, float] | None = None) -> OrderHead:
         """A copy with another number of budgets; the budget head starts anew (uniform) if it changes.
 
@@ -294,6 +297,7 @@ class OrderHead(nn.Module):
         assert not unexpected and all(key.startswith(("budget_head.", "project_step_cost.")) for key in missing)
         return other.to(self.position.device)
 
+    @isolated_float32
     def at_step_cost(self, step_cost: float) -> OrderHead:
         """A copy that acts at one step cost, in any environment, and need not be told it.
 
@@ -333,6 +337,7 @@ def save_planner(path: Path, planner: OrderHead, description: dict[str, Any]) ->
     save_checkpoint(path, tensors, {**description, "kind": "planner", "shape": asdict(planner.config)})
 
 
+@isolated_float32
 def load_planner(path: Path | str, backbone: Backbone | None = None) -> tuple[OrderHead, dict[str, Any]]:
     """Read a planner and its description.
 

@@ -29,12 +29,14 @@ from orderrl.checkpoint import load_checkpoint
 from orderrl.data import AUGMENTATIONS, TokenSet, load_split
 from orderrl.distributed import is_main, launched, on_main
 from orderrl.entry import run_application
+from orderrl.isolation import isolated_float32
 from orderrl.pipeline import announce, follow, section, with_values
 from orderrl.resuming import Unfinished
 from orderrl.runs import Run, fingerprint, progress
 from orderrl.tokenize import find_or_make_tokens
 
 
+@isolated_float32
 def pretrain_backbone(config: DictConfig) -> Path:
     """Train the backbone of a config and return its checkpoint.
 

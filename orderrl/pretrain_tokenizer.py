@@ -13,6 +13,7 @@ from torch import Tensor
 from orderrl.data.folder import FolderConfig, ImageSplit, crops, folder_config, list_images, read_views
 from orderrl.data.tokens import stratified_order
 from orderrl.entry import run_application
+from orderrl.isolation import isolated_float32
 from orderrl.pipeline import announce, follow, section
 from orderrl.resuming import Unfinished
 from orderrl.runs import Run, fingerprint, progress
@@ -23,6 +24,7 @@ _EVALUATION_BATCH = 100
 _ATTEMPTS = 100  # draws of a batch, as long as broken files are among it
 
 
+@isolated_float32
 def pretrain_tokenizer(config: DictConfig) -> Path:
     """Train the tokeniser of a config on the backbone split and return its checkpoint.
 

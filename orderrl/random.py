@@ -7,6 +7,8 @@ batch sees exactly the numbers that it would see alone.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 from collections.abc import Iterable
 from enum import IntEnum
 
@@ -28,6 +30,32 @@ class Stream(IntEnum):
     NOISE = 5
     TARGET = 6
     STEP_COST = 7
+
+
+_inherited_seed: int | None = None  # of PyTorch's generator, in a process that has a copy of its parent's
+
+
+def _remember_inherited_seed() -> None:
+    global _inherited_seed
+    _inherited_seed = torch.initial_seed()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_remember_inherited_seed)
+if multiprocessing.parent_process() is not None:  # perhaps forked before this module was imported
+    _remember_inherited_seed()
+
+
+def drawn_seed() -> int:
+    """A seed in [0, 2^31) for what was given none.
+
+    It comes from PyTorch's generator, so `torch.manual_seed` determines it within a process. A forked process starts
+    with a copy of its parent's generator, as all its siblings do; until it calls `torch.manual_seed` with a seed
+    of its own, its seeds come from the operating system.
+    """
+    if torch.initial_seed() == _inherited_seed:
+        return int.from_bytes(os.urandom(4)) >> 1
+    return int(torch.randint(2**31, (), device="cpu"))
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:

@@ -9,12 +9,14 @@ from omegaconf import DictConfig
 from orderrl.distributed import launched
 from orderrl.entry import compose, run_application
 from orderrl.evaluate import evaluate
+from orderrl.isolation import isolated_float32
 from orderrl.pipeline import announce, section, with_values
 from orderrl.train import train
 
 SHARED = ("backbone", "data", "logger", "output_dir", "cache_dir", "device", "checkpoint_seconds")
 
 
+@isolated_float32
 def results(config: DictConfig) -> Path:
     """Train what is not in the cache, evaluate everything, and return the run folder of the evaluation."""
     # all composed first: a wrong value in the last one is refused before the first one trains

@@ -27,6 +27,7 @@ from orderrl.entry import run_application
 from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.envs.spaces import action_space, observation_space, to_numpy
 from orderrl.evaluate import fitted_order, policy_of
+from orderrl.isolation import isolated_float32
 from orderrl.metrics.planning import act
 from orderrl.pipeline import announce, open_backbone, require_order_robust, with_values
 from orderrl.planners import core_config
@@ -221,6 +222,7 @@ def _episodes(transitions: TensorDict, seed: int) -> Iterator[Any]:
         )
 
 
+@isolated_float32
 def rollouts(config: DictConfig) -> Path:
     """Record the episodes of a config and return the folder of the transitions.
 

@@ -14,6 +14,7 @@ from orderrl.data.folder import SPLITS, FolderConfig, Images, ImageSplit, crops,
 from orderrl.data.shards import Shard, TokenSetWriter, token_dtype
 from orderrl.entry import run_application
 from orderrl.finite import OVERFLOW, require_finite
+from orderrl.isolation import isolated_float32
 from orderrl.pipeline import announce, section
 from orderrl.pretrain_tokenizer import pretrain_tokenizer
 from orderrl.random import Stream, keyed_index
@@ -26,6 +27,7 @@ BATCH_SIZE, SHARD_SIZE = 32, 5000  # images
 _SPLIT_KEYS = {"backbone": 0, "planner": 1, "test": 2}
 
 
+@isolated_float32
 def tokenize(config: DictConfig) -> Path:
     """Make the token set of a config, or what is missing of it, and return its folder.
 

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from orderrl.agents.registry import check_planner_name
 from orderrl.distributed import launched, on_main
 from orderrl.entry import run_application
+from orderrl.isolation import isolated_float32
 from orderrl.joint_tuning import find_or_train_joint
 from orderrl.pipeline import announce, open_backbone
 from orderrl.planners import (
@@ -34,6 +35,7 @@ AGENTS = {
 KEPT = ("planner.safetensors", "backbone.safetensors", "results.json")  # the last two of joint tuning alone
 
 
+@isolated_float32
 def train(config: DictConfig) -> Path:
     """Train the planner of a config and return its checkpoint.
 

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from orderrl.isolation import isolated_float32
 from orderrl.verification.compare import Comparison, compare
 from orderrl.verification.fixture import load_fixture
 
 
+@isolated_float32
 def verify(path: str, allow_missing: bool = False) -> bool:
     """Print a table of all recorded outputs and tell whether they agree.
 

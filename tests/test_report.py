@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from markdown_it import MarkdownIt
 
 from orderrl.data.pictures import HIDDEN_GREY
 from orderrl.report import Curve, Episode, Examples, PolicyDetail, figures, markdown, style, viewer, write_report
@@ -473,6 +474,26 @@ def test_markdown_joins_seeds_and_shows_null_as_dash() -> None:
     planner, raster = text.splitlines()[2:]
     assert planner.startswith("| planner | 2 | 0.2000 ± 0.1414 | – |")
     assert raster.startswith("| raster | – | 0.1000 |")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a|b", "`a|b`", "**loud**", "_soft_ but my_policy:near_by", "~~gone~~", "<img src=x>", "[x](https://y.z)",
+        "a\\", "&lt;", "two\nlines", "a\\|b", "__init__", "tab\tand\u2028more", "/tmp/a_b.safetensors@cost0.5",
+    ],
+)  # fmt: skip
+def test_markdown_shows_names_as_they_are(name: str) -> None:
+    """Read by another program's parser, every cell is where it should be, and the name's holds its plain text."""
+    parser = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    row = dict.fromkeys(markdown.COLUMNS) | {"policy": name, "seed": 0, "gain_auc": 0.1}
+    entry = {"name": name, "metric": "decode_nll", "mean": 0.5, "low": 0.1, "high": 0.9}
+    for text in (markdown.markdown_table([row]), markdown.markdown_comparisons([entry])):
+        tokens = parser.parse(text)
+        cells = [after for token, after in itertools.pairwise(tokens) if token.type == "td_open"]
+        assert len(cells) == sum(token.type == "th_open" for token in tokens)
+        assert {part.type for part in cells[0].children or []} <= {"text", "text_special"}
+        assert "".join(part.content for part in cells[0].children or []) == " ".join(name.split())
 
 
 def test_markdown_marks_intervals_that_exclude_zero() -> None:

@@ -84,6 +84,33 @@ def test_tolerances_come_from_the_fixture(fixture: Path) -> None:
     assert rows["freqs_cis"].tolerance == 1e-4
 
 
+def test_tolerances_of_guided_logits_follow_the_scale(fixture: Path) -> None:
+    """Of two forwards that are off by rounding, u + s (c - u) is off by up to s times as much; indices stay exact."""
+    description, tensors = _describe(fixture), load_file(fixture)
+    for meaning, scale in (
+        ("greedy generation, cfg_scale 5.0, cfg_interval 7", 5),
+        ("tokens, cfg_scales (1.0, 4.0), 6 steps", 4),
+        ("tokens, guidance_scale 2.5, cfg_schedule linear", 2.5),
+        ("cfg_scale 0.5", 1),
+        ("no guidance", 1),
+    ):
+        outputs = {"gen_x": torch.zeros(2).long(), "gen_x_logits": torch.zeros(2), "net_out": torch.zeros(2)}
+        for name in outputs:  # the tokens' meaning states the arguments of the call that gave the logits too
+            said = "guided logits" if name == "gen_x_logits" else meaning
+            description["io"][name] = {"role": "output", "meaning": said}
+        save_file(tensors | {f"io/{name}": value for name, value in outputs.items()}, fixture)
+        description["numerics"] = {"suggested_tolerance": 1e-4, "suggested_tolerance_logits": 1e-5}
+        _write(fixture.parent, description)
+        recorded = load_fixture(fixture)
+        assert recorded.tolerance("gen_x") == 0
+        assert recorded.tolerance("gen_x_logits") == pytest.approx(scale * 1e-5)
+        assert recorded.tolerance("net_out") == pytest.approx(scale * 1e-4)
+        assert recorded.tolerance("logits_teacher") == 1e-5
+        description["numerics"] = {"suggested_tolerance_net_out": 3e-3}  # measured on this very output
+        _write(fixture.parent, description)
+        assert load_fixture(fixture).tolerance("net_out") == 3e-3
+
+
 def test_agreement_and_disagreement(fixture: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(fixture)]) == 0
     assert "3 of 3 recorded outputs agree" in capsys.readouterr().out

@@ -103,7 +103,7 @@ class ARPG(nn.Module, ChainBackbone):
         self.head = Linear(config.dim, config.vocab_size, bias=False)
         rope = rope_table(config.height, config.width, config.dim // config.heads)
         self.register_buffer("rope", rope, persistent=False)
-        self.register_buffer("block_tokens", self.geometry.block_tokens, persistent=False)
+        self.register_buffer("block_tokens", self.geometry.block_tokens.to(rope.device), persistent=False)
         self.rope: Tensor
         self.block_tokens: Tensor
         self.dropout = nn.Dropout(config.dropout)

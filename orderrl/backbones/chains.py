@@ -208,7 +208,7 @@ class ChainBackbone:
         """`expected_gain` of one forward."""
         positions = self.block_tokens[blocks]
         sides = [(past, self._room(prefix, blocks.shape[1])), (None, self._room(prefix, blocks.shape[1]))]
-        gain = torch.zeros(blocks.shape, device=blocks.device)
+        gain = torch.zeros(blocks.shape, dtype=torch.float32, device=blocks.device)
         drawn = None
         for i in range(positions.shape[2]):
             informed, uninformed = (

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from orderrl.backbones.protocol import Backbone, BlockLosses, backbone_device
 from orderrl.backbones.sampling import Sampling
+from orderrl.isolation import isolated_float32
 
 ALTERNATIVES = 16  # tokens tried against the one that greedy decoding chose
 
@@ -172,6 +173,7 @@ def _check_decode(sample: _Sample) -> None:
         sample.compare("greedy decoding finds the token of least loss", torch.minimum(loss, best), best)
 
 
+@isolated_float32
 @torch.no_grad()
 def check_backbone(backbone: Backbone, states: int = 3, seed: int = 0, tolerance: float = 1e-4) -> None:
     """Check that caches equal recomputation, packed chains single ones, and that no hidden token leaks.

@@ -43,7 +43,7 @@ def rope_table(height: int, width: int, head_dim: int, base: float = 10000.0) ->
         0, 1
     )  # (H*W, half)
     table = torch.stack([angles.cos(), angles.sin()], dim=-1)
-    return torch.cat([torch.zeros(1, half, 2), table])
+    return torch.cat([table.new_zeros(1, half, 2), table])
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:

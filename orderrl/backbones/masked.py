@@ -124,8 +124,8 @@ class MaskedTransformer(MAR):
         self.entropy_process = GaussianDiffusion(config.entropy_steps)
         times = (2 * torch.arange(config.loss_draws) + 1) * TRAINING_STEPS // (2 * config.loss_draws)
         self.register_buffer("loss_times", times, persistent=False)
-        self.register_buffer("block_tokens", self.geometry.block_tokens, persistent=False)
-        self.register_buffer("token_block", self.geometry.token_block, persistent=False)
+        self.register_buffer("block_tokens", self.geometry.block_tokens.to(times.device), persistent=False)
+        self.register_buffer("token_block", self.geometry.token_block.to(times.device), persistent=False)
         self.loss_times: Tensor
         self.block_tokens: Tensor
         self.token_block: Tensor
@@ -165,7 +165,7 @@ class MaskedTransformer(MAR):
 
     def _token_mask(self, blocks: Tensor, counted: Tensor) -> Tensor:
         """(M, N) bool: tokens of the blocks (M, K) that count."""
-        shown = torch.zeros(len(blocks), self.geometry.num_blocks, device=blocks.device)
+        shown = torch.zeros(len(blocks), self.geometry.num_blocks, dtype=torch.float32, device=blocks.device)
         return (shown.scatter_add(1, blocks, counted.float()) > 0)[:, self.token_block]
 
     def _state_conditions(self, state: MaskedState, positions: Tensor) -> Tensor:
@@ -304,7 +304,7 @@ class MaskedTransformer(MAR):
         visible = torch.zeros(m, n, dtype=torch.bool, device=tokens.device).scatter(1, token_order, shown)
         z, targets = self.conditions(tokens, visible, labels)[~visible], tokens[~visible]  # (hidden tokens, ...)
         t = torch.randint(TRAINING_STEPS, (len(z), TRAINING_DRAWS), generator=generator).to(tokens.device)
-        noise = torch.randn(len(z), TRAINING_DRAWS, self.token_dim, generator=generator).to(tokens)
+        noise = torch.randn(len(z), TRAINING_DRAWS, self.token_dim, generator=generator, dtype=torch.float32).to(tokens)
         return self.token_losses(z[:, None], targets[:, None], t, noise).mean()
 
     @torch.no_grad()

@@ -23,6 +23,7 @@ from orderrl.backbones.transformer import OrderRobustTransformer
 from orderrl.checkpoint import build_to_fit, load_checkpoint, load_state, save_checkpoint
 from orderrl.devices import checked_device
 from orderrl.finite import OVERFLOW, require_finite
+from orderrl.isolation import isolated_float32
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 TrainableBackbone = OrderRobustTransformer | RasterTransformer | ARPG | MaskedTransformer
@@ -53,6 +54,7 @@ def backbone_names() -> list[str]:
     return sorted(_REGISTRY)
 
 
+@isolated_float32
 def load_backbone(
     name_or_path: str | Path,
     path: str | Path | None = None,
@@ -185,6 +187,7 @@ def save_backbone(path: Path, backbone: TrainableBackbone, description: dict[str
     save_checkpoint(path, tensors, config)
 
 
+@isolated_float32
 def with_block_size(backbone: Model, block_size: int) -> Model:
     """The same weights on another block grid; block_size = the grid's side is plain raster token order."""
     other: Any = type(backbone)(replace(backbone.config, block_size=block_size))  # type: ignore[arg-type]

@@ -23,6 +23,7 @@ from orderrl.backbones.sharding import WholeTraining, shard_backbone
 from orderrl.backbones.transformer import cross_entropy
 from orderrl.data import TokenSet
 from orderrl.geometry import BlockGrid
+from orderrl.isolation import isolated, isolated_float32
 from orderrl.resuming import Part, Unfinished, steps_of
 from orderrl.values import at_least, between, check_fields, one_of, positive
 
@@ -97,9 +98,9 @@ def learning_rate_factor(step: int, config: PretrainConfig) -> float:
 
 def block_orders(geometry: BlockGrid, count: int, share: float, generator: torch.Generator) -> Tensor:
     """Token orders (count, N) int64: random block order with probability `share`, else raster blocks."""
-    shuffled = torch.rand(count, geometry.num_blocks, generator=generator).argsort(1)
+    shuffled = torch.rand(count, geometry.num_blocks, generator=generator, dtype=torch.float32).argsort(1)
     raster = torch.arange(geometry.num_blocks).expand_as(shuffled)
-    chosen = torch.rand(count, 1, generator=generator) < share
+    chosen = torch.rand(count, 1, generator=generator, dtype=torch.float32) < share
     return geometry.token_order(torch.where(chosen, shuffled, raster))
 
 
@@ -127,6 +128,7 @@ def mean_loss(backbone: TrainableBackbone, data: TokenSet, orders: Tensor, batch
     return total / orders.numel()
 
 
+@isolated
 def order_losses(backbone: TrainableBackbone, data: TokenSet, seed: int = 0, repeats: int = 4) -> dict[str, float]:
     """Loss under random block orders (mean of several), raster blocks and plain raster tokens, nats per token.
 
@@ -159,6 +161,7 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, o
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
+@isolated_float32
 def pretrain(
     backbone: TrainableBackbone,
     train: TokenSet,

@@ -8,6 +8,7 @@ from orderrl.data.canvas import augment_canvas, load_canvas_split
 from orderrl.data.digits import augment_digits, augment_patches, load_digits_split, load_patches_split
 from orderrl.data.shards import load_token_set
 from orderrl.data.tokens import TokenSet
+from orderrl.isolation import isolated_float32
 
 __all__ = [
     "AUGMENTATIONS",
@@ -32,6 +33,7 @@ AUGMENTATIONS: dict[str, Callable[[Tensor, Generator, float], Tensor]] = {
 _ON_DISK = "tokens:"
 
 
+@isolated_float32
 def load_split(name: str, split: str) -> TokenSet:
     """Load one split of a data set by name.
 

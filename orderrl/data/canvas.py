@@ -13,6 +13,7 @@ from torch.nn import functional
 from orderrl.data.digits import HEIGHT as DIGIT
 from orderrl.data.digits import augment_digits, digits_as_collected
 from orderrl.data.tokens import TokenSet
+from orderrl.isolation import isolated
 
 HEIGHT = WIDTH = 12
 PLACES = {"backbone": 1, "planner": 4, "test": 1}  # canvases of every digit
@@ -56,7 +57,7 @@ def place(levels: Tensor, generator: torch.Generator) -> Tensor:
     """
     side = round(levels.shape[1] ** 0.5)
     images = levels.view(-1, side, side)
-    uniform = torch.rand(2, len(images), generator=generator)
+    uniform = torch.rand(2, len(images), generator=generator, dtype=torch.float32)
     corners = []
     for inked, line in zip(_inked_lines(images), uniform, strict=True):
         first, length = _extent(inked)
@@ -64,6 +65,7 @@ def place(levels: Tensor, generator: torch.Generator) -> Tensor:
     return _window(functional.pad(images, (0, WIDTH - side, 0, HEIGHT - side)), corners, HEIGHT)
 
 
+@isolated
 def augment_canvas(tokens: Tensor, generator: torch.Generator, strength: float) -> Tensor:
     """`augment_digits` of the digit on each canvas, and another place.
 

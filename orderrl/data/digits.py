@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from orderrl.data.tokens import TokenSet
+from orderrl.isolation import isolated
 
 HEIGHT = WIDTH = 8
 LEVELS = 17
@@ -98,11 +99,13 @@ def patches_to_images(patches: Tensor) -> Tensor:
     return grey.round().to(torch.uint8).expand(-1, 3, -1, -1)
 
 
+@isolated
 def augment_patches(patches: Tensor, generator: torch.Generator, strength: float) -> Tensor:
     """`augment_digits` of continuous tokens (n, 16, 4)."""
     return _to_patches(augment_digits(_to_levels(patches), generator, strength))
 
 
+@isolated
 def augment_digits(tokens: Tensor, generator: torch.Generator, strength: float) -> Tensor:
     """Mild augmentation: a small random rotation, scale, shear and shift of half of the images.
 
@@ -117,11 +120,11 @@ def augment_digits(tokens: Tensor, generator: torch.Generator, strength: float) 
     """
     n = len(tokens)
     angle, scale_y, scale_x, shear, shift_y, shift_x = (
-        (2 * torch.rand(6, n, generator=generator) - 1)
+        (2 * torch.rand(6, n, generator=generator, dtype=torch.float32) - 1)
         * strength
-        * torch.tensor([0.16, 0.09, 0.09, 0.09, 0.1, 0.1])[:, None]
+        * torch.tensor([0.16, 0.09, 0.09, 0.09, 0.1, 0.1], dtype=torch.float32)[:, None]
     )
-    chosen = torch.rand(n, generator=generator) < 0.5
+    chosen = torch.rand(n, generator=generator, dtype=torch.float32) < 0.5
     cos, sin = angle.cos(), angle.sin()
     theta = torch.stack(
         [

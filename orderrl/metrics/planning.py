@@ -15,6 +15,7 @@ from torch import Tensor
 from orderrl.agents.policies import Policy, ReferencePolicy
 from orderrl.envs.core import NextBlockCore
 from orderrl.geometry import BlockGrid
+from orderrl.isolation import isolated
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ def act(policy: Policy | ReferencePolicy, core: NextBlockCore, generator: torch.
     return actions
 
 
+@isolated
 @torch.no_grad()
 def roll_out(
     core: NextBlockCore, policy: Policy | ReferencePolicy, generator: torch.Generator, index: Tensor | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from statistics import mean, stdev
 from typing import Any
@@ -36,6 +37,8 @@ OPTIONAL = (
     "clip_score",
 )
 """Columns that are left out where no row has a value."""
+# What means something in a cell; an underscore inside a word stands for itself.
+_MARKUP = re.compile(r"[\\|`*<>\[\]~&]|(?<![^\W_])_|_(?![^\W_])")
 
 
 def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -54,7 +57,8 @@ def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
     for name in names:
         group = [row for row in rows if row["policy"] == name]
         cells = [_cell([row.get(key) for row in group], digits) for key, (_, digits) in columns.items()]
-        lines.append(f"| {name} | {len(group) if group[0]['seed'] is not None else '–'} | " + " | ".join(cells) + " |")
+        seeds = len(group) if group[0]["seed"] is not None else "–"
+        lines.append(f"| {escaped(name)} | {seeds} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -66,8 +70,14 @@ def markdown_comparisons(entries: Sequence[dict[str, Any]]) -> str:
         excluded = entry["low"] > 0 or entry["high"] < 0
         value = f"{entry['mean']:+.{digits}f}"
         interval = f"{entry['low']:+.{digits}f} to {entry['high']:+.{digits}f}"
-        lines.append(f"| {entry['name']} | {entry['metric']} | {f'**{value}**' if excluded else value} | {interval} |")
+        shown = f"**{value}**" if excluded else value
+        lines.append(f"| {escaped(entry['name'])} | {entry['metric']} | {shown} | {interval} |")
     return "\n".join(lines) + "\n"
+
+
+def escaped(name: str) -> str:
+    """A name as it is to be read in a cell: on one line, and nothing in it is markup."""
+    return _MARKUP.sub(r"\\\g<0>", " ".join(name.split()))
 
 
 def _cell(values: Sequence[float | None], digits: int) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from orderrl.backbones.loading import read_state
 from orderrl.checkpoint import build_to_fit, load_checkpoint, load_state, save_checkpoint
 from orderrl.devices import checked_device
+from orderrl.isolation import isolated_float32
 from orderrl.tokenizers import kl, vq
 from orderrl.tokenizers.kl import KLConfig, KLTokenizer
 from orderrl.tokenizers.layers import StackConfig
@@ -41,6 +42,7 @@ def load_weights(tokenizer: VQTokenizer | KLTokenizer, state: Mapping[str, Tenso
     load_state(tokenizer, used, path)
 
 
+@isolated_float32
 def load_tokenizer(
     name: str | Path, path: str | Path | None = None, device: torch.device | str | None = None
 ) -> VQTokenizer | KLTokenizer:

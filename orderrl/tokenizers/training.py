@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from orderrl.isolation import isolated_float32
 from orderrl.resuming import Unfinished, steps_of
 from orderrl.tokenizers.layers import to_unit_range
 from orderrl.tokenizers.vq import VQTokenizer
@@ -153,6 +154,7 @@ def reconstruction_quality(tokenizer: VQTokenizer, batches: Iterable[Tensor]) ->
     }
 
 
+@isolated_float32
 def train_tokenizer(
     tokenizer: VQTokenizer,
     draw: Callable[[int, torch.Generator], Tensor],

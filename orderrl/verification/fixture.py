@@ -14,6 +14,8 @@ from torch import Tensor
 from orderrl.jsonfile import read_json
 
 DEFAULT_TOLERANCE = 1e-4  # float32
+# A guidance scale as meanings state it: "cfg_scale 3.0", "cfg_scales (1.0, 4.0)", "guidance_scale 4.0", "cfg 2.0".
+_SCALE = re.compile(r"\b(?:cfg_scales?|guidance_scale|cfg)\b\s*=?\s*\(?\s*(\d+(?:\.\d+)?)(?:\s*,\s*(\d+(?:\.\d+)?))?")
 
 
 @dataclass(frozen=True)
@@ -65,16 +67,30 @@ class Fixture:
         return float(found.group(1)) if found else float(default)  # type: ignore[arg-type]
 
     def tolerance(self, name: str) -> float:
-        """Largest absolute difference that is rounding: 0 for indices, else what `numerics` states for the output."""
+        """Largest absolute difference that is rounding: 0 for indices, else what `numerics` states.
+
+        What it states for an output by name, or for outputs like `sample_outputs`, was measured on them as they are.
+        What it states for logits or in general is for one forward, and is multiplied with `amplification`.
+        """
         if not self.outputs[name].is_floating_point():
             return 0.0
         numerics = self.description.get("numerics", {})
         stated = {key.removeprefix("suggested_tolerance").lstrip("_"): value for key, value in numerics.items()}
         for key, value in stated.items():
             if key and isinstance(value, int | float) and _concerns(key, name):
-                return float(value)
+                return float(value) * (1 if key == name or key.endswith("_outputs") else self.amplification(name))
         general = stated.get("", DEFAULT_TOLERANCE)
-        return float(general)
+        return float(general) * self.amplification(name)
+
+    def amplification(self, name: str) -> float:
+        """How much guidance magnifies rounding in an output: max(1, scale).
+
+        Guided values are u + s (c - u) = s c - (s - 1) u, with the conditional c and the unconditional u from two
+        forwards. An error of c comes out s times as large, one of u s - 1 times, one that both share as it is.
+        """
+        said = " ".join(self.meaning(key) for key in (name, name.removesuffix("_logits")) if key in self.outputs)
+        scales = [float(number) for pair in _SCALE.findall(said) for number in pair if number]
+        return max([1.0, *scales])
 
 
 def _concerns(key: str, name: str) -> bool:

@@ -1,0 +1,63 @@
+"""Whole numbers that a caller gives: actions, seeds, labels, indices. Nothing is rounded or cut to one in silence."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LARGEST_SEED = 2**62  # sums of seeds and places stay within int64
+
+
+def as_int64(name: str, values: Any) -> Tensor:
+    """Integers of any width, in a tensor, an array or nested lists, as an int64 tensor on the device they lie on.
+
+    As in Gymnasium's `Discrete`, floats are refused even where they are whole; truth values are no numbers.
+
+    Raises:
+        ValueError: if they are anything else; it names the argument and what was given.
+    """
+    try:
+        tensor = values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name} must be int64, got {values!r}") from None
+    if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
+        raise ValueError(f"{name} must be int64, got {tensor.dtype}: {tensor.tolist()!s:.80}")
+    return tensor.to(torch.int64)
+
+
+def as_choices(name: str, values: Any, count: int, limit: int, of: str) -> Tensor:
+    """What a caller chose for each of the episodes that begin, (count,) int64.
+
+    Args:
+        name: the argument.
+        values: one integer for all, or one for each.
+        count: episodes that begin.
+        limit: choices, 0 to limit - 1.
+        of: what they are, for the message.
+
+    Raises:
+        ValueError: if they are no integers, not as many, or out of range.
+    """
+    chosen = as_int64(name, values)
+    if chosen.shape not in [(), (count,)]:
+        raise ValueError(f"{name} must be one int64 or {count}, one for each episode that begins, got {values!r}")
+    if bool(((chosen < 0) | (chosen >= limit)).any()):
+        raise ValueError(f"{name}={chosen.tolist()} lies outside the {limit} {of}; use 0 to {limit - 1}")
+    return chosen.expand(count)
+
+
+def as_seed(value: Any, name: str = "seed") -> int:
+    """A seed as a Python integer.
+
+    Raises:
+        ValueError: if it is no whole number or out of range.
+    """
+    with suppress(ValueError):
+        seed = as_int64(name, value)
+        if seed.ndim == 0 and 0 <= int(seed) <= LARGEST_SEED:
+            return int(seed)
+    raise ValueError(f"{name} must be a whole number from 0 to {LARGEST_SEED}, got {value!r}")
