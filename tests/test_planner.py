@@ -216,7 +216,7 @@ def test_a_config_that_this_version_does_not_know_is_refused(tmp_path: Path) -> 
     [
         ({"latents": 0}, "latents must be at least 1, got 0"),
         ({"core": 0}, "core must be at least 1, got 0"),
-        ({"reasoning_steps": -1}, "reasoning_steps must be at least 0, got -1"),
+        ({"reasoning_steps": -1}, "reasoning_steps must lie in \\[0, 1000\\], got -1"),
         ({"stem": -1}, "stem must be at least 0, got -1"),
         ({"heads": 5}, "heads=5 must divide dim=16"),
         ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), got 1.0"),

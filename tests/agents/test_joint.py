@@ -443,7 +443,7 @@ def test_backbones_that_cannot_be_tuned_are_refused() -> None:
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"contexts": 0}, "contexts must be at least 1, got 0"),
         ({"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
-        ({"backbone_learning_rate": float("nan")}, "backbone_learning_rate must be positive, got nan"),
+        ({"backbone_learning_rate": float("nan")}, "backbone_learning_rate must be a finite number, got nan"),
         ({"collapse": 2.0}, r"collapse must lie in \[0, 1\], got 2.0"),
         ({"explosion": -1.0}, "explosion must be at least 0, got -1.0"),
         ({"target": "argmax"}, "target='argmax' is unknown"),

@@ -44,7 +44,8 @@ def test_excluded_tokens_are_never_drawn_at_the_edges() -> None:
 @pytest.mark.parametrize(
     ("wrong", "name"),
     [
-        ({"temperature": 0.0}, "temperature"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": 1e-5}, "temperature"),
         ({"top_k": -1}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
         ({"guidance": -1.0}, "g"),
