@@ -1,6 +1,6 @@
 """Paired comparisons of policies over the same images, at equal mean steps where they reveal several blocks.
 
-All comparisons of a table are one family: whether a difference counts as found is decided on p-values corrected for
+All comparisons of a table are one family: `orderrl.metrics.statistics.is_significant` decides on p-values corrected for
 their number (Holm). Intervals are those of single comparisons.
 """
 
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from orderrl.metrics.evaluation import Evaluated
-from orderrl.metrics.statistics import LEVEL, holm, paired_bootstrap
+from orderrl.metrics.statistics import holm, is_significant, paired_bootstrap
+from orderrl.report.summary import is_reference
 
 RESAMPLES_PER_COMPARISON = 100
 """Resamples behind the p-values, at least, for each comparison of the family: Holm multiplies the smallest p-value by
@@ -35,6 +36,27 @@ def stacked(rows: Sequence[Evaluated], metric: str) -> Tensor | None:
     """Per-image values of a policy, (seeds, n), or None where they were not measured."""
     values = [row.per_image.get(metric) for row in rows]
     return None if any(value is None for value in values) else torch.stack([v for v in values if v is not None])
+
+
+def in_order(rows: Sequence[Evaluated]) -> list[Evaluated]:
+    """Rows as a table shows them: learned planners, other orders, references that see hidden tokens, and the rest.
+
+    Inside these, the best policy first, by the mean of its rows: planners for "likelihood" by code length behind those
+    for "context", all others by information-gain AUC.
+    """
+    groups = by_policy(rows)
+
+    def place(row: Evaluated) -> tuple[int, int, float]:
+        members = groups[row.row["policy"]]
+        coding = row.row["objective"] == "likelihood"
+        values = stacked(members, "decode_nll" if coding else "gain_auc")
+        if values is None:
+            return 3, 0, 0.0
+        kind = 0 if row.row["R"] is not None else 2 if is_reference(row.row["policy"]) else 1
+        mean = float(values.mean())
+        return kind, int(coding), mean if coding else -mean
+
+    return sorted(rows, key=place)
 
 
 def code_length_at(rows: Sequence[Evaluated], steps: float) -> Tensor | None:
@@ -85,7 +107,7 @@ def compare(pairs: Sequence[Pair], resamples: int, seed: int) -> list[dict[str, 
 
     Returns:
         For each pair a dict of name, metric; mean, low, high (95 % interval over images), p_value, p_holm, significant
-        (p_holm < 0.05), effect_size (paired Cohen's d over images), images, seeds (of the policy) and seed_std
+        (`is_significant`), effect_size (paired Cohen's d over images), images, seeds (of the policy) and seed_std
         (standard deviation of the mean difference over them, None for one seed).
     """
     resamples = max(resamples, RESAMPLES_PER_COMPARISON * len(pairs))
@@ -98,7 +120,8 @@ def compare(pairs: Sequence[Pair], resamples: int, seed: int) -> list[dict[str, 
         known = {"images": images, "seeds": len(one), "seed_std": spread}
         found.append({"name": name, "metric": metric, **asdict(difference), **known})
     for row, adjusted in zip(found, holm([row["p_value"] for row in found]), strict=True):
-        row |= {"p_holm": float(adjusted), "significant": bool(adjusted < 1 - LEVEL)}
+        row["p_holm"] = float(adjusted)
+        row["significant"] = is_significant(row)
     return found
 
 

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from statistics import mean, stdev
 from typing import Any
 
+from orderrl.metrics.statistics import RULE, is_significant
+from orderrl.report.columns import show_p
+
 COLUMNS = {
     "gain_auc": ("gain AUC ↑", 4),
     "decode_nll": ("decode_nll ↓ (nats/image)", 2),
@@ -59,15 +62,15 @@ def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def markdown_comparisons(entries: Sequence[dict[str, Any]]) -> str:
-    """Paired comparisons as a Markdown table; bold where the interval excludes zero."""
-    lines = ["| pair | metric | mean difference | 95 % interval |", "|---|---|---|---|"]
+    """Paired comparisons as a Markdown table, significant ones in bold, with the rule under it."""
+    lines = ["| pair | metric | mean difference | 95 % interval | p (Holm) |", "|---|---|---|---|---|"]
     for entry in entries:
         digits = COLUMNS.get(entry["metric"], ("", 4))[1]
-        excluded = entry["low"] > 0 or entry["high"] < 0
         value = f"{entry['mean']:+.{digits}f}"
+        value = f"**{value}**" if is_significant(entry) else value
         interval = f"{entry['low']:+.{digits}f} to {entry['high']:+.{digits}f}"
-        lines.append(f"| {entry['name']} | {entry['metric']} | {f'**{value}**' if excluded else value} | {interval} |")
-    return "\n".join(lines) + "\n"
+        lines.append(f"| {entry['name']} | {entry['metric']} | {value} | {interval} | {show_p(entry['p_holm'])} |")
+    return "\n".join([*lines, "", f"Paired over images. Bold: {RULE}."]) + "\n"
 
 
 def _cell(values: Sequence[float | None], digits: int) -> str:
