@@ -33,7 +33,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def configure(home: Path, command: str, *overrides: str) -> DictConfig:
     folders = [f"output_dir={home / 'runs'}", f"cache_dir={home / 'cache'}", "labels.contexts=16"]
-    return compose(command, [*overrides, *folders, f"backbone.name={home / 'tiny.safetensors'}"])
+    return compose(command, [*overrides, *folders, "backbone=digits", f"backbone.name={home / 'tiny.safetensors'}"])
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,9 @@ def schedule(home: Path) -> Path:
 @pytest.fixture(scope="module")
 def planner(home: Path, schedule: Path) -> Path:
     small = ["agent.iterations=2", "agent.num_envs=8", "agent.frames_per_batch=128", "agent.epochs=1"]
-    return train(configure(home, "train", "agent=ppo", *SHAPE, *small, RANGE, f"agent.start={schedule}"))
+    return train(
+        configure(home, "train", "agent=ppo", "env=likelihood", *SHAPE, *small, RANGE, f"agent.start={schedule}")
+    )
 
 
 def test_a_schedule_is_searched_at_the_geometric_mean(schedule: Path) -> None:

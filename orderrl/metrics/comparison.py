@@ -128,9 +128,10 @@ def compare(pairs: Sequence[Pair], resamples: int, seed: int) -> list[dict[str, 
 def comparisons(rows: Sequence[Evaluated], resamples: int, seed: int) -> list[dict[str, Any]]:
     """Every learned planner against every baseline, on the metric it was trained for.
 
-    Planners for "context" are compared in information-gain AUC with the baselines that reveal one block a step and with
-    each other; planners for "likelihood" in code length, with raster at one block a step and with every order at equal
-    mean steps (interpolated between its best schedules).
+    Planners for "context" are compared in information-gain AUC with the baselines that reveal one block a step, and
+    with each other once, the one that stands first less the other. Planners for "likelihood" are compared in code
+    length with raster at one block a step, and with every order at equal mean steps (interpolated between its best
+    schedules).
 
     Returns:
         As `compare`.
@@ -142,19 +143,25 @@ def comparisons(rows: Sequence[Evaluated], resamples: int, seed: int) -> list[di
         if row.row["R"] is None and row.decode_nll is not None:
             families[row.row["policy"].partition("@")[0]].append(row)
     pairs: list[Pair] = []
+    done: set[str] = set()
     for name, group in learned.items():
+        done.add(name)
         if group[0].row["objective"] == "context":
-            mine = stacked(group, "gain_auc")
-            assert mine is not None
-            for other, rival in groups.items():
-                theirs = stacked(rival, "gain_auc")
-                comparable = theirs is not None and rival[0].row["objective"] in (None, "context")
-                if other != name and comparable and rival[0].row["budgets"] == [1]:
-                    assert theirs is not None
-                    pairs.append(Pair(f"{name} - {other}", "gain_auc", mine, theirs))
+            pairs += _gain_pairs(name, group, {other: rows for other, rows in groups.items() if other not in done})
         if group[0].row["objective"] == "likelihood":
             pairs += _code_length_pairs(name, group, groups, families)
     return compare(pairs, resamples, seed)
+
+
+def _gain_pairs(name: str, group: list[Evaluated], rivals: dict[str, list[Evaluated]]) -> list[Pair]:
+    mine = stacked(group, "gain_auc")
+    assert mine is not None
+    found = []
+    for other, rival in rivals.items():
+        theirs, first = stacked(rival, "gain_auc"), rival[0].row
+        if theirs is not None and first["objective"] in (None, "context") and first["budgets"] == [1]:
+            found.append(Pair(f"{name} - {other}", "gain_auc", mine, theirs))
+    return found
 
 
 def _code_length_pairs(
