@@ -68,8 +68,8 @@ def test_an_evaluation_draws_one_curve_of_it(home: Path, planner: Path) -> None:
     folder = evaluate(configure(home, "evaluate", *small, *policies, "eval.token_raster=[]"))
     rows = {row["policy"]: row for row in json.loads((folder / "results.json").read_text())["rows"]}
     names = [f"ppo_likelihood_conditioned_r2@cost{cost}" for cost in ("0.5", "1", "2")]
-    assert list(rows) == ["raster", "random@i<9/1,2,8", *names]
-    assert [row["step_cost"] for row in rows.values()] == [None, None, 0.5, 1.0, 2.0]
+    assert list(rows) == [*names, "raster", "random@i<9/1,2,8"]
+    assert [row["step_cost"] for row in rows.values()] == [0.5, 1.0, 2.0, None, None]
     points = cost_panels([*rows.values(), rows["raster"] | {"policy": "raster@2", "steps": 8.0}], "steps")["decode_nll"]
     assert [point.family for point in points if "conditioned" in point.policy] == ["ppo_likelihood_conditioned_r2"] * 3
 
