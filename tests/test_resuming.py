@@ -363,7 +363,12 @@ def test_a_finished_training_that_is_interrupted_before_its_end_is_not_repeated(
 
 def test_a_training_that_is_killed_between_its_result_and_its_end_still_logs_all_of_it(tmp_path: Path) -> None:
     save_backbone(tmp_path / "tiny.safetensors", tiny_backbone(8, 8, vocab_size=17, num_classes=10), {})
-    overrides = [f"backbone.name={tmp_path / 'tiny.safetensors'}", "labels.contexts=30", "agent.steps=6"]
+    overrides = [
+        "backbone=digits",
+        f"backbone.name={tmp_path / 'tiny.safetensors'}",
+        "labels.contexts=30",
+        "agent.steps=6",
+    ]
     overrides += ["planner.dim=32", "planner.stem=1", f"output_dir={tmp_path / 'runs'}"]
     config = compose("train", [*overrides, f"cache_dir={tmp_path / 'cache'}"])
     end = Unfinished.__exit__
