@@ -17,8 +17,9 @@ this value (`orderrl.agents.policies.PairedPolicy`). The gains of pairs are neve
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ class BCConfig:
     Attributes:
         target: "utility", "soft", "label", "charged" or "pairs".
         steps: optimiser steps.
+        passes: over the labels, at most; fewer labels take fewer steps. None sets no limit.
         batch_size: contexts per step.
         learning_rate: peak of the cosine schedule.
         weight_decay: of AdamW.
@@ -63,6 +65,7 @@ class BCConfig:
 
     target: str = "utility"
     steps: int = 600
+    passes: float | None = None
     batch_size: int = 256
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
@@ -88,10 +91,18 @@ class BCConfig:
             raise ValueError(f"dagger_rounds must be at least 0, got {self.dagger_rounds}")
         if not 0 <= self.dagger_own_share <= 1:
             raise ValueError(f"dagger_own_share must lie in [0, 1], got {self.dagger_own_share}")
+        if self.passes is not None and not self.passes > 0:
+            raise ValueError(f"passes must be positive or null, got {self.passes}")
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out must lie in (0, 1), got {self.held_out}")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
+
+    def for_contexts(self, count: int) -> BCConfig:
+        """The same with no more steps than `passes` over so many contexts take."""
+        if self.passes is None:
+            return self
+        return replace(self, steps=min(self.steps, math.ceil(self.passes * count / self.batch_size)))
 
 
 def bc_loss(scores: Tensor, utility: Tensor, hidden: Tensor, target: str, temperature: float) -> Tensor:
@@ -181,6 +192,7 @@ def clone(
         ValueError: if the labels come from a single image, so that none can be kept back, there are more processes
             than contexts in a batch, or the target is "pairs" and the planner has none.
     """
+    config = config.for_contexts(len(labels))
     generator = torch.Generator().manual_seed(config.seed)
     if config.target == "pairs":
         planner.config.require_pairs("target='pairs'")
