@@ -1,4 +1,4 @@
-# make quickstart   set up everything, train the planner on digits, compare it with raster order
+# make quickstart   set up everything, train a planner on canvas, compare it with hand-made orders
 # make test         set up everything, then ruff, mypy and all tests
 # make test-slow    what takes minutes: every long command killed twenty times, a Slurm sweep's launcher
 # make results      the full table for digits: all rows, 3 seeds

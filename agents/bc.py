@@ -17,8 +17,9 @@ this value (`orderrl.agents.policies.PairedPolicy`). The gains of pairs are neve
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ class BCConfig:
     Attributes:
         target: "utility", "soft", "label", "charged" or "pairs".
         steps: optimiser steps.
+        passes: over the labels, at most; fewer labels take fewer steps. None sets no limit.
         batch_size: contexts per step.
         learning_rate: peak of the cosine schedule.
         weight_decay: of AdamW.
@@ -65,6 +67,7 @@ class BCConfig:
 
     target: str = "utility"
     steps: int = 600
+    passes: float | None = None
     batch_size: int = 256
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
@@ -86,10 +89,16 @@ class BCConfig:
             one_of(WEIGHTS, "weight"),
             at_least(1, "steps", "batch_size", "evaluate_every", "dagger_contexts", "dagger_steps"),
             at_least(0, "weight_decay", "dagger_rounds", "seed"),
-            positive("learning_rate", "temperature", "sigma"),
+            positive("learning_rate", "temperature", "sigma", "passes"),
             between("(0, 1)", "held_out"),
             between("[0, 1]", "dagger_own_share"),
         )
+
+    def for_contexts(self, count: int) -> BCConfig:
+        """The same with no more steps than `passes` over so many contexts take."""
+        if self.passes is None:
+            return self
+        return replace(self, steps=min(self.steps, math.ceil(self.passes * count / self.batch_size)))
 
 
 def bc_loss(scores: Tensor, utility: Tensor, hidden: Tensor, target: str, temperature: float) -> Tensor:
@@ -180,6 +189,7 @@ def clone(
         ValueError: if the labels come from a single image, so that none can be kept back, there are more processes
             than contexts in a batch, or the target is "pairs" and the planner has none.
     """
+    config = config.for_contexts(len(labels))
     generator = torch.Generator().manual_seed(config.seed)
     if config.target == "pairs":
         planner.config.require_pairs("target='pairs'")

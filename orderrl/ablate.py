@@ -41,6 +41,7 @@ from orderrl.metrics.evaluation import Evaluated, Protocol, evaluate_policy, fir
 from orderrl.metrics.latents import latent_ablation, latent_probes
 from orderrl.metrics.room import LEVELS, measure_room
 from orderrl.metrics.row_entries import image_means
+from orderrl.metrics.statistics import RULE, is_significant
 from orderrl.oracle import utilities
 from orderrl.pipeline import announce, find_or_make_labels, open_backbone, open_labels, require_order_robust
 from orderrl.planner import PlannerConfig
@@ -268,6 +269,7 @@ def print_ablations(results: Mapping[str, Any]) -> None:
         tables += [_variant_table(results["latents"]), _probe_table(results["latents"])]
     for table in tables:
         console.print(table)
+    announce(f"* {RULE}")
 
 
 def _shown(mean: float, interval: Sequence[float], digits: int = 3) -> str:
@@ -276,13 +278,13 @@ def _shown(mean: float, interval: Sequence[float], digits: int = 3) -> str:
 
 
 def _difference(entry: Mapping[str, Any], digits: int = 3) -> str:
-    """A difference with its interval, a star where it stands after Holm's correction."""
+    """A difference with its interval, a star where it is significant."""
     text = f"{entry['mean']:+.{digits}f} [{entry['low']:+.{digits}f}, {entry['high']:+.{digits}f}]"
-    return text + (" *" if entry["significant"] else "")
+    return text + (" *" if is_significant(entry) else "")
 
 
 def _content_table(entries: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table("policy", title="Spearman of scores and oracle, mean over images (* after Holm)")
+    table = Table("policy", title="Spearman of scores and oracle, mean over images (* significant)")
     for title in (
         "with content",
         *(f"with minus {name}" for name in REMOVALS),
@@ -304,7 +306,7 @@ def _content_table(entries: Sequence[Mapping[str, Any]]) -> Table:
 def _injection_table(entries: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(
         "blocks", "policy", "drop", "against random", "share of loss",
-        title="drop of the loss of the rest when the best-scored blocks are revealed, nats per token (* after Holm)",
+        title="drop of the loss of the rest when the best-scored blocks are revealed, nats per token (* significant)",
     )  # fmt: skip
     for entry in entries:
         table.add_row(
@@ -364,7 +366,7 @@ def _room_table(entries: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _variant_table(entries: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table("policy", "variant", title="latent reasoning without its passes or latents (* after Holm)")
+    table = Table("policy", "variant", title="latent reasoning without its passes or latents (* significant)")
     for title in ("Spearman", "minus trained", "regret", "minus trained"):
         table.add_column(title)
     for entry in entries:

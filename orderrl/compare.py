@@ -12,16 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from orderrl.evaluations import Evaluation, collected_rows, open_evaluations
 from orderrl.metrics.comparison import Pair, by_policy, compare, stacked
 from orderrl.metrics.evaluation import Evaluated
-from orderrl.metrics.statistics import RESAMPLES
-from orderrl.report.columns import MINUS, show_difference, show_interval
+from orderrl.metrics.statistics import RESAMPLES, is_significant
 from orderrl.report.runs_page import write_runs_page
+from orderrl.report.screen import print_comparisons
 from orderrl.runs import Run
 
 METRICS = ("gain_auc", "decode_nll", "recognisability_auc", "steps")
@@ -133,33 +131,15 @@ def compare_runs(
 def summary(results: dict[str, Any]) -> str:
     """How many differences were found, in a sentence or two."""
     entries, equal = results["comparisons"], results["equal"]
-    found = sum(entry["significant"] for entry in entries)
+    found = sum(map(is_significant, entries))
     first = next(iter(results["runs"]))
-    told = f"{found} of {len(entries)} differences told from zero after correction for their number."
+    told = f"{found} of {len(entries)} differences are significant."
     sentences = [
         f"{len(results['runs'])} runs of one protocol, compared with {first}: {told if entries else 'no differences.'}"
     ]
     if equal:
         sentences.append(f"Equal on every image: {', '.join(dict.fromkeys(pair['policy'] for pair in equal))}.")
     return " ".join(sentences)
-
-
-def print_comparison(results: dict[str, Any]) -> None:
-    """The paired differences on screen; a star where one is told from zero after correction."""
-    table = Table("pair", "metric", "difference", "95 % interval", "p (Holm)", "effect size")
-    for entry in results["comparisons"]:
-        table.add_row(
-            entry["name"].replace(" - ", f" {MINUS} "),
-            entry["metric"],
-            show_difference(entry["metric"], entry["mean"]) + (" *" if entry["significant"] else ""),
-            show_interval(entry),
-            f"{entry['p_holm']:.3f}",
-            f"{entry['effect_size']:+.2f}",
-        )
-    console = Console(highlight=False)
-    if results["comparisons"]:
-        (console if console.is_terminal else Console(highlight=False, width=160)).print(table)
-    print(summary(results))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -182,7 +162,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    print_comparison(results)
+    print_comparisons(results["comparisons"])
+    print(summary(results))
     print(f"page: {run.folder / 'comparison.html'}")
     return 0
 

@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
-from rich.table import Table
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -29,7 +27,7 @@ from orderrl.evaluations import protocol_identity, save_results
 from orderrl.isolation import isolated_float32
 from orderrl.metrics.calibration import lookahead_utility
 from orderrl.metrics.clip_score import class_captions
-from orderrl.metrics.comparison import comparisons
+from orderrl.metrics.comparison import comparisons, in_order
 from orderrl.metrics.evaluation import (
     EMPTY_ROW,
     Evaluated,
@@ -56,6 +54,7 @@ from orderrl.pipeline import (
 from orderrl.planners import newest_planner
 from orderrl.report import write_report
 from orderrl.report.markdown import markdown_comparisons, markdown_table
+from orderrl.report.screen import print_comparisons, print_results
 from orderrl.resuming import Unfinished
 from orderrl.rows import Job, evaluation_key, log_values, make_rows, publish_samples
 from orderrl.runs import Run
@@ -341,7 +340,8 @@ def raster_backbones(config: DictConfig) -> list[str]:
 
 
 def _write_table(config: DictConfig, backbone: Backbone, protocol: Protocol, rows: list[Evaluated], run: Run) -> None:
-    """Compare the rows, write results and report, and print the main columns."""
+    """Compare the rows, write results and report, and print the main columns, planners first."""
+    rows = in_order(rows)
     reached = real_row(protocol)
     known = {} if reached is None else {"policy": "real images", "features": protocol.features, **asdict(reached)}
     floor = [EMPTY_ROW | known] if known else []
@@ -359,7 +359,7 @@ def _write_table(config: DictConfig, backbone: Backbone, protocol: Protocol, row
     run.log_figures(sorted((run.folder / "figures").glob("*.png")))
     tables = markdown_table(results["rows"]) + "\n" + markdown_comparisons(results["comparisons"])
     (run.folder / "results.md").write_text(tables, encoding="utf-8")
-    print_table(results["rows"])
+    print_results(results["rows"], results["comparisons"])
     print_comparisons(results["comparisons"])
     announce(f"results: {run.folder / 'results.json'}\nreport: {report}")
 
@@ -423,38 +423,6 @@ def _loss_unit(backbone: Backbone, protocol: Protocol) -> str:
         f"DiffLoss units, mean of {backbone.config.loss_draws} draws at fixed times; standard deviation over draws "
         f"{backbone.loss_noise(*some):.1%} of a block's loss"
     )
-
-
-def print_table(rows: list[dict[str, Any]]) -> None:
-    """The main columns on screen."""
-    columns = {
-        "gain_auc": ".4f",
-        "likelihood_return": ".3f",
-        "far_gain": ".3f",
-        "decode_nll": ".2f",
-        "decode_loss": ".3f",
-        "recognisability_auc": ".3f",
-        "oracle_spearman": ".3f",
-        "steps": ".1f",
-        "frechet_distance": ".2f",
-        "accuracy": ".3f",
-    }
-    columns = {key: spec for key, spec in columns.items() if any(row[key] is not None for row in rows)}
-    table = Table("policy", "seed", *columns, title="held-out images")
-    for row in rows:
-        cells = [format(row[key], spec) if row[key] is not None else "–" for key, spec in columns.items()]
-        table.add_row(row["policy"], "" if row["seed"] is None else str(row["seed"]), *cells)
-    console = Console()
-    console.print(table) if console.is_terminal else Console(width=160).print(table)
-
-
-def print_comparisons(entries: list[dict[str, Any]]) -> None:
-    """Planners against raster on screen; the report has all pairs."""
-    for entry in entries:
-        if entry["opponent"] == "raster" or entry["at_steps"] is not None:
-            announce(
-                f"{entry['name']}: {entry['metric']} {entry['mean']:+.4f} [{entry['low']:+.4f}, {entry['high']:+.4f}]"
-            )
 
 
 if __name__ == "__main__":

@@ -104,7 +104,8 @@ def _find_or_clone(config: DictConfig, backbone: Backbone, labels: list[Path], r
         torch.manual_seed(config.seed)
         planner = OrderHead(shape)
         contexts = _joined(labels, backbone, work)
-        with progress(settings.steps, f"cloning ({settings.target}, R = {shape.reasoning_steps})", "steps") as advance:
+        steps = settings.for_contexts(len(contexts)).steps
+        with progress(steps, f"cloning ({settings.target}, R = {shape.reasoning_steps})", "steps") as advance:
             rows = clone(planner, contexts, backbone.geometry, settings, work)
             follow(rows, work, run, lambda row: advance(row["new"], f"loss {row['loss']:.3f}"))
         return planner

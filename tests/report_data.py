@@ -23,11 +23,12 @@ def row(policy: str, gain: float | None, R: int | None = None, **values: Any) ->
 
 
 def comparison(low: float, high: float, name: str = "bc_utility - raster", metric: str = "gain_auc") -> dict[str, Any]:
-    """A paired comparison."""
+    """A paired comparison of a family of one, so that its interval decides."""
     policy, _, rest = name.partition(" - ")
     opponent, at, steps = rest.partition(" at ")
     named = {"policy": policy, "opponent": opponent, "at_steps": float(steps.split()[0]) if at else None}
-    return {"name": name, **named, "metric": metric, "mean": (low + high) / 2, "low": low, "high": high}
+    numbers = {"mean": (low + high) / 2, "low": low, "high": high, "effect_size": 0.5}
+    return {"name": name, **named, "metric": metric, **numbers, "p_holm": 0.002 if low > 0 or high < 0 else 0.4}
 
 
 def episode(rng: np.random.Generator, budget: int = 1, scored: bool = True) -> Episode:

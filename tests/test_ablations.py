@@ -243,7 +243,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def configure(home: Path, command: str, *overrides: str) -> Any:
-    small = [f"backbone.name={home / 'tiny.safetensors'}", "labels.contexts=48"]
+    small = ["backbone=digits", f"backbone.name={home / 'tiny.safetensors'}", "labels.contexts=48"]
     return compose(command, [*small, *overrides, f"output_dir={home / 'runs'}", f"cache_dir={home / 'cache'}"])
 
 

@@ -76,3 +76,9 @@ def test_planners_are_compared_with_baselines_on_what_they_were_trained_for() ->
     }
     assert found["bc - random", "gain_auc"]["mean"] == pytest.approx(0.4)
     assert found["ppo - raster", "decode_nll"]["mean"] == pytest.approx(-0.7)
+
+
+def test_two_planners_are_compared_once_the_first_less_the_second() -> None:
+    planners = [row(name, shift, R=2, objective="context", seed=0) for name, shift in (("ppo", 0.7), ("bc", 0.5))]
+    found = {entry["name"]: entry["mean"] for entry in comparisons([*planners, row("raster", 0.0)], 200, 0)}
+    assert set(found) == {"ppo - bc", "ppo - raster", "bc - raster"} and found["ppo - bc"] == pytest.approx(0.2)

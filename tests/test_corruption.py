@@ -97,7 +97,7 @@ def newest(home: Path) -> Kind:
 
 def small_training(home: Path) -> Any:
     settings = ["labels.contexts=12", "labels.shard_size=4", "labels.batch_size=4", "agent.steps=2", "planner.dim=32"]
-    places = [f"backbone.name={home / 'tiny.safetensors'}", f"cache_dir={home / 'cache'}"]
+    places = ["backbone=digits", f"backbone.name={home / 'tiny.safetensors'}", f"cache_dir={home / 'cache'}"]
     config = compose("train", ["agent=bc", "planner.stem=1", *settings, *places])
     save_backbone(home / "tiny.safetensors", tiny_backbone(8, 8, vocab_size=17, num_classes=10), {})
     return config, load_backbone(home / "tiny.safetensors")

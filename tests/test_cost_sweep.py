@@ -50,7 +50,7 @@ def test_schedules_of_a_sweep(spec: str, budgets: tuple[int, ...], expected: lis
 
 def test_a_swept_policy_stands_once_and_is_sampled_at_every_budget(home: Path) -> None:
     overrides = ["eval.policies=[raster,raster@2,oracle,random]", "eval.sweep=[1,2]", "eval.sampled=[raster,random@2]"]
-    config = compose("evaluate", [*overrides, f"backbone.name={home / 'tiny.safetensors'}"])
+    config = compose("evaluate", [*overrides, "backbone=digits", f"backbone.name={home / 'tiny.safetensors'}"])
     found = chosen_policies(config, load_backbone(config.backbone.name), [])
     sampled = {"raster": True, "raster@2": True, "oracle": False, "random": False, "random@2": True}
     assert {named.name: scored for named, scored in found} == sampled and len(found) == len(sampled)
@@ -74,7 +74,8 @@ def test_one_command_gives_curves_of_every_policy(home: Path) -> None:
     policies = ["eval.policies=[raster,multiscale]", f"eval.planners=[{planners}]"]
     folders = [f"output_dir={home / 'runs'}", f"cache_dir={home / 'cache'}"]
     config = compose(
-        "evaluate", ["eval=cost", *small, *policies, *folders, f"backbone.name={home / 'tiny.safetensors'}"]
+        "evaluate",
+        ["eval=cost", *small, *policies, *folders, "backbone=digits", f"backbone.name={home / 'tiny.safetensors'}"],
     )
     folder = evaluate(config)
     rows = json.loads((folder / "results.json").read_text())["rows"]

@@ -33,7 +33,7 @@ COMMANDS = {"label": label, "train": train, "pretrain": pretrain_backbone, "eval
 LABELS = ["labels.contexts=120", "labels.shard_size=16", "labels.batch_size=8"]
 BC = [*LABELS, "planner.dim=32", "planner.stem=1", "agent=bc", "agent.steps=12", "agent.evaluate_every=6"]
 PPO_RUN = [
-    *("planner.dim=32", "planner.stem=1", "agent=ppo", "agent.iterations=2", "agent.num_envs=8"),
+    *("planner.dim=32", "planner.stem=1", "agent=ppo", "env=likelihood", "agent.iterations=2", "agent.num_envs=8"),
     *("agent.frames_per_batch=128", "agent.minibatch_size=64", "agent.epochs=1", "agent.group_size=2"),
 ]
 PRETRAIN = [
@@ -56,7 +56,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def configure(home: Path, where: str, command: str, *overrides: str) -> DictConfig:
-    tiny = [f"backbone.name={home / 'tiny.safetensors'}"] if command != "pretrain" else []
+    tiny = ["backbone=digits", f"backbone.name={home / 'tiny.safetensors'}"] if command != "pretrain" else []
     places = [f"output_dir={home / where / 'runs'}", f"cache_dir={home / where / 'cache'}"]
     return compose(command, [*tiny, *overrides, *places])
 
@@ -241,7 +241,9 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_torchrun_starts_a_command(home: Path) -> None:
     places = [f"output_dir={home / 'torchrun' / 'runs'}", f"cache_dir={home / 'torchrun' / 'cache'}"]
-    answer = torchrun("orderrl.label", f"backbone.name={home / 'tiny.safetensors'}", *LABELS, *places)
+    answer = torchrun(
+        "orderrl.label", "backbone=digits", f"backbone.name={home / 'tiny.safetensors'}", *LABELS, *places
+    )
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout.count("labels: 120 contexts in") == 1
     (folder,) = (home / "torchrun" / "cache" / "labels").iterdir()
@@ -287,7 +289,12 @@ def test_submitits_slurm_launcher_composes_with_a_command() -> None:
 def test_a_sweep_runs_through_submitit(home: Path) -> None:
     where = home / "sweep"
     call = [sys.executable, "-m", "orderrl.label", "--multirun", "hydra/launcher=submitit_local", "labels.seed=0,1"]
-    call += [f"backbone.name={home / 'tiny.safetensors'}", "labels.contexts=8", f"output_dir={where / 'runs'}"]
+    call += [
+        "backbone=digits",
+        f"backbone.name={home / 'tiny.safetensors'}",
+        "labels.contexts=8",
+        f"output_dir={where / 'runs'}",
+    ]
     answer = subprocess.run([*call, f"cache_dir={where / 'cache'}"], cwd=ROOT, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr
     assert len(list((where / "cache" / "labels").iterdir())) == 2

@@ -200,7 +200,7 @@ def test_the_leaderboard_is_written(before: Path, after: Path, capsys: pytest.Ca
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Protocol]:
     folder = tmp_path_factory.mktemp("protocol")
-    small = ["eval.images=20", "eval.lookahead_states=null", "eval.states=8", "eval.real_images=50"]
+    small = ["backbone=digits", "eval.images=20", "eval.lookahead_states=null", "eval.states=8", "eval.real_images=50"]
     config = compose("evaluate", [*small, f"cache_dir={folder / 'cache'}", f"output_dir={folder}"])
     backbone = load_backbone("digits")
     return config, backbone, make_protocol(config, backbone)

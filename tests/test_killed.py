@@ -22,7 +22,7 @@ LABELS = ["labels.contexts=64", "labels.shard_size=8", "labels.batch_size=8"]
 PLANNER = ["planner.dim=32", "planner.stem=1"]
 BC = [*LABELS, *PLANNER, "agent=bc", "agent.steps=30", "agent.evaluate_every=10", OFTEN]
 PPO = [
-    *(*PLANNER, "agent=ppo", "agent.iterations=4", "agent.num_envs=8", "agent.frames_per_batch=128"),
+    *(*PLANNER, "agent=ppo", "env=likelihood", "agent.iterations=4", "agent.num_envs=8", "agent.frames_per_batch=128"),
     *("agent.minibatch_size=64", "agent.epochs=1", "agent.critic_warmup=1", OFTEN),
 ]
 SCHEDULE = [
@@ -81,7 +81,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("inputs")
     save_backbone(home / "tiny.safetensors", tiny_backbone(8, 8, vocab_size=17, num_classes=10), {})
     places = [f"output_dir={home / 'runs'}", f"cache_dir={home / 'cache'}"]
-    clone = train(compose("train", [f"backbone.name={home / 'tiny.safetensors'}", *BC, *places]))
+    clone = train(compose("train", ["backbone=digits", f"backbone.name={home / 'tiny.safetensors'}", *BC, *places]))
     (home / "clone.safetensors").write_bytes(clone.read_bytes())
     image_folder(home / "images", per_class=10)
     save_tiny_vq(home / "vq.safetensors")
@@ -90,19 +90,19 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def case(name: str, inputs: Path) -> Case:
     """A command in miniature: a second or three."""
-    tiny = f"backbone.name={inputs / 'tiny.safetensors'}"
+    tiny = ["backbone=digits", f"backbone.name={inputs / 'tiny.safetensors'}"]
     clone, images = inputs / "clone.safetensors", f"data.root={inputs / 'images'}"
     ppo = [*PPO, f"agent.start={clone}"]
     results = [
-        *(tiny, *EVALUATION, OFTEN, "seeds=[0]", f"runs=[{plain(BC)},{plain(ppo)}]"),
+        *(*tiny, *EVALUATION, OFTEN, "seeds=[0]", f"runs=[{plain(BC)},{plain(ppo)}]"),
         *("eval.policies=[raster,fitted]", "eval.samples=0", "eval.features=null", "eval.token_raster=[]"),
     ]
     return {
-        "label": Case("label", "orderrl.label:label", [tiny, *LABELS, "labels.contexts=160"], label_files),
-        "bc": Case("train", "orderrl.train:train", [tiny, *BC], planner),
-        "ppo": Case("train", "orderrl.train:train", [tiny, *ppo], planner),
-        "schedule": Case("train", "orderrl.train:train", [tiny, *SCHEDULE], planner),
-        "fitted_q": Case("train", "orderrl.train:train", [tiny, *FITTED_Q], planner),
+        "label": Case("label", "orderrl.label:label", [*tiny, *LABELS, "labels.contexts=160"], label_files),
+        "bc": Case("train", "orderrl.train:train", [*tiny, *BC], planner),
+        "ppo": Case("train", "orderrl.train:train", [*tiny, *ppo], planner),
+        "schedule": Case("train", "orderrl.train:train", [*tiny, *SCHEDULE], planner),
+        "fitted_q": Case("train", "orderrl.train:train", [*tiny, *FITTED_Q], planner),
         "pretrain": Case("pretrain", "orderrl.pretrain:pretrain_backbone", PRETRAIN, backbones),
         "pretrain_tokenizer": Case(
             "pretrain_tokenizer", "orderrl.pretrain_tokenizer:pretrain_tokenizer", [images, *TOKENIZER], tokenizer
@@ -114,7 +114,7 @@ def case(name: str, inputs: Path) -> Case:
             token_set,
         ),
         "evaluate": Case(
-            "evaluate", "orderrl.evaluate:evaluate", [tiny, *EVALUATION, f"eval.planners=[{clone}]"], table
+            "evaluate", "orderrl.evaluate:evaluate", [*tiny, *EVALUATION, f"eval.planners=[{clone}]"], table
         ),
         "results": Case("results", "orderrl.results:results", results, table),
     }[name]

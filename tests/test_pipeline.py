@@ -46,6 +46,7 @@ SMALL_BC = [*SMALL_PLANNER, "agent=bc", "agent.steps=8", "agent.evaluate_every=4
 SMALL_PPO = [
     *SMALL_PLANNER,
     "agent=ppo",
+    "env=likelihood",
     "agent.iterations=2",
     "agent.num_envs=8",
     "agent.frames_per_batch=128",
@@ -74,7 +75,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def configure(home: Path, command: str, *overrides: str, cache: str = "cache") -> DictConfig:
     """A config on the tiny backbone, with runs and cache in a folder of its own."""
-    tiny = [f"backbone.name={home / BACKBONE}"] if command != "pretrain" else []
+    tiny = ["backbone=digits", f"backbone.name={home / BACKBONE}"] if command != "pretrain" else []
     return compose(command, [*tiny, *overrides, f"output_dir={home / 'runs'}", f"cache_dir={home / cache}"])
 
 

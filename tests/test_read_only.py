@@ -29,7 +29,12 @@ BC = ["agent=bc", "labels.contexts=16", "agent.steps=2", "planner.dim=32", "plan
 
 
 def places(home: Path, runs: str) -> list[str]:
-    return [f"backbone.name={home / 'tiny.safetensors'}", f"cache_dir={home / 'cache'}", f"output_dir={home / runs}"]
+    return [
+        "backbone=digits",
+        f"backbone.name={home / 'tiny.safetensors'}",
+        f"cache_dir={home / 'cache'}",
+        f"output_dir={home / runs}",
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -152,7 +152,12 @@ def test_a_disk_that_fills_up_while_pytorch_writes_is_the_same_error(tmp_path: P
 
 def test_labelling_goes_on_after_a_full_disk(tmp_path: Path, full: list[bool]) -> None:
     save_backbone(tmp_path / "tiny.safetensors", tiny_backbone(8, 8, vocab_size=17, num_classes=10), {})
-    overrides = [f"backbone.name={tmp_path / 'tiny.safetensors'}", "labels.contexts=30", "labels.shard_size=8"]
+    overrides = [
+        "backbone=digits",
+        f"backbone.name={tmp_path / 'tiny.safetensors'}",
+        "labels.contexts=30",
+        "labels.shard_size=8",
+    ]
     overrides += ["labels.batch_size=8", f"output_dir={tmp_path / 'runs'}", f"cache_dir={tmp_path / 'cache'}"]
     config = compose("label", overrides)
     whole = contents(label(config) / "contexts", "*")
@@ -339,7 +344,12 @@ print(peak() - before)
 def test_a_finished_training_that_is_interrupted_before_its_end_is_not_repeated(tmp_path: Path) -> None:
     """The metrics of a continued run are those of the whole run."""
     save_backbone(tmp_path / "tiny.safetensors", tiny_backbone(8, 8, vocab_size=17, num_classes=10), {})
-    overrides = [f"backbone.name={tmp_path / 'tiny.safetensors'}", "labels.contexts=30", "agent.steps=6"]
+    overrides = [
+        "backbone=digits",
+        f"backbone.name={tmp_path / 'tiny.safetensors'}",
+        "labels.contexts=30",
+        "agent.steps=6",
+    ]
     overrides += ["planner.dim=32", "planner.stem=1", "checkpoint_seconds=0", f"output_dir={tmp_path / 'runs'}"]
     config = compose("train", [*overrides, f"cache_dir={tmp_path / 'cache'}"])
     with pytest.MonkeyPatch.context() as patch:
@@ -353,7 +363,12 @@ def test_a_finished_training_that_is_interrupted_before_its_end_is_not_repeated(
 
 def test_a_training_that_is_killed_between_its_result_and_its_end_still_logs_all_of_it(tmp_path: Path) -> None:
     save_backbone(tmp_path / "tiny.safetensors", tiny_backbone(8, 8, vocab_size=17, num_classes=10), {})
-    overrides = [f"backbone.name={tmp_path / 'tiny.safetensors'}", "labels.contexts=30", "agent.steps=6"]
+    overrides = [
+        "backbone=digits",
+        f"backbone.name={tmp_path / 'tiny.safetensors'}",
+        "labels.contexts=30",
+        "agent.steps=6",
+    ]
     overrides += ["planner.dim=32", "planner.stem=1", f"output_dir={tmp_path / 'runs'}"]
     config = compose("train", [*overrides, f"cache_dir={tmp_path / 'cache'}"])
     end = Unfinished.__exit__

@@ -171,7 +171,13 @@ def test_the_command_writes_both_and_the_environment_comes_back(
     tmp_path: Path, minari: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_backbone(tmp_path / "tiny.safetensors", tiny_backbone(8, 8, vocab_size=17, num_classes=10), {})
-    arguments = [f"backbone.name={tmp_path / 'tiny.safetensors'}", "policy=multiscale@4", "n=5", "batch_size=3"]
+    arguments = [
+        "backbone=digits",
+        f"backbone.name={tmp_path / 'tiny.safetensors'}",
+        "policy=multiscale@4",
+        "n=5",
+        "batch_size=3",
+    ]
     folders = [f"output_dir={tmp_path / 'runs'}", f"cache_dir={tmp_path / 'cache'}", f"output={tmp_path / 'out'}"]
     config = compose("rollouts", [*arguments, *folders, "env=likelihood", "minari=tiny/command-v1"])
     assert rollouts(config) == tmp_path / "out"

@@ -33,7 +33,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def configure(home: Path, command: str, *overrides: str) -> DictConfig:
     folders = [f"output_dir={home / 'runs'}", f"cache_dir={home / 'cache'}", "labels.contexts=16"]
-    return compose(command, [*overrides, *folders, f"backbone.name={home / 'tiny.safetensors'}"])
+    return compose(command, [*overrides, *folders, "backbone=digits", f"backbone.name={home / 'tiny.safetensors'}"])
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,9 @@ def schedule(home: Path) -> Path:
 @pytest.fixture(scope="module")
 def planner(home: Path, schedule: Path) -> Path:
     small = ["agent.iterations=2", "agent.num_envs=8", "agent.frames_per_batch=128", "agent.epochs=1"]
-    return train(configure(home, "train", "agent=ppo", *SHAPE, *small, RANGE, f"agent.start={schedule}"))
+    return train(
+        configure(home, "train", "agent=ppo", "env=likelihood", *SHAPE, *small, RANGE, f"agent.start={schedule}")
+    )
 
 
 def test_a_schedule_is_searched_at_the_geometric_mean(schedule: Path) -> None:
@@ -66,9 +68,9 @@ def test_an_evaluation_draws_one_curve_of_it(home: Path, planner: Path) -> None:
     folder = evaluate(configure(home, "evaluate", *small, *policies, "eval.token_raster=[]"))
     rows = {row["policy"]: row for row in json.loads((folder / "results.json").read_text())["rows"]}
     names = [f"ppo_likelihood_conditioned_r2@cost{cost}" for cost in ("0.5", "1", "2")]
-    assert list(rows) == ["raster", "random@i<9/1,2,8", *names]
-    assert [row["step_cost"] for row in rows.values()] == [None, None, 0.5, 1.0, 2.0]
-    assert [row["family"] for row in rows.values()] == ["raster", "random", *["ppo_likelihood_conditioned_r2"] * 3]
+    assert list(rows) == [*names, "raster", "random@i<9/1,2,8"]
+    assert [row["step_cost"] for row in rows.values()] == [0.5, 1.0, 2.0, None, None]
+    assert [row["family"] for row in rows.values()] == [*["ppo_likelihood_conditioned_r2"] * 3, "raster", "random"]
     points = cost_panels([*rows.values(), rows["raster"] | {"policy": "raster@2", "steps": 8.0}], "steps")["decode_nll"]
     assert [point.family for point in points if "conditioned" in point.policy] == ["ppo_likelihood_conditioned_r2"] * 3
 

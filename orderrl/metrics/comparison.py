@@ -1,6 +1,6 @@
 """Paired comparisons of policies over the same images, at equal mean steps where they reveal several blocks.
 
-All comparisons of a table are one family: whether a difference counts as found is decided on p-values corrected for
+All comparisons of a table are one family: `orderrl.metrics.statistics.is_significant` decides on p-values corrected for
 their number (Holm). Intervals are those of single comparisons.
 """
 
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from orderrl.metrics.evaluation import Evaluated
-from orderrl.metrics.statistics import LEVEL, holm, paired_bootstrap
+from orderrl.metrics.statistics import holm, is_significant, paired_bootstrap
+from orderrl.report.summary import is_rival
 
 RESAMPLES_PER_COMPARISON = 100
 """Resamples behind the p-values, at least, for each comparison of the family: Holm multiplies the smallest p-value by
@@ -35,6 +36,27 @@ def stacked(rows: Sequence[Evaluated], metric: str) -> Tensor | None:
     """Per-image values of a policy, (seeds, n), or None where they were not measured."""
     values = [row.per_image.get(metric) for row in rows]
     return None if any(value is None for value in values) else torch.stack([v for v in values if v is not None])
+
+
+def in_order(rows: Sequence[Evaluated]) -> list[Evaluated]:
+    """Rows as a table shows them: learned planners, other orders, references that see hidden tokens, and the rest.
+
+    Inside these, the best policy first, by the mean of its rows: planners for "likelihood" by code length behind those
+    for "context", all others by information-gain AUC.
+    """
+    groups = by_policy(rows)
+
+    def place(row: Evaluated) -> tuple[int, int, float]:
+        members = groups[row.row["policy"]]
+        coding = row.row["objective"] == "likelihood"
+        values = stacked(members, "decode_nll" if coding else "gain_auc")
+        if values is None:
+            return 3, 0, 0.0
+        kind = 0 if row.row["R"] is not None else 1 if is_rival(row.row) else 2
+        mean = float(values.mean())
+        return kind, int(coding), mean if coding else -mean
+
+    return sorted(rows, key=place)
 
 
 def code_length_at(rows: Sequence[Evaluated], steps: float) -> Tensor | None:
@@ -88,7 +110,7 @@ def compare(pairs: Sequence[Pair], resamples: int, seed: int) -> list[dict[str, 
 
     Returns:
         For each pair a dict of name, metric; mean, low, high (95 % interval over images), p_value, p_holm, significant
-        (p_holm < 0.05), effect_size (paired Cohen's d over images), images, seeds (of the policy) and seed_std
+        (`is_significant`), effect_size (paired Cohen's d over images), images, seeds (of the policy) and seed_std
         (standard deviation of the mean difference over them, None for one seed), and what the pair is named.
     """
     resamples = max(resamples, RESAMPLES_PER_COMPARISON * len(pairs))
@@ -101,16 +123,18 @@ def compare(pairs: Sequence[Pair], resamples: int, seed: int) -> list[dict[str, 
         known = {"images": images, "seeds": len(one), "seed_std": spread}
         found.append({"name": name, **(named or {}), "metric": metric, **asdict(difference), **known})
     for row, adjusted in zip(found, holm([row["p_value"] for row in found]), strict=True):
-        row |= {"p_holm": float(adjusted), "significant": bool(adjusted < 1 - LEVEL)}
+        row["p_holm"] = float(adjusted)
+        row["significant"] = is_significant(row)
     return found
 
 
 def comparisons(rows: Sequence[Evaluated], resamples: int, seed: int) -> list[dict[str, Any]]:
     """Every learned planner against every baseline, on the metric it was trained for.
 
-    Planners for "context" are compared in information-gain AUC with the baselines that reveal one block a step and with
-    each other; planners for "likelihood" in code length, with raster at one block a step and with every order at equal
-    mean steps (interpolated between its best schedules).
+    Planners for "context" are compared in information-gain AUC with the baselines that reveal one block a step, and
+    with each other once, the one that stands first less the other. Planners for "likelihood" are compared in code
+    length with raster at one block a step, and with every order at equal mean steps (interpolated between its best
+    schedules).
 
     Returns:
         As `compare`.
@@ -122,19 +146,25 @@ def comparisons(rows: Sequence[Evaluated], resamples: int, seed: int) -> list[di
         if row.row["R"] is None and row.decode_nll is not None:
             families[row.row["family"] or row.row["policy"]].append(row)
     pairs: list[Pair] = []
+    done: set[str] = set()
     for name, group in learned.items():
+        done.add(name)
         if group[0].row["objective"] == "context":
-            mine = stacked(group, "gain_auc")
-            assert mine is not None
-            for other, rival in groups.items():
-                theirs = stacked(rival, "gain_auc")
-                comparable = theirs is not None and rival[0].row["objective"] in (None, "context")
-                if other != name and comparable and rival[0].row["budgets"] == [1]:
-                    assert theirs is not None
-                    pairs.append(_pair(name, other, "gain_auc", mine, theirs))
+            pairs += _gain_pairs(name, group, {other: rows for other, rows in groups.items() if other not in done})
         if group[0].row["objective"] == "likelihood":
             pairs += _code_length_pairs(name, group, groups, families)
     return compare(pairs, resamples, seed)
+
+
+def _gain_pairs(name: str, group: list[Evaluated], rivals: dict[str, list[Evaluated]]) -> list[Pair]:
+    mine = stacked(group, "gain_auc")
+    assert mine is not None
+    found = []
+    for other, rival in rivals.items():
+        theirs, first = stacked(rival, "gain_auc"), rival[0].row
+        if theirs is not None and first["objective"] in (None, "context") and first["budgets"] == [1]:
+            found.append(_pair(name, other, "gain_auc", mine, theirs))
+    return found
 
 
 def _code_length_pairs(

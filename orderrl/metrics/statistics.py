@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from scipy import stats
 
 RESAMPLES = 2000
 LEVEL = 0.95
+RULE = "p < 0.05 after Holm's correction for all comparisons of the table; intervals are those of single comparisons"
+"""The rule of `is_significant` in words, which stand wherever a difference is marked."""
 
 
 @dataclass(frozen=True)
@@ -205,6 +207,18 @@ def holm(p_values: ArrayLike) -> NDArray[np.float64]:
     order = np.argsort(p)
     adjusted = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
     return np.minimum(adjusted, 1.0)[np.argsort(order)]
+
+
+def is_significant(entry: Mapping[str, Any]) -> bool:
+    """Whether a paired difference is told from zero: `RULE`, the only one, on screen, in tables, pages and sentences.
+
+    Such a difference has an interval that excludes zero; the converse does not hold, since the interval is that of the
+    single comparison.
+
+    Args:
+        entry: of `orderrl.metrics.comparison.compare`; its "p_holm" decides.
+    """
+    return bool(entry["p_holm"] < 1 - LEVEL)
 
 
 def mean_over_seeds(values: ArrayLike, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0) -> Interval:

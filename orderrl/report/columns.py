@@ -325,3 +325,8 @@ def show_interval(entry: dict[str, Any]) -> str:
     """The interval of a paired comparison."""
     low, high = (show_difference(entry["metric"], entry[end]) for end in ("low", "high"))
     return f"{low} to {high}"
+
+
+def show_p(p_value: float) -> str:
+    """A p-value to three digits."""
+    return f"{p_value:.3f}" if p_value >= 0.001 else "< 0.001"

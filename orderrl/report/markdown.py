@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from statistics import mean, stdev
 from typing import Any
 
+from orderrl.metrics.statistics import RULE, is_significant
+from orderrl.report.columns import show_p
+
 COLUMNS = {
     "gain_auc": ("gain AUC ↑", 4),
     "decode_nll": ("decode_nll ↓ (nats/image)", 2),
@@ -63,16 +66,17 @@ def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def markdown_comparisons(entries: Sequence[dict[str, Any]]) -> str:
-    """Paired comparisons as a Markdown table; bold where the interval excludes zero."""
-    lines = ["| pair | metric | mean difference | 95 % interval |", "|---|---|---|---|"]
+    """Paired comparisons as a Markdown table, significant ones in bold, with the rule under it."""
+    lines = ["| pair | metric | mean difference | 95 % interval | p (Holm) |", "|---|---|---|---|---|"]
     for entry in entries:
         digits = COLUMNS.get(entry["metric"], ("", 4))[1]
-        excluded = entry["low"] > 0 or entry["high"] < 0
         value = f"{entry['mean']:+.{digits}f}"
+        value = f"**{value}**" if is_significant(entry) else value
         interval = f"{entry['low']:+.{digits}f} to {entry['high']:+.{digits}f}"
-        shown = f"**{value}**" if excluded else value
-        lines.append(f"| {escaped(entry['name'])} | {entry['metric']} | {shown} | {interval} |")
-    return "\n".join(lines) + "\n"
+        lines.append(
+            f"| {escaped(entry['name'])} | {entry['metric']} | {value} | {interval} | {show_p(entry['p_holm'])} |"
+        )
+    return "\n".join([*lines, "", f"Paired over images. Bold: {RULE}."]) + "\n"
 
 
 def escaped(name: str) -> str:

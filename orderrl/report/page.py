@@ -48,8 +48,8 @@ def write_report(
     Args:
         folder: an existing or new folder.
         results: as in `results.json`: "protocol" (key to value), "rows" (dicts with the keys of `COLUMNS` and
-            intervals "<key>_ci", null where a metric does not apply) and optionally "comparisons", a list of
-            {"name", "policy", "opponent", "metric", "mean", "low", "high"}, as `comparisons` gives them.
+            intervals "<key>_ci", null where a metric does not apply) and optionally "comparisons", as
+            `orderrl.metrics.comparison.comparisons` gives them.
         details: what the pictures show, one for each policy with pictures. Curves and maps are drawn of learned
             planners and of policies that reveal one block a step; the viewer has all.
         examples: the images of the episodes in the details; None shows neither viewer nor images.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from orderrl.metrics.statistics import is_significant
 from orderrl.report.columns import show_difference, show_interval, show_value
 
 
@@ -133,15 +134,9 @@ def _paired(results: dict[str, Any], policy: str, opponent: str, metric: str) ->
     return next((c for c in entries if (c["policy"], c["opponent"], c["metric"]) == wanted), None)
 
 
-def is_found(entry: dict[str, Any]) -> bool:
-    """Whether a difference is told from zero: after correction for the number of comparisons, where that was made."""
-    excludes_zero = entry["low"] > 0 or entry["high"] < 0
-    return bool(entry.get("significant", excludes_zero))
-
-
 def _sign(entry: dict[str, Any]) -> int:
-    """1 or -1 where a difference is found, else 0."""
-    return (1 if entry["mean"] > 0 else -1) if is_found(entry) else 0
+    """1 or -1 where a difference is significant, else 0."""
+    return (1 if entry["mean"] > 0 else -1) if is_significant(entry) else 0
 
 
 def _difference(entry: dict[str, Any]) -> str:

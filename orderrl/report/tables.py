@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from orderrl.metrics.statistics import RULE, is_significant
 from orderrl.report.columns import (
     COLUMNS,
     DASH,
@@ -14,8 +15,8 @@ from orderrl.report.columns import (
     header_of,
     show_difference,
     show_interval,
+    show_p,
 )
-from orderrl.report.summary import is_found
 
 _COMPARISONS = {
     "pair": ("pair", ""),
@@ -48,11 +49,11 @@ def results_values(
 
 def comparison_values(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What `comparisons.html.jinja` shows of paired comparisons."""
-    columns = _comparison_columns(entries)
+    columns = _comparison_columns()
     return {
         "comparison_columns": columns,
         "comparisons": [_comparison_cells(entry, columns) for entry in entries],
-        "corrected": any("p_holm" in entry for entry in entries),
+        "rule": RULE,
     }
 
 
@@ -66,19 +67,18 @@ def loss_unit(rows: Sequence[dict[str, Any]]) -> str:
     return "DiffLoss per token" if any(row.get("decode_loss") is not None for row in rows) else "nats per token"
 
 
-def _comparison_columns(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The columns of the paired comparisons; effect size and p-value where some entry has them."""
-    shown = [key for key in _COMPARISONS if key not in ("effect_size", "p_holm") or any(key in e for e in entries)]
+def _comparison_columns() -> list[dict[str, Any]]:
+    """The columns of the paired comparisons."""
     ascending = ("pair", "metric", "p_holm")
     return [
         {
             "key": key,
-            "header": _COMPARISONS[key][0],
-            "meaning": _COMPARISONS[key][1],
+            "header": header,
+            "meaning": meaning,
             "text": key in ("pair", "metric"),
             "order": "ascending" if key in ascending else "descending",
         }
-        for key in shown
+        for key, (header, meaning) in _COMPARISONS.items()
     ]
 
 
@@ -109,21 +109,20 @@ def _comparison_cells(entry: dict[str, Any], columns: Sequence[dict[str, Any]]) 
     column = next((column for column in COLUMNS if column.key == entry["metric"]), None)
     name = entry["name"].replace(" - ", f" {MINUS} ")
     metric = column.header if column else entry["metric"].replace("_", " ")
-    effect, p_holm = entry.get("effect_size"), entry.get("p_holm")
     cells = {
         "pair": (name, name),
         "metric": (metric, metric),
         "mean": (show_difference(entry["metric"], entry["mean"]), entry["mean"]),
         "interval": (show_interval(entry), entry["low"]),
-        "effect_size": (DASH, "") if effect is None else (f"{effect:+.2f}".replace("-", MINUS), effect),
-        "p_holm": (DASH, "") if p_holm is None else (f"{p_holm:.3f}" if p_holm >= 0.001 else "< 0.001", p_holm),
+        "effect_size": (f"{entry['effect_size']:+.2f}".replace("-", MINUS), entry["effect_size"]),
+        "p_holm": (show_p(entry["p_holm"]), entry["p_holm"]),
     }
     return [
         {
             "shown": cells[shown["key"]][0],
             "sort": cells[shown["key"]][1],
             "text": shown["text"],
-            "bold": shown["key"] == "mean" and is_found(entry),
+            "bold": shown["key"] == "mean" and is_significant(entry),
             "unit": column.unit if column and shown["key"] == "metric" else "",
         }
         for shown in columns

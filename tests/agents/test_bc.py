@@ -303,6 +303,13 @@ def test_labels_of_a_backbone_train_and_leave_it_alone() -> None:
     assert all(torch.equal(v, weights[k]) for k, v in backbone.state_dict().items())
 
 
+@pytest.mark.parametrize(("passes", "steps"), [(None, 150), (1000, 150), (2, 3), (0.5, 1)])
+def test_few_labels_take_no_more_steps_than_their_passes(passes: float | None, steps: int) -> None:
+    """96 contexts, 64 of them in a step."""
+    rows = train(tiny_planner(noisy=False), tiny_labels()[:96], passes=passes, evaluate_every=1000)
+    assert len(rows) == steps == rows[-1]["step"] and "chosen" in rows[-1]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -311,6 +318,7 @@ def test_labels_of_a_backbone_train_and_leave_it_alone() -> None:
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"evaluate_every": 0}, "evaluate_every must be at least 1, got 0"),
+        ({"passes": 0}, "passes must be positive or null, got 0"),
         ({"held_out": 1.0}, r"held_out must lie in \(0, 1\), got 1.0"),
         ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
     ],

@@ -167,7 +167,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def configure(home: Path, cache: str, *overrides: str) -> DictConfig:
-    places = [f"backbone.name={home / 'tiny.safetensors'}", f"cache_dir={home / cache}"]
+    places = ["backbone=digits", f"backbone.name={home / 'tiny.safetensors'}", f"cache_dir={home / cache}"]
     return compose("train", [*SMALL, *places, *overrides])
 
 

@@ -344,8 +344,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def places(home: Path, where: str) -> list[str]:
-    tiny = f"backbone.name={home / 'tiny.safetensors'}"
-    return [tiny, f"output_dir={home / where / 'runs'}", f"cache_dir={home / where / 'cache'}"]
+    tiny = ["backbone=digits", f"backbone.name={home / 'tiny.safetensors'}"]
+    return [*tiny, f"output_dir={home / where / 'runs'}", f"cache_dir={home / where / 'cache'}"]
 
 
 def command(home: Path, where: str, *overrides: str) -> Path:
@@ -404,7 +404,7 @@ def everything(path: Path) -> Any:
 
 
 def test_a_command_that_is_killed_twice_ends_with_the_same_result(home: Path, tmp_path: Path) -> None:
-    overrides = [places(home, "")[0], *SMALL, f"agent.start={home / 'clone.safetensors'}", "agent.steps=30", OFTEN]
+    overrides = [*places(home, "")[:2], *SMALL, f"agent.start={home / 'clone.safetensors'}", "agent.steps=30", OFTEN]
     kill_and_compare(Case("train", "orderrl.train:train", overrides, everything), tmp_path, kills=2, seed=0)
 
 

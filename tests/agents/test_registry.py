@@ -175,7 +175,10 @@ def test_an_evaluation_tells_a_list_of_costs(
 ) -> None:
     save_backbone(home / "tiny.safetensors", backbone, {})
     planners = [PolicySpec.parse(str(home / f"{name}.safetensors")) for name in ("ranged", "fixed", "cloned")]
-    config = compose("evaluate", [f"backbone.name={home / 'tiny.safetensors'}", "eval.policies=[]", "eval.sweep=[2]"])
+    config = compose(
+        "evaluate",
+        ["backbone=digits", f"backbone.name={home / 'tiny.safetensors'}", "eval.policies=[]", "eval.sweep=[2]"],
+    )
     config.eval.step_costs = costs
     names = [named.name for named, _ in chosen_policies(config, backbone, planners)]
     conditioned = [f"ppo_likelihood_conditioned_r0@cost{cost}" for cost in expected]
