@@ -316,3 +316,50 @@ def test_every_choice_of_every_group_composes_and_is_explained() -> None:
         command = "results" if group == "grid" else next(command for command in COMMANDS if group in groups[command])
         keys = documented_keys(command, [f"{group}={choice}"])
         assert [key for key, meaning in keys.items() if not meaning] == [], (command, group, choice)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 4.00 TiB for an array"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory:\n you tried"),
+        RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+    ],
+)
+def test_too_little_memory_is_one_line_that_says_what_to_make_smaller(
+    run: Callable[..., list[DictConfig]], capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    def main(config: DictConfig) -> None:
+        raise error
+
+    line = _refusal(run, capsys, main=main)
+    assert line.startswith("error: too little memory (") and "batch_size" in line
+
+
+def test_a_decompression_bomb_is_one_line(
+    run: Callable[..., list[DictConfig]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL.Image import DecompressionBombError
+
+    def main(config: DictConfig) -> None:
+        raise DecompressionBombError("Image size exceeds limit")
+
+    assert _refusal(run, capsys, main=main) == "error: Image size exceeds limit"
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(run: Callable[..., list[DictConfig]]) -> None:
+    def main(config: DictConfig) -> None:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(main=main)
+
+
+@pytest.mark.parametrize("override", ["seed=abc", "seed=1e3", "reward.budgets=5", "reward.form=3", "twice=null"])
+def test_a_wrong_type_is_refused_before_the_command_starts(
+    run: Callable[..., list[DictConfig]], capsys: pytest.CaptureFixture[str], override: str
+) -> None:
+    def main(config: DictConfig) -> None:
+        pytest.fail("work was done")
+
+    assert override.partition("=")[0] in _refusal(run, capsys, override, main=main)

@@ -56,9 +56,9 @@ SAVED = [saved_backbone, saved_planner, saved_tokenizer, saved_classifier]
 
 
 def changed(path: Path, tensors: dict[str, Tensor] | None = None, **shape: Any) -> Path:
-    """The file with other tensors, or another configuration of its shape, and no checksum, as older versions wrote."""
+    """The file with other tensors, or another configuration of its shape, and no checksum, as a stranger writes it."""
     with safe_open(path, framework="pt") as file:
-        metadata = {key: value for key, value in file.metadata().items() if key != "sha256"}
+        metadata = {key: value for key, value in file.metadata().items() if key in ("format", "kind", "config")}
     config = json.loads(metadata["config"])
     config["shape" if "shape" in config else "model"] = config.get("shape", config.get("model", {})) | shape
     save_file(load_file(path) | (tensors or {}), path, metadata=metadata | {"config": json.dumps(config)})

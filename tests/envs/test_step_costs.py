@@ -140,7 +140,7 @@ def test_the_typical_cost_is_the_geometric_mean() -> None:
 def test_impossible_ranges_are_refused(limits: tuple[float, ...]) -> None:
     with pytest.raises(
         ValueError,
-        match=r"step_cost must be a (number or a range \(low, high\) with 0 < low < high|finite number or a list of 2)",
+        match=r"step_cost must be a (number or a range \(low, high\) with|finite number or a list of 2)",
     ):
         RewardConfig(step_cost=limits)  # type: ignore[arg-type]
 

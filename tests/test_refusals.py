@@ -1,0 +1,48 @@
+"""Every command, as the command line starts it: a wrong value ends it with code 2 and one line, before any work."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from hydra.core.singleton import Singleton
+
+REFUSED = [
+    ("label", ["labels.contexts=abc"], "labels.contexts"),
+    ("train", ["agent=ppo", "agent.learning_rate=inf"], "agent.learning_rate"),
+    ("pretrain", ["backbone.training.steps=0"], "backbone.training.steps"),
+    ("pretrain_tokenizer", ["data.root=nowhere", "tokenizer.training.ema=2"], "tokenizer.training.ema"),
+    ("tokenize", ["data.root=nowhere", "output=set", "tokenizer.path=x", "shard_size=1e3"], "shard_size"),
+    ("evaluate", ["eval.samples=1"], "eval.samples"),
+    ("generate", ["n=0"], "n must be"),
+    ("rollouts", ["split=train"], "split="),
+    ("ablate", ["injected=[0]"], "injected"),
+    ("results", ["runs=[[agent=bc],[agent=bc,agent.steps=0]]"], "agent.steps"),
+]
+
+
+@pytest.mark.parametrize(("command", "arguments", "said"), REFUSED, ids=lambda value: str(value)[:20])
+@pytest.mark.parametrize("device", [False, True], ids=["value", "device"])
+def test_a_wrong_value_is_one_line_and_code_2(
+    command: str,
+    arguments: list[str],
+    said: str,
+    device: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    given = [*arguments[:-1], "device=gpu"] if device else arguments
+    monkeypatch.setattr(sys, "argv", [command, *given])
+    state = Singleton.get_state()
+    try:
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_module(f"orderrl.{command}", run_name="__main__")
+    finally:
+        Singleton.set_state(state)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2 and line.startswith("error: ")
+    assert ("device='gpu' is unknown" if device else said) in line
+    assert not list(tmp_path.iterdir())
