@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +32,7 @@ from orderrl.entry import compose
 from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.envs.reward import RewardConfig
 from orderrl.envs.torchrl import NextBlockTorchRLEnv
+from orderrl.jsonfile import read_json
 from orderrl.labelling import join, label_columns
 from orderrl.pipeline import (
     CHEAPEST,
@@ -427,8 +427,7 @@ def _differences(newest: Path, wanted: DictConfig, backbone: Backbone) -> str:
 def _label_settings(config: DictConfig, key: str) -> Any:
     """The settings of cached labels; their key where they are gone."""
     try:
-        entry = json.loads((Cache(config.cache_dir).folder(LABELS, key) / "key.json").read_text(encoding="utf-8"))
-        return entry["description"]["labels"]
+        return read_json(Cache(config.cache_dir).folder(LABELS, key) / "key.json")["description"]["labels"]
     except (OSError, ValueError, KeyError):
         return key
 

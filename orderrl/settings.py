@@ -24,12 +24,16 @@ KINDS: dict[str, Any] = {
     "agent.sharpness": float | None,
     "agent.spacing": float | None,
     "agent.pair_strength": float | None,
+    "agent.passes": float | None,
     "backbone.name": str | None,
     "backbone.path": str | None,
     "backbone.dtype": str | None,
     "backbone.shape": dict | None,
     "backbone.memory_gb": float | None,
     "backbone.compile": str | None,
+    "checkpoint_seconds": float,
+    "data.classes": str | None,
+    "data.num_classes": int | None,
     "data.test_root": str | None,
     "env.step_cost": float | tuple[float, float],
     "eval.lookahead_states": int | None,
@@ -174,7 +178,8 @@ def _env(values: Mapping[str, Any]) -> None:
     from orderrl.envs.config import CoreConfig
     from orderrl.envs.reward import RewardConfig
 
-    CoreConfig(budgets=tuple(values["budgets"]), reward=RewardConfig(**_without(values, "budgets")))
+    budgets = (1,) if values["budgets"] is None else tuple(values["budgets"])  # null: of a policy that is to come
+    CoreConfig(budgets=budgets, reward=RewardConfig(**_without(values, "budgets")))
 
 
 def _labels(values: Mapping[str, Any]) -> None:

@@ -111,7 +111,7 @@ def test_a_folder_that_holds_something_is_left_alone(
 
 def recorded(tmp_path: Path, *overrides: str) -> TensorDict:
     save_backbone(tmp_path / "tiny.safetensors", tiny_backbone(8, 8, vocab_size=17, num_classes=10), {})
-    where = [f"backbone.name={tmp_path / 'tiny.safetensors'}", f"output_dir={tmp_path / 'runs'}"]
+    where = ["backbone=digits", f"backbone.name={tmp_path / 'tiny.safetensors'}", f"output_dir={tmp_path / 'runs'}"]
     return TensorDict.load_memmap(rollouts(compose("rollouts", [*where, "n=3", *overrides])))
 
 

@@ -105,7 +105,7 @@ def test_ablations_mark_a_difference_by_the_same_rule(entries: list[dict[str, An
 def test_rows_come_planners_first_and_the_best_of_each_kind_first(rows: list[Evaluated]) -> None:
     second = evaluated("weaker", rows[-1].per_image["gain_auc"] - 0.01, R=0, objective="context", seed=0)
     other_seed = evaluated("weaker", rows[-1].per_image["gain_auc"] + 0.005, R=0, objective="context", seed=1)
-    oracle = evaluated("oracle", rows[-1].per_image["gain_auc"] + 1)
+    oracle = evaluated("oracle", rows[-1].per_image["gain_auc"] + 1, rival=False)
     tokens = Evaluated(EMPTY_ROW | {"policy": "token_raster"}, {})
     ordered = in_order([tokens, oracle, second, *rows, other_seed])
     names = [row.row["policy"] for row in ordered]

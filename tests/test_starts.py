@@ -12,7 +12,7 @@ from orderrl.entry import compose
 from orderrl.train import train
 from tests.helpers import tiny_backbone
 
-SMALL = ["labels.contexts=48", "planner.dim=16", "planner.stem=1", "planner.heads=2"]
+SMALL = ["backbone=digits", "labels.contexts=48", "planner.dim=16", "planner.stem=1", "planner.heads=2"]
 AGENTS = {
     "ppo": [
         "agent.iterations=1",
@@ -20,6 +20,7 @@ AGENTS = {
         "agent.frames_per_batch=128",
         "agent.epochs=1",
         "agent.critic_warmup=0",
+        "agent.group_size=1",
     ],
     "grpo": ["agent.iterations=1", "agent.num_envs=8", "agent.episodes=8", "agent.epochs=1"],
     "joint": [

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from orderrl.jsonfile import read_json
 from orderrl.sources import printable
 
 IMAGENET = "imagenet"
@@ -65,13 +65,12 @@ def _read(path: Path, given: str) -> dict[str, int]:
     """Ids by folder name."""
     form = 'lines "FOLDER ID", or as .json an object of ids by folder name'
     try:
-        text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
-            pairs = list(json.loads(text).items())
+            pairs = list(read_json(path).items())
             if not all(type(number) is int for _, number in pairs):
                 raise ValueError("an id is no integer")
         else:
-            pairs = [(name, int(number)) for name, number in (line.rsplit(None, 1) for line in _lines(text))]
+            pairs = [(name, int(number)) for name, number in (line.rsplit(None, 1) for line in _lines(path))]
     except OSError as error:
         raise ValueError(f"data.classes={given} is neither {IMAGENET} nor a file ({error.strerror})") from error
     except (ValueError, AttributeError, RecursionError) as error:
@@ -83,5 +82,5 @@ def _read(path: Path, given: str) -> dict[str, int]:
     return dict(pairs)
 
 
-def _lines(text: str) -> list[str]:
-    return [line.strip() for line in text.splitlines() if line.strip()]
+def _lines(path: Path) -> list[str]:
+    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -105,5 +105,5 @@ def test_refusals() -> None:
         randar_sizes(16, 0)
     with pytest.raises(ValueError, match="guidance_schedule='cosine' is unknown"):
         Sampling(guidance_schedule="cosine")
-    with pytest.raises(ValueError, match="guidance_interval must be -1"):
+    with pytest.raises(ValueError, match="guidance_interval must be at least -1"):
         Sampling(guidance_interval=-2)
