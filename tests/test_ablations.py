@@ -291,5 +291,5 @@ def test_room_is_left_out_where_it_is_not_asked_for_and_planners_that_do_not_rea
 
 @pytest.mark.parametrize("counts", ["[0]", "[16]", "[]"])
 def test_numbers_of_blocks_that_leave_nothing_are_refused(home: Path, counts: str) -> None:
-    with pytest.raises(ValueError, match="injected must (be at least 1|not be empty|be numbers of blocks)"):
+    with pytest.raises(ValueError, match=r"injected must (be at least 1|not be empty|be numbers of blocks)"):
         ablate(configure(home, "ablate", *SMALL, f"injected={counts}"))

@@ -298,7 +298,8 @@ READERS = {
 KNOWN = {
     "backbones/loading.py", "checkpoint.py", "data/classes.py", "data/images.py", "data/shards.py", "evaluations.py",
     "jsonfile.py", "metrics/clip_score.py", "metrics/features.py", "metrics/references.py", "resuming.py",
-    "metrics/recognisability.py", "planners.py", "runs.py", "storage.py", "tables.py", "verification/fixture.py", "rollouts.py",
+    "metrics/recognisability.py", "planners.py", "runs.py", "storage.py", "tables.py", "verification/fixture.py",
+    "rollouts.py",
 }  # fmt: skip
 """Modules whose loaders are in this file's lists."""
 
