@@ -18,6 +18,7 @@ from orderrl.agents.distribution import planner_actions
 from orderrl.agents.schedules import Schedule, fixed, legal_place, places_only, reads_content
 from orderrl.envs.core import NextBlockCore
 from orderrl.geometry import BlockGrid
+from orderrl.isolation import isolated
 from orderrl.oracle import block_gains, gain_uniforms, utilities
 from orderrl.planner import OrderHead
 
@@ -349,6 +350,7 @@ class ReferencePolicy:
         """Scores (m, B) of some episodes that hide equally many blocks: rows (m,), hidden (m, C), both int64."""
         raise TypeError(f"{type(self).__name__} must implement scores")
 
+    @isolated
     def act(self, core: NextBlockCore) -> Tensor:
         """Actions for the core's current states."""
         scores = all_scores(self, core)

@@ -106,6 +106,7 @@ class Rollout:
         return summed.gather(0, moment)
 
 
+@isolated
 def act(policy: Policy | ReferencePolicy, core: NextBlockCore, generator: torch.Generator) -> Tensor:
     """Actions of a policy for a core's current states."""
     if isinstance(policy, ReferencePolicy):
