@@ -154,7 +154,7 @@ def test_the_command_line_takes_it_in_quotes_and_says_so(home: Path, planner: Pa
     def call(path: str) -> subprocess.CompletedProcess[str]:
         keys = {"cache_dir": home / "cache", "output_dir": home / "runs", "backbone.name": home / "tiny.safetensors"}
         rest = [f"{key}={quoted(str(value))}" for key, value in keys.items()]
-        command = [sys.executable, "-m", "orderrl.generate", "n=2", *SMALL, f"policy={path}", *rest]
+        command = [sys.executable, "-m", "orderrl.generate", "backbone=digits", "n=2", *SMALL, f"policy={path}", *rest]
         return subprocess.run(command, capture_output=True, text=True, cwd=home, env=os.environ.copy())
 
     done = call(quoted(f"{planner}@4"))
