@@ -89,7 +89,8 @@ class BCConfig:
             one_of(WEIGHTS, "weight"),
             at_least(1, "steps", "batch_size", "evaluate_every", "dagger_contexts", "dagger_steps"),
             at_least(0, "weight_decay", "dagger_rounds", "seed"),
-            positive("learning_rate", "temperature", "sigma", "passes"),
+            positive("learning_rate", "temperature", "sigma"),
+            between("(0, 1000000]", "passes"),
             between("(0, 1)", "held_out"),
             between("[0, 1]", "dagger_own_share"),
         )

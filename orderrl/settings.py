@@ -49,7 +49,8 @@ KINDS: dict[str, Any] = {
 }
 NOT_EMPTY = ("seeds", "runs", "injected", "budgets", "eval.budgets")
 RULES: tuple[Rule, ...] = (
-    at_least(0, "seed", "seeds", "checkpoint_seconds", "tokenizer.sample_seed"),
+    at_least(0, "seed", "seeds", "tokenizer.sample_seed"),
+    between("[0, 86400]", "checkpoint_seconds"),
     at_least(1, "n", "steps", "batch_size", "shard_size", "labels.shard_size", "budgets", "injected"),
     at_least(0, "label"),
     at_least(1, "room.steps", "room.draws", "room.lookahead_states", "backbone.order_robust_block_size"),
@@ -178,6 +179,7 @@ def _env(values: Mapping[str, Any]) -> None:
     from orderrl.envs.config import CoreConfig
     from orderrl.envs.reward import RewardConfig
 
+    require_kind("budgets", values["budgets"], list[int] | None)
     budgets = (1,) if values["budgets"] is None else tuple(values["budgets"])  # null: of a policy that is to come
     CoreConfig(budgets=budgets, reward=RewardConfig(**_without(values, "budgets")))
 

@@ -318,7 +318,7 @@ def test_few_labels_take_no_more_steps_than_their_passes(passes: float | None, s
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"evaluate_every": 0}, "evaluate_every must be at least 1, got 0"),
-        ({"passes": 0}, "passes must be positive, got 0"),
+        ({"passes": 0}, r"passes must lie in \(0, 1000000\], got 0"),
         ({"held_out": 1.0}, r"held_out must lie in \(0, 1\), got 1.0"),
         ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
     ],
