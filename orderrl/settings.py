@@ -31,7 +31,6 @@ KINDS: dict[str, Any] = {
     "backbone.shape": dict | None,
     "backbone.memory_gb": float | None,
     "backbone.compile": str | None,
-    "checkpoint_seconds": float,
     "data.classes": str | None,
     "data.num_classes": int | None,
     "data.test_root": str | None,
