@@ -49,7 +49,13 @@ SMALL: dict[str, list[str]] = {
     "generate": ["n=2", "labels.contexts=16", "steps=5"],
     "pretrain": ["backbone.training.steps=2", "backbone.training.batch_size=2", "backbone.training.warmup=1"],
 }  # fmt: skip
-PPO_SMALL = ["labels.contexts=16", "agent.num_envs=4", "agent.frames_per_batch=64", "agent.iterations=1"]
+PPO_SMALL = [
+    "labels.contexts=16",
+    "agent.num_envs=4",
+    "agent.group_size=4",
+    "agent.frames_per_batch=64",
+    "agent.iterations=1",
+]
 
 
 def commands(page: str) -> list[list[str]]:

@@ -159,7 +159,7 @@ def check_policies(config: Any) -> None:
         named += OmegaConf.select(config, key) or []
     backbone = load_backbone("canvas" if OmegaConf.select(config, "data.name") == "canvas" else "digits")
     for spec in filter(None, named):
-        if spec.startswith(CHOSEN_BY_COMMANDS) or spec in TARGETS or ".safetensors" in spec:
+        if spec.startswith(CHOSEN_BY_COMMANDS) or spec in (*TARGETS, "schedule") or ".safetensors" in spec:
             continue
         make_policy(spec, backbone, lambda: torch.arange(backbone.geometry.num_blocks), (1,))
 
@@ -193,7 +193,7 @@ def test_python_of_the_pages_runs(fence: Fence, results: Path, monkeypatch: pyte
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(results / "minari"))
     if "minari" in fence.text:
         pytest.importorskip("minari")
-        made = ["policy=random@4", "n=4", "env=likelihood", "minari=orderrl/digits-random4-v0", "output=null"]
+        made = ["policy=random@4", "n=4", "env=likelihood", "minari=orderrl/canvas-random4-v0", "output=null"]
         rollouts(compose("rollouts", [*made, f"cache_dir={results}/cache"]))
     with contextlib.redirect_stdout(sys.stderr):
         exec(compile(fence.text, str(fence), "exec"), {"__name__": "__main__"})

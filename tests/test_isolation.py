@@ -312,7 +312,7 @@ def test_the_main_job_is_the_same(tmp_path: Path, switch: Switch) -> None:
     def job(folder: Path) -> list[Any]:
         at = [f"cache_dir={folder}/cache", f"output_dir={folder}/runs", "labels.contexts=24"]
         clone = train(compose("train", [*at, "agent=bc", "agent.steps=3"]))
-        ppo = ["agent=ppo", "agent.num_envs=4", "agent.group_size=1", "agent.frames_per_batch=16", "agent.iterations=1"]
+        ppo = ["agent=ppo", "agent.num_envs=4", "agent.group_size=1", "agent.frames_per_batch=64", "agent.iterations=1"]
         better = train(compose("train", [*at, *ppo, f"agent.start={clone}"]))
         images = generate(compose("generate", [*at, f"policy={clone}", "n=2"]))
         small = ["eval.images=4", "eval.states=8", "eval.reference_images=2", "eval.resamples=20"]
