@@ -182,7 +182,7 @@ def results(files: Path) -> Path:
     """What the pages' Python reads: generated and real images, and rollouts."""
     generator = torch.Generator().manual_seed(0)
     for folder in ("runs/evaluate/DATE/samples/raster", "REAL"):
-        save_images(torch.randint(256, (12, 3, 16, 16), generator=generator).byte(), files / folder)
+        save_images(torch.randint(256, (12, 3, 12, 12), generator=generator).byte(), files / folder)
     rollouts(compose("rollouts", ["policy=random", "n=4", "output=transitions", f"cache_dir={files}/cache"]))
     return files
 
