@@ -326,7 +326,7 @@ class NextBlockCore:
     def read_actions(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Ranked blocks (M, K), how many of them count (M,), and whether the action is legal (M,) bool."""
         expected = (self.num_envs, self.largest_budget + 1) if self.multi else (self.num_envs,)
-        actions = as_int64("action", actions)  # block indices, not scores
+        actions = as_int64("action", actions, "return block indices, not scores")
         if tuple(actions.shape) != expected:
             raise ValueError(f"action must have shape {expected}, got {tuple(actions.shape)}")
         actions = actions.to(self.device)

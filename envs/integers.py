@@ -12,10 +12,15 @@ from torch import Tensor
 LARGEST_SEED = 2**62  # sums of seeds and places stay within int64
 
 
-def as_int64(name: str, values: Any) -> Tensor:
+def as_int64(name: str, values: Any, hint: str = "") -> Tensor:
     """Integers of any width, in a tensor, an array or nested lists, as an int64 tensor on the device they lie on.
 
     As in Gymnasium's `Discrete`, floats are refused even where they are whole; truth values are no numbers.
+
+    Args:
+        name: the argument, for the message.
+        values: what the caller gave.
+        hint: what to give instead, for the message.
 
     Raises:
         ValueError: if they are anything else; it names the argument and what was given.
@@ -25,7 +30,8 @@ def as_int64(name: str, values: Any) -> Tensor:
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"{name} must be int64, got {values!r}") from None
     if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
-        raise ValueError(f"{name} must be int64, got {tensor.dtype}: {tensor.tolist()!s:.80}")
+        given = f"{tensor.dtype}: {tensor.tolist()!s:.80}"
+        raise ValueError(f"{name} must be int64, got {given}" + (f"; {hint}" if hint else ""))
     return tensor.to(torch.int64)
 
 

@@ -160,7 +160,7 @@ def returning(value: Any) -> Policy:
 
 
 BAD = [
-    ((1,), torch.rand(4), "action must be int64, got torch.float32; return block indices, not scores"),
+    ((1,), torch.rand(4), r"action must be int64, got torch.float32: .*; return block indices, not scores"),
     ((1,), torch.full((4,), torch.nan), "action must be int64, got torch.float32"),
     ((1,), torch.ones(4, dtype=torch.bool), "action must be int64, got torch.bool"),
     ((1,), torch.zeros(4, 9, dtype=torch.int64), r"action must have shape \(4,\), got \(4, 9\)"),
