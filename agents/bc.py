@@ -27,14 +27,14 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.nn import functional as F
 
-from orderrl import distributed
-from orderrl.data.tokens import random_window
+from orderrl.data.token_set import random_window
 from orderrl.geometry import BlockGrid
-from orderrl.isolation import isolated_float32
 from orderrl.oracle import WEIGHTS, distance_weights, utilities
 from orderrl.planner import OrderHead, PlannerOutput
-from orderrl.resuming import Part, Unfinished, steps_of
-from orderrl.values import at_least, between, check_fields, one_of, positive
+from orderrl.runtime import distributed
+from orderrl.runtime.isolation import isolated_float32
+from orderrl.runtime.job import Part, Unfinished, steps_of
+from orderrl.runtime.values import at_least, between, check_fields, one_of, positive
 
 TARGETS = ("label", "soft", "utility", "charged", "pairs")
 REGRESSED = ("utility", "charged", "pairs")  # a mean over candidates, not over states

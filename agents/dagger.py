@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from orderrl.agents.policies import Policy
-from orderrl.data.tokens import random_window
+from orderrl.data.token_set import random_window
 from orderrl.envs.core import NextBlockCore
 from orderrl.oracle import Contexts
-from orderrl.random import Stream, keyed_uniform
+from orderrl.runtime.random import Stream, keyed_uniform
 
 
 @torch.no_grad()

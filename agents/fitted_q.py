@@ -25,11 +25,11 @@ from orderrl.agents.distribution import RankedBlocks
 from orderrl.backbones import Backbone
 from orderrl.data import TokenSet
 from orderrl.envs.core import CoreConfig, NextBlockCore
-from orderrl.finite import OVERFLOW, require_finite
-from orderrl.isolation import isolated, isolated_float32
 from orderrl.planner import OrderHead
-from orderrl.resuming import Part, Unfinished, steps_of
-from orderrl.values import at_least, check_fields, positive
+from orderrl.runtime.finite import OVERFLOW, require_finite
+from orderrl.runtime.isolation import isolated, isolated_float32
+from orderrl.runtime.job import Part, Unfinished, steps_of
+from orderrl.runtime.values import at_least, check_fields, positive
 
 _LEAST_SPREAD = 0.1  # nats; differences that hardly vary do not count for more
 

@@ -22,9 +22,9 @@ from torchrl.objectives import ClipPPOLoss
 
 from orderrl.agents.policy_gradient import PolicyGradient, PolicyGradientConfig
 from orderrl.envs.torchrl import NextBlockTorchRLEnv
-from orderrl.isolation import isolated_float32
 from orderrl.planner import OrderHead
-from orderrl.values import at_least, check_fields
+from orderrl.runtime.isolation import isolated_float32
+from orderrl.runtime.values import at_least, check_fields
 
 _LEAST_STD = 1e-3  # nats; far below what orders differ by, far above how losses are rounded
 

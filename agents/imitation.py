@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from orderrl.agents.distribution import planner_actions
 from orderrl.agents.policies import Policy
 from orderrl.envs.core import NextBlockCore
-from orderrl.isolation import isolated_float32
 from orderrl.planner import OrderHead
-from orderrl.resuming import Part, Unfinished, steps_of
-from orderrl.values import at_least, between, check_fields, positive
+from orderrl.runtime.isolation import isolated_float32
+from orderrl.runtime.job import Part, Unfinished, steps_of
+from orderrl.runtime.values import at_least, between, check_fields, positive
 
 
 @dataclass(frozen=True)

@@ -21,19 +21,19 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from orderrl import distributed
 from orderrl.agents.bc import BCConfig, cloning_losses, score_targets, split_images
 from orderrl.agents.policies import RankingPolicy, planner_scorer
 from orderrl.backbones import Backbone, OrderRobustTransformer
+from orderrl.backbones.pretraining import block_orders, mean_loss, order_losses, training_loss
 from orderrl.backbones.protocol import backbone_device
 from orderrl.backbones.registry import with_block_size
-from orderrl.backbones.training import block_orders, mean_loss, order_losses, training_loss
 from orderrl.data import TokenSet
 from orderrl.envs.core import CoreConfig, NextBlockCore
-from orderrl.isolation import isolated_float32
 from orderrl.planner import OrderHead, PlannerOutput
-from orderrl.resuming import Part, Unfinished, steps_of
-from orderrl.values import at_least, between, check_fields, positive
+from orderrl.runtime import distributed
+from orderrl.runtime.isolation import isolated_float32
+from orderrl.runtime.job import Part, Unfinished, steps_of
+from orderrl.runtime.values import at_least, between, check_fields, positive
 
 OH_KEYS = ("target", "temperature", "weight", "sigma", "held_out")  # of L_OH, shared by the clone
 Augmentation = Callable[[Tensor, torch.Generator, float], Tensor]

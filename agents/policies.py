@@ -18,9 +18,9 @@ from orderrl.agents.distribution import planner_actions
 from orderrl.agents.schedules import Schedule, fixed, legal_place, places_only, reads_content
 from orderrl.envs.core import NextBlockCore
 from orderrl.geometry import BlockGrid
-from orderrl.isolation import isolated
 from orderrl.oracle import block_gains, gain_uniforms, utilities
 from orderrl.planner import OrderHead
+from orderrl.runtime.isolation import isolated
 
 Policy = Callable[[TensorDictBase, torch.Generator], Tensor]
 _LOWEST = -1e9

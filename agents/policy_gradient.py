@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from torchrl.modules import ProbabilisticActor
 from torchrl.objectives import ClipPPOLoss
 
-from orderrl import distributed
 from orderrl.agents.distribution import RankedBlocks
 from orderrl.envs.torchrl import NextBlockTorchRLEnv
-from orderrl.isolation import isolated_float32
 from orderrl.planner import OrderHead
-from orderrl.resuming import Unfinished
-from orderrl.values import at_least, check_fields, positive
+from orderrl.runtime import distributed
+from orderrl.runtime.isolation import isolated_float32
+from orderrl.runtime.job import Unfinished
+from orderrl.runtime.values import at_least, check_fields, positive
 
 _PROCESS_SEEDS = 1_000_000_007  # between the random numbers of processes
 OBSERVATION_KEYS = ("hidden", "entropy", "visible", "label", "fraction")

@@ -19,12 +19,12 @@ from torchrl.envs.utils import ExplorationType
 from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import GAE
 
-from orderrl import distributed
 from orderrl.agents.policy_gradient import PolicyGradient, PolicyGradientConfig, flatten
 from orderrl.envs.torchrl import NextBlockTorchRLEnv
-from orderrl.isolation import isolated_float32
 from orderrl.planner import OrderHead
-from orderrl.values import at_least, between, check_fields, positive
+from orderrl.runtime import distributed
+from orderrl.runtime.isolation import isolated_float32
+from orderrl.runtime.values import at_least, between, check_fields, positive
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,8 +48,8 @@ from orderrl.agents.policies import (
 from orderrl.agents.schedules import Schedule, entropy_threshold, fixed, growing, information_threshold
 from orderrl.agents.spec import PAIRED, REFERENCES, SPACED, THRESHOLD, PolicySpec, written_cost
 from orderrl.backbones.protocol import Backbone
-from orderrl.isolation import isolated_float32
 from orderrl.planner import load_planner, require_described
+from orderrl.runtime.isolation import isolated_float32
 
 NEED_PROBABILITIES = ("lookahead", "confidence")
 SPACING = 1.0

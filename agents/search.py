@@ -21,11 +21,11 @@ from orderrl.agents.schedules import growing
 from orderrl.backbones import Backbone
 from orderrl.data import TokenSet
 from orderrl.envs.core import CoreConfig, NextBlockCore
-from orderrl.finite import DIVERGED, OVERFLOW, require_finite
 from orderrl.geometry import BlockGrid
-from orderrl.isolation import isolated_float32
-from orderrl.resuming import Unfinished
-from orderrl.values import at_least, check_fields, positive
+from orderrl.runtime.finite import DIVERGED, OVERFLOW, require_finite
+from orderrl.runtime.isolation import isolated_float32
+from orderrl.runtime.job import Unfinished
+from orderrl.runtime.values import at_least, check_fields, positive
 
 
 @dataclass(frozen=True)

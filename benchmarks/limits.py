@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from orderrl.backbones.linear import Linear
+from orderrl.backbones.cpu_linear import Linear
 
 SIZE = 2048  # of the matrix product
 COPIED = 2**27  # bytes of the copy, more than any cache
@@ -23,7 +23,7 @@ class Limits:
 
     Attributes:
         matrix_rate: operations per second of a 2048^3 product, best of several, by PyTorch's `matmul` or with packed
-            weights (`orderrl.backbones.linear`), whichever is faster.
+            weights (`orderrl.backbones.cpu_linear`), whichever is faster.
         plain_rate: the same by `matmul` alone.
         bandwidth: bytes per second of reading memory, best of several.
     """

@@ -21,12 +21,12 @@ from orderrl.agents.policies import PlannerPolicy, RankingPolicy, fixed_order
 from orderrl.agents.ppo import PPO, PPOConfig
 from orderrl.agents.schedules import fixed
 from orderrl.backbones import Backbone
-from orderrl.backbones.linear import pack_weights
+from orderrl.backbones.cpu_linear import pack_weights
 from orderrl.backbones.protocol import backbone_device
 from orderrl.data import TokenSet
 from orderrl.envs import NextBlockTorchRLEnv
 from orderrl.envs.core import CoreConfig, NextBlockCore
-from orderrl.generation import generate_images
+from orderrl.evaluation.drawing import generate_images
 from orderrl.oracle import Contexts, LabelConfig, distance_weights, label_contexts, utilities
 from orderrl.planner import OrderHead, PlannerConfig
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from orderrl.backbones.sampling import Sampling
 from orderrl.envs.reward import RewardConfig
-from orderrl.values import at_least, check_fields, one_of
+from orderrl.runtime.values import at_least, check_fields, one_of
 
 MODES = ("teacher", "generate")
 

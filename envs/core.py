@@ -20,10 +20,10 @@ from torch import Tensor
 from orderrl.backbones.protocol import Backbone, backbone_device, check_fits
 from orderrl.data import TokenSet
 from orderrl.envs.config import CoreConfig, Transition
-from orderrl.envs.integers import as_choices, as_int64, as_seed
 from orderrl.envs.reward import ILLEGAL_REWARD, Reward, RewardConfig, chosen_step_cost, drawn_step_cost
-from orderrl.isolation import isolated
-from orderrl.random import Stream, drawn_seed, keyed_index, keyed_uniform
+from orderrl.runtime.integers import as_choices, as_int64, as_seed
+from orderrl.runtime.isolation import isolated
+from orderrl.runtime.random import Stream, drawn_seed, keyed_index, keyed_uniform
 
 __all__ = ["CoreConfig", "NextBlockCore", "Transition", "replay_return"]
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from orderrl.geometry import BlockGrid
 from orderrl.oracle import WEIGHTS, distance_weights
-from orderrl.random import Stream, keyed_log_uniform
-from orderrl.values import at_least, check_fields, one_of, positive
+from orderrl.runtime.random import Stream, keyed_log_uniform
+from orderrl.runtime.values import at_least, check_fields, one_of, positive
 
 OBJECTIVES = ("context", "likelihood")
 FORMS = ("future_loss", "charged")

@@ -13,7 +13,7 @@ from torchrl.envs import EnvBase
 from orderrl.envs.build import build_core
 from orderrl.envs.core import NextBlockCore
 from orderrl.envs.spaces import entropy_bounds, hidden_bound
-from orderrl.isolation import isolated, isolated_float32
+from orderrl.runtime.isolation import isolated, isolated_float32
 
 
 class NextBlockTorchRLEnv(EnvBase):

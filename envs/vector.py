@@ -11,10 +11,10 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from orderrl.envs.build import build_core
-from orderrl.envs.integers import as_int64, as_seed
 from orderrl.envs.render import frame
 from orderrl.envs.spaces import action_space, flat_mask, observation_space, to_numpy
-from orderrl.isolation import isolated, isolated_float32
+from orderrl.runtime.integers import as_int64, as_seed
+from orderrl.runtime.isolation import isolated, isolated_float32
 
 
 class NextBlockVectorEnv(VectorEnv[dict[str, Any], Any, np.ndarray]):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from orderrl.backbones import BlockLosses, Drawing, Sampling, check_backbone
-from orderrl.backbones.masked import MaskedChains  # chains that are nothing but their block
+from orderrl.backbones.mar_backbone import MaskedChains  # chains that are nothing but their block
 from orderrl.backbones.sampling import guide, sample_tokens
 from orderrl.geometry import BlockGrid
 

@@ -14,14 +14,14 @@ import gymnasium
 
 if TYPE_CHECKING:
     from orderrl.backbones import check_backbone, load_backbone
-    from orderrl.entry import compose
+    from orderrl.runtime.config import compose
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "check_backbone", "compose", "load_backbone"]
 
 _LAZY = {
     "check_backbone": "orderrl.backbones",
-    "compose": "orderrl.entry",
+    "compose": "orderrl.runtime.config",
     "load_backbone": "orderrl.backbones",
 }
 

@@ -21,10 +21,8 @@ from orderrl.agents.bc import BCConfig
 from orderrl.agents.policies import PlannerPolicy
 from orderrl.agents.registry import NamedPolicy
 from orderrl.backbones import Backbone
-from orderrl.entry import run_application
 from orderrl.evaluate import chosen_policies, describe, make_protocol, planner_specs
-from orderrl.isolation import isolated_float32
-from orderrl.metrics.ablations import (
+from orderrl.evaluation.ablations import (
     REMOVALS,
     Injection,
     ablated_observations,
@@ -36,16 +34,19 @@ from orderrl.metrics.ablations import (
     quality_curves,
     random_injection,
 )
-from orderrl.metrics.comparison import Pair, compare
-from orderrl.metrics.evaluation import Evaluated, Protocol, evaluate_policy, first_choices
-from orderrl.metrics.latents import latent_ablation, latent_probes
-from orderrl.metrics.room import LEVELS, measure_room
-from orderrl.metrics.row_entries import image_means
+from orderrl.evaluation.comparison import Pair, compare
+from orderrl.evaluation.headroom import LEVELS, measure_room
+from orderrl.evaluation.latents import latent_ablation, latent_probes
+from orderrl.evaluation.protocol import Evaluated, Protocol, evaluate_policy, first_choices
+from orderrl.evaluation.row_entries import image_means
 from orderrl.metrics.statistics import RULE, is_significant
 from orderrl.oracle import utilities
 from orderrl.pipeline import announce, find_or_make_labels, open_backbone, open_labels, require_order_robust
 from orderrl.planner import PlannerConfig
-from orderrl.runs import Run, progress
+from orderrl.runtime.config import run_application
+from orderrl.runtime.isolation import isolated_float32
+from orderrl.runtime.progress import progress
+from orderrl.runtime.run import Run
 
 
 @isolated_float32

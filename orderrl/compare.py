@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from orderrl.evaluations import Evaluation, collected_rows, open_evaluations
-from orderrl.metrics.comparison import Pair, by_policy, compare, stacked
-from orderrl.metrics.evaluation import Evaluated
+from orderrl.evaluation.comparison import Pair, by_policy, compare, stacked
+from orderrl.evaluation.protocol import Evaluated
+from orderrl.evaluation.runs import Evaluation, collected_rows, open_evaluations
 from orderrl.metrics.statistics import RESAMPLES, is_significant
 from orderrl.report.runs_page import write_runs_page
 from orderrl.report.screen import print_comparisons
-from orderrl.runs import Run
+from orderrl.runtime.run import Run
 
 METRICS = ("gain_auc", "decode_nll", "recognisability_auc", "steps")
 
@@ -103,7 +103,7 @@ def compare_runs(
         evaluations: at least two, of one protocol.
         folder: an existing one.
         metrics: keys of values of single images.
-        resamples, seed: of the bootstrap, as in `orderrl.metrics.comparison.compare`.
+        resamples, seed: of the bootstrap, as in `orderrl.evaluation.comparison.compare`.
 
     Returns:
         What `comparison.json` holds: identity, runs (name to folder), rows (each with the names of its runs),

@@ -17,18 +17,12 @@ from orderrl.agents.fitted import fit_order
 from orderrl.agents.registry import NamedPolicy, make_policy, tell_apart
 from orderrl.agents.spec import PolicySpec
 from orderrl.backbones import Backbone, backbone_fingerprint, backbone_names, load_backbone
-from orderrl.backbones.masked import MaskedTransformer
+from orderrl.backbones.mar_backbone import MaskedTransformer
 from orderrl.backbones.protocol import backbone_device
 from orderrl.backbones.registry import TrainableBackbone
 from orderrl.data import TokenSet, load_split
-from orderrl.distributed import is_main, launched
-from orderrl.entry import run_application
-from orderrl.evaluations import protocol_identity, save_results
-from orderrl.isolation import isolated_float32
-from orderrl.metrics.calibration import lookahead_utility
-from orderrl.metrics.clip_score import class_captions
-from orderrl.metrics.comparison import comparisons, in_order
-from orderrl.metrics.evaluation import (
+from orderrl.evaluation.comparison import comparisons, in_order
+from orderrl.evaluation.protocol import (
     EMPTY_ROW,
     Evaluated,
     Protocol,
@@ -38,10 +32,14 @@ from orderrl.metrics.evaluation import (
     policy_detail,
     statistics_described,
 )
+from orderrl.evaluation.recording import example_images
+from orderrl.evaluation.rows import Job, evaluation_key, log_values, make_rows, publish_samples
+from orderrl.evaluation.runs import protocol_identity, save_results
+from orderrl.metrics.calibration import lookahead_utility
+from orderrl.metrics.clip_score import class_captions
 from orderrl.metrics.features import Features, extract_features, own_features
 from orderrl.metrics.quality import Quality, real_floor, sample_quality
 from orderrl.metrics.recognisability import OWN, check_fill, make_recogniser
-from orderrl.metrics.recording import example_images
 from orderrl.metrics.references import Reference, open_reference, reference_of
 from orderrl.oracle import utilities
 from orderrl.pipeline import (
@@ -55,9 +53,11 @@ from orderrl.planners import newest_planner
 from orderrl.report import write_report
 from orderrl.report.markdown import markdown_comparisons, markdown_table
 from orderrl.report.screen import print_comparisons, print_results
-from orderrl.resuming import Unfinished
-from orderrl.rows import Job, evaluation_key, log_values, make_rows, publish_samples
-from orderrl.runs import Run
+from orderrl.runtime.config import run_application
+from orderrl.runtime.distributed import is_main, launched
+from orderrl.runtime.isolation import isolated_float32
+from orderrl.runtime.job import Unfinished
+from orderrl.runtime.run import Run
 
 AGENTS = ("bc", "fitted_q", "ppo", "grpo")  # whose newest planners are evaluated; the last one draws
 FLOOR_REPEATS = 5  # random halves of the real images

@@ -16,16 +16,17 @@ from torchvision.utils import make_grid
 from orderrl.agents.registry import make_policy
 from orderrl.backbones import Backbone
 from orderrl.data import TokenSet, load_split
-from orderrl.data.shards import decode_in_parts
-from orderrl.entry import run_application
+from orderrl.data.token_files import decode_in_parts
 from orderrl.envs.render import order_image, partial_images
 from orderrl.evaluate import fitted_order, policy_of
-from orderrl.generation import Generated, balanced_labels, generate_images, generate_published
+from orderrl.evaluation.drawing import Generated, balanced_labels, generate_images, generate_published
 from orderrl.geometry import BlockGrid
-from orderrl.isolation import isolated_float32
 from orderrl.metrics.images import save_images
 from orderrl.pipeline import NO_DATA, announce, open_backbone, sampling_of, with_values
-from orderrl.runs import Run, progress
+from orderrl.runtime.config import run_application
+from orderrl.runtime.isolation import isolated_float32
+from orderrl.runtime.progress import progress
+from orderrl.runtime.run import Run
 from orderrl.tokenizers import KLTokenizer, VQTokenizer, load_tokenizer
 
 SMALLEST_SIDE = 64  # of an image in the pictures, pixels

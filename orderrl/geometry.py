@@ -9,8 +9,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from orderrl.isolation import isolated
-from orderrl.values import at_least, check_fields
+from orderrl.runtime.isolation import isolated
+from orderrl.runtime.values import at_least, check_fields
 
 MOST_TOKENS = 2**16  # of an image
 

@@ -23,8 +23,10 @@ from orderrl.pipeline import (
 )
 from orderrl.planner import OrderHead, load_planner, require_described, save_planner
 from orderrl.planners import find_or_train_planner, planner_to_start_from
-from orderrl.resuming import Unfinished
-from orderrl.runs import Run, progress, write_json
+from orderrl.runtime.job import Unfinished
+from orderrl.runtime.progress import progress
+from orderrl.runtime.run import Run
+from orderrl.runtime.storage import write_json
 
 
 def find_or_train_joint(config: DictConfig, backbone: Backbone, run: Run | None = None, reuse: bool = True) -> Path:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from orderrl.distributed import launched
-from orderrl.entry import run_application
-from orderrl.isolation import isolated_float32
 from orderrl.pipeline import announce, find_or_make_labels, open_backbone
-from orderrl.runs import Run
+from orderrl.runtime.config import run_application
+from orderrl.runtime.distributed import launched
+from orderrl.runtime.isolation import isolated_float32
+from orderrl.runtime.run import Run
 
 
 @isolated_float32

@@ -14,10 +14,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from orderrl.evaluations import Evaluation, collected_rows, open_evaluations
-from orderrl.report.columns import COLUMNS, show_value
+from orderrl.evaluation.columns import COLUMNS, show_value
+from orderrl.evaluation.runs import Evaluation, collected_rows, open_evaluations
 from orderrl.report.runs_page import write_runs_page
-from orderrl.runs import Run
+from orderrl.runtime.run import Run
 
 RANKED_BY = "gain_auc"
 

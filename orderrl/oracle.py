@@ -17,9 +17,9 @@ from torch import Tensor
 from orderrl.backbones.protocol import Backbone, BlockLosses, backbone_device
 from orderrl.backbones.sampling import Sampling
 from orderrl.geometry import BlockGrid
-from orderrl.isolation import isolated
-from orderrl.random import Stream, keyed_uniform
-from orderrl.values import at_least, between, check_fields, one_of
+from orderrl.runtime.isolation import isolated
+from orderrl.runtime.random import Stream, keyed_uniform
+from orderrl.runtime.values import at_least, between, check_fields, one_of
 
 KINDS = ("pointwise", "kl", "expected")
 WEIGHTS = ("uniform", "far")

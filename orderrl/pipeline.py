@@ -15,7 +15,6 @@ from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
 from torch import Tensor
 
-from orderrl import distributed
 from orderrl.agents.bc import BCConfig
 from orderrl.agents.dagger import own_contexts
 from orderrl.agents.policies import PlannerPolicy
@@ -26,8 +25,7 @@ from orderrl.backbones.sharding import fix_memory, shard_backbone
 from orderrl.data import TokenSet, load_split
 from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.envs.reward import RewardConfig
-from orderrl.finite import require_finite_losses
-from orderrl.labelling import (
+from orderrl.labels import (
     assemble,
     label_columns,
     label_shard,
@@ -38,10 +36,14 @@ from orderrl.labelling import (
 )
 from orderrl.oracle import Contexts, LabelConfig, random_contexts
 from orderrl.planner import load_planner
-from orderrl.resuming import Unfinished, forget
-from orderrl.runs import Cache, Run, fingerprint, progress
-from orderrl.storage import read_sealed
-from orderrl.tables import open_table
+from orderrl.runtime import distributed
+from orderrl.runtime.cache import Cache, fingerprint
+from orderrl.runtime.finite import require_finite_losses
+from orderrl.runtime.job import Unfinished, forget
+from orderrl.runtime.progress import progress
+from orderrl.runtime.run import Run
+from orderrl.runtime.storage import read_sealed
+from orderrl.runtime.tables import open_table
 
 CHEAPEST = RewardConfig(objective="likelihood", form="charged")  # needs no context losses
 LABELS = "labels"

@@ -24,10 +24,10 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from orderrl.backbones.protocol import Backbone, backbone_device
-from orderrl.checkpoint import build_to_fit, load_checkpoint, load_state, save_checkpoint
-from orderrl.finite import DIVERGED, require_finite
-from orderrl.isolation import isolated_float32
-from orderrl.values import at_least, between, check_fields, require_kind
+from orderrl.runtime.checkpoint import build_to_fit, load_checkpoint, load_state, save_checkpoint
+from orderrl.runtime.finite import DIVERGED, require_finite
+from orderrl.runtime.isolation import isolated_float32
+from orderrl.runtime.values import at_least, between, check_fields, require_kind
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ import torch
 from omegaconf import DictConfig
 from tensordict import TensorDict
 
-from orderrl import distributed
 from orderrl.agents.bc import TARGETS, BCConfig, clone
 from orderrl.agents.fitted_q import FittedQConfig, best_schedules, fit_budgets, record_order, require_choice
 from orderrl.agents.grpo import GRPO, GRPOConfig
@@ -28,12 +27,10 @@ from orderrl.backbones import Backbone, backbone_fingerprint
 from orderrl.backbones.protocol import backbone_device
 from orderrl.backbones.registry import weights_fingerprint
 from orderrl.data import TokenSet, load_split
-from orderrl.entry import compose
 from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.envs.reward import RewardConfig
 from orderrl.envs.torchrl import NextBlockTorchRLEnv
-from orderrl.jsonfile import read_json
-from orderrl.labelling import join, label_columns
+from orderrl.labels import join, label_columns
 from orderrl.pipeline import (
     CHEAPEST,
     DAGGER,
@@ -50,10 +47,15 @@ from orderrl.pipeline import (
     with_values,
 )
 from orderrl.planner import OrderHead, PlannerConfig, load_planner, save_planner
-from orderrl.resuming import Unfinished, forget
-from orderrl.runs import Cache, Run, fingerprint, progress
-from orderrl.storage import checksum
-from orderrl.tables import open_table
+from orderrl.runtime import distributed
+from orderrl.runtime.cache import Cache, fingerprint
+from orderrl.runtime.config import compose
+from orderrl.runtime.job import Unfinished, forget
+from orderrl.runtime.jsonfile import read_json
+from orderrl.runtime.progress import progress
+from orderrl.runtime.run import Run
+from orderrl.runtime.storage import checksum
+from orderrl.runtime.tables import open_table
 
 PLANNERS = "planners"
 

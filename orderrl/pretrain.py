@@ -21,18 +21,20 @@ from orderrl.backbones import (
     save_backbone,
 )
 from orderrl.backbones.loading import load_weights
+from orderrl.backbones.pretraining import PretrainConfig, order_losses, pretrain
 from orderrl.backbones.protocol import check_fits
 from orderrl.backbones.registry import TrainableBackbone, new_backbone
 from orderrl.backbones.sharding import is_sharded, whole_copy
-from orderrl.backbones.training import PretrainConfig, order_losses, pretrain
-from orderrl.checkpoint import load_checkpoint
 from orderrl.data import AUGMENTATIONS, TokenSet, load_split
-from orderrl.distributed import is_main, launched, on_main
-from orderrl.entry import run_application
-from orderrl.isolation import isolated_float32
 from orderrl.pipeline import announce, follow, section, with_values
-from orderrl.resuming import Unfinished
-from orderrl.runs import Run, fingerprint, progress
+from orderrl.runtime.cache import fingerprint
+from orderrl.runtime.checkpoint import load_checkpoint
+from orderrl.runtime.config import run_application
+from orderrl.runtime.distributed import is_main, launched, on_main
+from orderrl.runtime.isolation import isolated_float32
+from orderrl.runtime.job import Unfinished
+from orderrl.runtime.progress import progress
+from orderrl.runtime.run import Run
 from orderrl.tokenize import find_or_make_tokens
 
 

@@ -11,12 +11,14 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from orderrl.data.folder import FolderConfig, ImageSplit, crops, folder_config, list_images, read_views
-from orderrl.data.tokens import stratified_order
-from orderrl.entry import run_application
-from orderrl.isolation import isolated_float32
+from orderrl.data.token_set import stratified_order
 from orderrl.pipeline import announce, follow, section
-from orderrl.resuming import Unfinished
-from orderrl.runs import Run, fingerprint, progress
+from orderrl.runtime.cache import fingerprint
+from orderrl.runtime.config import run_application
+from orderrl.runtime.isolation import isolated_float32
+from orderrl.runtime.job import Unfinished
+from orderrl.runtime.progress import progress
+from orderrl.runtime.run import Run
 from orderrl.tokenizers import VQConfig, VQTokenizer, save_tokenizer
 from orderrl.tokenizers.training import TokenizerTrainingConfig, reconstruction_quality, train_tokenizer
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from orderrl.distributed import launched
-from orderrl.entry import compose, run_application
 from orderrl.evaluate import evaluate
-from orderrl.isolation import isolated_float32
 from orderrl.pipeline import announce, section, with_values
+from orderrl.runtime.config import compose, run_application
+from orderrl.runtime.distributed import launched
+from orderrl.runtime.isolation import isolated_float32
 from orderrl.train import train
 
 SHARED = ("backbone", "data", "logger", "output_dir", "cache_dir", "device", "checkpoint_seconds")

@@ -1,7 +1,7 @@
 """Record episodes of a policy for offline reinforcement learning: `python -m orderrl.rollouts policy=raster n=256`.
 
 Transitions are written as a table on disk in the layout of TorchRL's offline data sets, which
-`orderrl.tables.open_table` reads, and as a Minari data set if `minari` names one.
+`orderrl.runtime.tables.open_table` reads, and as a Minari data set if `minari` names one.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ from omegaconf import DictConfig
 from tensordict import TensorDict
 from torch import Tensor
 
+from orderrl.agents.play import act
 from orderrl.agents.policies import Policy, ReferencePolicy, among_budgets
 from orderrl.agents.registry import make_policy
 from orderrl.backbones import Backbone
 from orderrl.data import TokenSet, load_split
-from orderrl.entry import run_application
 from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.envs.spaces import action_space, observation_space, to_numpy
 from orderrl.evaluate import fitted_order, policy_of
-from orderrl.isolation import isolated_float32
-from orderrl.metrics.planning import act
 from orderrl.pipeline import announce, open_backbone, require_order_robust, with_values
 from orderrl.planners import core_config
-from orderrl.runs import Run, progress
-from orderrl.storage import filled_aside
-from orderrl.tables import TableWriter, open_table, write_checksums
+from orderrl.runtime.config import run_application
+from orderrl.runtime.isolation import isolated_float32
+from orderrl.runtime.progress import progress
+from orderrl.runtime.run import Run
+from orderrl.runtime.storage import filled_aside
+from orderrl.runtime.tables import TableWriter, open_table, write_checksums
 
 ENVIRONMENT = "orderrl/NextBlock-v0"
 OBSERVATION = ("hidden", "entropy", "visible", "label", "fraction", "action_mask", "budget_mask", "step_cost")
@@ -99,7 +100,7 @@ def record_dataset(
         data: its images are revealed in turn, from the first.
         policy, config: who acts, and in which environment.
         count: episodes.
-        folder: a new or empty one; afterwards `orderrl.tables.open_table(folder)` reads it.
+        folder: a new or empty one; afterwards `orderrl.runtime.tables.open_table(folder)` reads it.
         batch_size: episodes at once.
         seed: of environment and policy.
 

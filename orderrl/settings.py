@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from orderrl.values import Rule, at_least, between, one_of, positive, require, require_kind, zero_or_at_least
+from orderrl.runtime.values import Rule, at_least, between, one_of, positive, require, require_kind, zero_or_at_least
 
 MISSING = "???"  # a value that the user must give
 KINDS: dict[str, Any] = {
@@ -92,7 +92,7 @@ def check_settings(config: Mapping[str, Any], defaults: Mapping[str, Any], known
             with _named(group):
                 build(values)
     if "device" in config:
-        from orderrl.devices import checked_device
+        from orderrl.runtime.devices import checked_device
 
         checked_device(config["device"])
 
@@ -203,9 +203,9 @@ def _data(values: Mapping[str, Any]) -> None:
 
 
 def _backbone(values: Mapping[str, Any]) -> None:
-    from orderrl.backbones.packing import Packing
+    from orderrl.backbones.memory import Packing
+    from orderrl.backbones.pretraining import PretrainConfig
     from orderrl.backbones.registry import COMPILE_MODES, as_dtype, backbone_config
-    from orderrl.backbones.training import PretrainConfig
 
     Packing(values["memory_gb"])
     require(one_of(COMPILE_MODES, "compile"), "compile", values["compile"])

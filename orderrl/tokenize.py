@@ -11,15 +11,16 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from orderrl.data.folder import SPLITS, FolderConfig, Images, ImageSplit, crops, folder_config, list_images, read_views
-from orderrl.data.shards import Shard, TokenSetWriter, token_dtype
-from orderrl.entry import run_application
-from orderrl.finite import OVERFLOW, require_finite
-from orderrl.isolation import isolated_float32
+from orderrl.data.token_files import Shard, TokenSetWriter, token_dtype
 from orderrl.pipeline import announce, section
 from orderrl.pretrain_tokenizer import pretrain_tokenizer
-from orderrl.random import Stream, keyed_index
-from orderrl.runs import Advance, Cache, fingerprint, progress
-from orderrl.sources import printable
+from orderrl.runtime.cache import Cache, fingerprint
+from orderrl.runtime.config import run_application
+from orderrl.runtime.finite import OVERFLOW, require_finite
+from orderrl.runtime.isolation import isolated_float32
+from orderrl.runtime.progress import Advance, progress
+from orderrl.runtime.random import Stream, keyed_index
+from orderrl.runtime.sources import printable
 from orderrl.tokenizers import KLTokenizer, Tokenizer, load_tokenizer
 from orderrl.tokenizers.layers import latent_grid
 

@@ -8,9 +8,6 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from orderrl.agents.registry import check_planner_name
-from orderrl.distributed import launched, on_main
-from orderrl.entry import run_application
-from orderrl.isolation import isolated_float32
 from orderrl.joint_tuning import find_or_train_joint
 from orderrl.pipeline import announce, open_backbone
 from orderrl.planners import (
@@ -21,7 +18,10 @@ from orderrl.planners import (
     find_or_train_ppo,
     find_or_train_schedule,
 )
-from orderrl.runs import Run
+from orderrl.runtime.config import run_application
+from orderrl.runtime.distributed import launched, on_main
+from orderrl.runtime.isolation import isolated_float32
+from orderrl.runtime.run import Run
 
 AGENTS = {
     "bc": find_or_train_clone,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from orderrl.isolation import isolated_float32
+from orderrl.runtime.isolation import isolated_float32
 from orderrl.verification.compare import Comparison, compare
 from orderrl.verification.fixture import load_fixture
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from orderrl.backbones import OrderRobustTransformer, TransformerConfig
-from orderrl.backbones.transformer import cross_entropy
+from orderrl.backbones.randar import cross_entropy
 from orderrl.data import TokenSet
 
 

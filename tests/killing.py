@@ -17,9 +17,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from orderrl.checkpoint import load_checkpoint
-from orderrl.entry import compose
-from orderrl.storage import read_sealed
+from orderrl.runtime.checkpoint import load_checkpoint
+from orderrl.runtime.config import compose
+from orderrl.runtime.storage import read_sealed
 
 DONE = "done.json"
 _LONGEST = 600  # seconds that a command may take

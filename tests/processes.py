@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from orderrl.distributed import processes
+from orderrl.runtime.distributed import processes
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _LONGEST = 300  # seconds

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from orderrl.evaluation.columns import COLUMNS
 from orderrl.report import Curve, Episode, Examples, PolicyDetail
-from orderrl.report.columns import COLUMNS
 
 ROWS = COLUMNS_OF_BLOCKS = 4
 BLOCKS = ROWS * COLUMNS_OF_BLOCKS

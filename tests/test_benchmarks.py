@@ -15,7 +15,7 @@ from benchmarks import __main__ as command
 from benchmarks.counts import Counter
 from benchmarks.naive import naive_label
 from benchmarks.suites import every_length, rank_agreement
-from orderrl.backbones.linear import pack_weights
+from orderrl.backbones.cpu_linear import pack_weights
 from orderrl.backbones.registry import new_backbone
 from orderrl.oracle import LabelConfig, label_contexts
 from tests.helpers import tiny_images

@@ -21,12 +21,12 @@ from safetensors.torch import save_file
 from orderrl.backbones import load_backbone, registry
 from orderrl.backbones.registry import new_backbone
 from orderrl.data import load_split
-from orderrl.entry import compose
 from orderrl.evaluate import evaluate
 from orderrl.generate import generate
 from orderrl.label import label
 from orderrl.oracle import LabelConfig, label_contexts, random_contexts
 from orderrl.pretrain import pretrain_backbone
+from orderrl.runtime.config import compose
 from orderrl.tokenize import tokenize
 from orderrl.tokenizers import PRESETS, build_tokenizer
 from orderrl.train import train

@@ -20,10 +20,10 @@ from torch.distributed.run import get_args_parser
 from orderrl.agents.bc import TARGETS
 from orderrl.agents.registry import make_policy
 from orderrl.backbones import load_backbone
-from orderrl.entry import compose
 from orderrl.metrics.images import save_images
 from orderrl.results import training_config
 from orderrl.rollouts import rollouts
+from orderrl.runtime.config import compose
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("examples/*.md"))]

@@ -12,7 +12,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from orderrl.backbones import OrderRobustTransformer, load_backbone
-from orderrl.backbones.packing import Packing
+from orderrl.backbones.memory import Packing
 from orderrl.data import load_split
 from orderrl.geometry import BlockGrid
 from orderrl.oracle import (

@@ -25,14 +25,14 @@ from orderrl.agents.registry import make_policy
 from orderrl.backbones import load_backbone, save_backbone
 from orderrl.compare import main as compare_main
 from orderrl.data import load_split
-from orderrl.entry import quoted
 from orderrl.evaluate import evaluate
-from orderrl.evaluations import open_evaluations
+from orderrl.evaluation.runs import open_evaluations
 from orderrl.generate import generate
 from orderrl.leaderboard import main as leaderboard_main
 from orderrl.metrics.images import save_images
 from orderrl.results import results
 from orderrl.rollouts import rollouts
+from orderrl.runtime.config import quoted
 from orderrl.tokenize import tokenize
 from orderrl.train import train
 from tests.backbones.families import CAUSAL, tiny

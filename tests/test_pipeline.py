@@ -24,11 +24,11 @@ from orderrl.backbones import (
 from orderrl.backbones.registry import weights_fingerprint
 from orderrl.data import load_split
 from orderrl.evaluate import evaluate
-from orderrl.evaluations import open_evaluation
+from orderrl.evaluation.comparison import code_length_at
+from orderrl.evaluation.protocol import EMPTY_ROW, Evaluated, folder_name, free_folder
+from orderrl.evaluation.runs import open_evaluation
 from orderrl.generate import generate
 from orderrl.label import label
-from orderrl.metrics.comparison import code_length_at
-from orderrl.metrics.evaluation import EMPTY_ROW, Evaluated, folder_name, free_folder
 from orderrl.metrics.features import DIGITS
 from orderrl.metrics.images import save_images
 from orderrl.metrics.references import reference_of, save_reference

@@ -9,8 +9,8 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from orderrl.checkpoint import save_checkpoint
 from orderrl.planner import OrderHead, PlannerConfig, load_planner, save_planner
+from orderrl.runtime.checkpoint import save_checkpoint
 from tests.agents.helpers import mid_episode, tiny_core, tiny_planner
 from tests.helpers import tiny_backbone
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from orderrl.devices import checked_device
-from orderrl.entry import compose, documented_keys
+from orderrl.runtime.config import compose, documented_keys
+from orderrl.runtime.devices import checked_device
 from orderrl.settings import check_settings, select
 
 AGENTS = [path.stem for path in sorted(Path("configs/agent").glob("*.yaml"))]

@@ -8,7 +8,7 @@ import pytest
 
 from orderrl import planners
 from orderrl.backbones import save_backbone
-from orderrl.entry import compose
+from orderrl.runtime.config import compose
 from orderrl.train import train
 from tests.helpers import tiny_backbone
 

@@ -4,6 +4,7 @@ from orderrl.backbones.arpg import ARPG
 from orderrl.backbones.check import check_backbone
 from orderrl.backbones.llamagen import RasterTransformer, TransformerConfig
 from orderrl.backbones.protocol import Backbone, BlockLosses, Drawing
+from orderrl.backbones.randar import OrderRobustTransformer
 from orderrl.backbones.registry import (
     backbone_fingerprint,
     backbone_names,
@@ -15,7 +16,6 @@ from orderrl.backbones.registry import (
     with_block_size,
 )
 from orderrl.backbones.sampling import Sampling
-from orderrl.backbones.transformer import OrderRobustTransformer
 
 __all__ = [
     "ARPG",

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from orderrl.backbones.cache import ChainEntries, PrefixCache
 from orderrl.backbones.chains import ChainBackbone, Drawn, Growing
+from orderrl.backbones.cpu_linear import Linear
 from orderrl.backbones.layers import FeedForward, Level, causal_mask, chain_attention, rope_table, rotate
-from orderrl.backbones.linear import Linear
 from orderrl.backbones.llamagen import TransformerConfig
 from orderrl.geometry import BlockGrid
 

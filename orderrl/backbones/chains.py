@@ -3,7 +3,7 @@
 Every hidden block is a chain that reads the prefix cache and itself. A backbone says how a chain is taught
 (all its tokens known) and how it is continued (one token at a time); what the environment, the oracle and
 the sampler ask for is the same for all of them and stands here, packed into forwards of bounded size
-(`orderrl.backbones.packing`).
+(`orderrl.backbones.memory`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from orderrl.backbones.cache import ChainEntries, ChainParts, PrefixCache
-from orderrl.backbones.packing import Packing, plan
+from orderrl.backbones.memory import Packing, plan
 from orderrl.backbones.protocol import BlockLosses, Drawing
 from orderrl.backbones.sampling import Sampling, guide, sample_tokens
 from orderrl.geometry import BlockGrid

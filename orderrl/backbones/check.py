@@ -11,7 +11,7 @@ from torch import Tensor
 
 from orderrl.backbones.protocol import Backbone, BlockLosses, backbone_device
 from orderrl.backbones.sampling import Sampling
-from orderrl.isolation import isolated_float32
+from orderrl.runtime.isolation import isolated_float32
 
 ALTERNATIVES = 16  # tokens tried against the one that greedy decoding chose
 

@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from orderrl.backbones.linear import EVERY, Linear
+from orderrl.backbones.cpu_linear import EVERY, Linear
 
 FEW_QUERIES = 8  # of a group of chains: one token of a block, or of a few blocks at once
 SCORES_AT_ONCE = 2**20  # a few megabytes, so that they stay in the CPU's cache between the passes over them

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from orderrl.backbones.cache import ChainEntries, PrefixCache
 from orderrl.backbones.chains import entropy
+from orderrl.backbones.cpu_linear import EVERY, Linear
 from orderrl.backbones.layers import Level, TransformerBlock, rope_table
-from orderrl.backbones.linear import EVERY, Linear
 from orderrl.backbones.protocol import BlockLosses, Drawing
 from orderrl.backbones.sampling import Sampling, guide, sample_tokens
 from orderrl.geometry import BlockGrid
-from orderrl.values import at_least, between, check_fields
+from orderrl.runtime.values import at_least, between, check_fields
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Offl
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from orderrl import distributed
-from orderrl.checkpoint import shorten
-from orderrl.jsonfile import read_json
+from orderrl.runtime import distributed
+from orderrl.runtime.checkpoint import shorten
+from orderrl.runtime.jsonfile import read_json
 
 HUB = "hf://"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")

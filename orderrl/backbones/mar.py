@@ -23,9 +23,9 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from orderrl.backbones.diffusion import DiffLoss, respaced_timesteps
-from orderrl.backbones.linear import Linear
-from orderrl.values import at_least, between, check_fields, positive
+from orderrl.backbones.cpu_linear import Linear
+from orderrl.backbones.diffloss import DiffLoss, respaced_timesteps
+from orderrl.runtime.values import at_least, between, check_fields, positive
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from torch import Tensor
 from orderrl.backbones.arpg import ARPG
 from orderrl.backbones.cache import ChainEntries, PrefixCache
 from orderrl.backbones.llamagen import RasterTransformer
+from orderrl.backbones.randar import OrderRobustTransformer
 from orderrl.backbones.sampling import SCHEDULES, Sampling, sample_tokens
-from orderrl.backbones.transformer import OrderRobustTransformer
 
 ARPG_SCHEDULES = ("arccos", "cosine")
 

@@ -11,19 +11,19 @@ from typing import Any, TypeVar
 import torch
 
 from orderrl.backbones.arpg import ARPG
+from orderrl.backbones.cpu_linear import pack_weights as set_packing
 from orderrl.backbones.layers import TransformerBlock
-from orderrl.backbones.linear import pack_weights as set_packing
 from orderrl.backbones.llamagen import RasterTransformer, TransformerConfig
 from orderrl.backbones.loading import load_weights
-from orderrl.backbones.masked import MaskedConfig, MaskedTransformer
-from orderrl.backbones.packing import Packing
+from orderrl.backbones.mar_backbone import MaskedConfig, MaskedTransformer
+from orderrl.backbones.memory import Packing
 from orderrl.backbones.presets import PRESETS
 from orderrl.backbones.protocol import Backbone
-from orderrl.backbones.transformer import OrderRobustTransformer
-from orderrl.checkpoint import build_to_fit, load_checkpoint, load_state, save_checkpoint
-from orderrl.devices import checked_device
-from orderrl.finite import OVERFLOW, require_finite
-from orderrl.isolation import isolated_float32
+from orderrl.backbones.randar import OrderRobustTransformer
+from orderrl.runtime.checkpoint import build_to_fit, load_checkpoint, load_state, save_checkpoint
+from orderrl.runtime.devices import checked_device
+from orderrl.runtime.finite import OVERFLOW, require_finite
+from orderrl.runtime.isolation import isolated_float32
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 TrainableBackbone = OrderRobustTransformer | RasterTransformer | ARPG | MaskedTransformer

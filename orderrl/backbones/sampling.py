@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from orderrl.values import at_least, between, check_fields, one_of
+from orderrl.runtime.values import at_least, between, check_fields, one_of
 
 SCHEDULES = ("constant", "linear")
 LOWEST_TEMPERATURE = 1e-3  # below, logits divided by it overflow

@@ -18,10 +18,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.optim.swa_utils import AveragedModel
 
-from orderrl import distributed
-from orderrl.backbones.linear import pack_weights
-from orderrl.backbones.packing import Packing
+from orderrl.backbones.cpu_linear import pack_weights
+from orderrl.backbones.memory import Packing
 from orderrl.backbones.protocol import Backbone, backbone_device
+from orderrl.runtime import distributed
 
 if TYPE_CHECKING:
     from orderrl.backbones.registry import TrainableBackbone

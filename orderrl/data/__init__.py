@@ -6,9 +6,9 @@ from torch import Generator, Tensor
 
 from orderrl.data.canvas import augment_canvas, load_canvas_split
 from orderrl.data.digits import augment_digits, augment_patches, load_digits_split, load_patches_split
-from orderrl.data.shards import load_token_set
-from orderrl.data.tokens import TokenSet
-from orderrl.isolation import isolated_float32
+from orderrl.data.token_files import load_token_set
+from orderrl.data.token_set import TokenSet
+from orderrl.runtime.isolation import isolated_float32
 
 __all__ = [
     "AUGMENTATIONS",

@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from orderrl.data.digits import HEIGHT as DIGIT
 from orderrl.data.digits import augment_digits, digits_as_collected
-from orderrl.data.tokens import TokenSet
-from orderrl.isolation import isolated
+from orderrl.data.token_set import TokenSet
+from orderrl.runtime.isolation import isolated
 
 HEIGHT = WIDTH = 12
 PLACES = {"backbone": 1, "planner": 4, "test": 1}  # canvases of every digit

@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from orderrl.jsonfile import read_json
-from orderrl.sources import printable
+from orderrl.runtime.jsonfile import read_json
+from orderrl.runtime.sources import printable
 
 IMAGENET = "imagenet"
 MOST_CLASSES = 2**20

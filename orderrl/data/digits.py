@@ -13,8 +13,8 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.nn import functional as F
 
-from orderrl.data.tokens import TokenSet
-from orderrl.isolation import isolated
+from orderrl.data.token_set import TokenSet
+from orderrl.runtime.isolation import isolated
 
 HEIGHT = WIDTH = 8
 LEVELS = 17

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from orderrl.data.classes import IMAGENET, class_ids, look_like_synsets
 from orderrl.data.images import describe_left_out, find_images, read_image
-from orderrl.sources import file_versions, printable
-from orderrl.values import at_least, between, check_fields, one_of
+from orderrl.runtime.sources import file_versions, printable
+from orderrl.runtime.values import at_least, between, check_fields, one_of
 
 SPLITS = ("backbone", "planner", "test")
 CROPS = ("centre", "ten")
@@ -119,7 +119,7 @@ class ImageSplit:
         root: the folder that `names` are relative to.
         names: file names, "class/name.ext".
         labels: (n,) int64, index into the class names.
-        versions: what tells every file from another one under its name, see `orderrl.sources.file_versions`.
+        versions: what tells every file from another one under its name, see `orderrl.runtime.sources.file_versions`.
     """
 
     split: str

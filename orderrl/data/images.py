@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image
 
-from orderrl.sources import printable, walk
+from orderrl.runtime.sources import printable, walk
 
 T = TypeVar("T")
 
@@ -40,7 +40,7 @@ class FoundImages(NamedTuple):
 
 
 def find_images(folder: Path) -> FoundImages:
-    """All images of a folder and its sub-folders, as `orderrl.sources.walk` finds them: no hidden ones, no circles.
+    """All images of a folder and its sub-folders, as `runtime.sources.walk` finds them: no hidden ones, no circles.
 
     Raises:
         ValueError: if a folder can't be read.

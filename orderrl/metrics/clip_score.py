@@ -27,8 +27,8 @@ from torch.nn import functional as F
 from orderrl.data import TokenSet
 from orderrl.metrics.features import UNREADABLE, first_lines
 from orderrl.metrics.images import check_images
-from orderrl.sources import source_identity
-from orderrl.storage import checksum
+from orderrl.runtime.sources import source_identity
+from orderrl.runtime.storage import checksum
 
 PROMPT = "a photo of a {}"
 _SYNSET = re.compile(r"n\d{8}")  # a WordNet id, as ImageNet's class folders are called

@@ -31,10 +31,10 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_featur
 from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
 
 from orderrl.backbones.loading import SCRIPT_ARGUMENTS
-from orderrl.classifier import CLASSIFIERS, load_classifier, own_classifier
+from orderrl.metrics.classifier import CLASSIFIERS, load_classifier, own_classifier
 from orderrl.metrics.images import TensorImages, check_images
-from orderrl.sources import source_identity
-from orderrl.storage import checksum
+from orderrl.runtime.sources import source_identity
+from orderrl.runtime.storage import checksum
 
 SHIPPED = "orderrl-"
 DIGITS = SHIPPED + "digits"
@@ -199,7 +199,7 @@ class ShippedFeatureExtractor(FeatureExtractorBase):
     so that torch-fidelity takes means and covariances in double precision.
 
     Attributes:
-        classifier_name: in `orderrl.classifier`.
+        classifier_name: in `orderrl.metrics.classifier`.
     """
 
     classifier_name: ClassVar[str]

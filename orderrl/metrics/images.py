@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from orderrl.data import TokenSet
 from orderrl.data.images import EXTENSIONS, describe_left_out, find_images, image_size, read_image
-from orderrl.sources import printable
+from orderrl.runtime.sources import printable
 
 
 class TensorImages(Dataset[Tensor]):

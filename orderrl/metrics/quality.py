@@ -19,7 +19,7 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metri
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
-from orderrl.classifier import CLASSIFIERS, load_classifier
+from orderrl.metrics.classifier import CLASSIFIERS, load_classifier
 from orderrl.metrics.features import INCEPTION, SHIPPED, Features, extract_features
 from orderrl.metrics.images import check_images
 from orderrl.metrics.references import Gaussian, Reference, fit_gaussian, reference_of

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 from torch_fidelity.utils import create_feature_extractor
 
+from orderrl.agents.play import Rollout
 from orderrl.backbones.protocol import Backbone
 from orderrl.backbones.sampling import Sampling
-from orderrl.classifier import CLASSIFIERS, load_classifier, own_classifier
 from orderrl.data import TokenSet
 from orderrl.data.pictures import hide_blocks
 from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.geometry import BlockGrid
+from orderrl.metrics.classifier import CLASSIFIERS, load_classifier, own_classifier
 from orderrl.metrics.features import TIMM, register_features
-from orderrl.metrics.planning import Rollout
 
 OWN = "own"
 FILLS = ("grey", "completion")
@@ -73,7 +73,7 @@ def make_recogniser(
     Args:
         name: "own" is the shipped one of the data set, None where it has none; "timm:MODEL",
             "timm:MODEL:CHECKPOINT_FILE" and "timm:local-dir:FOLDER" are models of timm, whose classes must be those of
-            the data, in its order; a name of `orderrl.classifier` is that one. None recognises nothing.
+            the data, in its order; a name of `orderrl.metrics.classifier` is that one. None recognises nothing.
         data: what is to be recognised.
         fill: what stands where blocks are hidden, see `Recogniser`.
         device: where the classifier runs.

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from torch_fidelity.metric_fid import fid_features_to_statistics
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-from orderrl.data.shards import DESCRIPTION, token_set_splits
+from orderrl.data.token_files import DESCRIPTION, token_set_splits
 from orderrl.metrics.features import INCEPTION, Features, extract_features, register_features
 from orderrl.metrics.images import ImageFolder, TokenImages
 

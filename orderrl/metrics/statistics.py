@@ -216,7 +216,7 @@ def is_significant(entry: Mapping[str, Any]) -> bool:
     single comparison.
 
     Args:
-        entry: of `orderrl.metrics.comparison.compare`; its "p_holm" decides.
+        entry: of `orderrl.evaluation.comparison.compare`; its "p_holm" decides.
     """
     return bool(entry["p_holm"] < 1 - LEVEL)
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from orderrl.report.columns import COLUMNS
+from orderrl.evaluation.columns import COLUMNS
 from orderrl.report.style import COLOURS, INK, MARKERS, MUTED, WIDTH, grid_lines, new_figure, shorten
 from orderrl.report.summary import is_rival
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from statistics import mean, stdev
 from typing import Any
 
+from orderrl.evaluation.columns import show_p
 from orderrl.metrics.statistics import RULE, is_significant
-from orderrl.report.columns import show_p
 
 COLUMNS = {
     "gain_auc": ("gain AUC ↑", 4),

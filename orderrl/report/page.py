@@ -13,8 +13,8 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from orderrl.evaluation.columns import shown_columns
 from orderrl.report import cost, figures, style
-from orderrl.report.columns import shown_columns
 from orderrl.report.detail import Curve, Examples, PolicyDetail
 from orderrl.report.summary import learned_policies, summary
 from orderrl.report.tables import comparison_values, loss_unit, protocol_values, results_values
@@ -49,7 +49,7 @@ def write_report(
         folder: an existing or new folder.
         results: as in `results.json`: "protocol" (key to value), "rows" (dicts with the keys of `COLUMNS` and
             intervals "<key>_ci", null where a metric does not apply) and optionally "comparisons", as
-            `orderrl.metrics.comparison.comparisons` gives them.
+            `orderrl.evaluation.comparison.comparisons` gives them.
         details: what the pictures show, one for each policy with pictures. Curves and maps are drawn of learned
             planners and of policies that reveal one block a step; the viewer has all.
         examples: the images of the episodes in the details; None shows neither viewer nor images.

@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from orderrl.report.columns import Column, shown_columns
+from orderrl.evaluation.columns import Column, shown_columns
 from orderrl.report.page import render
 from orderrl.report.summary import learned_policies
 from orderrl.report.tables import comparison_values, protocol_values, results_values

@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from orderrl.evaluation.columns import COLUMNS, DASH, MINUS, show_difference, show_interval, show_p, show_value
 from orderrl.metrics.statistics import RULE, is_significant
-from orderrl.report.columns import COLUMNS, DASH, MINUS, show_difference, show_interval, show_p, show_value
 
 _MAIN = ("gain_auc", "decode_nll", "decode_loss", "steps", "recognisability_auc", "frechet_distance", "accuracy")
 """Columns of the table on screen; the report has all."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from orderrl.evaluation.columns import show_difference, show_interval, show_value
 from orderrl.metrics.statistics import is_significant
-from orderrl.report.columns import show_difference, show_interval, show_value
 
 
 def is_rival(row: dict[str, Any]) -> bool:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from orderrl.metrics.statistics import RULE, is_significant
-from orderrl.report.columns import (
+from orderrl.evaluation.columns import (
     COLUMNS,
     DASH,
     MINUS,
@@ -17,6 +16,7 @@ from orderrl.report.columns import (
     show_interval,
     show_p,
 )
+from orderrl.metrics.statistics import RULE, is_significant
 
 _COMPARISONS = {
     "pair": ("pair", ""),

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from orderrl.backbones.registry import weights_fingerprint
-from orderrl.runs import fingerprint
+from orderrl.runtime.cache import fingerprint
+from orderrl.runtime.values import at_least, check_fields, positive
 from orderrl.tokenizers.layers import (
     AttnBlock,
     Downsample,
@@ -32,7 +33,6 @@ from orderrl.tokenizers.layers import (
     to_pixels,
     to_unit_range,
 )
-from orderrl.values import at_least, check_fields, positive
 
 SCALE = 0.2325  # of the published KL-16: makes the tokens' standard deviation about 1
 LOGVAR_RANGE = (-30.0, 20.0)

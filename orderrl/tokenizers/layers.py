@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from orderrl.values import at_least, between, check_fields
+from orderrl.runtime.values import at_least, between, check_fields
 
 GROUPS = 32
 MOST_RESOLUTIONS = 10  # 512 pixels along a side of a token

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from orderrl.backbones.loading import read_state
-from orderrl.checkpoint import build_to_fit, load_checkpoint, load_state, save_checkpoint
-from orderrl.devices import checked_device
-from orderrl.isolation import isolated_float32
+from orderrl.runtime.checkpoint import build_to_fit, load_checkpoint, load_state, save_checkpoint
+from orderrl.runtime.devices import checked_device
+from orderrl.runtime.isolation import isolated_float32
 from orderrl.tokenizers import kl, vq
 from orderrl.tokenizers.kl import KLConfig, KLTokenizer
 from orderrl.tokenizers.layers import StackConfig

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from orderrl.isolation import isolated_float32
-from orderrl.resuming import Unfinished, steps_of
+from orderrl.runtime.isolation import isolated_float32
+from orderrl.runtime.job import Unfinished, steps_of
+from orderrl.runtime.values import at_least, between, check_fields, one_of, positive
 from orderrl.tokenizers.layers import to_unit_range
 from orderrl.tokenizers.vq import VQTokenizer
-from orderrl.values import at_least, between, check_fields, one_of, positive
 
 RECONSTRUCTIONS = ("l1", "l2")
 

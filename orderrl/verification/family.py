@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from orderrl.backbones.llamagen import TransformerConfig
-from orderrl.checkpoint import load_state
+from orderrl.runtime.checkpoint import load_state
 from orderrl.verification.fixture import Fixture
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from orderrl.jsonfile import read_json
+from orderrl.runtime.jsonfile import read_json
 
 DEFAULT_TOLERANCE = 1e-4  # float32
 # A guidance scale as meanings state it: "cfg_scale 3.0", "cfg_scales (1.0, 4.0)", "guidance_scale 4.0", "cfg 2.0".

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orderrl.backbones.diffusion import GaussianDiffusion, respaced_timesteps
+from orderrl.backbones.diffloss import GaussianDiffusion, respaced_timesteps
 from orderrl.backbones.mar import MAR, MARConfig
 from orderrl.verification.fixture import Fixture
 

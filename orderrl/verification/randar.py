@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from orderrl.backbones.published import randar_sampler
+from orderrl.backbones.randar import OrderRobustTransformer
 from orderrl.backbones.sampling import Sampling
-from orderrl.backbones.transformer import OrderRobustTransformer
 from orderrl.verification.family import family_config, load_recorded
 from orderrl.verification.fixture import Fixture
 

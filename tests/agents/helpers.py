@@ -8,8 +8,8 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from orderrl.backbones.randar import OrderRobustTransformer
 from orderrl.backbones.sampling import Sampling
-from orderrl.backbones.transformer import OrderRobustTransformer
 from orderrl.data import TokenSet
 from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.envs.reward import RewardConfig

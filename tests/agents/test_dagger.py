@@ -20,7 +20,7 @@ from orderrl.agents.dagger import own_contexts
 from orderrl.agents.policies import PlannerPolicy, Policy
 from orderrl.backbones import load_backbone, save_backbone
 from orderrl.data import load_split
-from orderrl.labelling import join
+from orderrl.labels import join
 from orderrl.oracle import Contexts
 from orderrl.planner import load_planner
 from orderrl.planners import find_or_train_clone

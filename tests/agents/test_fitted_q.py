@@ -19,9 +19,9 @@ from orderrl.agents.fitted_q import (
     legal_ends,
     record_order,
 )
+from orderrl.agents.play import roll_out
 from orderrl.agents.policies import PlannerPolicy
 from orderrl.agents.search import FixedSchedule
-from orderrl.metrics.planning import roll_out
 from tests.agents.helpers import tiny_core, tiny_planner
 from tests.helpers import tiny_backbone, tiny_images
 

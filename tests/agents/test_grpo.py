@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from orderrl import distributed
 from orderrl.agents.grpo import GRPO, GRPOConfig, group_advantages
+from orderrl.agents.play import roll_out
 from orderrl.agents.policies import PlannerPolicy
 from orderrl.envs.core import replay_return
-from orderrl.metrics.planning import roll_out
 from orderrl.planner import OrderHead
+from orderrl.runtime import distributed
 from tests.agents.helpers import tiny_core, tiny_env, tiny_planner
 from tests.processes import run_processes
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from orderrl.agents.imitation import ImitationConfig, imitate
+from orderrl.agents.play import roll_out
 from orderrl.agents.policies import AmongBudgets, PlannerPolicy, RankingPolicy, fixed_order
 from orderrl.agents.schedules import growing
-from orderrl.metrics.planning import roll_out
 from tests.agents.helpers import tiny_core, tiny_planner
 
 ORDER, SIZES, BUDGETS = torch.tensor([3, 8, 1, 0, 6, 5, 2, 7, 4]), (2, 1, 4, 2), (1, 2, 4)

@@ -18,14 +18,14 @@ from orderrl.agents.bc import BCConfig, clone
 from orderrl.agents.joint import JointConfig, JointTuning, copy_to_tune, observe, top_of
 from orderrl.agents.registry import make_policy
 from orderrl.backbones import Backbone, OrderRobustTransformer, backbone_fingerprint, load_backbone, save_backbone
+from orderrl.backbones.pretraining import block_orders
+from orderrl.backbones.randar import cross_entropy
 from orderrl.backbones.registry import new_backbone, weights_fingerprint
-from orderrl.backbones.training import block_orders
-from orderrl.backbones.transformer import cross_entropy
 from orderrl.data import TokenSet
 from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.oracle import LabelConfig, label_contexts, random_contexts
 from orderrl.planner import OrderHead, load_planner
-from orderrl.resuming import Unfinished
+from orderrl.runtime.job import Unfinished
 from orderrl.train import train
 from tests.agents.helpers import tiny_planner
 from tests.helpers import block_loss, tiny_backbone, tiny_images

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from orderrl.agents.orders import ORDERS
+from orderrl.agents.play import act, roll_out
 from orderrl.agents.policies import (
     SCORERS,
     Confidence,
@@ -30,7 +31,6 @@ from orderrl.agents.schedules import entropy_threshold, fixed, growing
 from orderrl.backbones.sampling import Sampling
 from orderrl.data import TokenSet
 from orderrl.envs.core import NextBlockCore
-from orderrl.metrics.planning import act, roll_out
 from orderrl.planner import OrderHead, save_planner
 from tests.agents.helpers import mid_episode, tiny_core, tiny_planner
 from tests.helpers import block_loss, tiny_backbone, tiny_images

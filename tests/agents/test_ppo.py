@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from orderrl.agents.play import roll_out
 from orderrl.agents.policies import PlannerPolicy
 from orderrl.agents.ppo import PPO, PPOConfig, leave_one_out_mean
-from orderrl.metrics.planning import roll_out
 from orderrl.planner import OrderHead
 from tests.agents.helpers import tiny_core, tiny_env, tiny_planner
 from tests.helpers import tiny_backbone

@@ -12,12 +12,12 @@ import torch
 from tensordict import TensorDict
 
 from orderrl import compose
+from orderrl.agents.play import act
 from orderrl.agents.policies import RankingPolicy, ReferencePolicy, fixed_order
 from orderrl.agents.registry import NamedPolicy, check_planner_name, make_policy, tell_apart
 from orderrl.agents.spec import PolicySpec
 from orderrl.backbones import OrderRobustTransformer, save_backbone
 from orderrl.evaluate import at_step_costs, chosen_policies
-from orderrl.metrics.planning import act
 from orderrl.planner import save_planner
 from tests.agents.helpers import mid_episode, tiny_core, tiny_planner
 from tests.helpers import tiny_backbone

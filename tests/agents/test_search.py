@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from orderrl.agents.play import roll_out
 from orderrl.agents.policies import RankingPolicy, fixed_order
 from orderrl.agents.schedules import growing
 from orderrl.agents.search import (
@@ -20,7 +21,6 @@ from orderrl.agents.search import (
     schedule_cost,
     search_schedule,
 )
-from orderrl.metrics.planning import roll_out
 from tests.agents.helpers import tiny_core
 from tests.helpers import tiny_backbone, tiny_images
 

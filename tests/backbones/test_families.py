@@ -22,8 +22,8 @@ from orderrl.backbones import (
 )
 from orderrl.backbones.llamagen import RasterTransformer
 from orderrl.backbones.presets import PRESETS
+from orderrl.backbones.randar import cross_entropy
 from orderrl.backbones.registry import new_backbone
-from orderrl.backbones.transformer import cross_entropy
 from orderrl.envs.core import CoreConfig, NextBlockCore
 from tests.backbones.families import CAUSAL, FAMILIES, MASKED, ORDER_ROBUST, block_orders, images, tiny
 

@@ -15,8 +15,8 @@ from orderrl.backbones import (
     save_backbone,
     with_block_size,
 )
-from orderrl.backbones.transformer import TransformerConfig
-from orderrl.checkpoint import save_checkpoint
+from orderrl.backbones.randar import TransformerConfig
+from orderrl.runtime.checkpoint import save_checkpoint
 from tests.helpers import tiny_backbone, tiny_images
 
 

@@ -14,13 +14,13 @@ from orderrl.agents.policies import ReferencePolicy
 from orderrl.agents.registry import make_policy
 from orderrl.data import TokenSet, load_split, load_token_set
 from orderrl.data.folder import FolderConfig, list_images
-from orderrl.data.tokens import random_window, stratified_order
-from orderrl.entry import compose
+from orderrl.data.token_set import random_window, stratified_order
 from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.evaluate import make_protocol, real_and_reference
+from orderrl.evaluation.recording import EXAMPLES, example_images
 from orderrl.geometry import BlockGrid
-from orderrl.metrics.recording import EXAMPLES, example_images
 from orderrl.oracle import LabelConfig, random_contexts
+from orderrl.runtime.config import compose
 from orderrl.tokenize import tokenize_folder
 from tests.helpers import tiny_backbone
 from tests.tokenizers.helpers import image_folder, save_tiny_vq, tiny_vq

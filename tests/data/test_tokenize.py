@@ -11,8 +11,8 @@ import torch
 
 from orderrl.data import load_split
 from orderrl.data.folder import FolderConfig, list_images
-from orderrl.entry import compose
 from orderrl.pretrain_tokenizer import pretrain_tokenizer
+from orderrl.runtime.config import compose
 from orderrl.tokenize import find_or_make_tokens, tokenize, tokenize_folder
 from orderrl.tokenizers import load_tokenizer
 from tests.tokenizers.helpers import image_folder, save_tiny_vq, tiny_vq

@@ -13,8 +13,8 @@ from tensordict import TensorDict
 
 from orderrl.backbones import load_backbone
 from orderrl.envs import NextBlockEnv, NextBlockTorchRLEnv, NextBlockVectorEnv
-from orderrl.envs.integers import LARGEST_SEED, as_int64, as_seed
 from orderrl.oracle import distance_weights
+from orderrl.runtime.integers import LARGEST_SEED, as_int64, as_seed
 from tests.envs.helpers import make_core
 
 NOT_WHOLE = [

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from orderrl.agents.play import Rollout, roll_out
 from orderrl.agents.policies import ReferencePolicy
 from orderrl.envs import NextBlockCore, RewardConfig
 from orderrl.envs.reward import Reward, set_weights
 from orderrl.geometry import BlockGrid
-from orderrl.metrics.planning import Rollout, roll_out
 from orderrl.oracle import block_gains, distance_weights, utilities
 from tests.envs.helpers import make_core, play
 from tests.helpers import as_action, block_loss, random_steps, tiny_backbone

@@ -1,0 +1,189 @@
+"""Paired comparisons of policies over the same images, at equal mean steps where they reveal several blocks.
+
+All comparisons of a table are one family: `orderrl.metrics.statistics.is_significant` decides on p-values corrected for
+their number (Holm). Intervals are those of single comparisons.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import combinations_with_replacement
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from orderrl.evaluation.protocol import Evaluated
+from orderrl.metrics.statistics import holm, is_significant, paired_bootstrap
+from orderrl.report.summary import is_rival
+
+RESAMPLES_PER_COMPARISON = 100
+"""Resamples behind the p-values, at least, for each comparison of the family: Holm multiplies the smallest p-value by
+their number, and 2 / (resamples + 1) is the smallest that there is."""
+
+
+def by_policy(rows: Sequence[Evaluated]) -> dict[str, list[Evaluated]]:
+    """Rows by policy name; several training seeds share a name."""
+    groups: dict[str, list[Evaluated]] = defaultdict(list)
+    for row in rows:
+        groups[row.row["policy"]].append(row)
+    return dict(groups)
+
+
+def stacked(rows: Sequence[Evaluated], metric: str) -> Tensor | None:
+    """Per-image values of a policy, (seeds, n), or None where they were not measured."""
+    values = [row.per_image.get(metric) for row in rows]
+    return None if any(value is None for value in values) else torch.stack([v for v in values if v is not None])
+
+
+def in_order(rows: Sequence[Evaluated]) -> list[Evaluated]:
+    """Rows as a table shows them: learned planners, other orders, references that see hidden tokens, and the rest.
+
+    Inside these, the best policy first, by the mean of its rows: planners for "likelihood" by code length behind those
+    for "context", all others by information-gain AUC.
+    """
+    groups = by_policy(rows)
+
+    def place(row: Evaluated) -> tuple[int, int, float]:
+        members = groups[row.row["policy"]]
+        coding = row.row["objective"] == "likelihood"
+        values = stacked(members, "decode_nll" if coding else "gain_auc")
+        if values is None:
+            return 3, 0, 0.0
+        kind = 0 if row.row["R"] is not None else 1 if is_rival(row.row) else 2
+        mean = float(values.mean())
+        return kind, int(coding), mean if coding else -mean
+
+    return sorted(rows, key=place)
+
+
+def code_length_at(rows: Sequence[Evaluated], steps: float) -> Tensor | None:
+    """Code length of a family of schedules at a given mean number of steps, per image.
+
+    Args:
+        rows: the same order at several budgets.
+        steps: mean planner steps.
+
+    Returns:
+        (n,) nats per image, linear between the two schedules that give the least mean: what drawing some images by one
+        and some by the other reaches, so no schedule of the family is left out; None if steps lie outside them.
+    """
+    known = [(float(r.steps.mean()), r.decode_nll) for r in rows if r.steps is not None and r.decode_nll is not None]
+    between = []
+    for (fewer, low), (more, high) in combinations_with_replacement(sorted(known, key=lambda point: point[0]), 2):
+        if fewer <= steps <= more:
+            share = (steps - fewer) / (more - fewer) if more > fewer else 0.0
+            between.append((1 - share) * low + share * high)
+    return min(between, key=lambda values: float(values.mean()), default=None)
+
+
+class Pair(NamedTuple):
+    """A comparison to be made.
+
+    Attributes:
+        name: "<policy> - <opponent>".
+        metric: key of the row.
+        policy, opponent: (seeds, n) values of each image.
+        named: what the result says besides: "policy" and "opponent", as in the table, and for a family of schedules at
+            equal mean steps, "at_steps".
+    """
+
+    name: str
+    metric: str
+    policy: Tensor
+    opponent: Tensor
+    named: dict[str, Any] | None = None
+
+
+def compare(pairs: Sequence[Pair], resamples: int, seed: int) -> list[dict[str, Any]]:
+    """Paired differences of a family of comparisons, with p-values corrected for their number.
+
+    Seeds are averaged; intervals and p-values say how the mean of these seeds varies with the images, `seed_std` how a
+    single seed varies around it.
+
+    Args:
+        pairs: the family; a reference that was evaluated on the first images only is compared on these.
+        resamples: of the bootstrap, raised to 100 for each comparison where that is more.
+        seed: of the resampling.
+
+    Returns:
+        For each pair a dict of name, metric; mean, low, high (95 % interval over images), p_value, p_holm, significant
+        (`is_significant`), effect_size (paired Cohen's d over images), images, seeds (of the policy) and seed_std
+        (standard deviation of the mean difference over them, None for one seed), and what the pair is named.
+    """
+    resamples = max(resamples, RESAMPLES_PER_COMPARISON * len(pairs))
+    found = []
+    for name, metric, policy, opponent, named in pairs:
+        images = min(policy.shape[-1], opponent.shape[-1])
+        one, other = policy[..., :images], opponent[..., :images]
+        difference = paired_bootstrap(one, other, resamples, seed=seed)
+        spread = (one - other.mean(0)).mean(1).std().item() if len(one) > 1 else None
+        known = {"images": images, "seeds": len(one), "seed_std": spread}
+        found.append({"name": name, **(named or {}), "metric": metric, **asdict(difference), **known})
+    for row, adjusted in zip(found, holm([row["p_value"] for row in found]), strict=True):
+        row["p_holm"] = float(adjusted)
+        row["significant"] = is_significant(row)
+    return found
+
+
+def comparisons(rows: Sequence[Evaluated], resamples: int, seed: int) -> list[dict[str, Any]]:
+    """Every learned planner against every baseline, on the metric it was trained for.
+
+    Planners for "context" are compared in information-gain AUC with the baselines that reveal one block a step, and
+    with each other once, the one that stands first less the other. Planners for "likelihood" are compared in code
+    length with raster at one block a step, and with every order at equal mean steps (interpolated between its best
+    schedules).
+
+    Returns:
+        As `compare`.
+    """
+    groups = by_policy(rows)
+    learned = {name: group for name, group in groups.items() if group[0].row["R"] is not None}
+    families: dict[str, list[Evaluated]] = defaultdict(list)
+    for row in rows:
+        if row.row["R"] is None and row.decode_nll is not None:
+            families[row.row["family"] or row.row["policy"]].append(row)
+    pairs: list[Pair] = []
+    done: set[str] = set()
+    for name, group in learned.items():
+        done.add(name)
+        if group[0].row["objective"] == "context":
+            pairs += _gain_pairs(name, group, {other: rows for other, rows in groups.items() if other not in done})
+        if group[0].row["objective"] == "likelihood":
+            pairs += _code_length_pairs(name, group, groups, families)
+    return compare(pairs, resamples, seed)
+
+
+def _gain_pairs(name: str, group: list[Evaluated], rivals: dict[str, list[Evaluated]]) -> list[Pair]:
+    mine = stacked(group, "gain_auc")
+    assert mine is not None
+    found = []
+    for other, rival in rivals.items():
+        theirs, first = stacked(rival, "gain_auc"), rival[0].row
+        if theirs is not None and first["objective"] in (None, "context") and first["budgets"] == [1]:
+            found.append(_pair(name, other, "gain_auc", mine, theirs))
+    return found
+
+
+def _code_length_pairs(
+    name: str, group: list[Evaluated], groups: dict[str, list[Evaluated]], families: dict[str, list[Evaluated]]
+) -> list[Pair]:
+    mine, steps = stacked(group, "decode_nll"), stacked(group, "steps")
+    assert mine is not None and steps is not None
+    found = []
+    if "raster" in groups and (raster := stacked(groups["raster"], "decode_nll")) is not None:
+        found.append(_pair(name, "raster", "decode_nll", mine, raster))
+    for family, members in families.items():
+        rivals = [code_length_at(members, float(s)) for s in steps.mean(1)]
+        if len(members) > 1 and all(rival is not None for rival in rivals):
+            theirs = torch.stack([rival for rival in rivals if rival is not None])
+            found.append(_pair(name, family, "decode_nll", mine, theirs, float(steps.mean())))
+    return found
+
+
+def _pair(policy: str, opponent: str, metric: str, mine: Tensor, theirs: Tensor, at_steps: float | None = None) -> Pair:
+    at = "" if at_steps is None else f" at {at_steps:.1f} steps"
+    named = {"policy": policy, "opponent": opponent, "at_steps": at_steps}
+    return Pair(f"{policy} - {opponent}{at}", metric, mine, theirs, named)

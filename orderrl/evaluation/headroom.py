@@ -1,0 +1,249 @@
+"""The room a planner has: how much of the gains do places explain, how much content, and what is hindsight?
+
+Predictors are compared with the hindsight oracle in the same states, of images that none of them has seen. They predict
+the utility U of every hidden block, and how much every two hidden blocks tell about each other, their dependence
+(G[a, b] + G[b, a]) / 2:
+
+- planners cloned on labels (target "pairs") that see ever more, `LEVELS`;
+- lookahead, which needs no training: expected gains over the backbone's own draws.
+
+A planner that reads content has room above "class"; what lookahead with many draws does not explain is hindsight, as
+far as the backbone is calibrated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+from tensordict import TensorDict
+from torch import Tensor
+
+from orderrl.agents.bc import BCConfig, clone
+from orderrl.backbones import Backbone
+from orderrl.data import TokenSet
+from orderrl.evaluation.ablations import moments_by_image, pooled_r2
+from orderrl.evaluation.protocol import Protocol
+from orderrl.evaluation.row_entries import state_mean
+from orderrl.geometry import BlockGrid
+from orderrl.metrics.calibration import rank_correlation, regret, state_observation
+from orderrl.metrics.statistics import bootstrap_sums
+from orderrl.oracle import Contexts, LabelConfig, label_contexts, utilities
+from orderrl.planner import OrderHead, PlannerConfig
+
+LEVELS = ("positions", "class", "content")
+"""What a planner sees: which blocks are visible, and where; the class label too; hidden states and entropies too."""
+
+
+class Prediction(NamedTuple):
+    """What a predictor says in m states, each in a unit of its own.
+
+    Attributes:
+        utility: (m, B), of every block.
+        dependence: (m, B, B), symmetric, of every two blocks.
+    """
+
+    utility: Tensor
+    dependence: Tensor
+
+    def rows(self, rows: Tensor) -> Prediction:
+        """What it says in some of the states, given by their numbers, int64."""
+        return Prediction(self.utility[rows], self.dependence[rows])
+
+
+def oracle_prediction(gains: Tensor, geometry: BlockGrid) -> Prediction:
+    """Utilities, nats per image token, and dependences, nats, of gains (m, B, B)."""
+    return Prediction(utilities(gains, geometry), (gains + gains.mT) / 2)
+
+
+# ---------------------------------------------------------------------- predictors
+
+
+def clone_level(
+    level: str,
+    labels: TensorDict,
+    geometry: BlockGrid,
+    shape: PlannerConfig,
+    config: BCConfig,
+    advance: Callable[[str], None] = lambda level: None,
+) -> OrderHead:
+    """Clone a planner that sees what a level names.
+
+    Args:
+        level: one of `LEVELS`.
+        labels: contexts as `label_contexts` stores them.
+        geometry: the block grid.
+        shape: of the planner; `content` and `pairs` are those of the level.
+        config: of the cloning; its target is "pairs", which keeps the weights with the least held-out error.
+        advance: called with the level after every step.
+
+    Returns:
+        The planner in eval mode.
+
+    Raises:
+        ValueError: as `clone`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        planner = OrderHead(replace(shape, content=level == "content", pairs=True))
+    for _ in clone(planner, _as_seen(level, labels), geometry, replace(config, target="pairs")):
+        advance(level)
+    return planner
+
+
+@torch.no_grad()
+def level_prediction(level: str, planner: OrderHead, states: TensorDict) -> Prediction:
+    """What a planner of a level says in labelled states, batch (m,)."""
+    output = planner(_as_seen(level, state_observation(states)).to(planner.position.device))
+    return Prediction(output.scores.cpu(), output.dependence.cpu())
+
+
+def _as_seen(level: str, states: TensorDict) -> TensorDict:
+    """States whose images all have one class, at the level that does not see it."""
+    if level != "positions":
+        return states
+    blind = {"label": torch.zeros_like(states["label"])}
+    return TensorDict(dict(states.items()) | blind, batch_size=states.batch_size)
+
+
+def lookahead_prediction(
+    backbone: Backbone, data: TokenSet, states: TensorDict, draws: int, seed: int = 0
+) -> Prediction:
+    """Expected gains over the backbone's own draws (label kind "expected").
+
+    Args:
+        backbone: of discrete tokens.
+        data: the images of the states.
+        states: labelled contexts, batch (m,), with keys image, order, length.
+        draws: K of each block; costs K packed forwards.
+        seed: of the draws.
+
+    Raises:
+        ValueError: if draws is below 1.
+    """
+    if draws < 1:
+        raise ValueError(f"draws of lookahead must be at least 1, got {draws}")
+    config = LabelConfig(contexts=len(states), kind="expected", samples=draws, seed=seed)
+    contexts = Contexts(torch.arange(len(states)), states["image"], states["order"], states["length"])
+    parts = label_contexts(backbone, data.tokens, data.labels, config, contexts)
+    by_length = torch.cat([part["gains"] for part in parts])
+    gains = torch.empty_like(by_length)
+    gains[states["length"].argsort(stable=True)] = by_length
+    return oracle_prediction(gains, backbone.geometry)
+
+
+# ---------------------------------------------------------------------- comparison
+
+
+def room(
+    predictions: Mapping[str, Prediction], states: TensorDict, geometry: BlockGrid, resamples: int, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Compare predictions with the hindsight oracle.
+
+    Args:
+        predictions: by name; the levels, in their order, before all others.
+        states: labelled contexts of images that no predictor has seen, batch (m,), the same for all.
+        geometry: the block grid.
+        resamples: bootstrap resamples; states of an image stay together.
+        seed: of the resampling.
+
+    Returns:
+        For each prediction a dict of predictor; states, how many; r2_utility and r2_dependence, shares of the oracle's
+        variance over all candidates (pairs of candidates) of all states that the best line explains, each a dict of
+        mean, low, high; above, the predictor that it is compared with ("positions" for "class", else "class"; None for
+        the first), and gain_utility and gain_dependence, the differences of the shares, paired; spearman and regret
+        (nats per image token) against the oracle's utilities, means over states with intervals, as in the table of an
+        evaluation; no spearman where fewer than two images have one.
+    """
+    oracle = oracle_prediction(states["gains"], geometry)
+    hidden, image = ~states["visible"], states["image"]
+    pairs = hidden[:, :, None] & hidden[:, None] & ~torch.eye(geometry.num_blocks, dtype=torch.bool)
+    sums = {
+        name: {
+            "utility": moments_by_image(found.utility, oracle.utility, hidden, image),
+            "dependence": moments_by_image(
+                found.dependence.flatten(1), oracle.dependence.flatten(1), pairs.flatten(1), image
+            ),
+        }
+        for name, found in predictions.items()
+    }
+    entries = []
+    for name, found in predictions.items():
+        above = _compared_with(name)
+        entry: dict[str, Any] = {"predictor": name, "states": len(states), "above": above}
+        for key, mine in sums[name].items():
+            entry[f"r2_{key}"] = asdict(bootstrap_sums(mine, pooled_r2, resamples, seed=seed))
+            entry[f"gain_{key}"] = None
+            if above is not None:
+                both = np.concatenate([mine, sums[above][key]])
+                entry[f"gain_{key}"] = asdict(bootstrap_sums(both, _r2_difference, resamples, seed=seed))
+        first = found.utility.masked_fill(~hidden, -torch.inf).argmax(-1)
+        per_state = {
+            "spearman": rank_correlation(found.utility, oracle.utility, hidden, spearmanr),
+            "regret": regret(first, oracle.utility, hidden),
+        }
+        for key, values in per_state.items():
+            entry |= state_mean(key, values, image, resamples, seed)
+        entries.append(entry)
+    return entries
+
+
+def _compared_with(name: str) -> str | None:
+    """The level below a level; lookahead sees the class."""
+    return {"positions": None, "class": "positions"}.get(name, "class")
+
+
+def _r2_difference(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    return pooled_r2(sums[:6]) - pooled_r2(sums[6:])
+
+
+def measure_room(
+    p: Protocol,
+    labels: TensorDict,
+    shape: PlannerConfig,
+    config: BCConfig,
+    draws: Sequence[int],
+    lookahead_states: int,
+    advance: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Clone the levels, look ahead, and compare in the shared states, see `room`.
+
+    Lookahead is slow, so it is compared in some of the states, and the levels in these once more.
+
+    Args:
+        p: shared states of images that are not labelled for cloning; its backbone looks ahead.
+        labels: contexts of other images, to clone from.
+        shape: of the planners.
+        config: of the cloning.
+        draws: numbers of draws of lookahead.
+        lookahead_states: how many of the states it looks ahead in, evenly spread over the lengths; all if there are
+            fewer.
+        advance: called after every step of cloning and every lookahead with the predictor's name.
+
+    Raises:
+        ValueError: as `clone_level` and `lookahead_prediction`, and if lookahead_states is below 1.
+    """
+    if lookahead_states < 1:
+        raise ValueError(f"lookahead_states must be at least 1, got {lookahead_states}")
+    states, geometry = p.states, p.backbone.geometry
+    assert states is not None
+    predictions = {}
+    for level in LEVELS:
+        planner = clone_level(level, labels, geometry, shape, config, advance)
+        predictions[level] = level_prediction(level, planner, states)
+    entries = room(predictions, states, geometry, p.resamples, p.seed)
+    if not draws:
+        return entries
+    rows = torch.linspace(0, len(states) - 1, min(lookahead_states, len(states))).round().long()
+    some = states[rows]
+    predictions = {name: found.rows(rows) for name, found in predictions.items()}
+    for count in draws:
+        name = f"lookahead:{count}"
+        predictions[name] = lookahead_prediction(p.backbone, p.data, some, count, p.seed)
+        advance(name)
+    return entries + room(predictions, some, geometry, p.resamples, p.seed)

@@ -1,0 +1,365 @@
+"""Hydra applications: what composes, what is explained, and what is refused in one line."""
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.core.singleton import Singleton
+from omegaconf import DictConfig
+
+from orderrl.runtime.config import compose, documented_keys, run_application
+
+FILES = {
+    "__init__.py": "",
+    "train.yaml": """
+defaults:
+  - agent: bc
+  - data: digits
+  - _self_
+
+output_dir: runs  # folder of the runs
+seed: 0  # seed of everything
+twice: ${seed}  # the seed again
+reward:  # how it is rewarded
+  form: full  # full or cheap
+  budgets: [1, 2, 4]  # blocks a step, # included
+  mark: "a # b"  # a text with a hash
+extra: {}  # anything
+silent: 1
+""",
+    "label.yaml": "defaults:\n  - data: digits\n  - _self_\noutput_dir: runs  # folder of the runs\n",
+    "agent/bc.yaml": "name: bc  # which agent\nlearning_rate: 1e-3  # step size\n",
+    "agent/ppo.yaml": "name: ppo  # which agent\nclip: 0.2  # clipping range\nstart: ???  # where it starts\n",
+    "data/digits.yaml": "name: digits  # which data\nlist:  # values over several lines\n  - 1\n  - 2\n",
+}
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    name = f"settings_{abs(hash(request.node.nodeid))}"
+    for file, text in FILES.items():
+        path = tmp_path / name / "configs" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    (tmp_path / name / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    return f"{name}.configs"
+
+
+@pytest.fixture
+def run(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[DictConfig]]]:
+    """Runs the application ``train`` in an empty folder; returns the configurations that main was called with."""
+    root, state = logging.getLogger(), Singleton.get_state()
+    handlers, level = root.handlers[:], root.level
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+
+    def call(*arguments: str, main: Callable[[DictConfig], Any] = lambda config: None) -> list[DictConfig]:
+        seen: list[DictConfig] = []
+
+        def job(config: DictConfig) -> Any:
+            seen.append(config)
+            return main(config)
+
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        run_application("train", job, config_module=package)
+        return seen
+
+    yield call
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    Singleton.set_state(state)
+
+
+def test_libraries_are_heard_from_warnings_on(
+    run: Callable[..., list[DictConfig]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(config: DictConfig) -> None:
+        logging.getLogger("timm.models").info("found a checkpoint")
+        logging.getLogger("timm.models").warning("no head")
+
+    run(main=main)
+    assert capsys.readouterr().out.splitlines() == ["no head"]
+
+
+def _refusal(run: Callable[..., Any], capsys: pytest.CaptureFixture[str], *arguments: str, **options: Any) -> str:
+    with pytest.raises(SystemExit) as caught:
+        run(*arguments, **options)
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+# -- composing --------------------------------------------------------------------------------------------------------
+
+
+def test_compose_resolves_and_follows_overrides(package: str) -> None:
+    config = compose("train", ["agent=ppo", "seed=7", "agent.start=x"], config_module=package)
+    assert config.agent == {"name": "ppo", "clip": 0.2, "start": "x"}
+    assert config.twice == 7 and "hydra" not in config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["sead=1"], ["sead", "did you mean seed", "output_dir"]),
+        (["agent.learning=1"], ["agent.learning", "learning_rate", "name"]),
+        (["agent=ppo", "agent.clp=1"], ["agent.clp", "did you mean clip", "start"]),
+        (["nothing.at.all=1"], ["nothing", "seed"]),
+        (["agent=pppo"], ["agent=pppo", "did you mean ppo", "bc, ppo"]),
+        (["data=imagenet"], ["data=imagenet", "digits"]),
+        (["seed"], ["cannot read 'seed'", "key=value"]),
+        (["seed=1,2"], ["--multirun", "seed=[1,2]"]),
+    ],
+)
+def test_what_is_unknown_is_refused_with_the_choices(
+    package: str, run: Callable[..., Any], capsys: pytest.CaptureFixture[str], overrides: list[str], expected: list[str]
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        compose("train", overrides, config_module=package)
+    line = _refusal(run, capsys, *overrides)
+    for part in expected:
+        assert part in str(caught.value) and part in line
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_command_is_refused(package: str) -> None:
+    with pytest.raises(ValueError, match="label, train"):
+        compose("trian", config_module=package)
+
+
+def test_compose_works_inside_an_application(package: str, run: Callable[..., list[DictConfig]]) -> None:
+    inner: list[DictConfig] = []
+    run("seed=1", main=lambda _: inner.append(compose("label", config_module=package)))
+    assert inner[0].data.name == "digits"
+
+
+# -- running ----------------------------------------------------------------------------------------------------------
+
+
+def test_main_gets_the_resolved_configuration_and_hydra_writes_nothing(run: Callable[..., list[DictConfig]]) -> None:
+    before = Path.cwd()
+    (config,) = run("seed=5", "agent=bc")
+    assert config == written_out(seed=5)
+    assert Path.cwd() == before and not list(before.iterdir())
+    assert "HYDRA_FULL_ERROR" not in os.environ
+
+
+def written_out(seed: int) -> dict[str, Any]:
+    """The fixture's configuration, resolved."""
+    return {
+        "agent": {"name": "bc", "learning_rate": 1e-3},
+        "data": {"name": "digits", "list": [1, 2]},
+        "output_dir": "runs",
+        "seed": seed,
+        "twice": seed,
+        "reward": {"form": "full", "budgets": [1, 2, 4], "mark": "a # b"},
+        "extra": {},
+        "silent": 1,
+    }
+
+
+@pytest.mark.parametrize("arguments", [["-m", "seed=1,2"], ["agent=bc", "--multirun", "seed=1,2"], ["seed=1,2", "-m"]])
+def test_multirun(run: Callable[..., list[DictConfig]], arguments: list[str]) -> None:
+    assert [config.seed for config in run(*arguments, "hydra/launcher=basic")] == [1, 2]
+    written = [path for path in Path.cwd().rglob("*") if path.is_file()]
+    assert [path.name for path in written] == ["multirun.yaml"]
+    assert written[0].is_relative_to(Path.cwd() / "runs" / "multirun")
+
+
+def test_multirun_refuses_what_is_unknown(run: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run("-m", "agent=bc,pppo")
+    assert capsys.readouterr().err == "error: agent=pppo is unknown (did you mean ppo?); choose one of bc, ppo\n"
+
+
+def test_cfg_job_prints_the_configuration(run: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--cfg", "job", "seed=8") == []
+    assert "seed: 8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [ValueError, FileNotFoundError])
+def test_wrong_input_found_by_main_is_one_line(
+    run: Callable[..., Any], capsys: pytest.CaptureFixture[str], error: type[Exception]
+) -> None:
+    def main(config: DictConfig) -> None:
+        raise error("budgets=(9,)\n  exceed the blocks")
+
+    assert _refusal(run, capsys, main=main) == "error: budgets=(9,) exceed the blocks"
+
+
+def test_a_missing_value_is_named(run: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "agent.start=" in _refusal(run, capsys, "agent=ppo")
+
+
+def test_the_full_error_can_be_asked_for(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def main(config: DictConfig) -> None:
+        raise ValueError("no")
+
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(ValueError, match="no"):
+        run(main=main)
+    with pytest.raises(Exception, match="nothing"):
+        run("nothing=1")
+
+
+def test_mistakes_of_the_program_keep_their_traceback(run: Callable[..., Any]) -> None:
+    def main(config: DictConfig) -> None:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(main=main)
+
+
+def test_interrupting_exits_with_130(run: Callable[..., Any]) -> None:
+    def main(config: DictConfig) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as caught:
+        run(main=main)
+    assert caught.value.code == 130
+
+
+def test_as_a_module_from_the_shell(package: str, tmp_path: Path) -> None:
+    module = tmp_path / package.partition(".")[0] / "train.py"
+    module.write_text(
+        "from orderrl.runtime.config import run_application\n"
+        "def main(config):\n"
+        "    print('seed', config.seed)\n"
+        "    if config.seed < 0:\n"
+        "        raise ValueError('seed must not be negative')\n"
+        "if __name__ == '__main__':\n"
+        f"    run_application('train', main, config_module={package!r})\n"
+    )
+    work = tmp_path / "work"
+    work.mkdir()
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(root)])}
+
+    def start(*arguments: str) -> subprocess.CompletedProcess[str]:
+        call = [sys.executable, "-m", f"{module.parent.name}.train", *arguments]
+        return subprocess.run(call, capture_output=True, text=True, cwd=work, env=environment)
+
+    done, refused = start("seed=3"), start("seed=-1")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "seed 3\n", "")
+    assert (refused.returncode, refused.stderr) == (2, "error: seed must not be negative\n")
+    assert not list(work.iterdir())
+
+
+# -- help -------------------------------------------------------------------------------------------------------------
+
+
+def test_documented_keys_are_the_leaves_with_their_comments(package: str) -> None:
+    assert documented_keys("train", config_module=package) == {
+        "agent.name": "which agent",
+        "agent.learning_rate": "step size",
+        "data.name": "which data",
+        "data.list": "values over several lines",
+        "output_dir": "folder of the runs",
+        "seed": "seed of everything",
+        "twice": "the seed again",
+        "reward.form": "full or cheap",
+        "reward.budgets": "blocks a step, # included",
+        "reward.mark": "a text with a hash",
+        "extra": "anything",
+        "silent": "",
+    }
+    assert "agent.clip" in documented_keys("train", ["agent=ppo"], config_module=package)
+
+
+def test_help_explains_groups_and_every_key(run: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("agent=ppo", "seed=4", "--help") == []
+    text = capsys.readouterr().out
+    rows = [" ".join(line.split()) for line in text.splitlines()]
+    assert rows[0].startswith("usage: python -m ")
+    for row in (
+        "agent bc, ppo",
+        "data digits",
+        "agent.clip 0.2 clipping range",
+        "agent.start ??? where it starts",
+        "seed 4 seed of everything",
+        "twice ${seed} the seed again",
+        "reward.budgets [1, 2, 4] blocks a step, # included",
+    ):
+        assert row in rows
+    assert "hydra" not in text
+
+
+def test_help_refuses_unknown_choices(run: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "bc, ppo" in _refusal(run, capsys, "--help", "agent=pppo")
+
+
+# -- the package's own configuration ----------------------------------------------------------------------------------
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+COMMANDS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_composes_and_every_key_has_a_meaning(command: str) -> None:
+    compose(command)
+    assert [key for key, meaning in documented_keys(command).items() if not meaning] == []
+
+
+def test_every_choice_of_every_group_composes_and_is_explained() -> None:
+    groups = {command: set(compose(command)) for command in COMMANDS}
+    for path in sorted(CONFIGS.glob("*/[!_]*.yaml")):
+        group, choice = path.parent.name, path.stem
+        # all that have a group compose it alike; a grid sets keys of other groups
+        command = "results" if group == "grid" else next(command for command in COMMANDS if group in groups[command])
+        keys = documented_keys(command, [f"{group}={choice}"])
+        assert [key for key, meaning in keys.items() if not meaning] == [], (command, group, choice)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 4.00 TiB for an array"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory:\n you tried"),
+        RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+    ],
+)
+def test_too_little_memory_is_one_line_that_says_what_to_make_smaller(
+    run: Callable[..., list[DictConfig]], capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    def main(config: DictConfig) -> None:
+        raise error
+
+    line = _refusal(run, capsys, main=main)
+    assert line.startswith("error: too little memory (") and "batch_size" in line
+
+
+def test_a_decompression_bomb_is_one_line(
+    run: Callable[..., list[DictConfig]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL.Image import DecompressionBombError
+
+    def main(config: DictConfig) -> None:
+        raise DecompressionBombError("Image size exceeds limit")
+
+    assert _refusal(run, capsys, main=main) == "error: Image size exceeds limit"
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(run: Callable[..., list[DictConfig]]) -> None:
+    def main(config: DictConfig) -> None:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(main=main)
+
+
+@pytest.mark.parametrize("override", ["seed=abc", "seed=1e3", "reward.budgets=5", "reward.form=3", "twice=null"])
+def test_a_wrong_type_is_refused_before_the_command_starts(
+    run: Callable[..., list[DictConfig]], capsys: pytest.CaptureFixture[str], override: str
+) -> None:
+    def main(config: DictConfig) -> None:
+        pytest.fail("work was done")
+
+    assert override.partition("=")[0] in _refusal(run, capsys, override, main=main)
