@@ -1,17 +1,25 @@
 """What a setting may hold: its type and its range, wrong ones refused in one line.
 
-Types are those of annotations; a number must be finite. A dataclass of settings ends in one call:
+A dataclass of settings holds, for each of them, type, default, meaning and range in one line, and checks them:
 
-    def __post_init__(self) -> None:
-        check_fields(self, at_least(1, "steps"), positive("learning_rate"), between("[0, 1)", "dropout"))
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        steps: int = setting(600, "Optimiser steps", at_least(1))
+        dropout: float = setting(0.1, "Dropout rate in training", between("[0, 1)"))
+
+        def __post_init__(self) -> None:
+            check_fields(self)
+
+Numbers must be finite. Help pages read the meanings with `meanings`.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import field, fields
 from functools import cache
 from numbers import Integral, Real
 from types import UnionType
@@ -34,6 +42,25 @@ class Rule(NamedTuple):
     names: tuple[str, ...]
     holds: Callable[[Any], bool]
     refusal: str
+
+
+def setting(default: Any, meaning: str, *rules: Rule) -> Any:
+    """A field of a dataclass of settings.
+
+    Args:
+        default: its value if none is given; lists and mappings are copied.
+        meaning: a line for help pages: a noun phrase, with the unit or the choices.
+        rules: what values must fulfil besides the annotated type, such as `at_least(1)`.
+    """
+    described: dict[str, Any] = {"meaning": meaning, "rules": rules}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: copy.deepcopy(default), metadata=described)
+    return field(default=default, metadata=described)
+
+
+def meanings(settings: Any) -> dict[str, str]:
+    """The meaning of every field of a dataclass of settings, or of an instance; empty where none is given."""
+    return {item.name: item.metadata.get("meaning", "") for item in fields(settings)}
 
 
 def at_least(least: float, *names: str) -> Rule:
@@ -69,13 +96,16 @@ def one_of(choices: Iterable[str], *names: str) -> Rule:
 
 
 def check_fields(settings: Any, *rules: Rule) -> None:
-    """Refuse wrong values of a dataclass, by the annotations of its fields and by rules.
+    """Refuse wrong values of a dataclass, by the annotations of its fields, their own rules and those given here.
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
     """
     for name, kind in _kinds(settings.__class__).items():
         require_kind(name, getattr(settings, name), kind)
+    for item in fields(settings):
+        for rule in item.metadata.get("rules", ()):
+            require(rule, item.name, getattr(settings, item.name))
     for rule in rules:
         for name in rule.names:
             require(rule, name, getattr(settings, name))
