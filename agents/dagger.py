@@ -8,8 +8,10 @@ play, labels the states it gets into with the same oracle, adds them to the labe
 from __future__ import annotations
 
 import torch
+from tensordict import TensorDictBase
 from torch import Tensor
 
+from orderrl.agents.play import play
 from orderrl.agents.policies import Policy
 from orderrl.data.token_set import random_window
 from orderrl.envs.core import NextBlockCore
@@ -51,18 +53,23 @@ def own_contexts(
     for rows in torch.arange(count).split(core.num_envs):
         played = torch.cat([rows, rows[-1:].expand(core.num_envs - len(rows))])  # the last ones idle
         core.reset(index=image[played])
-        for step in range(int(length[rows[-1]])):
-            # one number for each block, and one for whose action it is; keyed, so that batches do not matter
-            keys = (Stream.POLICY, seed, played[:, None], step, torch.arange(blocks + 1))
-            core.step(_actions(policy, core, own_share, keyed_uniform(keys).to(core.device), generator))
+        acts = _mixed(policy, own_share, seed, played)
+        play(core, acts, generator, steps=int(length[rows[-1]]))
         revealed = torch.where(core.visible, core.reveal_step, blocks)
         order[rows] = revealed.argsort(dim=1, stable=True)[: len(rows)].cpu()
     return Contexts(first + torch.arange(count), image, order, length)
 
 
-def _actions(
-    policy: Policy, core: NextBlockCore, own_share: float, uniforms: Tensor, generator: torch.Generator
-) -> Tensor:
-    """(M,) int64: the policy's blocks, and random ones in their place; uniforms (M, B + 1)."""
-    anything = uniforms[:, :-1].masked_fill(core.visible, -1.0).argmax(-1)
-    return torch.where(uniforms[:, -1] < own_share, policy(core.observation(), generator), anything)
+def _mixed(policy: Policy, own_share: float, seed: int, number: Tensor) -> Policy:
+    """The policy's blocks, and random ones in their place; `number` (M,) of the contexts keys the random numbers."""
+
+    def mixed(observation: TensorDictBase, generator: torch.Generator) -> Tensor:
+        visible = observation["visible"]
+        # one number for each block, and one for whose action it is; keyed, so that batches do not matter
+        step = visible.sum(-1, keepdim=True).cpu()
+        keys = (Stream.POLICY, seed, number[:, None], step, torch.arange(visible.shape[1] + 1))
+        uniforms = keyed_uniform(keys).to(visible.device)
+        anything = uniforms[:, :-1].masked_fill(visible, -1.0).argmax(-1)
+        return torch.where(uniforms[:, -1] < own_share, policy(observation, generator), anything)
+
+    return mixed

@@ -16,12 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
 from orderrl.agents.distribution import RankedBlocks
+from orderrl.agents.play import play, scripted
 from orderrl.backbones import Backbone
 from orderrl.data import TokenSet
 from orderrl.envs.core import CoreConfig, NextBlockCore
@@ -115,16 +117,19 @@ def _play(backbone: Backbone, data: TokenSet, images: Tensor, order: Tensor, con
     core = NextBlockCore(backbone, data, len(images), CoreConfig(strict=True))
     core.reset(index=images)
     order = order.to(core.device)
-    seen = []
-    for block in order:
+    seen: list[TensorDict] = []
+
+    def look(*step: Any) -> None:
         observation = core.observation()
         hidden = observation.pop("hidden")
         if content:
             observation["hidden"] = hidden.half()
         observation["cost"] = core.losses[:, order].cumsum(-1)  # the losses of visible blocks are zero
         seen.append(observation)
-        core.step(block.expand(len(images)))
-    played: dict[str, Tensor] = TensorDict.stack(seen, 1).cpu().to_dict()
+
+    look()
+    play(core, scripted(block.expand(len(images)) for block in order), record=look)
+    played: dict[str, Tensor] = TensorDict.stack(seen[:-1], 1).cpu().to_dict()
     require_finite("losses of a played order", played, OVERFLOW)
     return played
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from orderrl.agents.distribution import planner_actions
+from orderrl.agents.play import play, scripted
 from orderrl.agents.policies import Policy
 from orderrl.envs.core import NextBlockCore
 from orderrl.planner import OrderHead
@@ -88,8 +89,7 @@ def imitate(
         "planner": planner, "optimizer": optimizer, "rate": rate, "generator": generator, "played": played,
     }  # fmt: skip
     for step in steps_of(work, config.steps, **parts):
-        for actions in played[moves:]:  # an interrupted run's
-            core.step(actions.to(core.device), restart=core.finished)
+        play(core, scripted(played[moves:]), steps=len(played) - moves, restart=True)  # an interrupted run's
         moves = len(played)
         observation = core.observation()
         shown = policy(observation, generator)

@@ -1,21 +1,26 @@
-"""Planning metrics of a policy on true images: gain, area, code length, far-context gain.
+"""Episodes played by a policy: `play`, the one loop over environment steps, and `roll_out`, which records them.
 
-`roll_out` runs a policy in mode "teacher" and records the context losses before every step; every metric is a
-function of that record, so any number of objectives is read off one rollout.
+A `Rollout` holds the context losses before every step. Every planning metric (gain, area, code length, far-context
+gain) is a function of it, so any number of objectives is read off one rollout.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
+from tensordict import TensorDictBase
 from torch import Tensor
 
 from orderrl.agents.policies import Policy, ReferencePolicy
-from orderrl.envs.core import NextBlockCore
+from orderrl.envs.core import NextBlockCore, Transition
 from orderrl.geometry import BlockGrid
 from orderrl.runtime.isolation import isolated
+
+Record = Callable[[Tensor, Transition], None]
+"""(actions, what they led to), called after every step; the core holds the state after it."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,50 @@ def act(policy: Policy | ReferencePolicy, core: NextBlockCore, generator: torch.
 
 @isolated
 @torch.no_grad()
+def play(
+    core: NextBlockCore,
+    policy: Policy | ReferencePolicy,
+    generator: torch.Generator | None = None,
+    *,
+    steps: int | None = None,
+    restart: bool = False,
+    record: Record | None = None,
+) -> None:
+    """Play the episodes of a core from where they stand; `core.reset` comes before.
+
+    Args:
+        core: its sub-environments act side by side; those that are finished ignore their actions.
+        policy: chooses actions; an illegal one raises if the core is strict.
+        generator: the policy's source of randomness; None makes one.
+        steps: planner steps at most; None plays until all episodes are finished.
+        restart: whether finished episodes begin anew, in a step of their own; `steps` is then given.
+        record: called after every step.
+
+    Raises:
+        ValueError: if the policy returns anything but actions, or an illegal one on a strict core.
+    """
+    generator = torch.Generator() if generator is None else generator
+    left = 2 * core.geometry.num_blocks if steps is None else steps
+    while left and (restart or not bool(core.finished.all())):
+        actions = act(policy, core, generator)
+        transition = core.step(actions, restart=core.finished if restart else None)
+        if record is not None:
+            record(actions, transition)
+        left -= 1
+
+
+def scripted(actions: Iterable[Tensor]) -> Policy:
+    """The policy that plays given actions, one step's after the other, whatever it sees."""
+    remaining = iter(actions)
+
+    def policy(observation: TensorDictBase, generator: torch.Generator) -> Tensor:
+        return next(remaining)
+
+    return policy
+
+
+@isolated
+@torch.no_grad()
 def roll_out(
     core: NextBlockCore, policy: Policy | ReferencePolicy, generator: torch.Generator, index: Tensor | None = None
 ) -> Rollout:
@@ -136,12 +185,12 @@ def roll_out(
     start = time.perf_counter()
     core.reset(index=index)
     losses, visible = [core.losses.clone()], [core.visible.clone()]
-    for _ in range(2 * core.geometry.num_blocks):
-        core.step(act(policy, core, generator))
+
+    def record(actions: Tensor, transition: Transition) -> None:
         losses.append(core.losses.clone())
         visible.append(core.visible.clone())
-        if bool(core.visible.all()):
-            break
+
+    play(core, policy, generator, record=record)
     if not bool(core.visible.all()):
         raise ValueError(
             f"policy left blocks hidden after {2 * core.geometry.num_blocks} steps, its actions were illegal; reveal "

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from orderrl.agents.play import play, scripted
 from orderrl.agents.policies import RankingPolicy, fixed_order
 from orderrl.agents.schedules import growing
 from orderrl.backbones import Backbone
@@ -188,15 +189,19 @@ def _play(
     core = NextBlockCore(backbone, data, len(order), CoreConfig(budgets=tuple(range(1, largest + 1))))
     core.reset(index=images)
     start = core.losses.cpu().clone()
-    revealed = torch.zeros(len(order), dtype=torch.int64)
     visible, excess = [], []
-    for size in sizes.T:
-        playing = revealed < width
+
+    def look(*step: Any) -> None:
+        playing = ~core.finished.cpu()
         visible.append(core.visible.cpu()[playing])
         excess.append((core.losses.cpu() - start)[playing])
-        listed = order.gather(1, (revealed[:, None] + torch.arange(largest)).clamp_max(width - 1))
-        core.step(torch.cat([listed, size[:, None] - 1], 1) if core.multi else listed[:, 0])
-        revealed += size
+
+    look()
+    before = sizes.cumsum(1) - sizes  # (m, T) blocks revealed before each step
+    places = (before[..., None] + torch.arange(largest)).clamp_max(width - 1)
+    listed = order[:, None].expand(-1, sizes.shape[1], -1).gather(2, places)  # (m, T, largest)
+    actions = torch.cat([listed, sizes[..., None] - 1], 2) if core.multi else listed[..., 0]
+    play(core, scripted(actions.unbind(1)), record=look)
     played = {"visible": torch.cat(visible), "excess": torch.cat(excess), "start": start}
     require_finite("losses of played schedules", played, OVERFLOW)
     return played
