@@ -1,12 +1,17 @@
 """Agents: cloning, PPO, GRPO, fitted Q iteration, joint tuning, baseline policies and the distribution of actions."""
 
-from orderrl.agents.bc import BCConfig, clone
+from orderrl.agents.bc import Config as BCConfig
+from orderrl.agents.bc import clone
 from orderrl.agents.distribution import RankedBlocks
-from orderrl.agents.fitted_q import FittedQConfig, fit_budgets, record_order
-from orderrl.agents.grpo import GRPO, GRPOConfig
-from orderrl.agents.joint import JointConfig, JointTuning
+from orderrl.agents.fitted_q import Config as FittedQConfig
+from orderrl.agents.fitted_q import fit_budgets, record_order
+from orderrl.agents.grpo import GRPO
+from orderrl.agents.grpo import Config as GRPOConfig
+from orderrl.agents.joint import Config as JointConfig
+from orderrl.agents.joint import JointTuning
 from orderrl.agents.policies import PlannerPolicy, Policy, RankingPolicy, ReferencePolicy
-from orderrl.agents.ppo import PPO, PPOConfig
+from orderrl.agents.ppo import PPO
+from orderrl.agents.ppo import Config as PPOConfig
 from orderrl.agents.registry import NamedPolicy, make_policy, policy_names
 
 __all__ = [

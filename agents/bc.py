@@ -18,7 +18,6 @@ this value (`orderrl.agents.policies.PairedPolicy`). The gains of pairs are neve
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,14 +26,19 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.nn import functional as F
 
+from orderrl.agents.agent import Agent
+from orderrl.agents.dagger import label_sets
 from orderrl.data.token_set import random_window
+from orderrl.factory import Setup
 from orderrl.geometry import BlockGrid
+from orderrl.labels import open_joined
 from orderrl.oracle import WEIGHTS, distance_weights, utilities
 from orderrl.planner import OrderHead, PlannerOutput
 from orderrl.runtime import distributed
 from orderrl.runtime.isolation import isolated_float32
-from orderrl.runtime.job import Part, Unfinished, steps_of
-from orderrl.runtime.values import at_least, between, check_fields, one_of, positive
+from orderrl.runtime.job import Job
+from orderrl.runtime.learning_rate import one_cycle
+from orderrl.runtime.values import at_least, between, check_fields, one_of, positive, setting
 
 TARGETS = ("label", "soft", "utility", "charged", "pairs")
 REGRESSED = ("utility", "charged", "pairs")  # a mean over candidates, not over states
@@ -42,64 +46,64 @@ _CHUNK = 4096  # contexts whose gains are read at a time
 _FORWARD = 256  # held-out contexts in a forward
 
 
-@dataclass(frozen=True)
-class BCConfig:
-    """How a planner is cloned from labels.
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """How a planner is cloned from labels."""
 
-    Attributes:
-        target: "utility", "soft", "label", "charged" or "pairs".
-        steps: optimiser steps.
-        passes: over the labels, at most; fewer labels take fewer steps. None sets no limit.
-        batch_size: contexts per step.
-        learning_rate: peak of the cosine schedule.
-        weight_decay: of AdamW.
-        temperature: of target "soft", in standard deviations of U.
-        weight: weight of the utility, "uniform" or "far".
-        sigma: reach of "far", in blocks.
-        held_out: share of the images kept for choosing the best checkpoint.
-        evaluate_every: steps between evaluations on the held-out images.
-        dagger_rounds: rounds of DAgger: label states that the planner reaches itself, train anew on all labels.
-        dagger_contexts: own states labelled in a round.
-        dagger_steps: optimiser steps of a round.
-        dagger_own_share: share of the planner's own actions on the way to these states; the others are random.
-        seed: of the split and batches.
-    """
-
-    target: str = "utility"
-    steps: int = 600
-    passes: float | None = None
-    batch_size: int = 256
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.05
-    temperature: float = 0.5
-    weight: str = "uniform"
-    sigma: float = 1.5
-    held_out: float = 0.1
-    evaluate_every: int = 50
-    dagger_rounds: int = 0
-    dagger_contexts: int = 2000
-    dagger_steps: int = 400
-    dagger_own_share: float = 1.0
-    seed: int = 0
+    target: str = setting(
+        "utility",
+        "What is learnt: utility (regress U), soft (listwise), label (argmax), charged (the block's own loss), pairs "
+        "(U and gains of pairs; needs planner.pairs=true)",
+        one_of(TARGETS),
+    )
+    steps: int = setting(600, "Optimiser steps", at_least(1))
+    passes: float | None = setting(
+        50.0,
+        "Passes over the labels, at most: fewer labels take fewer steps; null sets no limit",
+        between("(0, 1000000]"),
+    )
+    batch_size: int = setting(256, "Contexts per step", at_least(1))
+    learning_rate: float = setting(1e-3, "Peak learning rate", positive())
+    weight_decay: float = setting(0.05, "Weight decay of AdamW", at_least(0))
+    temperature: float = setting(0.5, "Temperature of target soft, in standard deviations of U", positive())
+    weight: str = setting("uniform", "Weight of the utility: uniform, or far (far structure counts)", one_of(WEIGHTS))
+    sigma: float = setting(1.5, "Reach of weight far, in blocks", positive())
+    held_out: float = setting(
+        0.1, "Share of the planner images kept back for choosing the best checkpoint", between("(0, 1)")
+    )
+    evaluate_every: int = setting(50, "Steps between evaluations on the images kept back", at_least(1))
+    dagger_rounds: int = setting(
+        0,
+        "Rounds that label states which the planner reaches itself (DAgger) and train anew on all labels",
+        at_least(0),
+    )
+    dagger_contexts: int = setting(2000, "Own states labelled in a round", at_least(1))
+    dagger_steps: int = setting(400, "Optimiser steps of a round", at_least(1))
+    dagger_own_share: float = setting(
+        1.0,
+        "Share of the planner's own actions on the way to these states; the others are random",
+        between("[0, 1]"),
+    )
 
     def __post_init__(self) -> None:
-        check_fields(
-            self,
-            one_of(TARGETS, "target"),
-            one_of(WEIGHTS, "weight"),
-            at_least(1, "steps", "batch_size", "evaluate_every", "dagger_contexts", "dagger_steps"),
-            at_least(0, "weight_decay", "dagger_rounds", "seed"),
-            positive("learning_rate", "temperature", "sigma"),
-            between("(0, 1000000]", "passes"),
-            between("(0, 1)", "held_out"),
-            between("[0, 1]", "dagger_own_share"),
-        )
+        check_fields(self)
 
-    def for_contexts(self, count: int) -> BCConfig:
+    def for_contexts(self, count: int) -> Config:
         """The same with no more steps than `passes` over so many contexts take."""
         if self.passes is None:
             return self
         return replace(self, steps=min(self.steps, math.ceil(self.passes * count / self.batch_size)))
+
+
+def train(setup: Setup, config: Config, job: Job) -> OrderHead:
+    """Clone a planner from sets of labels: of random contexts, and of those of each round of DAgger."""
+    if config.dagger_rounds:
+        config = replace(config, steps=config.dagger_steps)
+    torch.manual_seed(setup.seed)
+    planner = OrderHead(setup.planner)
+    contexts = open_joined(setup.label_sets, setup.backbone, job)
+    clone(planner, contexts, setup.backbone.geometry, config, setup.seed, job)
+    return planner
 
 
 def bc_loss(scores: Tensor, utility: Tensor, hidden: Tensor, target: str, temperature: float) -> Tensor:
@@ -109,7 +113,7 @@ def bc_loss(scores: Tensor, utility: Tensor, hidden: Tensor, target: str, temper
         scores: (M, B).
         utility: (M, B), the worth of each candidate, in standard deviations.
         hidden: (M, B) bool, the candidates.
-        target: see `BCConfig`.
+        target: see `Config`.
         temperature: of target "soft".
 
     Returns:
@@ -166,8 +170,13 @@ def held_out_metrics(planner: OrderHead, data: TensorDict, utility: Tensor) -> d
 
 @isolated_float32
 def clone(
-    planner: OrderHead, labels: TensorDict, geometry: BlockGrid, config: BCConfig, work: Unfinished | None = None
-) -> Iterator[dict[str, float]]:
+    planner: OrderHead,
+    labels: TensorDict,
+    geometry: BlockGrid,
+    config: Config,
+    seed: int = 0,
+    job: Job | None = None,
+) -> None:
     """Train in place; on return the planner holds the weights that were best on held-out images.
 
     Best is the largest U of the first-ranked block; of target "pairs" the least loss. Labels are read batch by batch
@@ -179,19 +188,20 @@ def clone(
         labels: contexts as `label_contexts` stores them.
         geometry: the block grid.
         config: hyper-parameters.
-        work: keeps the training's state, so that an interrupted one continues.
+        seed: of the split and the batches.
+        job: keeps the training's state, so that an interrupted one continues, and logs.
 
-    Yields:
-        One dict of metrics a step: step, loss, reasoning_steps; at evaluations also chosen and regret
-        (standard deviations of U). Target "pairs" adds the loss's parts, loss_scores and loss_pairs, and at
-        evaluations those on held-out images, held_out_scores and held_out_pairs.
+    Metrics: loss, reasoning_steps; at evaluations also chosen and regret (standard deviations of U). Target "pairs"
+    adds the loss's parts, loss_scores and loss_pairs, and at evaluations those on held-out images, held_out_scores and
+    held_out_pairs.
 
     Raises:
         ValueError: if the labels come from a single image, so that none can be kept back, there are more processes
             than contexts in a batch, or the target is "pairs" and the planner has none.
     """
-    config = config.for_contexts(len(labels))
-    generator = torch.Generator().manual_seed(config.seed)
+    # targets in standard deviations, and the images kept back
+    config, job = config.for_contexts(len(labels)), job or Job()
+    generator = torch.Generator().manual_seed(seed)
     if config.target == "pairs":
         planner.config.require_pairs("target='pairs'")
     utility, spread = score_targets(labels, geometry, config)
@@ -200,15 +210,17 @@ def clone(
         planner.set_pair_strength(2 * pairs.spread / (geometry.num_tokens * spread))
     train, held_out = split_images(labels["image"], config.held_out, generator)
     kept_back = _observations(labels, held_out)
+    # everything that a step changes
     optimizer = torch.optim.AdamW(planner.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    # 0.11 and not 0.1: a warm-up of exactly one step would make OneCycleLR divide by zero
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, config.steps, pct_start=0.11)
+    schedule = one_cycle(optimizer, config.steps, config.learning_rate)
     best: dict[str, Any] = {"quality": -float("inf"), "weights": _copy(planner)}
     final = planner.config.reasoning_steps
-    parts: dict[str, Part] = {
-        "planner": planner, "optimizer": optimizer, "schedule": schedule, "generator": generator, "best": best,
-    }  # fmt: skip
-    for step in steps_of(work, config.steps, **parts):
+    steps = job.steps(
+        config.steps, f"cloning ({config.target}, R = {final})", "steps", "loss {loss:.3f}",
+        planner=planner, optimizer=optimizer, schedule=schedule, generator=generator, best=best,
+    )  # fmt: skip
+    for step in steps:
+        # a gradient step on this process's rows of a batch
         drawn = train[torch.randint(len(train), (config.batch_size,), generator=generator)]
         rows = distributed.rows_of(drawn)
         batch = _observations(labels, rows)
@@ -220,10 +232,11 @@ def clone(
         torch.nn.utils.clip_grad_norm_(planner.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        row = {"step": step + 1, "loss": mean, "reasoning_steps": float(reasoning)}
+        row = {"loss": mean, "reasoning_steps": float(reasoning)}
         if pairs is not None:
             shares = distributed.gather({name: loss.item() for name, loss in losses.items()})
             row |= {f"loss_{name}": sum(share[name] for share in shares) for name in losses}
+        # the best weights so far, by the images kept back
         if (step + 1) % config.evaluate_every == 0 or step + 1 == config.steps:
             row |= held_out_metrics(planner, kept_back, utility[held_out])
             quality = row["chosen"]
@@ -233,7 +246,7 @@ def clone(
             trained = reasoning == final or step + 1 == config.steps
             if trained and quality > best["quality"]:
                 best |= {"quality": quality, "weights": _copy(planner)}
-        yield row
+        job.log(**row)
     planner.load_state_dict(best["weights"])
     planner.eval()
 
@@ -245,7 +258,7 @@ def cloning_losses(
     labels: TensorDict,
     rows: Tensor,
     drawn: Tensor,
-    config: BCConfig,
+    config: Config,
 ) -> dict[str, Tensor]:
     """The parts of the loss, each the share that some rows have in the mean over all that were drawn."""
     hidden = ~labels["visible"][rows]
@@ -258,7 +271,7 @@ def cloning_losses(
 
 @torch.no_grad()
 def _held_out_losses(
-    planner: OrderHead, utility: Tensor, pairs: PairTargets, labels: TensorDict, rows: Tensor, config: BCConfig
+    planner: OrderHead, utility: Tensor, pairs: PairTargets, labels: TensorDict, rows: Tensor, config: Config
 ) -> dict[str, float]:
     """The parts of the loss on contexts of images kept back, in eval mode."""
     planner.eval()
@@ -305,7 +318,7 @@ def _pairs(hidden: Tensor) -> Tensor:
     return hidden[:, :, None] & hidden[:, None] & ~same
 
 
-def score_targets(labels: TensorDict, geometry: BlockGrid, config: BCConfig) -> tuple[Tensor, float]:
+def score_targets(labels: TensorDict, geometry: BlockGrid, config: Config) -> tuple[Tensor, float]:
     """(n, B) worth of every block in standard deviations over all candidates, and what these are."""
     if config.target == "charged":
         utility = -labels["loss"]
@@ -344,3 +357,18 @@ def _weight(labels: TensorDict, rows: Tensor, drawn: Tensor, target: str) -> flo
 
 def _copy(planner: OrderHead) -> dict[str, Tensor]:
     return {key: value.clone() for key, value in planner.state_dict().items()}
+
+
+def _check(setup: Setup, config: Config) -> None:
+    if config.target == "pairs":
+        setup.planner.require_pairs("agent.target=pairs")
+
+
+def _describe(setup: Setup, config: Config, description: dict[str, Any]) -> dict[str, Any]:
+    settings = description["agent"]
+    if not config.dagger_rounds:  # what rounds would be like plays no part
+        settings = {key: value for key, value in settings.items() if not key.startswith("dagger_")}
+    return description | {"agent": settings}
+
+
+AGENT = Agent(Config, train, environment=False, label_sets=label_sets, check=_check, describe=_describe)

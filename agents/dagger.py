@@ -1,22 +1,81 @@
-"""States that a planner reaches itself, to be labelled and learnt from: the contexts of a round of DAgger.
+"""The labels that cloning learns from: random contexts, and with DAgger the states that the planner reaches itself.
 
 A clone of random prefixes is asked, when it plays, about prefixes of its own making. DAgger (Ross et al., 2011) lets it
-play, labels the states it gets into with the same oracle, adds them to the labels and trains on all of them
-(`orderrl.planners.find_or_train_clone`).
+play, labels the states it gets into with the same oracle, adds them to the labels and trains on all of them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
 from orderrl.agents.play import play
-from orderrl.agents.policies import Policy
+from orderrl.agents.policies import PlannerPolicy, Policy
+from orderrl.backbones.registry import weights_fingerprint
+from orderrl.data import load_split
 from orderrl.data.token_set import random_window
-from orderrl.envs.core import NextBlockCore
+from orderrl.envs.core import CoreConfig, NextBlockCore
+from orderrl.envs.reward import CHEAPEST
+from orderrl.factory import Setup
+from orderrl.labels import find_or_label, find_or_make_labels, label_description, open_labels
 from orderrl.oracle import Contexts
+from orderrl.planner import load_planner
+from orderrl.runtime import distributed
+from orderrl.runtime.distributed import print_main
 from orderrl.runtime.random import Stream, keyed_uniform
+
+
+def label_sets(setup: Setup, config: Any, train: Callable[[Setup, Any], Path]) -> tuple[Path, ...]:
+    """Labels of random contexts, and of states that the planner of each round reaches.
+
+    Each round trains a planner on all labels so far; labels and planners of earlier rounds are found again. All play
+    images that the first labels came from, so every round keeps back the same ones, with the states that were reached
+    on them.
+
+    Args:
+        setup: of the training.
+        config: settings of cloning, with `dagger_rounds`.
+        train: gives the checkpoint of the planner that a setup and a config train.
+    """
+    sets = [find_or_make_labels(setup)]
+    images = open_labels(sets[0], setup.backbone)["image"].unique()
+    for number in range(config.dagger_rounds):
+        before = replace(setup, label_sets=tuple(sets), name=None)
+        planner = train(before, replace(config, dagger_rounds=number))
+        print_main(f"dagger: round {number + 1} of {config.dagger_rounds}")
+        sets.append(_own_labels(setup, config, planner, images, number + 1))
+    return tuple(sets)
+
+
+def _own_labels(setup: Setup, config: Any, start: Path, images: Tensor, number: int) -> Path:
+    """Folder of the labels of states that a planner reaches itself.
+
+    Args:
+        setup, config: of the training.
+        start: the planner's checkpoint.
+        images: (n,) int64, planner images that it plays: those that its labels came from.
+        number: of the round, from 1.
+    """
+    count, share = config.dagger_contexts, config.dagger_own_share
+    planner, _ = load_planner(start, setup.backbone)
+    data = load_split(setup.data, "planner")
+    settings = replace(setup.labels, contexts=count)
+    own = {"planner": weights_fingerprint(planner), "contexts": count, "own_share": share, "round": number}
+    description = label_description(setup, data, setup.labels) | {"own": own | {"seed": setup.seed}}
+
+    def contexts() -> Contexts:
+        core = NextBlockCore(setup.backbone, data, min(settings.batch_size, count), CoreConfig(reward=CHEAPEST))
+        seed, first = setup.seed * 1_000_003 + number, setup.labels.contexts + (number - 1) * count
+        return own_contexts(PlannerPolicy(planner), core, images, count, share, seed, first)
+
+    # one process plays for all: another one's rounding might choose another block
+    return find_or_label(setup, data, settings, lambda: distributed.on_main(contexts), description)
 
 
 @torch.no_grad()

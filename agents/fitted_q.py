@@ -14,58 +14,93 @@ learn the order beside it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
+from orderrl.agents.agent import Agent
 from orderrl.agents.distribution import RankedBlocks
+from orderrl.agents.orders import ORDERS
 from orderrl.agents.play import play, scripted
+from orderrl.agents.search import SearchConfig, require_code_length, searched
 from orderrl.backbones import Backbone
-from orderrl.data import TokenSet
+from orderrl.backbones.protocol import backbone_device
+from orderrl.data import TokenSet, load_split
 from orderrl.envs.core import CoreConfig, NextBlockCore
-from orderrl.planner import OrderHead
+from orderrl.factory import Setup
+from orderrl.planner import OrderHead, PlannerConfig
+from orderrl.runtime.distributed import print_main
 from orderrl.runtime.finite import OVERFLOW, require_finite
 from orderrl.runtime.isolation import isolated, isolated_float32
-from orderrl.runtime.job import Part, Unfinished, steps_of
-from orderrl.runtime.values import at_least, check_fields, positive
+from orderrl.runtime.job import Job
+from orderrl.runtime.learning_rate import one_cycle
+from orderrl.runtime.progress import progress
+from orderrl.runtime.values import at_least, check_fields, positive, setting
 
 _LEAST_SPREAD = 0.1  # nats; differences that hardly vary do not count for more
 
 
-@dataclass(frozen=True)
-class FittedQConfig:
-    """How a planner learns the budgets of an order.
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """How a planner learns the budgets of an order."""
 
-    Attributes:
-        images: planner images that are played, fewer if there are fewer; each keeps B^2 hidden states of D halves.
-        steps: optimiser steps.
-        batch_size: images of a step, each in its B states.
-        learning_rate: peak of the one-cycle schedule.
-        weight_decay: of AdamW.
-        temperature: nats that one unit of a budget's logit is worth; the lower, the less PPO explores when it goes on.
-        seed: of weights, batches and drawn step costs.
-    """
-
-    images: int = 2000
-    steps: int = 1800
-    batch_size: int = 32
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.01
-    temperature: float = 1.0
-    seed: int = 0
+    order: str = setting(
+        "diagonal",
+        "A fixed order: raster, diagonal, staggered, halton, ..., or schedule, that of the best fixed schedule",
+    )
+    images: int = setting(
+        2000,
+        "Planner images that are played, fewer if there are fewer; each keeps 2 B^2 D bytes if content is read",
+        at_least(1),
+    )
+    steps: int = setting(1800, "Optimiser steps", at_least(1))
+    batch_size: int = setting(32, "Images of a step, each before every block; one has no spread", at_least(2))
+    learning_rate: float = setting(2e-3, "Peak learning rate", positive())
+    weight_decay: float = setting(0.01, "Weight decay of AdamW", at_least(0))
+    temperature: float = setting(
+        1.0,
+        "Nats that one unit of a budget's logit is worth; the lower, the less PPO explores when it goes on",
+        positive(),
+    )
+    search: SearchConfig = setting(SearchConfig(), "How the schedule is found, for order=schedule")
 
     def __post_init__(self) -> None:
-        check_fields(
-            self,
-            at_least(1, "images", "steps"),
-            at_least(2, "batch_size"),  # one image has no spread
-            positive("learning_rate", "temperature"),
-            at_least(0, "weight_decay", "seed"),
+        check_fields(self)
+
+
+def train(setup: Setup, config: Config, job: Job) -> OrderHead:
+    """Play the order on planner images, then fit the budgets along it."""
+    data, budgets = load_split(setup.data, "planner"), setup.environment.budgets
+    shape = _shape(setup)
+    # play the order
+    if config.order in ORDERS:
+        order = ORDERS[config.order](setup.backbone.geometry)
+    else:
+        order = searched(setup, config.search, job).order
+    images = min(config.images, len(data))
+    with progress(images, f"playing {config.order} order on {data.name}/{data.split}", "images") as advance:
+        played = record_order(setup.backbone, data, order, images, shape.content, advance, job=job)
+    for steps, (nats, sizes) in best_schedules(played["cost"], budgets).items():
+        written = "+".join(map(str, sizes))
+        print_main(
+            f"best fixed schedule in {config.order} order, {steps} steps: {written}, {nats:.2f} nats (planner images)"
         )
+    # fit the budgets
+    torch.manual_seed(setup.seed)
+    planner = OrderHead(shape).to(backbone_device(setup.backbone)).eval()
+    fit_budgets(planner, played, order, budgets, setup.environment.reward.step_cost, config, setup.seed, job)
+    return planner
+
+
+def _shape(setup: Setup) -> PlannerConfig:
+    """Shape of the planner: with the environment's budgets, and told the step cost if that is a range."""
+    environment = setup.environment
+    costs = environment.reward.step_cost_range
+    return replace(setup.planner, num_budgets=len(environment.budgets), step_cost_range=costs)
 
 
 @isolated
@@ -78,7 +113,7 @@ def record_order(
     content: bool = True,
     advance: Callable[[float], None] | None = None,
     batch: int = 128,
-    work: Unfinished | None = None,
+    job: Job | None = None,
 ) -> TensorDict:
     """Play an order on the first images, one block a step, and look before every step.
 
@@ -90,7 +125,7 @@ def record_order(
         content: keep hidden states too, B^2 times their width for every image; planners without content read none.
         advance: told how many images were played.
         batch: images played together.
-        work: keeps every batch.
+        job: keeps every batch.
 
     Returns:
         Batch (n, B) on the CPU, place i before the step that reveals block i of the order: the keys of an
@@ -100,13 +135,14 @@ def record_order(
     Raises:
         ValueError: if the order is no permutation of the blocks.
     """
+    job = job or Job()
     parts = []
     for number, rows in enumerate(torch.arange(min(images, len(data))).split(batch)):
 
         def play(rows: Tensor = rows) -> dict[str, Tensor]:
             return _play(backbone, data, rows, order, content)
 
-        parts.append(play() if work is None else work.piece(f"in-order-{number:05d}", play))
+        parts.append(job.piece(f"in-order-{number:05d}", play))
         if advance is not None:
             advance(len(rows))
     joined = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
@@ -231,9 +267,10 @@ def fit_budgets(
     order: Tensor,
     budgets: tuple[int, ...],
     step_cost: float | tuple[float, float],
-    config: FittedQConfig,
-    work: Unfinished | None = None,
-) -> Iterator[dict[str, float]]:
+    config: Config,
+    seed: int = 0,
+    job: Job | None = None,
+) -> None:
     """Train in place: budget logits on minus the costs to go, block scores on the order.
 
     Args:
@@ -243,12 +280,12 @@ def fit_budgets(
         budgets: numbers of blocks, ascending.
         step_cost: nats per image; of a range every image of every step draws its own, log-uniformly.
         config: hyper-parameters.
-        work: keeps the training's state, so that an interrupted one continues.
+        seed: of weights, batches and drawn step costs.
+        job: keeps the training's state, so that an interrupted one continues, and logs.
 
-    Yields:
-        One dict of metrics a step: step, loss, loss_budget (see `budget_loss`), loss_order (nats), cost
-        (mean nats per image of the planner's own schedules on the batch, steps included) and agreement (share of states
-        in which the highest-scored block is the order's next).
+    Metrics: loss, loss_budget (see `budget_loss`), loss_order (nats), cost (mean nats per image of the planner's own
+    schedules on the batch, steps included) and agreement (share of states in which the highest-scored block is the
+    order's next).
 
     Raises:
         ValueError: if there is no choice of budgets, or the planner has another number of them or range of step costs.
@@ -262,17 +299,21 @@ def fit_budgets(
         )
     device = planner.position.device
     order = order.to(device)
-    generator = torch.Generator().manual_seed(config.seed)
-    torch.manual_seed(config.seed)  # of dropout
+    job = job or Job()
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)  # of dropout
     optimizer = torch.optim.AdamW(planner.parameters(), config.learning_rate, weight_decay=config.weight_decay)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, config.steps, pct_start=0.11)
-    parts: dict[str, Part] = {"planner": planner, "optimizer": optimizer, "rate": rate, "generator": generator}
-    for step in steps_of(work, config.steps, **parts):
+    rate = one_cycle(optimizer, config.steps, config.learning_rate)
+    steps = job.steps(
+        config.steps, f"fitting budgets (R = {planner.config.reasoning_steps})", "steps", "cost {cost:.1f} nats",
+        planner=planner, optimizer=optimizer, rate=rate, generator=generator,
+    )  # fmt: skip
+    for _ in steps:
         batch = played[torch.randint(len(played), (config.batch_size,), generator=generator)].to(device)
         costs = _drawn(step_cost, config.batch_size, generator).to(device)
         row = _update(planner, optimizer, batch, order, budgets, costs, config.temperature)
         rate.step()
-        yield {"step": step + 1} | row
+        job.log(**row)
     planner.eval()
 
 
@@ -330,3 +371,21 @@ def _drawn(step_cost: float | tuple[float, float], count: int, generator: torch.
         return torch.full((count,), float(step_cost))
     low, high = step_cost
     return low * (high / low) ** torch.rand(count, generator=generator)
+
+
+def _check(setup: Setup, config: Config) -> None:
+    require_code_length(setup, "agent=fitted_q learns budgets")
+    if config.order != "schedule" and config.order not in ORDERS:
+        raise ValueError(f"agent.order={config.order!r} is unknown; choose schedule or one of {', '.join(ORDERS)}")
+    require_choice(setup.environment.budgets, setup.backbone.geometry.num_blocks)
+
+
+def _describe(setup: Setup, config: Config, description: dict[str, Any]) -> dict[str, Any]:
+    settings = description["agent"]
+    if config.order != "schedule":  # how one would be found plays no part
+        settings = {key: value for key, value in settings.items() if key != "search"}
+    return description | {"agent": settings}
+
+
+# as with imitation, the main process does it on its own
+AGENT = Agent(Config, train, check=_check, describe=_describe, alone=True)

@@ -20,49 +20,56 @@ from torch import Tensor
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.objectives import ClipPPOLoss
 
-from orderrl.agents.policy_gradient import PolicyGradient, PolicyGradientConfig
+from orderrl.agents.agent import Agent
+from orderrl.agents.policy_gradient import PolicyGradient, PolicyGradientConfig, played_core
 from orderrl.envs.torchrl import NextBlockTorchRLEnv
+from orderrl.factory import Setup
 from orderrl.planner import OrderHead
 from orderrl.runtime.isolation import isolated_float32
-from orderrl.runtime.values import at_least, check_fields
+from orderrl.runtime.job import Job
+from orderrl.runtime.values import at_least, setting
 
 _LEAST_STD = 1e-3  # nats; far below what orders differ by, far above how losses are rounded
 
 
 @dataclass(frozen=True, kw_only=True)
-class GRPOConfig(PolicyGradientConfig):
-    """Hyper-parameters, named as in Shao et al. (2024); those of `PolicyGradientConfig` and these.
+class Config(PolicyGradientConfig):
+    """How a planner is improved, named as in Shao et al. (2024).
 
     `minibatch_size` counts episodes; the loss is the mean over their steps (token-level, as in DAPO), and not over
-    episodes of the mean over their steps, which would favour long bad episodes (Liu et al., 2025).
-
-    Attributes:
-        episodes: of a round, over all images; every sub-environment plays as many.
-        normalize_by_std: divide advantages by the standard deviation inside the group; Dr. GRPO (Liu et al., 2025)
-            leaves it out, because it weighs images whose orders hardly differ as much as the others.
-        reward_to_go: the advantage of a step is what was paid from it on, minus the mean of what the others of the
-            group that got as far were paid from the same step on; off, that of every step is its episode's.
-        kl_coeff: weight of the Kullback-Leibler penalty to the start's policy.
+    episodes of the mean over their steps, which would favour long bad episodes (Liu et al., 2025). Dr. GRPO (Liu et
+    al., 2025) leaves out `normalize_by_std`, because it weighs images whose orders hardly differ as much as the others.
+    With `reward_to_go` the advantage of a step is what was paid from it on, minus the mean of what the others of the
+    group that got as far were paid from the same step on; off, that of every step is its episode's.
     """
 
-    group_size: int = 8
-    minibatch_size: int = 32
-    episodes: int = 256
-    normalize_by_std: bool = True
-    reward_to_go: bool = False
-    kl_coeff: float = 0.0
+    group_size: int = setting(8, "Episodes that play the same image and are compared", at_least(2))
+    episodes: int = setting(256, "Whole episodes of a round, over all images; a multiple of num_envs", at_least(1))
+    minibatch_size: int = setting(32, "Episodes of a gradient step", at_least(1))
+    kl_coeff: float = setting(0.0, "Weight of the Kullback-Leibler penalty to the policy of the start", at_least(0))
+    normalize_by_std: bool = setting(
+        True, "Whether advantages are divided by the standard deviation inside the group; Dr. GRPO does not"
+    )
+    reward_to_go: bool = setting(
+        False, "Whether what is paid from a step on is compared with the group at the same step, not whole returns"
+    )
 
     _shared_out: ClassVar = ("episodes", "minibatch_size")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # an episode is compared with the others of its group
-        check_fields(self, at_least(1, "episodes"), at_least(2, "group_size"), at_least(0, "kl_coeff"))
         if self.episodes % self.num_envs:
             raise ValueError(
                 f"num_envs={self.num_envs} must divide episodes={self.episodes}: every sub-environment plays the same "
                 "number of them in a round"
             )
+
+
+def train(setup: Setup, config: Config, job: Job) -> OrderHead:
+    """Improve the planner that the setup starts from, in its environment."""
+    assert setup.start is not None
+    env = NextBlockTorchRLEnv(core=played_core(setup, config))
+    return GRPO(setup.start, env, config, setup.seed).train(job, f"grpo ({setup.environment.reward.objective})")
 
 
 def group_advantages(
@@ -103,6 +110,7 @@ class GRPO(PolicyGradient):
         env: in mode "teacher"; its rewards alone are read, so form "charged" does. Of several processes each has its
             share of `config.num_envs`.
         config: hyper-parameters, of all processes together.
+        seed: of episodes, actions and minibatches.
 
     Metrics of a round, besides those of `PolicyGradient.train`: group_std (mean standard deviation of returns inside
     a group, nats per image: without any there is nothing to learn from), loss_objective, and with kl_coeff kl (to the
@@ -112,11 +120,11 @@ class GRPO(PolicyGradient):
         ValueError: if the environment is not the one that the config describes, or the config can't be shared out.
     """
 
-    config: GRPOConfig
+    config: Config
 
     @isolated_float32
-    def __init__(self, planner: OrderHead, env: NextBlockTorchRLEnv, config: GRPOConfig) -> None:
-        super().__init__(planner, env, config)
+    def __init__(self, planner: OrderHead, env: NextBlockTorchRLEnv, config: Config, seed: int = 0) -> None:
+        super().__init__(planner, env, config, seed)
         self.start = self._actor_of(copy.deepcopy(self.planner).requires_grad_(False)) if config.kl_coeff else None
         loss = ClipPPOLoss(self.actor, clip_epsilon=config.clip_epsilon, entropy_coeff=config.entropy_coeff)
         self._set_up(loss, planner=config.learning_rate)
@@ -185,3 +193,6 @@ class GRPO(PolicyGradient):
             "illegal": data["next", "illegal"][played].float().mean().item(),
             "group_std": returns.std(1).mean().item(),
         }
+
+
+AGENT = Agent(Config, train, start=True)

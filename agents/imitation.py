@@ -1,53 +1,100 @@
-"""Online imitation: a planner learns another policy's actions, blocks and budget, in the states of both."""
+"""Online imitation: a planner learns another policy's actions, blocks and budgets, in the states of both.
+
+It is a start for PPO and GRPO. The agent imitates a policy of `orderrl.agents.registry`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from orderrl.agents.agent import Agent
 from orderrl.agents.distribution import planner_actions
 from orderrl.agents.play import play, scripted
-from orderrl.agents.policies import Policy
+from orderrl.agents.policies import AmongBudgets, Policy, ReferencePolicy
+from orderrl.agents.registry import make_policy, policy_source
+from orderrl.agents.spec import PolicySpec
+from orderrl.backbones.protocol import backbone_device
+from orderrl.data import load_split
 from orderrl.envs.core import NextBlockCore
+from orderrl.envs.reward import CHEAPEST
+from orderrl.factory import Setup
 from orderrl.planner import OrderHead
 from orderrl.runtime.isolation import isolated_float32
-from orderrl.runtime.job import Part, Unfinished, steps_of
-from orderrl.runtime.values import at_least, between, check_fields, positive
+from orderrl.runtime.job import Job
+from orderrl.runtime.learning_rate import one_cycle
+from orderrl.runtime.storage import checksum
+from orderrl.runtime.values import at_least, between, check_fields, positive, setting
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ImitationConfig:
-    """How a planner learns a policy's actions.
+    """How a planner learns a policy's actions."""
 
-    Attributes:
-        steps: optimiser steps, each on the current states of all images.
-        num_envs: images in parallel.
-        learning_rate: peak of the cosine schedule.
-        weight_decay: of AdamW.
-        own_share: share of actions that the planner samples itself, so that it learns to come back.
-        entropy_coeff: weight of the entropy bonus; keeps the planner exploring when PPO takes over.
-        seed: of episodes and actions.
-    """
-
-    steps: int = 300
-    num_envs: int = 64
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.01
-    own_share: float = 0.2
-    entropy_coeff: float = 0.4
-    seed: int = 0
+    steps: int = setting(300, "Optimiser steps, each on the current states of all images", at_least(1))
+    num_envs: int = setting(64, "Images in parallel", at_least(1))
+    learning_rate: float = setting(2e-3, "Peak learning rate", positive())
+    weight_decay: float = setting(0.01, "Weight decay of AdamW", at_least(0))
+    own_share: float = setting(
+        0.2, "Share of actions that the planner samples itself, so that it learns to come back", between("[0, 1)")
+    )
+    entropy_coeff: float = setting(
+        0.02,
+        "Weight of the entropy bonus, which keeps PPO exploring; more favours large budgets, whose lists have more "
+        "entropy",
+        at_least(0),
+    )
 
     def __post_init__(self) -> None:
-        check_fields(
-            self,
-            at_least(1, "steps", "num_envs"),
-            positive("learning_rate"),
-            at_least(0, "weight_decay", "entropy_coeff", "seed"),
-            between("[0, 1)", "own_share"),
-        )
+        check_fields(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What a planner imitates, and how."""
+
+    policy: str = setting(
+        "raster", "What is imitated, a name as in eval.policies; its budgets must be among the environment's"
+    )
+    imitation: ImitationConfig = setting(ImitationConfig(), "How the planner learns it")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def train(setup: Setup, config: Config, job: Job) -> OrderHead:
+    """Imitate the policy that the config names."""
+    return imitated(setup, policy_to_imitate(setup, config), config.imitation, job)
+
+
+def policy_to_imitate(setup: Setup, config: Config) -> Policy:
+    """The policy of a config, with the environment's budgets.
+
+    Raises:
+        ValueError: if it looks behind the observation, must be told what a step costs, or chooses budgets that the
+            environment does not have.
+    """
+    spec = PolicySpec.parse(config.policy)
+    named = make_policy(spec, setup.backbone)
+    if isinstance(named.policy, ReferencePolicy):
+        raise ValueError(f"agent.policy={named.name!r} looks behind the observation; imitate another policy")
+    if named.step_cost_range is not None:
+        raise ValueError(f"agent.policy='{spec}' must be told what a step costs; imitate it at one cost: PATH@cost0.5")
+    return AmongBudgets(named.policy, named.budgets, setup.environment.budgets)
+
+
+def imitated(setup: Setup, policy: Policy, config: ImitationConfig, job: Job) -> OrderHead:
+    """A new planner that imitates a policy on planner images, in an environment that needs no context losses."""
+    torch.manual_seed(setup.seed)
+    shape = replace(setup.planner, num_budgets=len(setup.environment.budgets))
+    planner = OrderHead(shape).to(backbone_device(setup.backbone))
+    environment = replace(setup.environment, reward=CHEAPEST)
+    core = NextBlockCore(setup.backbone, load_split(setup.data, "planner"), config.num_envs, environment)
+    imitate(planner, core, policy, config, setup.seed, job)
+    return planner
 
 
 @isolated_float32
@@ -56,8 +103,9 @@ def imitate(
     core: NextBlockCore,
     policy: Policy,
     config: ImitationConfig,
-    work: Unfinished | None = None,
-) -> Iterator[dict[str, float]]:
+    seed: int = 0,
+    job: Job | None = None,
+) -> None:
     """Train in place, in eval mode: minus log-probability of the policy's action, minus the entropy bonus.
 
     Args:
@@ -65,32 +113,34 @@ def imitate(
         core: in mode "teacher"; its context losses are not read.
         policy: gives the action to learn in every state.
         config: hyper-parameters.
-        work: keeps the training's state, so that an interrupted one continues.
+        seed: of episodes and actions.
+        job: keeps the training's state, so that an interrupted one continues, and logs.
 
-    Yields:
-        One dict of metrics a step: step, loss, entropy, agreement (share of states in which the most likely first
-        block and budget are the policy's).
+    Metrics: loss, entropy, agreement (share of states in which the most likely first block and budget are the
+    policy's).
 
     Raises:
         ValueError: if the planner has another number of budgets than the core.
     """
-    budgets = core.config.budgets
+    budgets, job = core.config.budgets, job or Job()
     planner.config.require_budgets(budgets)
-    torch.manual_seed(config.seed)
-    generator = torch.Generator(core.device).manual_seed(config.seed)
+    torch.manual_seed(seed)
+    generator = torch.Generator(core.device).manual_seed(seed)
     planner.eval()
     optimizer = torch.optim.AdamW(planner.parameters(), config.learning_rate, weight_decay=config.weight_decay)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, config.steps, pct_start=0.11)
-    core.seed(config.seed * core.num_envs)
+    rate = one_cycle(optimizer, config.steps, config.learning_rate)
+    core.seed(seed * core.num_envs)
     core.reset()
     played: list[Tensor] = []  # all actions: replayed, they give the episodes' caches to the last bit
     moves = 0
-    parts: dict[str, Part] = {
-        "planner": planner, "optimizer": optimizer, "rate": rate, "generator": generator, "played": played,
-    }  # fmt: skip
-    for step in steps_of(work, config.steps, **parts):
+    steps = job.steps(
+        config.steps, f"imitating (R = {planner.config.reasoning_steps})", "steps", "agreement {agreement:.2f}",
+        planner=planner, optimizer=optimizer, rate=rate, generator=generator, played=played,
+    )  # fmt: skip
+    for _ in steps:
         play(core, scripted(played[moves:]), steps=len(played) - moves, restart=True)  # an interrupted run's
         moves = len(played)
+        # a gradient step on the current states
         observation = core.observation()
         shown = policy(observation, generator)
         distribution = planner_actions(planner(observation), observation, budgets)
@@ -103,10 +153,25 @@ def imitate(
         optimizer.step()
         rate.step()
         same = (distribution.mode == shown).view(len(shown), -1)[playing]
+        # the planner's own actions in some states, the policy's in the others
         own = torch.rand(len(shown), device=core.device) < config.own_share
         actions = torch.where(own.view(-1, *[1] * (shown.ndim - 1)), distribution.sample(), shown)
         core.step(actions, restart=core.finished)
         played.append(actions.cpu())
         moves += 1
         agreement = (same[:, 0] & same[:, -1]).float().mean().item()
-        yield {"step": step + 1, "loss": loss.item(), "entropy": entropy.item(), "agreement": agreement}
+        job.log(loss=loss.item(), entropy=entropy.item(), agreement=agreement)
+
+
+def _describe(setup: Setup, config: Config, description: dict[str, Any]) -> dict[str, Any]:
+    """What is in a planner's file or a user's module counts, not its name."""
+    file = policy_source(PolicySpec.parse(config.policy))
+    return description | ({} if file is None else {"imitated": checksum(file)})
+
+
+def _check(setup: Setup, config: Config) -> None:
+    policy_to_imitate(setup, config)
+
+
+# short, and nothing in it can be shared out
+AGENT = Agent(Config, train, check=_check, describe=_describe, alone=True)

@@ -13,99 +13,122 @@ Notable:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from orderrl.agents.bc import BCConfig, cloning_losses, score_targets, split_images
+from orderrl.agents import bc
+from orderrl.agents.agent import Agent, Trained
+from orderrl.agents.bc import cloning_losses, score_targets, split_images
 from orderrl.agents.play import roll_out
 from orderrl.agents.policies import RankingPolicy, planner_scorer
 from orderrl.backbones import Backbone, OrderRobustTransformer
 from orderrl.backbones.pretraining import block_orders, mean_loss, order_losses, training_loss
 from orderrl.backbones.protocol import backbone_device
 from orderrl.backbones.registry import with_block_size
-from orderrl.data import TokenSet
+from orderrl.data import AUGMENTATIONS, TokenSet, load_split
 from orderrl.envs.core import CoreConfig, NextBlockCore
+from orderrl.factory import Setup
+from orderrl.labels import find_or_make_labels, open_labels
 from orderrl.planner import OrderHead, PlannerOutput
 from orderrl.runtime import distributed
+from orderrl.runtime.distributed import print_main
 from orderrl.runtime.isolation import isolated_float32
-from orderrl.runtime.job import Part, Unfinished, steps_of
-from orderrl.runtime.values import at_least, between, check_fields, positive
+from orderrl.runtime.job import Job
+from orderrl.runtime.learning_rate import one_cycle
+from orderrl.runtime.values import at_least, between, check_fields, positive, setting
 
 OH_KEYS = ("target", "temperature", "weight", "sigma", "held_out")  # of L_OH, shared by the clone
 Augmentation = Callable[[Tensor, torch.Generator, float], Tensor]
 
 
-@dataclass(frozen=True)
-class JointConfig:
+@dataclass(frozen=True, kw_only=True)
+class Config:
     """How planner and backbone are tuned together.
 
-    Attributes:
-        layers: top transformer layers that are tuned, with the final norm and the output matrix; 0 tunes none.
-        oh_coeff: lambda, the weight of L_OH.
-        steps: optimiser steps.
-        batch_size: images a step, for L_AR.
-        contexts: labelled contexts a step, for L_OH.
-        learning_rate: of the planner, peak of the cosine schedule.
-        backbone_learning_rate: of the backbone's top, peak of the cosine schedule.
-        weight_decay: of AdamW, for the planner.
-        label_dropout: share of labels replaced by the dropped label in L_AR, for guidance.
-        augmentation: strength of the data set's augmentation in L_AR; 0 is none.
-        target, temperature, weight, sigma, held_out: of L_OH, see `BCConfig`.
-        held_out_images: held-out images on which orders are played and losses measured at an evaluation.
-        held_out_contexts: held-out contexts on which the planner is measured at an evaluation.
-        evaluate_every: steps between evaluations.
-        collapse: training stops when score_std falls below this share of its start.
-        explosion: training stops when the loss under random orders exceeds its start by more than this share.
-        seed: of the split and batches; the clone's, so that held-out images are those that it never learnt from.
+    The settings target, temperature, weight, sigma and held_out are those of L_OH and of the clone to start from.
     """
 
-    layers: int = 1
-    oh_coeff: float = 0.1
-    steps: int = 300
-    batch_size: int = 64
-    contexts: int = 64
-    learning_rate: float = 3e-4
-    backbone_learning_rate: float = 3e-5
-    weight_decay: float = 0.05
-    label_dropout: float = 0.1
-    augmentation: float = 1.0
-    target: str = "utility"
-    temperature: float = 0.5
-    weight: str = "uniform"
-    sigma: float = 1.5
-    held_out: float = 0.1
-    held_out_images: int = 64
-    held_out_contexts: int = 256
-    evaluate_every: int = 25
-    collapse: float = 0.5
-    explosion: float = 0.05
-    seed: int = 0
+    start: str | None = setting(
+        None,
+        "Planner checkpoint to start from, or newest (the newest clone in the cache); null finds or trains the clone "
+        "of this config",
+    )
+    layers: int = setting(
+        1, "Top transformer layers that are tuned, with the final norm and the output; 0 tunes none", at_least(0)
+    )
+    oh_coeff: float = setting(0.1, "Lambda of L = L_AR + lambda * L_OH", at_least(0))
+    steps: int = setting(300, "Optimiser steps", at_least(1))
+    batch_size: int = setting(64, "Images a step, for L_AR", at_least(1))
+    contexts: int = setting(64, "Labelled contexts a step, for L_OH", at_least(1))
+    learning_rate: float = setting(3e-4, "Peak learning rate of the planner", positive())
+    backbone_learning_rate: float = setting(3e-5, "Peak learning rate of the backbone's top", positive())
+    weight_decay: float = setting(0.05, "Weight decay of AdamW, for the planner", at_least(0))
+    label_dropout: float = setting(
+        0.1, "Share of labels replaced by the dropped label in L_AR, for guidance", between("[0, 1]")
+    )
+    augmentation: float = setting(1.0, "Strength of the data set's augmentation in L_AR; 0 is none", at_least(0))
+    target: str = setting("utility", "What L_OH learns and the clone learnt: utility, soft, label or charged")
+    temperature: float = setting(0.5, "Temperature of target soft, in standard deviations of U")
+    weight: str = setting("uniform", "Weight of the utility: uniform, or far (far structure counts)")
+    sigma: float = setting(1.5, "Reach of weight far, in blocks")
+    held_out: float = setting(0.1, "Share of the planner images that are watched and never learnt from")
+    held_out_images: int = setting(
+        64, "Images of them on which orders are played and losses measured at an evaluation", at_least(1)
+    )
+    held_out_contexts: int = setting(
+        256, "Contexts of them on which the planner is measured at an evaluation", at_least(1)
+    )
+    evaluate_every: int = setting(25, "Steps between evaluations", at_least(1))
+    collapse: float = setting(
+        0.5, "Training stops when score_std falls below this share of its start", between("[0, 1]")
+    )
+    explosion: float = setting(
+        0.05,
+        "Training stops when the loss under random orders rises above its start by more than this share",
+        at_least(0),
+    )
 
     def __post_init__(self) -> None:
-        check_fields(
-            self,
-            at_least(1, "steps", "batch_size", "contexts", "held_out_images", "held_out_contexts", "evaluate_every"),
-            at_least(0, "layers", "oh_coeff", "weight_decay", "augmentation", "explosion", "seed"),
-            positive("learning_rate", "backbone_learning_rate"),
-            between("[0, 1]", "label_dropout", "collapse"),
-        )
+        check_fields(self)
         _ = self.cloning  # checks what L_OH shares with cloning
         if self.target == "pairs":
             raise ValueError("target='pairs' is for agent=bc; L_OH learns scores: label, soft, utility or charged")
 
     @property
-    def cloning(self) -> BCConfig:
-        """L_OH as a cloning loss."""
-        return BCConfig(**{key: getattr(self, key) for key in OH_KEYS}, seed=self.seed)
+    def cloning(self) -> bc.Config:
+        """L_OH as a cloning loss, and the clone to start from."""
+        return bc.Config(**{key: getattr(self, key) for key in OH_KEYS})
 
 
-def copy_to_tune(backbone: Backbone, layers: int) -> OrderRobustTransformer:
-    """A copy of a backbone, to be tuned while the original stays as it is.
+def train(setup: Setup, config: Config, job: Job) -> Trained:
+    """Tune the planner that the setup starts from and a copy of its backbone."""
+    assert setup.start is not None
+    tuned = copy_to_tune(setup.backbone, config.layers)
+    torch.manual_seed(setup.seed)
+    tuning = JointTuning(
+        setup.start,
+        tuned,
+        open_labels(setup.label_sets[0], setup.backbone),
+        load_split(setup.data, "planner"),
+        load_split(setup.data, "backbone"),
+        config,
+        AUGMENTATIONS.get(setup.data),
+        setup.seed,
+    )
+    tuning.train(job)
+    outcome = tuning.outcome
+    print_main(f"joint: {outcome['stopped'] or 'no collapse, no explosion'}; kept step {outcome['kept_step']}")
+    return Trained(tuning.planner, tuned, outcome)
+
+
+def require_tunable(backbone: Backbone, layers: int) -> None:
+    """Refuse a backbone that can't be tuned.
 
     Raises:
         ValueError: if it is no order-robust causal transformer in float32, or has fewer layers.
@@ -120,6 +143,16 @@ def copy_to_tune(backbone: Backbone, layers: int) -> OrderRobustTransformer:
         raise ValueError(f"agent=joint makes steps too small for {dtype}; use backbone.dtype=float32")
     if layers > backbone.config.layers:
         raise ValueError(f"layers={layers} exceed the backbone's; use 0 to {backbone.config.layers}")
+
+
+def copy_to_tune(backbone: Backbone, layers: int) -> OrderRobustTransformer:
+    """A copy of a backbone, to be tuned while the original stays as it is.
+
+    Raises:
+        ValueError: if it can't be tuned, see `require_tunable`.
+    """
+    require_tunable(backbone, layers)
+    assert isinstance(backbone, OrderRobustTransformer)
     tuned = with_block_size(backbone, backbone.config.block_size)
     tuned.packing = backbone.packing
     return tuned
@@ -170,6 +203,7 @@ class JointTuning:
         images: for L_AR, of the backbone split.
         config: hyper-parameters.
         augment: the data set's augmentation, called with tokens, generator and strength.
+        seed: of the split and batches; the clone's, so that held-out images are those that it never learnt from.
 
     Attributes:
         outcome: after training what was measured at the start and in the state that is kept, its step, and why
@@ -187,54 +221,56 @@ class JointTuning:
         labels: TensorDict,
         labelled: TokenSet,
         images: TokenSet,
-        config: JointConfig,
+        config: Config,
         augment: Augmentation | None = None,
+        seed: int = 0,
     ) -> None:
         self.planner, self.backbone, self.config = planner, backbone, config
         self.labels, self.labelled, self.images, self.augment = labels, labelled, images, augment
         self.contexts = labels.select("image", "order", "length", "label", "visible")  # not the large gains
         self.top = top_of(backbone, config.layers).requires_grad_(True)
         self.utility, _ = score_targets(labels, backbone.geometry, config.cloning)
-        self.generator = torch.Generator().manual_seed(config.seed)
+        self.generator = torch.Generator().manual_seed(seed)
         self.learnt, held_out = split_images(labels["image"], config.held_out, self.generator)
         self.watched = held_out[:: -(-len(held_out) // config.held_out_contexts)]
         shown = labels["image"][held_out].unique()[: config.held_out_images]
-        self.shown = replace(labelled, tokens=labelled.tokens[shown], labels=labelled.labels[shown], identity=None)
         self.outcome: dict[str, Any] = {}
+        self.shown = replace(labelled, tokens=labelled.tokens[shown], labels=labelled.labels[shown], identity=None)
 
     @isolated_float32
-    def train(self, work: Unfinished | None = None) -> Iterator[dict[str, float]]:
+    def train(self, job: Job | None = None) -> None:
         """Train in place; on return planner and backbone are in the state of least held-out loss.
 
         Of several processes each takes its rows of every batch, and the gradient is that of the whole batch.
 
         Args:
-            work: keeps the training's state, so that an interrupted one continues.
+            job: keeps the training's state, so that an interrupted one continues, and logs.
 
-        Yields:
-            One dict of metrics a step: step, loss (L), loss_ar (nats per token), loss_oh; at evaluations, and for step
-            0 before the first, also what `watch` gives.
+        Metrics: loss (L), loss_ar (nats per token), loss_oh; at evaluations, and for step 0 before the first, also what
+        `watch` gives.
         """
-        c = self.config
+        c, job = self.config, job or Job()
+        # the planner, and the backbone's top, which is to stay near its start and not near 0
         groups = [
             {"params": list(self.planner.parameters()), "weight_decay": c.weight_decay},
-            {"params": list(self.top.parameters()), "weight_decay": 0.0},  # it is to stay near its start, not near 0
+            {"params": list(self.top.parameters()), "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW(groups)
-        peaks = [c.learning_rate, c.backbone_learning_rate]
-        # 0.11 and not 0.1: a warm-up of exactly one step would make OneCycleLR divide by zero
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, c.steps, pct_start=0.11)
+        schedule = one_cycle(optimizer, c.steps, [c.learning_rate, c.backbone_learning_rate])
+        # what was measured before
         start = distributed.on_main(self.watch)
-        yield {"step": 0, **start}
+        job.log(**start)
         best: dict[str, Any] = {"step": 0, "watched": start, "weights": self._weights()}
-        parts: dict[str, Part] = {
-            "planner": self.planner, "top": self.top, "optimizer": optimizer, "schedule": schedule,
-            "generator": self.generator, "best": best,
-        }  # fmt: skip
+        what = f"the top {c.layers} layers" if c.layers else "a frozen backbone"
+        steps = job.steps(
+            c.steps, f"tuning planner and {what}", "steps", "loss {loss:.3f}", planner=self.planner, top=self.top,
+            optimizer=optimizer, schedule=schedule, generator=self.generator, best=best,
+        )  # fmt: skip
         stopped = None
-        for step in steps_of(work, c.steps, **parts):
-            row = self._step(optimizer) | {"step": step + 1}
+        for step in steps:
+            row = self._step(optimizer)
             schedule.step()
+            # the best state so far, or the end
             if not math.isfinite(row["loss"]):
                 stopped = f"explosion at step {step + 1}: the training loss is {row['loss']}"
             elif (step + 1) % c.evaluate_every == 0 or step + 1 == c.steps:
@@ -243,7 +279,7 @@ class JointTuning:
                 stopped = self._failure(start, now, step + 1)
                 if stopped is None and now["held_out_loss"] < best["watched"]["held_out_loss"]:
                     best |= {"step": step + 1, "watched": now, "weights": self._weights()}
-            yield row
+            job.record(**row)
             if stopped is not None:
                 break
         self.planner.load_state_dict(best["weights"]["planner"])
@@ -371,3 +407,14 @@ def _spread(scores: Tensor, hidden: Tensor) -> Tensor:
     count = hidden.sum(-1, keepdim=True)
     mean = scores.masked_fill(~hidden, 0.0).sum(-1, keepdim=True) / count
     return ((scores - mean).masked_fill(~hidden, 0.0).square().sum(-1) / count[:, 0]).sqrt()
+
+
+def _labels(setup: Setup, config: Config, train: Callable[[Setup, Any], Path]) -> tuple[Path, ...]:
+    return (find_or_make_labels(setup),)
+
+
+def _check(setup: Setup, config: Config) -> None:
+    require_tunable(setup.backbone, config.layers)
+
+
+AGENT = Agent(Config, train, environment=False, start=True, label_sets=_labels, check=_check)

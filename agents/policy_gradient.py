@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,12 +23,15 @@ from torchrl.modules import ProbabilisticActor
 from torchrl.objectives import ClipPPOLoss
 
 from orderrl.agents.distribution import RankedBlocks
+from orderrl.data import load_split
+from orderrl.envs.core import NextBlockCore
 from orderrl.envs.torchrl import NextBlockTorchRLEnv
+from orderrl.factory import Setup
 from orderrl.planner import OrderHead
 from orderrl.runtime import distributed
 from orderrl.runtime.isolation import isolated_float32
-from orderrl.runtime.job import Unfinished
-from orderrl.runtime.values import at_least, check_fields, positive
+from orderrl.runtime.job import Job
+from orderrl.runtime.values import at_least, check_fields, positive, setting
 
 _PROCESS_SEEDS = 1_000_000_007  # between the random numbers of processes
 OBSERVATION_KEYS = ("hidden", "entropy", "visible", "label", "fraction")
@@ -37,52 +39,54 @@ OBSERVATION_KEYS = ("hidden", "entropy", "visible", "label", "fraction")
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyGradientConfig:
-    """Hyper-parameters that every agent has, named as in Schulman et al. (2017); `PPOConfig` and `GRPOConfig` say more.
+    """Settings that every agent has, named as in Schulman et al. (2017); each agent's `Config` adds its own.
 
-    Attributes:
-        iterations: rounds of collecting and learning.
-        num_envs: episodes in parallel.
-        group_size: episodes in parallel that play the same image.
-        epochs: passes over a round.
-        minibatch_size: of a gradient step.
-        learning_rate: of the planner; falls linearly to a tenth.
-        clip_epsilon: of the probability ratio.
-        entropy_coeff: weight of the entropy bonus; falls linearly to zero.
-        max_grad_norm: gradient clipping.
-        sharpness: factor from cloned scores to policy logits at the start; None keeps the start's own.
-        spacing: at the start, what a block listed in a step takes from the logit of a block in the same place,
-            falling with distance as exp(-d^2 / 2); learnt from there on, for every pair of blocks; None keeps the
-            start's own.
-        pair_strength: at the start, what one unit of the planner's own dependence (`pairs`) takes from a block's score;
-            learnt from there on; None keeps the start's own, 1 or what cloning target "pairs" made of it.
-        seed: of episodes, actions and minibatches.
+    The repulsion that `spacing` begins with falls with distance as exp(-d^2 / 2); it is learnt from there on, for every
+    pair of blocks. A `pair_strength` of None is 1, or what cloning target "pairs" made of it.
     """
 
-    iterations: int = 12
-    num_envs: int = 128
-    group_size: int = 1
-    epochs: int = 3
-    minibatch_size: int = 256
-    learning_rate: float = 6e-4
-    clip_epsilon: float = 0.2
-    entropy_coeff: float = 0.0
-    max_grad_norm: float = 1.0
-    sharpness: float | None = 5.0
-    spacing: float | None = 4.0
-    pair_strength: float | None = None
-    seed: int = 0
+    start: str | None = setting(
+        None,
+        "Planner checkpoint to start from, or newest (the newest clone in the cache); null finds or trains the planner "
+        "that start_target names",
+    )
+    start_target: str = setting(
+        "utility",
+        "Target of the clone to start from, schedule (agent=schedule), or the name of a policy (agent=imitation)",
+    )
+    iterations: int = setting(12, "Rounds of collecting and learning", at_least(1))
+    num_envs: int = setting(128, "Episodes in parallel", at_least(1))
+    group_size: int = setting(8, "Episodes in parallel that play the same image", at_least(1))
+    epochs: int = setting(3, "Passes over a round", at_least(1))
+    minibatch_size: int = setting(256, "Samples of a gradient step", at_least(1))
+    learning_rate: float = setting(6e-4, "Learning rate of the planner; falls linearly to a tenth", positive())
+    clip_epsilon: float = setting(0.2, "Clipping of the probability ratio", positive())
+    entropy_coeff: float = setting(0.0, "Weight of the entropy bonus; falls linearly to zero", at_least(0))
+    max_grad_norm: float = setting(1.0, "Largest norm of the gradient, which is clipped there", positive())
+    sharpness: float | None = setting(
+        5.0, "Factor from cloned scores to policy logits at the start; null keeps the start's own", positive()
+    )
+    spacing: float | None = setting(
+        4.0, "How much blocks of one step keep apart at the start (logits); null keeps the start's own", at_least(0)
+    )
+    pair_strength: float | None = setting(
+        None,
+        "Weight of the planner's own dependence (planner.pairs) at the start; null keeps the start's own",
+        at_least(0),
+    )
 
     _shared_out: ClassVar[tuple[str, ...]] = ("minibatch_size",)  # besides num_envs: multiples of the processes
 
     def __post_init__(self) -> None:
-        check_fields(
-            self,
-            at_least(1, "iterations", "num_envs", "group_size", "epochs", "minibatch_size"),
-            positive("learning_rate", "clip_epsilon", "max_grad_norm", "sharpness"),
-            at_least(0, "entropy_coeff", "spacing", "pair_strength", "seed"),
-        )
+        check_fields(self)
         if self.num_envs % self.group_size:
             raise ValueError(f"group_size={self.group_size} must divide num_envs={self.num_envs}")
+
+
+def played_core(setup: Setup, config: PolicyGradientConfig) -> NextBlockCore:
+    """This process's share of the environments: planner images, in the setup's environment."""
+    count = config.num_envs // distributed.size()
+    return NextBlockCore(setup.backbone, load_split(setup.data, "planner"), count, setup.environment)
 
 
 class Actor(nn.Module):
@@ -120,9 +124,10 @@ class PolicyGradient(ABC):
         planner: the start; a copy is trained, `planner` of this object is the current one.
         env: in mode "teacher". Of several processes each has its share of `config.num_envs`.
         config: hyper-parameters, of all processes together.
+        seed: of episodes, actions and minibatches.
 
     Attributes:
-        config, env: as given.
+        config, env, seed: as given.
         planner: the current one.
         actor: TorchRL's policy made of it.
         loss: TorchRL's clipped loss.
@@ -137,13 +142,15 @@ class PolicyGradient(ABC):
     loss: ClipPPOLoss
 
     @isolated_float32
-    def __init__(self, planner: OrderHead, env: NextBlockTorchRLEnv, config: PolicyGradientConfig) -> None:
+    def __init__(
+        self, planner: OrderHead, env: NextBlockTorchRLEnv, config: PolicyGradientConfig, seed: int = 0
+    ) -> None:
         self._check_shares(config)
         if env.core.num_envs * distributed.size() != config.num_envs:
             raise ValueError(f"num_envs={config.num_envs} needs as many environments, this one has {env.core.num_envs}")
         budgets, reward = env.core.config.budgets, env.core.config.reward
-        torch.manual_seed(config.seed)
-        self.config, self.env = config, env
+        torch.manual_seed(seed)
+        self.config, self.env, self.seed = config, env, seed
         self.keys = OBSERVATION_KEYS if reward.step_cost_range is None else (*OBSERVATION_KEYS, "step_cost")
         if planner.config.step_cost_range and reward.step_cost_range is None:  # a start told many costs goes on at one
             planner = planner.at_step_cost(reward.typical_step_cost)
@@ -193,41 +200,45 @@ class PolicyGradient(ABC):
     # ------------------------------------------------------------------ training
 
     @isolated_float32
-    def train(self, work: Unfinished | None = None) -> Iterator[dict[str, float]]:
-        """Rounds until `config.iterations`; yields one dict of metrics a round.
+    def train(self, job: Job | None = None, description: str = "") -> OrderHead:
+        """Rounds until `config.iterations`; returns the planner.
 
         Args:
-            work: keeps the state between rounds, so that an interrupted training continues.
+            job: keeps the state between rounds, so that an interrupted training continues, and logs.
+            description: names the progress bar.
 
-        Metrics: step, frames, return (of each image's first episode, nats per image), planner_steps (of the same),
-        illegal (share of void steps), entropy, clip_fraction, the parts of the loss, and what the agent adds.
+        Metrics: frames, return (of each image's first episode, nats per image), planner_steps (of the same), illegal
+        (share of void steps), entropy, clip_fraction, the parts of the loss, and what the agent adds.
         """
-        config, core = self.config, self.env.core
+        config, core, job = self.config, self.env.core, job or Job()
         minibatch = config.minibatch_size // distributed.size()
-        rounds = range(self.iteration, config.iterations) if work is None else work.steps(config.iterations, agent=self)
-        for number in rounds:
+        note = "return {return:.2f} nats, {planner_steps:.1f} steps"
+        for number in job.steps(config.iterations, description, "rounds", note, agent=self):
             # every round is keyed by its number, so a resumed run sees what an uninterrupted one sees
-            torch.manual_seed(config.seed * 1_000_003 + number + _PROCESS_SEEDS * distributed.rank())
+            torch.manual_seed(self.seed * 1_000_003 + number + _PROCESS_SEEDS * distributed.rank())
             core.seed(self._round_seeds())
             self._anneal(number / config.iterations)
+            # collect
             data = self._collect()
             self._estimate(data)
             row = self._summary(data)
             self.frames += sum(distributed.gather(self._count(data)))
+            # learn
             samples = self._samples(data)
             for _ in range(config.epochs):
                 for rows in torch.randperm(len(samples)).split(minibatch):
                     row |= self._update(samples[rows])
             self.iteration += 1
             self.planner.require_sound(f"round {self.iteration}: the planner")
-            yield {"step": self.iteration, "frames": self.frames} | distributed.mean_of(row)
+            job.log(frames=self.frames, **distributed.mean_of(row))
+        return self.planner
 
     def _round_seeds(self) -> Tensor:
         """Seeds of this process's environments in a round; a seed draws the images, so those of a group share it."""
         config, count = self.config, self.env.core.num_envs
         members = torch.arange(count * distributed.rank(), count * (distributed.rank() + 1))
         members = members // config.group_size * config.group_size
-        return (config.seed * 100_003 + self.iteration) * config.num_envs + members
+        return (self.seed * 100_003 + self.iteration) * config.num_envs + members
 
     @abstractmethod
     def _collect(self) -> TensorDictBase:

@@ -19,46 +19,45 @@ from torchrl.envs.utils import ExplorationType
 from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import GAE
 
-from orderrl.agents.policy_gradient import PolicyGradient, PolicyGradientConfig, flatten
+from orderrl.agents.agent import Agent
+from orderrl.agents.policy_gradient import PolicyGradient, PolicyGradientConfig, flatten, played_core
 from orderrl.envs.torchrl import NextBlockTorchRLEnv
+from orderrl.factory import Setup
 from orderrl.planner import OrderHead
 from orderrl.runtime import distributed
 from orderrl.runtime.isolation import isolated_float32
-from orderrl.runtime.values import at_least, between, check_fields, positive
+from orderrl.runtime.job import Job
+from orderrl.runtime.values import at_least, between, positive, setting
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOConfig(PolicyGradientConfig):
-    """Hyper-parameters, named as in Schulman et al. (2017); those of `PolicyGradientConfig` and these.
+class Config(PolicyGradientConfig):
+    """How a planner is improved, named as in Schulman et al. (2017).
 
     With `group_size` 2 or more, the mean advantage of the others at the same step is taken from each (leave-one-out
-    baseline: what the image itself is worth cancels). `minibatch_size` counts frames.
-
-    Attributes:
-        frames_per_batch: environment steps of a round, over all images.
-        critic_learning_rate: of the critic; falls linearly to a tenth.
-        gae_lambda: of generalised advantage estimation; gamma is 1.
-        privileged_critic: let the critic see context losses of hidden blocks (training only).
-        critic_warmup: rounds at the start that train the critic alone.
+    baseline: what the image itself is worth cancels). gamma is 1. `minibatch_size` counts frames.
     """
 
-    frames_per_batch: int = 2048
-    critic_learning_rate: float = 1e-3
-    gae_lambda: float = 0.9
-    privileged_critic: bool = True
-    critic_warmup: int = 2
+    iterations: int = setting(10, "Rounds of collecting and learning", at_least(1))
+    group_size: int = setting(8, "Episodes that play the same image; 2 or more centre advantages by image", at_least(1))
+    frames_per_batch: int = setting(2048, "Environment steps of a round, over all images", at_least(1))
+    minibatch_size: int = setting(256, "Frames of a gradient step", at_least(1))
+    learning_rate: float = setting(4e-4, "Learning rate of the planner; falls linearly to a tenth", positive())
+    critic_learning_rate: float = setting(3e-3, "Learning rate of the critic; falls linearly to a tenth", positive())
+    gae_lambda: float = setting(0.95, "Lambda of generalised advantage estimation", between("[0, 1]"))
+    sharpness: float | None = setting(
+        20.0, "Factor from cloned scores to policy logits at the start; null keeps the start's own", positive()
+    )
+    privileged_critic: bool = setting(True, "Whether the critic sees context losses of hidden blocks (training only)")
+    critic_warmup: int = setting(0, "First rounds, which train the critic alone", at_least(0))
+    spacing: float | None = setting(
+        16.0, "How much blocks of one step keep apart at the start (logits); null keeps the start's own", at_least(0)
+    )
 
     _shared_out: ClassVar = ("frames_per_batch", "minibatch_size")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_fields(
-            self,
-            at_least(1, "frames_per_batch"),
-            positive("critic_learning_rate"),
-            at_least(0, "critic_warmup"),
-            between("[0, 1]", "gae_lambda"),
-        )
         if self.frames_per_batch % self.num_envs:
             raise ValueError(
                 f"num_envs={self.num_envs} must divide frames_per_batch={self.frames_per_batch}: every image takes "
@@ -77,6 +76,13 @@ class PPOConfig(PolicyGradientConfig):
                 f"image a round, but an episode takes up to {longest}; use frames_per_batch={longest * self.num_envs} "
                 "or fewer num_envs"
             )
+
+
+def train(setup: Setup, config: Config, job: Job) -> OrderHead:
+    """Improve the planner that the setup starts from, in its environment."""
+    assert setup.start is not None
+    env = NextBlockTorchRLEnv(core=played_core(setup, config), privileged=config.privileged_critic)
+    return PPO(setup.start, env, config, setup.seed).train(job, f"ppo ({setup.environment.reward.objective})")
 
 
 class _Critic(nn.Module):
@@ -125,6 +131,7 @@ class PPO(PolicyGradient):
         env: in mode "teacher"; with `privileged` if the config's critic sees context losses. Of several processes each
             has its share of `config.num_envs`.
         config: hyper-parameters, of all processes together.
+        seed: of episodes, actions and minibatches.
 
     Metrics of a round, besides those of `PolicyGradient.train`: value_error (share of the value target's variance not
     explained), loss_critic, loss_objective.
@@ -133,13 +140,13 @@ class PPO(PolicyGradient):
         ValueError: if the environment is not the one that the config describes, or the config can't be shared out.
     """
 
-    config: PPOConfig
+    config: Config
 
     @isolated_float32
-    def __init__(self, planner: OrderHead, env: NextBlockTorchRLEnv, config: PPOConfig) -> None:
+    def __init__(self, planner: OrderHead, env: NextBlockTorchRLEnv, config: Config, seed: int = 0) -> None:
         if config.privileged_critic and not env.privileged:
             raise ValueError("privileged_critic=True needs an environment made with privileged=True")
-        super().__init__(planner, env, config)
+        super().__init__(planner, env, config, seed)
         critic_config = replace(
             self.planner.config, privileged=config.privileged_critic, num_budgets=1, reasoning_steps=0, pairs=False
         )
@@ -192,3 +199,10 @@ class PPO(PolicyGradient):
     def _summary(self, data: TensorDictBase) -> dict[str, float]:
         target, value = data["value_target"], data["state_value"]
         return super()._summary(data) | {"value_error": ((target - value).var() / target.var()).item()}
+
+
+def _check(setup: Setup, config: Config) -> None:
+    config.require_whole_episodes(setup.backbone.geometry.num_blocks, setup.environment.budgets)
+
+
+AGENT = Agent(Config, train, start=True, check=_check)

@@ -20,48 +20,35 @@ from orderrl.agents.play import play, scripted
 from orderrl.agents.policies import RankingPolicy, fixed_order
 from orderrl.agents.schedules import growing
 from orderrl.backbones import Backbone
-from orderrl.data import TokenSet
+from orderrl.data import TokenSet, load_split
 from orderrl.envs.core import CoreConfig, NextBlockCore
+from orderrl.factory import Setup
 from orderrl.geometry import BlockGrid
 from orderrl.runtime.finite import DIVERGED, OVERFLOW, require_finite
 from orderrl.runtime.isolation import isolated_float32
-from orderrl.runtime.job import Unfinished
-from orderrl.runtime.values import at_least, check_fields, positive
+from orderrl.runtime.job import Job
+from orderrl.runtime.learning_rate import one_cycle
+from orderrl.runtime.progress import progress
+from orderrl.runtime.values import at_least, check_fields, positive, setting
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """How a schedule is searched.
+    """How a schedule is searched; a refinement plays a seventh as many episodes."""
 
-    Attributes:
-        episodes: random orders that are played; images take turns.
-        refinements: how often the schedules found are played, a seventh as many episodes, and searched again.
-        width: of the two hidden layers of the loss model.
-        epochs: passes over the recorded states.
-        learning_rate: peak of the loss model's.
-        chains: schedules that are annealed side by side.
-        moves: proposals for each of them.
-        temperature: of the first move, nats per image; falls geometrically to a thousandth.
-        seed: of orders, weights and moves.
-    """
-
-    episodes: int = 3500
-    refinements: int = 8
-    width: int = 256
-    epochs: int = 6
-    learning_rate: float = 2e-3
-    chains: int = 16
-    moves: int = 2000
-    temperature: float = 1.0
-    seed: int = 0
+    episodes: int = setting(3500, "Random orders of planner images whose losses are recorded", at_least(1))
+    refinements: int = setting(8, "How often the schedules found are played and searched again", at_least(0))
+    width: int = setting(256, "Width of the two hidden layers of the loss model", at_least(1))
+    epochs: int = setting(6, "Passes over the recorded states", at_least(1))
+    learning_rate: float = setting(2e-3, "Peak learning rate of the loss model", positive())
+    chains: int = setting(16, "Schedules annealed side by side", at_least(1))
+    moves: int = setting(2000, "Proposals for each of them", at_least(1))
+    temperature: float = setting(
+        1.0, "Temperature of the first move, nats per image; falls geometrically to a thousandth", positive()
+    )
 
     def __post_init__(self) -> None:
-        check_fields(
-            self,
-            at_least(1, "episodes", "width", "epochs", "chains", "moves"),
-            at_least(0, "refinements", "seed"),
-            positive("learning_rate", "temperature"),
-        )
+        check_fields(self)
 
     @property
     def replayed(self) -> int:
@@ -90,6 +77,28 @@ class FixedSchedule(NamedTuple):
         return RankingPolicy(fixed_order(self.order), geometry, budgets, growing(budgets, self.sizes))
 
 
+def require_code_length(setup: Setup, what: str) -> None:
+    """Raise ValueError, saying what does so, if the environment pays for anything but code length and steps."""
+    reward = setup.environment.reward
+    for key, wanted in (("objective", "likelihood"), ("weight", "uniform")):
+        if getattr(reward, key) != wanted:
+            raise ValueError(
+                f"{what} for {key}={wanted!r}, got env.{key}={getattr(reward, key)!r}; use env=likelihood "
+                "env.weight=uniform"
+            )
+
+
+def searched(setup: Setup, config: SearchConfig, job: Job) -> FixedSchedule:
+    """The best fixed schedule for the planner images and the environment of a setup.
+
+    It is searched for one step cost: of a range the geometric mean.
+    """
+    data, environment = load_split(setup.data, "planner"), setup.environment
+    cost = environment.reward.typical_step_cost
+    with progress(config.played, f"searching a schedule on {data.name}/{data.split}", "orders") as advance:
+        return search_schedule(setup.backbone, data, environment.budgets, cost, config, setup.seed, advance, job)
+
+
 @isolated_float32
 def search_schedule(
     backbone: Backbone,
@@ -97,8 +106,9 @@ def search_schedule(
     budgets: tuple[int, ...],
     step_cost: float,
     config: SearchConfig,
+    seed: int = 0,
     advance: Callable[[float], None] | None = None,
-    work: Unfinished | None = None,
+    job: Job | None = None,
 ) -> FixedSchedule:
     """The cheapest fixed schedule for images of a token set.
 
@@ -110,30 +120,34 @@ def search_schedule(
         budgets: numbers of blocks that a step may reveal.
         step_cost: cost of a step, nats per image; decides how many steps the schedule takes.
         config: how it is searched.
+        seed: of orders, weights and moves.
         advance: told how many schedules were played, of `config.played` in all.
-        work: keeps what was played and annealed, so that an interrupted search continues.
+        job: keeps what was played and annealed, so that an interrupted search continues.
     """
-    generator = torch.Generator().manual_seed(config.seed)
+    # random orders, and what is lost along them
+    job = job or Job()
+    generator = torch.Generator().manual_seed(seed)
     blocks = backbone.geometry.num_blocks
     order = torch.rand(config.episodes, blocks, generator=generator).argsort(1)
     visible, excess, start = record_losses(
-        backbone, data, order, torch.arange(blocks).expand_as(order), advance, work=work
+        backbone, data, order, torch.arange(blocks).expand_as(order), advance, job=job
     )
+    # search, and play what was found
     for refinement in range(config.refinements + 1):
 
         def search(visible: Tensor = visible, excess: Tensor = excess) -> dict[str, Any]:
-            model = fit_mean_losses(visible, excess + start, config)
+            model = fit_mean_losses(visible, excess + start, config, seed)
             order, step, cost = anneal(model, blocks, budgets, step_cost, config, generator)
             require_finite("costs of the schedules found", {"cost": cost}, DIVERGED)
             return {"order": order, "step": step, "cost": cost, "generator": generator.get_state()}
 
-        found = search() if work is None else work.piece(f"annealed-{refinement:03d}", search)
+        found = job.piece(f"annealed-{refinement:03d}", search)
         generator.set_state(found["generator"])
         order, step, cost = found["order"], found["step"], found["cost"]
         if refinement < config.refinements:
             turns = torch.arange(config.replayed) % config.chains
             name = f"refinement-{refinement:03d}"
-            played = record_losses(backbone, data, order[turns], step[turns], advance, work=work, name=name)
+            played = record_losses(backbone, data, order[turns], step[turns], advance, job=job, name=name)
             visible, excess = torch.cat([visible, played[0]]), torch.cat([excess, played[1]])
     best = int(cost.argmin())
     return FixedSchedule(order[best], tuple(torch.bincount(step[best]).tolist()))
@@ -147,7 +161,7 @@ def record_losses(
     step: Tensor,
     advance: Callable[[float], None] | None = None,
     batch: int = 128,
-    work: Unfinished | None = None,
+    job: Job | None = None,
     name: str = "played",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Play schedules on images in turn and look before every step.
@@ -159,14 +173,15 @@ def record_losses(
         step: (m, B) int64, the step of each place of the order, ascending from 0.
         advance: told how many schedules were played.
         batch: schedules played together.
-        work: keeps every batch under `name`.
-        name: see `work`.
+        job: keeps every batch under `name`.
+        name: see `job`.
 
     Returns:
         visible (n, B) bool of all n states with a hidden block; excess (n, B) float32, the losses in nats less those of
         the same image when nothing is visible (most of the differences between images cancel); and the mean of what
         was taken off, (B,).
     """
+    job = job or Job()
     parts: list[dict[str, Tensor]] = []
     largest = int(F.one_hot(step).sum(1).max())
     for number, rows in enumerate(torch.arange(len(order)).split(batch)):
@@ -174,7 +189,7 @@ def record_losses(
         def play(rows: Tensor = rows) -> dict[str, Tensor]:
             return _play(backbone, data, rows % len(data), order[rows], step[rows], largest)
 
-        parts.append(play() if work is None else work.piece(f"{name}-{number:05d}", play))
+        parts.append(job.piece(f"{name}-{number:05d}", play))
         if advance is not None:
             advance(len(rows))
     visible, excess, start = (torch.cat([part[key] for part in parts]) for key in ("visible", "excess", "start"))
@@ -220,18 +235,18 @@ class MeanLosses(nn.Module):
         return self.output(self.hidden(visible.float() * 2 - 1))
 
 
-def fit_mean_losses(visible: Tensor, loss: Tensor, config: SearchConfig) -> MeanLosses:
+def fit_mean_losses(visible: Tensor, loss: Tensor, config: SearchConfig, seed: int = 0) -> MeanLosses:
     """Regress losses (n, B) of hidden blocks on what is visible (n, B) bool."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.manual_seed(seed)
         model = MeanLosses(visible.shape[1], config.width)
     hidden = ~visible
     with torch.no_grad():
         model.output.bias.copy_((loss * hidden).sum(0) / hidden.sum(0))
-    generator = torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(seed)
     batches = [rows for _ in range(config.epochs) for rows in torch.randperm(len(loss), generator=generator).split(512)]
     optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=1e-3)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, len(batches), pct_start=0.31)
+    rate = one_cycle(optimizer, len(batches), config.learning_rate, warmup=0.31)
     for rows in batches:
         error = F.mse_loss(model(visible[rows])[hidden[rows]], loss[rows][hidden[rows]])
         optimizer.zero_grad()

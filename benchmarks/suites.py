@@ -18,7 +18,8 @@ from benchmarks.naive import naive_episode, naive_label, raster_images
 from benchmarks.profile import planner_share, share_inside
 from benchmarks.shapes import Shape, raster_twin
 from orderrl.agents.policies import PlannerPolicy, RankingPolicy, fixed_order
-from orderrl.agents.ppo import PPO, PPOConfig
+from orderrl.agents.ppo import PPO
+from orderrl.agents.ppo import Config as PPOConfig
 from orderrl.agents.schedules import fixed
 from orderrl.backbones import Backbone
 from orderrl.backbones.cpu_linear import pack_weights
@@ -365,7 +366,7 @@ def ppo(settings: Settings) -> Iterator[Row]:
 
         def one_round(backbone: Any = backbone, config: PPOConfig = config, variant: Variant = variant) -> None:
             agent = PPO(planner, NextBlockTorchRLEnv(core=_core(backbone, data, count), privileged=True), config)
-            variant.extra = share_inside(backbone, agent, lambda: list(agent.train()))
+            variant.extra = share_inside(backbone, agent, agent.train)
 
         variant.call = one_round
         variants.append(variant)

@@ -69,11 +69,15 @@ class RewardConfig:
         return math.sqrt(math.prod(self.step_cost)) if isinstance(self.step_cost, tuple) else self.step_cost
 
 
+CHEAPEST = RewardConfig(objective="likelihood", form="charged")
+"""What is paid where nobody looks: it needs no context losses."""
+
+
 def _checked_range(limits: Sequence[float]) -> tuple[float, float]:
-    """A range of step costs as two floats; refused unless costs can be drawn from it log-uniformly."""
+    """A range of step costs as a tuple; refused unless costs can be drawn from it log-uniformly."""
     if not 0 < limits[0] < limits[1]:
         raise ValueError(f"step_cost must be a number or a range (low, high) with 0 < low < high, got {tuple(limits)}")
-    return float(limits[0]), float(limits[1])
+    return limits[0], limits[1]
 
 
 def drawn_step_cost(config: RewardConfig, seeds: Tensor, episode: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from orderrl.agents.bc import BCConfig
+from orderrl.agents.bc import Config as CloningConfig
 from orderrl.agents.policies import PlannerPolicy
 from orderrl.agents.registry import NamedPolicy
 from orderrl.backbones import Backbone
@@ -39,11 +39,13 @@ from orderrl.evaluation.headroom import LEVELS, measure_room
 from orderrl.evaluation.latents import latent_ablation, latent_probes
 from orderrl.evaluation.protocol import Evaluated, Protocol, evaluate_policy, first_choices
 from orderrl.evaluation.row_entries import image_means
+from orderrl.factory import open_backbone, setup_of
+from orderrl.labels import find_or_make_labels, open_labels
 from orderrl.metrics.statistics import RULE, is_significant
 from orderrl.oracle import utilities
-from orderrl.pipeline import announce, find_or_make_labels, open_backbone, open_labels, require_order_robust
 from orderrl.planner import PlannerConfig
 from orderrl.runtime.config import run_application
+from orderrl.runtime.distributed import print_main
 from orderrl.runtime.isolation import isolated_float32
 from orderrl.runtime.progress import progress
 from orderrl.runtime.run import Run
@@ -58,7 +60,7 @@ def ablate(config: DictConfig) -> Path:
             that leaves some hidden.
     """
     backbone = open_backbone(config)
-    require_order_robust(config, backbone, "ablate")
+    setup_of(config, backbone).require_order_robust("ablate")
     counts = checked_counts(config.injected, backbone)
     chosen = [named for named, _ in chosen_policies(config, backbone, planner_specs(config, backbone))]
     policies = seeds_named(chosen)
@@ -81,7 +83,7 @@ def ablate(config: DictConfig) -> Path:
         }
         path = run.write_json("ablations.json", results)
         print_ablations(results)
-        announce(f"ablations: {path}")
+        print_main(f"ablations: {path}")
     return run.folder
 
 
@@ -207,13 +209,13 @@ def orders(protocol: Protocol, rows: Sequence[Evaluated]) -> dict[str, Any]:
 
 def room(config: DictConfig, protocol: Protocol) -> list[dict[str, Any]]:
     """What explains the gains in the shared states; planners are cloned from the labels of the config."""
-    backbone, settings = protocol.backbone, BCConfig("pairs", steps=config.room.steps, seed=config.seed)
-    labels = open_labels(find_or_make_labels(config, backbone), backbone)
+    backbone, settings = protocol.backbone, CloningConfig(target="pairs", steps=config.room.steps, passes=None)
+    labels = open_labels(find_or_make_labels(setup_of(config, backbone)), backbone)
     draws = list(config.room.draws) if backbone.vocab_size else []  # lookahead needs token probabilities
     with progress(len(LEVELS) * settings.steps + len(draws), "room", "steps") as advance:
         shape = PlannerConfig.for_backbone(backbone)
         states = config.room.lookahead_states
-        return measure_room(protocol, labels, shape, settings, draws, states, lambda name: advance(note=name))
+        return measure_room(protocol, labels, shape, settings, draws, states, advance)
 
 
 def latents(protocol: Protocol, policies: Sequence[NamedPolicy]) -> list[dict[str, Any]]:
@@ -270,7 +272,7 @@ def print_ablations(results: Mapping[str, Any]) -> None:
         tables += [_variant_table(results["latents"]), _probe_table(results["latents"])]
     for table in tables:
         console.print(table)
-    announce(f"* {RULE}")
+    print_main(f"* {RULE}")
 
 
 def _shown(mean: float, interval: Sequence[float], digits: int = 3) -> str:

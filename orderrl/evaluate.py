@@ -35,6 +35,8 @@ from orderrl.evaluation.protocol import (
 from orderrl.evaluation.recording import example_images
 from orderrl.evaluation.rows import Job, evaluation_key, log_values, make_rows, publish_samples
 from orderrl.evaluation.runs import protocol_identity, save_results
+from orderrl.factory import open_backbone, sampling_of, setup_of
+from orderrl.labels import find_or_make_labels, open_labels
 from orderrl.metrics.calibration import lookahead_utility
 from orderrl.metrics.clip_score import class_captions
 from orderrl.metrics.features import Features, extract_features, own_features
@@ -42,22 +44,15 @@ from orderrl.metrics.quality import Quality, real_floor, sample_quality
 from orderrl.metrics.recognisability import OWN, check_fill, make_recogniser
 from orderrl.metrics.references import Reference, open_reference, reference_of
 from orderrl.oracle import utilities
-from orderrl.pipeline import (
-    announce,
-    find_or_make_labels,
-    open_backbone,
-    open_labels,
-    sampling_of,
-)
-from orderrl.planners import newest_planner
 from orderrl.report import write_report
 from orderrl.report.markdown import markdown_comparisons, markdown_table
 from orderrl.report.screen import print_comparisons, print_results
+from orderrl.runtime import job
 from orderrl.runtime.config import run_application
-from orderrl.runtime.distributed import is_main, launched
+from orderrl.runtime.distributed import is_main, launched, print_main
 from orderrl.runtime.isolation import isolated_float32
-from orderrl.runtime.job import Unfinished
 from orderrl.runtime.run import Run
+from orderrl.training import newest_planner
 
 AGENTS = ("bc", "fitted_q", "ppo", "grpo")  # whose newest planners are evaluated; the last one draws
 FLOOR_REPEATS = 5  # random halves of the real images
@@ -65,7 +60,7 @@ FLOOR_REPEATS = 5  # random halves of the real images
 
 def fitted_order(config: DictConfig, backbone: Backbone) -> Tensor:
     """The fixed order fitted on the planner labels of a config, (B,) int64."""
-    labels = open_labels(find_or_make_labels(config, backbone), backbone)
+    labels = open_labels(find_or_make_labels(setup_of(config, backbone)), backbone)
     utility = utilities(labels["gains"], backbone.geometry)
     return fit_order(labels["visible"], utility)
 
@@ -76,7 +71,8 @@ def newest_planners(config: DictConfig, backbone: Backbone) -> list[Path]:
     Raises:
         ValueError: if there is none.
     """
-    found = [path for agent in AGENTS if (path := newest_planner(config, backbone, agent)) is not None]
+    setup = setup_of(config, backbone)
+    found = [path for agent in AGENTS if (path := newest_planner(setup, agent)) is not None]
     if not found:
         raise ValueError(
             f"no planner for backbone {config.backbone.name!r} in {config.cache_dir}; train one with "
@@ -188,7 +184,7 @@ def real_row(protocol: Protocol) -> Quality | None:
 def _shared_states(config: DictConfig, backbone: Backbone, images: int) -> TensorDict:
     """Labelled random contexts of the first test images, for calibration."""
     wanted = {"contexts": config.eval.states, "kind": "pointwise", "samples": 1, "seed": config.seed}
-    states = open_labels(find_or_make_labels(config, backbone, "test", **wanted), backbone)
+    states = open_labels(find_or_make_labels(setup_of(config, backbone), "test", **wanted), backbone)
     return states[states["image"] < images]
 
 
@@ -222,7 +218,7 @@ def policy_of(config: DictConfig, backbone: Backbone) -> PolicySpec:
     if spec.kind != "newest":
         return spec
     spec = spec.at(newest_planners(config, backbone)[-1])
-    announce(f"policy: {spec}")
+    print_main(f"policy: {spec}")
     return spec
 
 
@@ -239,12 +235,12 @@ def chosen_policies(
 
     e = config.eval
     if not backbone.order_robust:
-        announce(
+        print_main(
             f"{config.backbone.name} draws in raster order only: no policy to compare, its raster row stands alone"
         )
         return []
     for planner in planners:
-        announce(f"planner: {planner}")
+        print_main(f"planner: {planner}")
     own_budgets = tuple(e.get("budgets", (1,)))
 
     def build(spec: PolicySpec) -> NamedPolicy:
@@ -302,7 +298,7 @@ def evaluate(config: DictConfig) -> Path:
     protocol = make_protocol(config, backbone)
     jobs = row_jobs(config, backbone, policies)
     key = evaluation_key(config, backbone, protocol.data, [named for named, _ in policies])
-    with Run("evaluate", config) as run, Unfinished(config.cache_dir, f"evaluation-{key}", instead=run.folder) as work:
+    with Run("evaluate", config) as run, job.Job(config.cache_dir, f"evaluation-{key}", instead=run.folder) as work:
         rows = make_rows(jobs, protocol, work, config.eval.keep_samples)
         if is_main():
             for number, row in enumerate(rows):
@@ -361,7 +357,7 @@ def _write_table(config: DictConfig, backbone: Backbone, protocol: Protocol, row
     (run.folder / "results.md").write_text(tables, encoding="utf-8")
     print_results(results["rows"], results["comparisons"])
     print_comparisons(results["comparisons"])
-    announce(f"results: {run.folder / 'results.json'}\nreport: {report}")
+    print_main(f"results: {run.folder / 'results.json'}\nreport: {report}")
 
 
 def _pictured(row: Evaluated) -> bool:

@@ -20,10 +20,11 @@ from orderrl.data.token_files import decode_in_parts
 from orderrl.envs.render import order_image, partial_images
 from orderrl.evaluate import fitted_order, policy_of
 from orderrl.evaluation.drawing import Generated, balanced_labels, generate_images, generate_published
+from orderrl.factory import NO_DATA, open_backbone, sampling_of, with_values
 from orderrl.geometry import BlockGrid
 from orderrl.metrics.images import save_images
-from orderrl.pipeline import NO_DATA, announce, open_backbone, sampling_of, with_values
 from orderrl.runtime.config import run_application
+from orderrl.runtime.distributed import print_main
 from orderrl.runtime.isolation import isolated_float32
 from orderrl.runtime.progress import progress
 from orderrl.runtime.run import Run
@@ -76,7 +77,7 @@ def generate(config: DictConfig) -> Path:
         _order_grid(made, images.shape[-2], images.shape[-1], columns, geometry).save(run.folder / "order.png")
         steps = (made.reveal_step.amax(1) + 1).float().mean().item()
         run.log({"images": float(config.n), "seconds": made.seconds, "planner_steps": steps}, 0)
-        announce(
+        print_main(
             f"{config.n} images in {made.seconds:.1f} s, {steps:.1f} planner steps each\n"
             f"pictures: {run.folder / 'images.png'}, {run.folder / 'order.gif'}, {run.folder / 'order.png'}"
         )

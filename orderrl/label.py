@@ -6,9 +6,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from orderrl.pipeline import announce, find_or_make_labels, open_backbone
+from orderrl.factory import open_backbone, setup_of
+from orderrl.labels import find_or_make_labels
 from orderrl.runtime.config import run_application
-from orderrl.runtime.distributed import launched
+from orderrl.runtime.distributed import launched, print_main
 from orderrl.runtime.isolation import isolated_float32
 from orderrl.runtime.run import Run
 
@@ -16,12 +17,12 @@ from orderrl.runtime.run import Run
 @isolated_float32
 def label(config: DictConfig) -> Path:
     """Make the labels of a config, or find them, and return their folder."""
-    backbone = open_backbone(config)
+    setup = setup_of(config, open_backbone(config))
     with Run("label", config) as run:
-        folder = find_or_make_labels(config, backbone, run=run)
-        contexts = config.labels.contexts
+        folder = find_or_make_labels(setup, run=run)
+        contexts = setup.labels.contexts
         run.write_json("labels.json", {"folder": str(folder), "contexts": contexts})
-        announce(f"labels: {contexts} contexts in {folder}\nrun: {run.folder}")
+        print_main(f"labels: {contexts} contexts in {folder}\nrun: {run.folder}")
     return folder
 
 

@@ -1,27 +1,165 @@
-"""A label set: made shard by shard by any number of processes, then assembled into one table on disk.
+"""Gain labels, found in the cache or made: the value of every hidden block in many contexts.
 
-Nothing here holds more than a shard of contexts in memory.
+A set of labels is made in parts by any number of processes, then assembled into one table on disk; nothing here holds
+more than a part of the contexts in memory. The fingerprint of everything that determines a set is its key in the cache,
+so no label is made twice and none that is out of date is taken.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from tensordict import TensorDict
 from torch import Tensor
 
-from orderrl.backbones import Backbone
-from orderrl.data import TokenSet
-from orderrl.oracle import Contexts, LabelConfig, label_contexts
+from orderrl.backbones import Backbone, backbone_fingerprint
+from orderrl.backbones.sharding import fix_memory, shard_backbone
+from orderrl.data import TokenSet, load_split
+from orderrl.factory import FORMAT, Setup
+from orderrl.oracle import Contexts, LabelConfig, label_contexts, random_contexts
 from orderrl.runtime import distributed
+from orderrl.runtime.cache import Cache, fingerprint
 from orderrl.runtime.finite import OVERFLOW, require_finite
-from orderrl.runtime.job import Unfinished
-from orderrl.runtime.progress import Advance
+from orderrl.runtime.job import Job, finish
+from orderrl.runtime.progress import Advance, progress
+from orderrl.runtime.run import Run
+from orderrl.runtime.storage import read_sealed
 from orderrl.runtime.tables import Column, TableWriter, floats, open_table
 
+LABELS = "labels"  # in the cache
 _ROWS = 256  # of a label set, held in memory at a time
+
+
+def label_description(setup: Setup, data: TokenSet, settings: LabelConfig) -> dict[str, Any]:
+    """What determines a set of labels."""
+    return {
+        "format": FORMAT,
+        "backbone": backbone_fingerprint(setup.backbone),
+        "data": data.fingerprint,
+        "labels": label_settings(settings),
+    }
+
+
+def label_settings(settings: LabelConfig) -> dict[str, Any]:
+    """The settings on which labels depend."""
+    values = asdict(settings)
+    del values["batch_size"]
+    return values
+
+
+def find_or_make_labels(setup: Setup, split: str = "planner", run: Run | None = None, **changes: Any) -> Path:
+    """Folder of the labels of random contexts: a table in `contexts`, and its description.
+
+    Args:
+        setup: with the backbone that scores the blocks.
+        split: which images are labelled.
+        run: logs the progress.
+        changes: replaces values of `setup.labels`.
+
+    Raises:
+        ValueError: if the backbone knows raster order only, or has no token probabilities and the labels need them.
+    """
+    setup.require_order_robust("label")
+    data, settings = load_split(setup.data, split), replace(setup.labels, **changes)
+
+    def contexts() -> Contexts:
+        return random_contexts(settings, len(data), setup.backbone.geometry.num_blocks)
+
+    return find_or_label(setup, data, settings, contexts, label_description(setup, data, settings), run)
+
+
+def find_or_label(
+    setup: Setup,
+    data: TokenSet,
+    settings: LabelConfig,
+    make_contexts: Callable[[], Contexts],
+    description: dict[str, Any],
+    run: Run | None = None,
+) -> Path:
+    """The cached labels of a description, or those of the contexts that are made; interrupted labelling continues."""
+    # what is there
+    backbone, cache, key = setup.backbone, Cache(setup.cache_dir), fingerprint(description)
+    found = distributed.on_main(lambda: cache.find(LABELS, key))
+    if found is not None:
+        finish(setup.cache_dir, f"{LABELS}-{key}")
+        distributed.print_main(f"labels: {found} (cached)")
+        return found
+    if settings.kind != "pointwise" and not backbone.vocab_size:
+        raise ValueError(
+            f"labels.kind={settings.kind!r} needs token probabilities, which a backbone of continuous tokens does not "
+            "have; use labels=pointwise"
+        )
+    # what is to be made, in which parts
+    where = f"{settings.contexts} contexts of {data.name}/{data.split}"
+    distributed.print_main(f"labels: none for this config yet, labelling {where}")
+    contexts = make_contexts()
+    shards = plan_shards(contexts, settings.batch_size, setup.shard_size)
+    if setup.shard:
+        shard_backbone(backbone, setup.device)
+        fix_memory(backbone)
+    with Job(setup.cache_dir, f"{LABELS}-{key}") as job:
+        # what an interrupted run left is kept, the rest is shared out
+        missing = missing_shards(job, shards)
+        if len(missing) < len(shards):
+            there = settings.contexts - sum(map(len, missing))
+            distributed.print_main(f"labels: {there} of {settings.contexts} contexts are there from an interrupted run")
+        mine = missing if setup.shard else distributed.share_of(missing)
+        with progress(sum(map(len, mine)), "labelling", "contexts") as advance:
+
+            def make(shard: range) -> dict[str, Tensor]:
+                label = label_shard_together if setup.shard else label_shard
+                made = label(backbone, data, settings, contexts, shard, advance)
+                if run is not None:
+                    run.log({"mean_gain": made["gains"].mean().item()}, shard.stop)
+                return made
+
+            make_shards(job, mine, make, setup.shard)
+
+        # the whole, put in its place
+        def publish() -> None:
+            assemble(job, shards, job.folder / "contexts")
+            with cache.store(LABELS, key, description) as folder:
+                (job.folder / "contexts").rename(folder / "contexts")
+
+        distributed.on_main(publish)
+    return cache.folder(LABELS, key)
+
+
+def open_labels(folder: Path, backbone: Backbone) -> TensorDict:
+    """Labels on disk, read as they are used.
+
+    Raises:
+        ValueError: if they were made for another backbone, or are not what this package writes.
+    """
+    have, want = read_sealed(folder / "key.json")["description"]["backbone"], backbone_fingerprint(backbone)
+    if have != want:
+        raise ValueError(
+            f"{folder}: labels made for backbone {have} do not fit backbone {want}; make new ones with "
+            "`python -m orderrl.label`"
+        )
+    return _open(folder / "contexts", backbone)
+
+
+def open_joined(sets: Sequence[Path], backbone: Backbone, job: Job) -> TensorDict:
+    """Sets of labels as one; several are copied to the job's folder, which goes when the job is done."""
+    opened = [open_labels(found, backbone) for found in sets]
+    if len(sets) == 1:
+        return opened[0]
+    folder = job.folder / "contexts"
+    distributed.on_main(lambda: join([found / "contexts" for found in sets], folder))
+    return _open(folder, backbone)
+
+
+def _open(folder: Path, backbone: Backbone) -> TensorDict:
+    return open_table(folder, label_columns(backbone.geometry.num_blocks, backbone.hidden_size))
+
+
+# ---------------------------------------------------------------------- made in parts
 
 
 def plan_shards(contexts: Contexts, batch_size: int, shard_size: int) -> list[range]:
@@ -94,18 +232,16 @@ def label_shard_together(
     return {key: torch.cat([labels[key] for _, labels in gathered])[order] for key in here}
 
 
-def missing_shards(work: Unfinished, shards: list[range]) -> list[range]:
+def missing_shards(job: Job, shards: list[range]) -> list[range]:
     """The shards that are still to be made."""
-    return distributed.on_main(lambda: [shard for shard in shards if not work.has(shard_name(shard))])
+    return distributed.on_main(lambda: [shard for shard in shards if not job.has(shard_name(shard))])
 
 
-def make_shards(
-    work: Unfinished, shards: list[range], make: Callable[[range], dict[str, Tensor]], together: bool
-) -> None:
+def make_shards(job: Job, shards: list[range], make: Callable[[range], dict[str, Tensor]], together: bool) -> None:
     """Make shards.
 
     Args:
-        work: where they are kept.
+        job: where they are kept.
         shards: those of this process.
         make: labels of one.
         together: all processes work on the same shards; else each has shards of its own.
@@ -117,7 +253,7 @@ def make_shards(
         labels = make(shard)
         require_finite(f"labels of contexts {shard.start} to {shard.stop - 1}", labels, OVERFLOW)
         if not together or distributed.is_main():
-            work.store(shard_name(shard), labels)
+            job.store(shard_name(shard), labels)
     distributed.barrier()
 
 
@@ -136,11 +272,11 @@ def label_columns(num_blocks: int, hidden_size: int) -> dict[str, Column]:
     }
 
 
-def assemble(work: Unfinished, shards: list[range], folder: Path) -> None:
+def assemble(job: Job, shards: list[range], folder: Path) -> None:
     """Write the shards one behind the other to a table.
 
     Args:
-        work: holds the shards.
+        job: holds the shards.
         shards: in the order of their rows.
         folder: made anew.
 
@@ -150,10 +286,10 @@ def assemble(work: Unfinished, shards: list[range], folder: Path) -> None:
     """
     with _new_table(folder) as table:
         for shard in shards:
-            part = work.load(shard_name(shard))
+            part = job.load(shard_name(shard))
             table.append(part)
             if table.rows != shard.stop - shards[0].start:
-                raise ValueError(f"{work.folder}: {shard_name(shard)} does not have {len(shard)} rows")
+                raise ValueError(f"{job.folder}: {shard_name(shard)} does not have {len(shard)} rows")
 
 
 def join(sets: Sequence[Path], folder: Path) -> None:

@@ -26,14 +26,13 @@ from orderrl.backbones.protocol import check_fits
 from orderrl.backbones.registry import TrainableBackbone, new_backbone
 from orderrl.backbones.sharding import is_sharded, whole_copy
 from orderrl.data import AUGMENTATIONS, TokenSet, load_split
-from orderrl.pipeline import announce, follow, section, with_values
+from orderrl.factory import section, with_values
 from orderrl.runtime.cache import fingerprint
 from orderrl.runtime.checkpoint import load_checkpoint
 from orderrl.runtime.config import run_application
-from orderrl.runtime.distributed import is_main, launched, on_main
+from orderrl.runtime.distributed import is_main, launched, on_main, print_main
 from orderrl.runtime.isolation import isolated_float32
-from orderrl.runtime.job import Unfinished
-from orderrl.runtime.progress import progress
+from orderrl.runtime.job import Job
 from orderrl.runtime.run import Run
 from orderrl.tokenize import find_or_make_tokens
 
@@ -59,21 +58,18 @@ def pretrain_backbone(config: DictConfig) -> Path:
     key = _key(config, backbone, train)
     with (
         Run("pretrain", config) as run,
-        Unfinished(config.cache_dir, f"backbone-{key}", config.checkpoint_seconds, run.folder) as work,
+        Job(config.cache_dir, f"backbone-{key}", config.checkpoint_seconds, run.folder, run) as job,
     ):
         if not config.shard:
             backbone = backbone.to(config.device)
         chosen, final = run.folder / "backbone.safetensors", run.folder / "backbone_final.safetensors"
-        random_phase = work.folder / chosen.name
+        random_phase = job.folder / chosen.name
 
         def keep(averaged: TrainableBackbone) -> None:
             _save(random_phase, averaged, description)
 
-        with progress(settings.steps, f"pretraining ({settings.order} order)", "steps") as advance:
-            augment = AUGMENTATIONS.get(config.data.name)
-            shard_on = config.device if config.shard else None
-            rows = pretrain(backbone, train, held_out, settings, augment, keep, work, shard_on)
-            follow(rows, work, run, lambda row: advance(row["new"], f"loss {row['loss']:.3f}"))
+        augment, shard_on = AUGMENTATIONS.get(config.data.name), config.device if config.shard else None
+        pretrain(backbone, train, held_out, settings, augment, keep, job, shard_on)
         losses = order_losses(backbone, test)
         annealed = on_main(random_phase.exists)
         _save(final if annealed else chosen, backbone, description | {"test": losses})
@@ -83,8 +79,8 @@ def pretrain_backbone(config: DictConfig) -> Path:
         run.write_json("results.json", {"split": "test", "images": len(test), **losses})
         for name, value in losses.items():
             unit = "nats" if backbone.vocab_size else "DiffLoss units"
-            announce(f"{name}: {value:.4f} {unit} per token on {len(test)} test images")
-        announce(f"backbone: {chosen}\nrun: {run.folder}")
+            print_main(f"{name}: {value:.4f} {unit} per token on {len(test)} test images")
+        print_main(f"backbone: {chosen}\nrun: {run.folder}")
     return chosen
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ from torch import Tensor
 
 from orderrl.data.folder import FolderConfig, ImageSplit, crops, folder_config, list_images, read_views
 from orderrl.data.token_set import stratified_order
-from orderrl.pipeline import announce, follow, section
+from orderrl.factory import section
 from orderrl.runtime.cache import fingerprint
 from orderrl.runtime.config import run_application
+from orderrl.runtime.distributed import print_main
 from orderrl.runtime.isolation import isolated_float32
-from orderrl.runtime.job import Unfinished
-from orderrl.runtime.progress import progress
+from orderrl.runtime.job import Job
 from orderrl.runtime.run import Run
 from orderrl.tokenizers import VQConfig, VQTokenizer, save_tokenizer
 from orderrl.tokenizers.training import TokenizerTrainingConfig, reconstruction_quality, train_tokenizer
@@ -45,30 +46,27 @@ def pretrain_tokenizer(config: DictConfig) -> Path:
     torch.manual_seed(config.seed)
     tokenizer = VQTokenizer(VQConfig(**chosen["model"]), config.tokenizer.name).to(config.device)
     _check_size(folder, tokenizer)
-    announce(images.describe())
+    print_main(images.describe())
     what = {"tokenizer": chosen, "data": crops(folder), "seed": config.seed, "images": images.version}
     with (
         Run("pretrain_tokenizer", config) as run,
-        Unfinished(config.cache_dir, f"tokenizer-{fingerprint(what)}", config.checkpoint_seconds, run.folder) as work,
+        Job(config.cache_dir, f"tokenizer-{fingerprint(what)}", config.checkpoint_seconds, run.folder, run) as job,
     ):
         path = run.folder / "tokenizer.safetensors"
         description = {"data": section(config, "data"), "split": "backbone", "training": chosen["training"]}
         source = _Images(splits["backbone"], folder)
         held_out = splits["planner" if len(splits["planner"]) else "backbone"]
-        with progress(settings.steps, "training the tokeniser", "steps") as advance:
-            rows = train_tokenizer(
-                tokenizer, source.draw, lambda: _batches(held_out, folder, settings.held_out_images), settings, work
-            )
-            follow(rows, work, run, lambda row: advance(row["new"], f"loss {row['loss']:.4f}"))
+        watched = partial(_batches, held_out, folder, settings.held_out_images)
+        train_tokenizer(tokenizer, source.draw, watched, settings, job)
         test = splits["test"] if len(splits["test"]) else held_out
         quality = reconstruction_quality(tokenizer, _batches(test, folder, len(test)))
         save_tokenizer(path, tokenizer, description | {"test": quality})
         run.write_json("results.json", {"split": test.split, **quality})
-        announce(
+        print_main(
             f"{quality['images']} {test.split} images: PSNR {quality['psnr']:.2f} dB, L1 {quality['l1']:.4f}, "
             f"{quality['usage']:.1%} of the codes in use, perplexity {quality['perplexity']:.0f}"
         )
-        announce(f"tokenizer: {path}\nrun: {run.folder}")
+        print_main(f"tokenizer: {path}\nrun: {run.folder}")
     return path
 
 

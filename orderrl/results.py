@@ -7,9 +7,9 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from orderrl.evaluate import evaluate
-from orderrl.pipeline import announce, section, with_values
+from orderrl.factory import section, with_values
 from orderrl.runtime.config import compose, run_application
-from orderrl.runtime.distributed import launched
+from orderrl.runtime.distributed import launched, print_main
 from orderrl.runtime.isolation import isolated_float32
 from orderrl.train import train
 
@@ -23,9 +23,9 @@ def results(config: DictConfig) -> Path:
     trainings = [(seed, row, training_config(config, row, seed)) for seed in config.seeds for row in config.runs]
     checkpoints: list[str] = []
     for seed, overrides, training in trainings:
-        announce(f"\n== seed {seed}: {' '.join(overrides)}")
+        print_main(f"\n== seed {seed}: {' '.join(overrides)}")
         checkpoints.append(str(train(training)))
-    announce("\n== evaluation")
+    print_main("\n== evaluation")
     return evaluate(with_values(config, {"eval": {"planners": checkpoints}}))
 
 

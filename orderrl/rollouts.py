@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,9 @@ from orderrl.data import TokenSet, load_split
 from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.envs.spaces import action_space, observation_space, to_numpy
 from orderrl.evaluate import fitted_order, policy_of
-from orderrl.pipeline import announce, open_backbone, require_order_robust, with_values
-from orderrl.planners import core_config
+from orderrl.factory import open_backbone, setup_of
 from orderrl.runtime.config import run_application
+from orderrl.runtime.distributed import print_main
 from orderrl.runtime.isolation import isolated_float32
 from orderrl.runtime.progress import progress
 from orderrl.runtime.run import Run
@@ -233,10 +233,12 @@ def rollouts(config: DictConfig) -> Path:
     if config.minari is not None:
         require_minari(config.minari)
     backbone = open_backbone(config)
-    require_order_robust(config, backbone, "rollouts")
+    setup = setup_of(config, backbone)
+    setup.require_order_robust("rollouts")
     asked = None if config.env.budgets is None else tuple(config.env.budgets)
     named = make_policy(policy_of(config, backbone), backbone, lambda: fitted_order(config, backbone), asked or (1,))
-    environment = core_config(with_values(config, {"env": {"budgets": list(asked or named.budgets)}}), backbone)
+    environment = replace(setup.environment, budgets=asked or named.budgets)
+    environment.require_blocks(backbone.geometry.num_blocks)
     policy = among_budgets(named.policy, named.budgets, environment.budgets)
     costs, told = environment.reward.step_cost_range, named.step_cost_range
     if costs and told and not told[0] <= costs[0] < costs[1] <= told[1]:
@@ -247,13 +249,13 @@ def rollouts(config: DictConfig) -> Path:
         found = record_dataset(backbone, data, policy, environment, config.n, folder, config.batch_size, config.seed)
         returns = torch.zeros(config.n).index_add_(0, found["episode"], found["next", "reward"][:, 0])
         run.log({"episodes": float(config.n), "transitions": float(len(found)), "return": returns.mean().item()}, 0)
-        announce(f"{config.n} episodes of {named.name}, {len(found)} transitions, mean return {returns.mean():.4f}")
-        announce(f"transitions: {folder}")
+        print_main(f"{config.n} episodes of {named.name}, {len(found)} transitions, mean return {returns.mean():.4f}")
+        print_main(f"transitions: {folder}")
         if config.minari is not None:
             known = {"backbone": config.backbone.name, "data": config.data.name, "split": config.split}
             arguments = known | {"budgets": list(environment.budgets)} | asdict(environment.reward)
             write_minari(config.minari, found, backbone, environment.budgets, arguments, named.name, config.seed, costs)
-            announce(f"Minari data set: {config.minari}")
+            print_main(f"Minari data set: {config.minari}")
     return folder
 
 

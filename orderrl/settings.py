@@ -152,26 +152,11 @@ def _without(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
 
 
 def _agent(values: Mapping[str, Any]) -> None:
-    from orderrl.agents.bc import BCConfig
-    from orderrl.agents.fitted_q import FittedQConfig
-    from orderrl.agents.grpo import GRPOConfig
-    from orderrl.agents.imitation import ImitationConfig
-    from orderrl.agents.joint import JointConfig
-    from orderrl.agents.ppo import PPOConfig
-    from orderrl.agents.search import SearchConfig
+    from orderrl.agents.agent import AGENTS, find_agent
+    from orderrl.factory import typed
 
-    kinds: dict[str, type[Any] | None] = {
-        "bc": BCConfig, "ppo": PPOConfig, "grpo": GRPOConfig, "fitted_q": FittedQConfig, "joint": JointConfig,
-        "schedule": None, "imitation": None,
-    }  # fmt: skip
-    require(one_of(kinds, "name"), "name", values["name"])
-    for part, kind in (("search", SearchConfig), ("imitation", ImitationConfig)):
-        if part in values:
-            with _named(part):
-                kind(**values[part])
-    agent = kinds[values["name"]]
-    if agent is not None:
-        agent(**_without(values, "name", "start", "start_target", "order", "search"))
+    require(one_of(AGENTS, "name"), "name", values["name"])
+    typed(find_agent(values["name"]).config, _without(values, "name"))
 
 
 def _env(values: Mapping[str, Any]) -> None:

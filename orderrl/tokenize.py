@@ -12,10 +12,11 @@ from torch import Tensor
 
 from orderrl.data.folder import SPLITS, FolderConfig, Images, ImageSplit, crops, folder_config, list_images, read_views
 from orderrl.data.token_files import Shard, TokenSetWriter, token_dtype
-from orderrl.pipeline import announce, section
+from orderrl.factory import section
 from orderrl.pretrain_tokenizer import pretrain_tokenizer
 from orderrl.runtime.cache import Cache, fingerprint
 from orderrl.runtime.config import run_application
+from orderrl.runtime.distributed import print_main
 from orderrl.runtime.finite import OVERFLOW, require_finite
 from orderrl.runtime.isolation import isolated_float32
 from orderrl.runtime.progress import Advance, progress
@@ -117,13 +118,13 @@ def tokenize_folder(
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     images = list_images(folder)
-    announce(images.describe())
+    print_main(images.describe())
     identity = _identity(tokenizer, folder, images, shard_size, sample_seed, half)
     cached = isinstance(output, Cache)  # what is damaged there is made again; elsewhere it is refused
     where = output.folder("tokens", fingerprint(identity)) if isinstance(output, Cache) else output
     writer = TokenSetWriter(where, identity, images, tokenizer_path, own=tokenizer.name == "small", remake=cached)
     missing = writer.missing()
-    announce(f"{len(writer.shards) - len(missing)} of {len(writer.shards)} shards are there in {writer.folder}")
+    print_main(f"{len(writer.shards) - len(missing)} of {len(writer.shards)} shards are there in {writer.folder}")
     with progress(sum(len(shard.rows) for shard in missing), "tokenising", "images") as advance:
         for shard in missing:
             tokens, labels, skipped = _encode_shard(
@@ -132,8 +133,8 @@ def tokenize_folder(
             writer.write(shard, tokens, labels, skipped)
     writer.finish()
     if writer.skipped:
-        announce(f"left out, not readable: {', '.join(map(printable, writer.skipped))}")
-    announce(f"tokens: {writer.folder}")
+        print_main(f"left out, not readable: {', '.join(map(printable, writer.skipped))}")
+    print_main(f"tokens: {writer.folder}")
     return writer.folder
 
 

@@ -14,9 +14,10 @@ from orderrl.backbones import Backbone, backbone_fingerprint, load_backbone, sav
 from orderrl.backbones.registry import new_backbone
 from orderrl.data.folder import FolderConfig
 from orderrl.evaluate import evaluate
+from orderrl.factory import FORMAT
 from orderrl.generate import _set_without_images, generate
 from orderrl.label import label
-from orderrl.pipeline import FORMAT, open_labels
+from orderrl.labels import open_labels
 from orderrl.planner import OrderHead, PlannerConfig, save_planner
 from orderrl.runtime.cache import Cache, fingerprint
 from orderrl.runtime.config import compose

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from orderrl import planners
+from orderrl import training
 from orderrl.backbones import save_backbone
 from orderrl.runtime.config import compose
 from orderrl.train import train
@@ -33,8 +35,13 @@ AGENTS = {
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a backbone; clones that other agents ask for are trained for 4 steps."""
-    short = ["agent.steps=4", "agent.evaluate_every=4"]
-    monkeypatch.setattr(planners, "compose", lambda command, overrides: compose(command, [*overrides, *short]))
+    start_of = training._start_of
+
+    def short(config: Any) -> tuple[str, Any, str]:
+        name, clone, what = start_of(config)
+        return name, replace(clone, steps=4, evaluate_every=4), what
+
+    monkeypatch.setattr(training, "_start_of", short)
     save_backbone(tmp_path / "tiny.safetensors", tiny_backbone(8, 8, vocab_size=17, num_classes=10), {})
     return tmp_path
 

@@ -7,8 +7,7 @@ the final one and is the default, because annealed weights forget random orders.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -24,7 +23,8 @@ from orderrl.data import TokenSet
 from orderrl.geometry import BlockGrid
 from orderrl.runtime import distributed
 from orderrl.runtime.isolation import isolated, isolated_float32
-from orderrl.runtime.job import Part, Unfinished, steps_of
+from orderrl.runtime.job import Job, Part
+from orderrl.runtime.learning_rate import warmed_cosine
 from orderrl.runtime.values import at_least, between, check_fields, one_of, positive
 
 ORDERS = ("random", "raster")
@@ -86,14 +86,6 @@ def random_share(step: int, config: PretrainConfig) -> float:
     if step < start:
         return 1.0
     return 1.0 - (step - start) / max(config.steps - start, 1)
-
-
-def learning_rate_factor(step: int, config: PretrainConfig) -> float:
-    """Linear warm-up, then a cosine to 2 % of the peak."""
-    if step < config.warmup:
-        return (step + 1) / config.warmup
-    progress = (step - config.warmup) / max(config.steps - config.warmup, 1)
-    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
 def block_orders(geometry: BlockGrid, count: int, share: float, generator: torch.Generator) -> Tensor:
@@ -169,9 +161,9 @@ def pretrain(
     config: PretrainConfig,
     augment: Callable[[Tensor, torch.Generator, float], Tensor] | None = None,
     on_random_phase_end: Callable[[TrainableBackbone], None] | None = None,
-    work: Unfinished | None = None,
+    job: Job | None = None,
     shard_on: str | None = None,
-) -> Iterator[dict[str, float]]:
+) -> None:
     """Train in place; on return the backbone holds the averaged weights.
 
     Of several processes each takes its rows of every batch. All draw the whole batch alike, so without dropout the
@@ -184,12 +176,10 @@ def pretrain(
         config: hyper-parameters.
         augment: the data set's augmentation, called with tokens, generator and strength.
         on_random_phase_end: receives the averaged backbone at the last step with random orders only.
-        work: keeps the training's state, so that an interrupted one continues.
+        job: keeps the training's state, so that an interrupted one continues, and logs.
         shard_on: device on which the weights are split over all processes; None leaves them whole.
 
-    Yields:
-        One dict of metrics a step: step, loss (nats per token), learning_rate, random_share; with
-        held-out losses at every evaluation.
+    Metrics: loss (nats per token), learning_rate, random_share; with held-out losses at every evaluation.
     """
     generator = torch.Generator().manual_seed(config.seed)
     averaged = AveragedModel(backbone, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
@@ -201,7 +191,7 @@ def pretrain(
     optimizer = torch.optim.AdamW(
         _parameter_groups(backbone, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.95)
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, config))
+    schedule = warmed_cosine(optimizer, config.steps, config.warmup)
     phase = {"kept_random": False}
     parts: dict[str, Part] = {"schedule": schedule, "generator": generator, "phase": phase}
     if shard_on is not None:
@@ -210,7 +200,8 @@ def pretrain(
         parts |= {"backbone": backbone, "averaged": averaged, "optimizer": optimizer}
     if distributed.rank():  # dropout of its own in every process
         torch.manual_seed(config.seed + _PROCESS_SEEDS * distributed.rank())
-    for step in steps_of(work, config.steps, **parts):
+    job = job or Job()
+    for step in job.steps(config.steps, f"pretraining ({config.order} order)", "steps", "loss {loss:.3f}", **parts):
         share = random_share(step, config)
         if share < 1 and config.order == "random" and not phase["kept_random"]:
             phase["kept_random"] = True
@@ -238,14 +229,13 @@ def pretrain(
         schedule.step()
         averaged.update_parameters(backbone)
         row: dict[str, float] = {
-            "step": step + 1,
             "loss": total,
             "learning_rate": float(schedule.get_last_lr()[0]),
             "random_share": share,
         }
         if (step + 1) % config.evaluate_every == 0 or step + 1 == config.steps:
             row |= order_losses(mean, held_out, repeats=1)
-        yield row
+        job.log(**row)
     backbone.load_state_dict(mean.state_dict())
     backbone.eval()
 

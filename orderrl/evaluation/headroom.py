@@ -24,7 +24,7 @@ from scipy.stats import spearmanr
 from tensordict import TensorDict
 from torch import Tensor
 
-from orderrl.agents.bc import BCConfig, clone
+from orderrl.agents.bc import Config, clone
 from orderrl.backbones import Backbone
 from orderrl.data import TokenSet
 from orderrl.evaluation.ablations import moments_by_image, pooled_r2
@@ -69,8 +69,8 @@ def clone_level(
     labels: TensorDict,
     geometry: BlockGrid,
     shape: PlannerConfig,
-    config: BCConfig,
-    advance: Callable[[str], None] = lambda level: None,
+    config: Config,
+    seed: int = 0,
 ) -> OrderHead:
     """Clone a planner that sees what a level names.
 
@@ -80,7 +80,7 @@ def clone_level(
         geometry: the block grid.
         shape: of the planner; `content` and `pairs` are those of the level.
         config: of the cloning; its target is "pairs", which keeps the weights with the least held-out error.
-        advance: called with the level after every step.
+        seed: of weights, the split and batches.
 
     Returns:
         The planner in eval mode.
@@ -89,10 +89,9 @@ def clone_level(
         ValueError: as `clone`.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.manual_seed(seed)
         planner = OrderHead(replace(shape, content=level == "content", pairs=True))
-    for _ in clone(planner, _as_seen(level, labels), geometry, replace(config, target="pairs")):
-        advance(level)
+    clone(planner, _as_seen(level, labels), geometry, replace(config, target="pairs"), seed)
     return planner
 
 
@@ -206,10 +205,10 @@ def measure_room(
     p: Protocol,
     labels: TensorDict,
     shape: PlannerConfig,
-    config: BCConfig,
+    config: Config,
     draws: Sequence[int],
     lookahead_states: int,
-    advance: Callable[[str], None],
+    advance: Callable[[float, str], None],
 ) -> list[dict[str, Any]]:
     """Clone the levels, look ahead, and compare in the shared states, see `room`.
 
@@ -223,7 +222,7 @@ def measure_room(
         draws: numbers of draws of lookahead.
         lookahead_states: how many of the states it looks ahead in, evenly spread over the lengths; all if there are
             fewer.
-        advance: called after every step of cloning and every lookahead with the predictor's name.
+        advance: told how many steps of cloning or lookaheads were done, and the predictor's name.
 
     Raises:
         ValueError: as `clone_level` and `lookahead_prediction`, and if lookahead_states is below 1.
@@ -234,7 +233,8 @@ def measure_room(
     assert states is not None
     predictions = {}
     for level in LEVELS:
-        planner = clone_level(level, labels, geometry, shape, config, advance)
+        planner = clone_level(level, labels, geometry, shape, config, p.seed)
+        advance(config.steps, level)
         predictions[level] = level_prediction(level, planner, states)
     entries = room(predictions, states, geometry, p.resamples, p.seed)
     if not draws:
@@ -245,5 +245,5 @@ def measure_room(
     for count in draws:
         name = f"lookahead:{count}"
         predictions[name] = lookahead_prediction(p.backbone, p.data, some, count, p.seed)
-        advance(name)
+        advance(1, name)
     return entries + room(predictions, some, geometry, p.resamples, p.seed)

@@ -20,12 +20,11 @@ from orderrl.agents.registry import NamedPolicy, policy_source
 from orderrl.backbones import Backbone, backbone_fingerprint
 from orderrl.data import TokenSet
 from orderrl.evaluation.protocol import Evaluated, Protocol, free_folder
+from orderrl.factory import section
 from orderrl.geometry import BlockGrid
 from orderrl.metrics.features import timm_source
-from orderrl.pipeline import section
-from orderrl.runtime import distributed
+from orderrl.runtime import distributed, job
 from orderrl.runtime.cache import fingerprint
-from orderrl.runtime.job import Unfinished
 from orderrl.runtime.progress import progress
 from orderrl.runtime.sources import source_identity
 from orderrl.runtime.storage import checksum, damage, manifest
@@ -81,7 +80,7 @@ def code_fingerprint() -> str:
     return fingerprint([checksum(file) for file in files])
 
 
-def make_rows(jobs: Sequence[Job], protocol: Protocol, work: Unfinished, keep_samples: bool) -> list[Evaluated]:
+def make_rows(jobs: Sequence[Job], protocol: Protocol, work: job.Job, keep_samples: bool) -> list[Evaluated]:
     """All rows in the order of the jobs; processes take the missing ones in turn.
 
     Args:
@@ -109,7 +108,7 @@ def make_rows(jobs: Sequence[Job], protocol: Protocol, work: Unfinished, keep_sa
     return [work.load(name, _STORED) for name in names] if distributed.is_main() else []
 
 
-def _is_there(work: Unfinished, name: str) -> bool:
+def _is_there(work: job.Job, name: str) -> bool:
     """Whether a row was made, with its images."""
     files = f"{_SAMPLES}-{name}"
     if not (work.has(name) and work.has(files)):
@@ -120,7 +119,7 @@ def _is_there(work: Unfinished, name: str) -> bool:
     return wrong is None
 
 
-def publish_samples(work: Unfinished, folder: Path) -> None:
+def publish_samples(work: job.Job, folder: Path) -> None:
     """Copy the generated images of all rows to `folder/POLICY`, in the order of the rows.
 
     The work keeps its own until all is done: an interruption can come between.

@@ -140,6 +140,12 @@ def alone(make: Callable[[], T]) -> T:
         _place = before
 
 
+def print_main(text: str) -> None:
+    """Print a line at once; of many processes the main one does."""
+    if is_main():
+        print(text, flush=True)
+
+
 def barrier() -> None:
     """Wait for all processes."""
     if _place.size > 1:

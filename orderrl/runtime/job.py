@@ -1,4 +1,10 @@
-"""Nothing lost: what an unfinished job has done outlives an interruption at any moment, even SIGKILL.
+"""Crash-safe long jobs: what one has done outlives an interruption at any moment, even SIGKILL.
+
+A training is a loop over its steps, which shows how far it is, logs its metrics and continues where it stopped:
+
+    for step in job.steps(600, "cloning", "steps", "loss {loss:.3f}", planner=planner, optimizer=optimizer):
+        ...
+        job.log(loss=loss.item())
 
 Every long job keeps a folder `<cache>/unfinished/<key>` while it is under way; the key determines its result. In it are
 
@@ -25,7 +31,7 @@ import pickle
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol, Self
@@ -33,7 +39,9 @@ from typing import IO, Any, Protocol, Self
 import torch
 
 from orderrl.runtime import distributed
-from orderrl.runtime.finite import DIVERGED, NotFiniteError, require_finite, tensors_in
+from orderrl.runtime.finite import DIVERGED, NotFiniteError, require_finite, require_finite_losses, tensors_in
+from orderrl.runtime.progress import progress
+from orderrl.runtime.run import Run
 from orderrl.runtime.storage import LOCK, claim, remove_folder, remove_if_left, remove_orphans
 
 FOLDER = "unfinished"
@@ -56,33 +64,45 @@ class Stateful(Protocol):
 Part = Stateful | torch.Generator | dict[str, Any] | list[Any]
 
 
-class Unfinished:
-    """The folder of a job under way; a context manager that removes it when the job ends without an error.
+class Job:
+    """A long job and its folder; a context manager that removes the folder when the job ends without an error.
 
     With several processes all of them use one folder: any of them stores pieces, the main one states. A second job of
     the same key that runs at the same time gets a folder of its own.
 
     Args:
-        root: the cache's folder.
+        root: the cache's folder; None for a job that nobody resumes: it keeps nothing on the disk and shows nothing.
         key: determines the job's result.
         seconds: between two states of a loop.
         instead: takes the place of a cache that can't be written, for jobs whose result does not go there: a run's
             folder, which the next run does not look into.
+        run: logs the rows of metrics; of a job that continues those of its earlier steps too.
 
     Attributes:
         folder: where pieces and states are.
         history: rows of metrics; kept with the states of a loop, so that a log can be written again.
     """
 
-    def __init__(self, root: Path | str, key: str, seconds: float = 60.0, instead: Path | None = None) -> None:
+    folder: Path
+
+    def __init__(
+        self,
+        root: Path | str | None = None,
+        key: str = "",
+        seconds: float = 60.0,
+        instead: Path | None = None,
+        run: Run | None = None,
+    ) -> None:
         if not seconds >= 0:
             raise ValueError(f"checkpoint_seconds must be at least 0, got {seconds}")
         self._lock: IO[bytes] | None = None
-        self.seconds = seconds
-        self.key = key
-        self._evaded = False
-        self.folder: Path = distributed.on_main(lambda: self._claim_or_evade(Path(root), instead))
+        self.seconds, self.key, self.run = seconds, key, run
         self.history: list[dict[str, float]] = []
+        self._step = self._logged = 0
+        self._evaded = False
+        self._kept = root is not None
+        if root is not None:
+            self.folder = distributed.on_main(lambda: self._claim_or_evade(Path(root), instead))
 
     def __enter__(self) -> Self:
         return self
@@ -90,6 +110,8 @@ class Unfinished:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if not self._kept:
+            return
         if kind is None:
             distributed.barrier()  # others may still read
             if distributed.is_main():
@@ -191,6 +213,8 @@ class Unfinished:
 
     def piece(self, name: str, make: Callable[[], Any]) -> Any:
         """A piece: taken if it is there, else made and kept."""
+        if not self._kept:
+            return make()
         if not self.has(name):
             self.store(name, make())
         return self.load(name)
@@ -212,7 +236,9 @@ class Unfinished:
 
     # ------------------------------------------------------------------ loops
 
-    def steps(self, total: int, **parts: Part) -> Iterator[int]:
+    def steps(
+        self, total: int, description: str = "", unit: str = "steps", note: str = "", /, **parts: Part
+    ) -> Iterator[int]:
         """Numbers of the job's loop that are still to be done, from 0 up to `total`.
 
         Before the first, the parts get the state that an interrupted run left, with PyTorch's global generators; after
@@ -221,6 +247,9 @@ class Unfinished:
 
         Args:
             total: steps of the whole loop.
+            description: names the progress bar.
+            unit: what the bar counts, plural.
+            note: stands behind the bar, filled with the last row of metrics: "loss {loss:.3f}".
             parts: everything that a step changes. Generators, modules and the like; dictionaries and lists of plain
                 values and tensors get their contents replaced.
 
@@ -229,30 +258,66 @@ class Unfinished:
             NotFiniteError: if a state that is to be kept holds tensors that are not finite.
             OSError: if it can't be written; the one before it stays.
         """
-        done = 0
-        if distributed.on_main(lambda: self._find(_STATE)) is not None:
-            state = self.load(_STATE)
-            done = state["step"]
-            self.history[:] = state["history"]
-            for key, part in parts.items():
-                _restore(part, state["parts"][key])
-            _set_global_generators(state["generators"], done)
-            if distributed.is_main():
-                print(f"continuing after step {done} of {total} ({self.folder})", flush=True)
-        kept = time.monotonic()
-        for step in range(done, total):
-            yield step
-            if step + 1 < total and self._is_time(kept):
-                self._keep(step + 1, parts)
-                kept = time.monotonic()
+        with progress(total, description, unit) if self._kept else nullcontext(_unseen) as advance:
+            done = self._continue(total, parts)
+            if done:
+                advance(done)
+            kept = time.monotonic()
+            for step in range(done, total):
+                self._step = step + 1
+                yield step
+                advance(1, note.format_map(self.history[-1]) if note and self.history else "")
+                if step + 1 < total and self._is_time(kept):
+                    self._keep(step + 1, parts)
+                    kept = time.monotonic()
 
-    def keep_history(self) -> None:
-        """Keep the rows of metrics for `forget`; called when the result is made and not yet in its place."""
+    def log(self, **metrics: float) -> None:
+        """Log a row of metrics of the current step; before the first that is step 0.
+
+        Raises:
+            NotFiniteError: if a loss is not finite; the row is logged before.
+        """
+        self.record(**metrics)
+        require_finite_losses(self.history[-1])
+
+    def record(self, **metrics: float) -> None:
+        """The same for a loop that ends well when its loss is not finite."""
+        self.history.append({"step": self._step} | metrics)
+        self._log_history()
+
+    def _log_history(self) -> None:
+        """Log the rows that the log does not have yet."""
+        for row in self.history[self._logged :]:
+            if self.run is not None:
+                self.run.log(row, int(row["step"]))
+        self._logged = len(self.history)
+
+    def _continue(self, total: int, parts: dict[str, Part]) -> int:
+        """How many steps are done; parts, history and global generators are as after the last of them."""
+        if not self._kept or distributed.on_main(lambda: self._find(_STATE)) is None:
+            return 0
+        state = self.load(_STATE)
+        done: int = state["step"]
+        self.history[:] = state["history"]
+        self._log_history()
+        for key, part in parts.items():
+            _restore(part, state["parts"][key])
+        _set_global_generators(state["generators"], done)
         if distributed.is_main():
+            print(f"continuing after step {done} of {total} ({self.folder})", flush=True)
+        return done
+
+    def publish(self, store: Callable[[], Any]) -> None:
+        """Put the result in its place, in the main process; `finish` finds the rows of metrics if that is all."""
+
+        def keep_and_store() -> None:
             self.store(_HISTORY, self.history)
+            store()
+
+        distributed.on_main(keep_and_store)
 
     def _is_time(self, kept: float) -> bool:
-        return distributed.on_main(lambda: time.monotonic() - kept >= self.seconds)
+        return self._kept and distributed.on_main(lambda: time.monotonic() - kept >= self.seconds)
 
     def _keep(self, step: int, parts: dict[str, Part]) -> None:
         state = {
@@ -266,28 +331,28 @@ class Unfinished:
             self.store(_STATE, state)
 
 
-def forget(root: Path | str, key: str) -> list[dict[str, float]]:
-    """Remove what an interruption between a job's result and its end left; arguments as of `Unfinished`.
+def finish(root: Path | str, key: str, run: Run | None = None) -> None:
+    """Remove what an interruption between a job's result and its end left; its metrics are logged.
 
-    Returns:
-        The rows of metrics that the job had logged, if there was such an interruption; in the main process.
+    Args:
+        root, key: of the job.
+        run: logs the rows of metrics that the job had logged, if there was such an interruption.
     """
     if not distributed.is_main() or not (Path(root) / FOLDER / key).exists():
-        return []
+        return
 
     def take() -> list[dict[str, float]]:
-        with Unfinished(root, key) as work:
-            return list(work.load(_HISTORY)) if work.has(_HISTORY) else []
+        with Job(root, key) as job:
+            return list(job.load(_HISTORY)) if job.has(_HISTORY) else []
 
-    try:
-        return distributed.alone(take)
-    except OSError:  # a cache that can't be written
-        return []
+    with suppress(OSError):  # a cache that can't be written
+        for row in distributed.alone(take):
+            if run is not None:
+                run.log(row, int(row["step"]))
 
 
-def steps_of(work: Unfinished | None, total: int, **parts: Part) -> Iterator[int]:
-    """`work.steps`, or plain numbers for a loop that nobody resumes."""
-    return iter(range(total)) if work is None else work.steps(total, **parts)
+def _unseen(count: float = 1, note: str = "") -> None:
+    """A progress bar that is not shown."""
 
 
 def _write(path: Path, value: Any) -> None:

@@ -7,8 +7,7 @@ anew at latents of the current batch (random restarts; Dhariwal et al., 2020). T
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import cast
 
@@ -18,7 +17,8 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from orderrl.runtime.isolation import isolated_float32
-from orderrl.runtime.job import Unfinished, steps_of
+from orderrl.runtime.job import Job
+from orderrl.runtime.learning_rate import warmed_cosine
 from orderrl.runtime.values import at_least, between, check_fields, one_of, positive
 from orderrl.tokenizers.layers import to_unit_range
 from orderrl.tokenizers.vq import VQTokenizer
@@ -160,8 +160,8 @@ def train_tokenizer(
     draw: Callable[[int, torch.Generator], Tensor],
     held_out: Callable[[], Iterable[Tensor]],
     config: TokenizerTrainingConfig,
-    work: Unfinished | None = None,
-) -> Iterator[dict[str, float]]:
+    job: Job | None = None,
+) -> None:
     """Train in place; on return the tokeniser holds the averaged weights.
 
     Args:
@@ -169,22 +169,22 @@ def train_tokenizer(
         draw: gives a random batch (n, 3, H, W) uint8 of n training images.
         held_out: gives batches (n, 3, H, W) uint8 for the logged quality; never trained on.
         config: hyper-parameters.
-        work: keeps the training's state, so that an interrupted one continues.
+        job: keeps the training's state, so that an interrupted one continues, and logs.
 
-    Yields:
-        One dict of metrics a step: step, loss and its terms, learning_rate, restarted; with held_out_psnr (dB),
-        held_out_l1, held_out_usage and held_out_perplexity at every evaluation.
+    Metrics: loss and its terms, learning_rate, restarted; with held_out_psnr (dB), held_out_l1, held_out_usage and
+    held_out_perplexity at every evaluation.
     """
     device = tokenizer.quant_conv.weight.device
     generator = torch.Generator().manual_seed(config.seed)
     optimizer = torch.optim.AdamW(_groups(tokenizer, config), lr=config.learning_rate, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate_factor(step, config))
+    schedule = warmed_cosine(optimizer, config.steps, config.warmup)
     averaged = AveragedModel(tokenizer, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
     mean = cast(VQTokenizer, averaged.module).eval()
     used = {"chosen": torch.zeros(tokenizer.vocab_size, dtype=torch.bool)}
-    steps = steps_of(
-        work, config.steps, tokenizer=tokenizer, averaged=averaged, optimizer=optimizer, schedule=schedule,
-        generator=generator, used=used,
+    job = job or Job()
+    steps = job.steps(
+        config.steps, "training the tokeniser", "steps", "loss {loss:.4f}", tokenizer=tokenizer, averaged=averaged,
+        optimizer=optimizer, schedule=schedule, generator=generator, used=used,
     )  # fmt: skip
     tokenizer.train()
     for step in steps:
@@ -209,7 +209,6 @@ def train_tokenizer(
             used["chosen"].zero_()
         averaged.update_parameters(tokenizer)
         row = {
-            "step": step + 1,
             "loss": loss.item(),
             **{f"loss_{name}": value.item() for name, value in losses.items()},
             "learning_rate": float(schedule.get_last_lr()[0]),
@@ -218,7 +217,7 @@ def train_tokenizer(
         if (step + 1) % config.evaluate_every == 0 or step + 1 == config.steps:
             quality = reconstruction_quality(mean, held_out())
             row |= {f"held_out_{name}": value for name, value in quality.items() if name != "images"}
-        yield row
+        job.log(**row)
     tokenizer.load_state_dict(mean.state_dict())
     tokenizer.eval()
 
@@ -231,11 +230,3 @@ def _groups(tokenizer: VQTokenizer, config: TokenizerTrainingConfig) -> list[dic
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": [*vectors, codes], "weight_decay": 0.0},
     ]
-
-
-def _learning_rate_factor(step: int, config: TokenizerTrainingConfig) -> float:
-    """Linear warm-up, then a cosine to 2 % of the peak."""
-    if step < config.warmup:
-        return (step + 1) / config.warmup
-    progress = (step - config.warmup) / max(config.steps - config.warmup, 1)
-    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))

@@ -12,28 +12,21 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from orderrl.agents import bc
-from orderrl.agents.bc import (
-    REGRESSED,
-    TARGETS,
-    BCConfig,
-    bc_loss,
-    clone,
-    held_out_metrics,
-    pair_loss,
-    reasoning_steps_at,
-)
+from orderrl.agents.bc import REGRESSED, TARGETS, bc_loss, clone, held_out_metrics, pair_loss, reasoning_steps_at
+from orderrl.agents.bc import Config as BCConfig
 from orderrl.oracle import LabelConfig, label_contexts, random_contexts
 from orderrl.planner import OrderHead
 from tests.agents.helpers import tiny_labels, tiny_planner
 from tests.helpers import tiny_backbone, tiny_images
+from tests.jobs import logged
 from tests.processes import run_processes
 
 GEOMETRY = tiny_backbone().geometry
 
 
-def train(planner: OrderHead, labels: TensorDict, **config: Any) -> list[dict[str, float]]:
+def train(planner: OrderHead, labels: TensorDict, seed: int = 0, **config: Any) -> list[dict[str, float]]:
     settings = {"steps": 150, "batch_size": 64, "learning_rate": 1e-2, "evaluate_every": 25} | config
-    return list(clone(planner, labels, GEOMETRY, BCConfig(**settings)))
+    return logged(clone, planner, labels, GEOMETRY, BCConfig(**settings), seed)
 
 
 def regret(planner: OrderHead, labels: TensorDict, target: str = "utility") -> float:

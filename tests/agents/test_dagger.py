@@ -13,9 +13,10 @@ from omegaconf import DictConfig
 from tensordict import TensorDict
 from torch import Tensor
 
-from orderrl import compose, pipeline
+from orderrl import compose
+from orderrl import labels as labelling
 from orderrl.agents import bc
-from orderrl.agents.bc import BCConfig
+from orderrl.agents.bc import Config as BCConfig
 from orderrl.agents.dagger import own_contexts
 from orderrl.agents.policies import PlannerPolicy, Policy
 from orderrl.backbones import load_backbone, save_backbone
@@ -23,9 +24,9 @@ from orderrl.data import load_split
 from orderrl.labels import join
 from orderrl.oracle import Contexts
 from orderrl.planner import load_planner
-from orderrl.planners import find_or_train_clone
 from tests.agents.helpers import tiny_core, tiny_labels, tiny_planner
 from tests.helpers import tiny_backbone
+from tests.jobs import trained
 
 BLOCKS = 9
 IMAGES = torch.tensor([1, 4, 5, 8, 11])
@@ -172,7 +173,7 @@ def configure(home: Path, cache: str, *overrides: str) -> DictConfig:
 
 
 def clone(config: DictConfig) -> Path:
-    return find_or_train_clone(config, load_backbone(config.backbone.name))
+    return trained(config)
 
 
 def described(checkpoint: Path) -> dict[str, Any]:
@@ -249,7 +250,7 @@ def test_an_interrupted_round_ends_with_the_same_planner(
     whole, _ = two_rounds
     calls: Counter[str] = Counter()
     stop_at = {"labelling": ("label_shard", 6), "training": ("bc_loss", 6 + 4 + 2)}[moment]
-    parts = ((pipeline, "label_shard"), (bc, "bc_loss"))
+    parts = ((labelling, "label_shard"), (bc, "bc_loss"))
 
     def watch(module: Any, name: str, stopping: bool) -> None:
         original = getattr(module, name)

@@ -10,20 +10,14 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from orderrl.agents.fitted_q import (
-    FittedQConfig,
-    best_schedules,
-    budget_loss,
-    costs_to_go,
-    fit_budgets,
-    legal_ends,
-    record_order,
-)
+from orderrl.agents.fitted_q import Config as FittedQConfig
+from orderrl.agents.fitted_q import best_schedules, budget_loss, costs_to_go, fit_budgets, legal_ends, record_order
 from orderrl.agents.play import roll_out
 from orderrl.agents.policies import PlannerPolicy
 from orderrl.agents.search import FixedSchedule
 from tests.agents.helpers import tiny_core, tiny_planner
 from tests.helpers import tiny_backbone, tiny_images
+from tests.jobs import logged
 
 BLOCKS = 9
 ORDER = torch.tensor([3, 8, 1, 0, 6, 5, 2, 7, 4])
@@ -167,7 +161,7 @@ def test_a_planner_learns_the_order_and_the_budget_that_content_asks_for() -> No
     seen["cost"] = torch.where(dependent & (apart > 0), losses + 5 * apart, losses).cumsum(-1)
     planner = tiny_planner(noisy=False, num_budgets=3)
     config = FittedQConfig(steps=200, batch_size=12, learning_rate=1e-2)
-    rows = list(fit_budgets(planner, seen, ORDER, budgets, 3.0, config))
+    rows = logged(fit_budgets, planner, seen, ORDER, budgets, 3.0, config)
     assert rows[-1]["loss"] < rows[0]["loss"] and rows[-1]["agreement"] == 1
     core = tiny_core(budgets=budgets, num_envs=12)
     rollout = roll_out(core, PlannerPolicy(planner, budgets), torch.Generator(), torch.arange(12))
@@ -180,7 +174,7 @@ def test_the_step_cost_that_a_planner_is_told_moves_its_budgets() -> None:
     budgets, seen = (1, 2, 4), played(12)
     planner = tiny_planner(noisy=False, num_budgets=3, step_cost_range=(0.01, 10.0))
     config = FittedQConfig(steps=200, batch_size=12, learning_rate=1e-2)
-    list(fit_budgets(planner, seen, ORDER, budgets, (0.01, 10.0), config))
+    fit_budgets(planner, seen, ORDER, budgets, (0.01, 10.0), config)
     steps = []
     for step_cost in (0.01, 10.0):
         core = tiny_core(budgets=budgets, num_envs=12)
@@ -192,7 +186,7 @@ def test_the_step_cost_that_a_planner_is_told_moves_its_budgets() -> None:
 def test_it_is_determined_by_its_seed() -> None:
     def rows(seed: int) -> list[dict[str, float]]:
         planner = tiny_planner(noisy=False, num_budgets=3)
-        return list(fit_budgets(planner, played(), ORDER, (1, 2, 4), 0.5, FittedQConfig(steps=4, seed=seed)))
+        return logged(fit_budgets, planner, played(), ORDER, (1, 2, 4), 0.5, FittedQConfig(steps=4), seed)
 
     assert rows(0) == rows(0) != rows(1)
 
@@ -224,7 +218,7 @@ def test_wrong_values_are_named(values: dict[str, Any], match: str) -> None:
 def test_what_cannot_be_learned_is_refused(budgets: tuple[int, ...], step_cost: Any, match: str) -> None:
     planner = tiny_planner(num_budgets=3)
     with pytest.raises(ValueError, match=match):
-        next(fit_budgets(planner, played(2), ORDER, budgets, step_cost, FittedQConfig(steps=1)))
+        fit_budgets(planner, played(2), ORDER, budgets, step_cost, FittedQConfig(steps=1))
 
 
 def test_an_order_that_repeats_a_block_is_refused() -> None:
@@ -238,5 +232,5 @@ def test_a_planner_without_content_needs_no_hidden_states() -> None:
     seen = record_order(backbone, tiny_images(backbone), ORDER, 6, content=False)
     assert "hidden" not in seen
     planner = tiny_planner(noisy=False, num_budgets=3, content=False)
-    rows = list(fit_budgets(planner, seen, ORDER, (1, 2, 4), 0.5, FittedQConfig(steps=2, batch_size=4)))
+    rows = logged(fit_budgets, planner, seen, ORDER, (1, 2, 4), 0.5, FittedQConfig(steps=2, batch_size=4))
     assert len(rows) == 2

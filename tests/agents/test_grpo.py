@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,26 +9,33 @@ import pytest
 import torch
 from torch import Tensor
 
-from orderrl.agents.grpo import GRPO, GRPOConfig, group_advantages
+from orderrl.agents.grpo import GRPO, group_advantages
+from orderrl.agents.grpo import Config as GRPOConfig
 from orderrl.agents.play import roll_out
 from orderrl.agents.policies import PlannerPolicy
 from orderrl.envs.core import replay_return
 from orderrl.planner import OrderHead
 from orderrl.runtime import distributed
+from orderrl.runtime.job import Job
 from tests.agents.helpers import tiny_core, tiny_env, tiny_planner
+from tests.jobs import Enough, Seen, logged
 from tests.processes import run_processes
 
 SMALL: dict[str, Any] = {"num_envs": 8, "group_size": 4, "episodes": 16, "minibatch_size": 8, "iterations": 4}
 
 
 def make_grpo(
-    planner: OrderHead | None = None, budgets: tuple[int, ...] = (1, 2), step_cost: float = 1.0, **config: Any
+    planner: OrderHead | None = None,
+    budgets: tuple[int, ...] = (1, 2),
+    step_cost: float = 1.0,
+    seed: int = 0,
+    **config: Any,
 ) -> GRPO:
     """GRPO on a tiny environment with objective "likelihood": two groups of four images in parallel, twice a round."""
     settings = GRPOConfig(**(SMALL | config))
     count = settings.num_envs // distributed.size()
     env = tiny_env(budgets=budgets, num_envs=count, objective="likelihood", step_cost=step_cost)
-    return GRPO(planner or tiny_planner(noisy=False), env, settings)
+    return GRPO(planner or tiny_planner(noisy=False), env, settings, seed)
 
 
 def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
@@ -158,7 +164,7 @@ def test_the_loss_is_minus_the_mean_advantage_of_played_steps_at_the_start() -> 
 def test_a_high_step_cost_teaches_the_large_budget() -> None:
     """At 20 nats a step nothing pays but few steps: nine blocks take five."""
     grpo = make_grpo(step_cost=20.0, iterations=8, learning_rate=3e-3)
-    rows = list(grpo.train())
+    rows = logged(grpo.train)
     assert rows[0]["planner_steps"] > 5.7 and rows[-1]["planner_steps"] < 5.3
     assert rows[-1]["return"] > rows[0]["return"] + 8
     record = roll_out(tiny_core((1, 2)), PlannerPolicy(grpo.planner.eval(), (1, 2)), torch.Generator())
@@ -171,7 +177,7 @@ def test_paid_steps_teach_the_small_budget() -> None:
     """The lesson turned around, with the other advantages: it is the reward that teaches and no drift."""
     grpo = make_grpo(iterations=6, learning_rate=3e-3, normalize_by_std=False, reward_to_go=True)
     object.__setattr__(grpo.env.core.reward.config, "step_cost", -20.0)
-    rows = list(grpo.train())
+    rows = logged(grpo.train)
     assert rows[-1]["planner_steps"] > rows[0]["planner_steps"] + 1
 
 
@@ -179,7 +185,7 @@ def test_the_penalty_keeps_the_planner_near_its_start() -> None:
     found = {}
     for coefficient in (1e-9, 30.0):
         grpo = make_grpo(step_cost=20.0, iterations=3, learning_rate=3e-3, kl_coeff=coefficient)
-        found[coefficient] = list(grpo.train())[-1]["kl"]
+        found[coefficient] = logged(grpo.train)[-1]["kl"]
     assert 0 <= found[30.0] < 0.2 * found[1e-9]
 
 
@@ -190,7 +196,7 @@ def test_the_penalty_is_zero_at_the_start_and_the_start_is_not_trained() -> None
     data = collect(grpo)
     grpo._estimate(data)
     assert grpo._kl(data[data["played"]]).item() == pytest.approx(0, abs=1e-5)
-    list(islice(grpo.train(), 1))
+    logged(grpo.train, until=1)
     assert same(grpo.start.state_dict(), before)
     assert grpo._kl(data[data["played"]]).item() > 0
 
@@ -202,23 +208,22 @@ def test_resuming_equals_an_uninterrupted_run(tmp_path: Path) -> None:
     """Bit for bit, through a file, in a fresh environment, whatever random numbers were drawn in between."""
     short: dict[str, Any] = {"iterations": 3, "epochs": 1, "kl_coeff": 0.1}
     whole = make_grpo(tiny_planner(), (1, 2, 4), **short)
-    rows = list(whole.train())
-    first = make_grpo(tiny_planner(), (1, 2, 4), **short)
-    list(islice(first.train(), 1))
-    torch.save(first.state_dict(), tmp_path / "state.pt")
+    rows = logged(whole.train)
+    with pytest.raises(Enough), Seen(print, 2, tmp_path, "job", 0) as job:
+        make_grpo(tiny_planner(), (1, 2, 4), **short).train(job)
     torch.rand(1000)
     second = make_grpo(tiny_planner(), (1, 2, 4), **short)
-    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert list(second.train()) == rows[1:]
+    with Job(tmp_path, "job", 0) as again:
+        second.train(again)
+    assert again.history == rows
     assert same(second.planner.state_dict(), whole.planner.state_dict())
-    assert list(second.train()) == []
 
 
 def play() -> tuple[list[int], list[Tensor]]:
     """Seeds of the first round and the weights after two, of this process."""
     grpo = make_grpo(budgets=(1, 2, 4), iterations=2, epochs=1)
     seeds = grpo._round_seeds().tolist()
-    list(grpo.train())
+    grpo.train()
     return seeds, [parameter.detach() for parameter in grpo.planner.parameters()]
 
 

@@ -12,6 +12,7 @@ from orderrl.agents.play import roll_out
 from orderrl.agents.policies import AmongBudgets, PlannerPolicy, RankingPolicy, fixed_order
 from orderrl.agents.schedules import growing
 from tests.agents.helpers import tiny_core, tiny_planner
+from tests.jobs import logged
 
 ORDER, SIZES, BUDGETS = torch.tensor([3, 8, 1, 0, 6, 5, 2, 7, 4]), (2, 1, 4, 2), (1, 2, 4)
 
@@ -20,11 +21,11 @@ def teacher(core: Any) -> RankingPolicy:
     return RankingPolicy(fixed_order(ORDER), core.geometry, BUDGETS, growing(BUDGETS, SIZES))
 
 
-def imitated(steps: int = 250, **config: Any) -> Any:
+def imitated(steps: int = 250, seed: int = 0, **config: Any) -> Any:
     core = tiny_core(budgets=BUDGETS, num_envs=16)
     planner = tiny_planner(noisy=False, num_budgets=3)
     settings = ImitationConfig(steps=steps, num_envs=16, learning_rate=1e-2, **config)
-    return planner, list(imitate(planner, core, teacher(core), settings))
+    return planner, logged(imitate, planner, core, teacher(core), settings, seed)
 
 
 def test_the_most_likely_actions_become_the_policys() -> None:
@@ -59,7 +60,7 @@ def test_wrong_values_are_named(values: dict[str, Any], match: str) -> None:
 def test_a_planner_with_other_budgets_is_refused() -> None:
     core = tiny_core(budgets=BUDGETS, num_envs=2)
     with pytest.raises(ValueError, match="budgets"):
-        next(imitate(tiny_planner(), core, teacher(core), ImitationConfig(steps=1)))
+        imitate(tiny_planner(), core, teacher(core), ImitationConfig(steps=1))
 
 
 @pytest.mark.parametrize("offered", [(1, 2, 4), (1, 2, 3, 4, 8)])

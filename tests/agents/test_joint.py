@@ -9,26 +9,28 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import DictConfig
 from tensordict import TensorDict
 from torch import Tensor
 
-from orderrl import compose, planners
-from orderrl.agents.bc import BCConfig, clone
-from orderrl.agents.joint import JointConfig, JointTuning, copy_to_tune, observe, top_of
+from orderrl import compose, training
+from orderrl.agents.bc import Config as BCConfig
+from orderrl.agents.bc import clone
+from orderrl.agents.joint import Config as JointConfig
+from orderrl.agents.joint import JointTuning, copy_to_tune, observe, top_of
 from orderrl.agents.registry import make_policy
-from orderrl.backbones import Backbone, OrderRobustTransformer, backbone_fingerprint, load_backbone, save_backbone
+from orderrl.backbones import OrderRobustTransformer, backbone_fingerprint, load_backbone, save_backbone
 from orderrl.backbones.pretraining import block_orders
 from orderrl.backbones.randar import cross_entropy
 from orderrl.backbones.registry import new_backbone, weights_fingerprint
 from orderrl.data import TokenSet
 from orderrl.envs.core import CoreConfig, NextBlockCore
+from orderrl.factory import Setup
 from orderrl.oracle import LabelConfig, label_contexts, random_contexts
 from orderrl.planner import OrderHead, load_planner
-from orderrl.runtime.job import Unfinished
 from orderrl.train import train
 from tests.agents.helpers import tiny_planner
 from tests.helpers import block_loss, tiny_backbone, tiny_images
+from tests.jobs import Enough, Seen, logged
 from tests.killing import Case, kill_and_compare, metrics, weights
 from tests.processes import run_processes
 
@@ -50,7 +52,7 @@ LABELS = real_labels()
 def cloned_planner() -> OrderHead:
     torch.manual_seed(0)
     planner = tiny_planner(noisy=False)
-    list(clone(planner, LABELS, tiny_backbone().geometry, BCConfig(steps=40, learning_rate=5e-3)))
+    clone(planner, LABELS, tiny_backbone().geometry, BCConfig(steps=40, learning_rate=5e-3))
     return planner
 
 
@@ -148,10 +150,14 @@ def test_hidden_tokens_do_not_leak_into_the_recomputed_observation() -> None:
 def test_the_top_changes_and_the_rest_is_equal_to_the_last_bit(layers: int) -> None:
     joint = tuning(layers=layers, steps=3)
     before, planner = state(joint.backbone), state(joint.planner)
-    for row in joint.train():  # looked at here because the end takes the best state, which may be the start
+    found: set[str] = set()
+
+    def see(row: dict[str, float]) -> None:  # looked at here because the end takes the best state, perhaps the start
         if row["step"] == 3:
-            found = changed(joint.backbone, before)
+            found.update(changed(joint.backbone, before))
             assert changed(joint.planner, planner)
+
+    logged(joint.train, see=see)
     names = TUNED if layers == 1 else [*TUNED, "layers.0."]
     assert found == {key for key in before if key.startswith(tuple(names))}
     assert not any(parameter.requires_grad for parameter in joint.backbone.parameters())
@@ -161,11 +167,12 @@ def test_the_top_changes_and_the_rest_is_equal_to_the_last_bit(layers: int) -> N
 def test_without_layers_the_whole_backbone_is_equal_to_the_last_bit() -> None:
     joint = tuning(layers=0)
     before, planner = state(joint.backbone), state(joint.planner)
-    rows = []
-    for row in joint.train():
-        rows.append(row)
+
+    def see(row: dict[str, float]) -> None:
         assert not changed(joint.backbone, before)
         assert bool(changed(joint.planner, planner)) == (row["step"] > 0)
+
+    rows = logged(joint.train, see=see)
     assert backbone_fingerprint(joint.backbone) == backbone_fingerprint(tiny_backbone())
     losses = {row["loss_random"] for row in rows if "loss_random" in row}
     assert len(losses) == 1
@@ -173,7 +180,7 @@ def test_without_layers_the_whole_backbone_is_equal_to_the_last_bit() -> None:
 
 def test_the_frozen_twin_takes_the_same_batches() -> None:
     """The first step of both sees the same images, orders, contexts and dropout."""
-    first = [list(tuning(layers=layers, steps=1).train())[1] for layers in (0, 1)]
+    first = [logged(tuning(layers=layers, steps=1).train)[1] for layers in (0, 1)]
     assert first[0]["loss_ar"] == pytest.approx(first[1]["loss_ar"], rel=1e-5)
     assert first[0]["loss_oh"] == pytest.approx(first[1]["loss_oh"], rel=1e-5)
 
@@ -191,16 +198,19 @@ def test_without_lambda_the_planner_has_no_influence_on_the_backbone(oh_coeff: f
     tops = []
     for seed in (0, 1):
         joint = tuning(tiny_planner(seed=seed), oh_coeff=oh_coeff, steps=2)
-        for row in joint.train():
+
+        def see(row: dict[str, float], joint: JointTuning = joint) -> None:
             if row["step"] == 2:
                 tops.append(state(joint.top))
+
+        logged(joint.train, see=see)
     assert all(torch.equal(value, tops[1][key]) for key, value in tops[0].items()) == same
 
 
 def test_tuning_lowers_its_loss_on_held_out_images_and_keeps_the_best_state() -> None:
     """The tiny backbone is untrained, so L_AR has far to fall."""
     joint = tuning(cloned_planner(), steps=40, evaluate_every=10, contexts=32, learning_rate=1e-3)
-    rows = list(joint.train())
+    rows = logged(joint.train)
     watched = [row for row in rows if "held_out_loss" in row]
     best = min(watched, key=lambda row: row["held_out_loss"])
     assert [row["step"] for row in watched] == [0, 10, 20, 30, 40]
@@ -253,7 +263,7 @@ def test_a_collapse_stops_and_the_state_before_it_is_kept() -> None:
     with torch.no_grad():
         planner.score_head.weight *= 30
     joint = tuning(planner, steps=400, learning_rate=2e-2, evaluate_every=5, collapse=0.7, explosion=1e9, layers=0)
-    rows = list(joint.train())
+    rows = logged(joint.train)
     watched = [row for row in rows if "score_std" in row]
     assert (
         rows[-1]["step"] < 400 and watched[-1]["score_std"] < 0.7 * watched[0]["score_std"] <= watched[-2]["score_std"]
@@ -267,7 +277,7 @@ def test_a_collapse_stops_and_the_state_before_it_is_kept() -> None:
 def test_an_explosion_stops_and_the_state_before_it_is_kept() -> None:
     joint = tuning(steps=60, backbone_learning_rate=3.0, evaluate_every=2)
     before, start = state(joint.backbone), joint.watch()
-    rows = list(joint.train())
+    rows = logged(joint.train)
     assert rows[-1]["step"] < 60 and joint.outcome["stopped"].startswith(
         f"explosion at step {rows[-1]['step']}: loss_ra"
     )
@@ -285,7 +295,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(monkeypat
         return original() * (float("inf") if len(calls) == 5 else 1.0)
 
     monkeypatch.setattr(joint, "_planner_loss", overflowing)
-    rows = list(joint.train())
+    rows = logged(joint.train)
     assert rows[-1]["step"] == 5 and joint.outcome["stopped"] == "explosion at step 5: the training loss is inf"
     assert all(
         bool(value.isfinite().all()) for part in (joint.planner, joint.backbone) for value in state(part).values()
@@ -296,27 +306,19 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(monkeypat
 # ---------------------------------------------------------------------- interruptions
 
 
-class Interrupted(Exception):
-    pass
-
-
 def test_a_resumed_tuning_is_an_uninterrupted_one(tmp_path: Path) -> None:
-    def run(work: Unfinished, end: int | None = None) -> JointTuning:
+    def run(key: str, end: int | None = None) -> tuple[JointTuning, list[dict[str, float]]]:
         joint = tuning(tiny_planner(noisy=True, dropout=0.2), steps=9)
-        for row in joint.train(work):
-            work.history.append(row)
-            if row["step"] == end:
-                raise Interrupted
-        return joint
+        with Seen(lambda row: None, end, tmp_path, key, 0) as job:
+            joint.train(job)
+        return joint, job.history
 
-    with Unfinished(tmp_path, "whole", seconds=0) as work:
-        expected, history = run(work), list(work.history)
+    expected, history = run("whole")
     for end in (2, 4, 7):
-        with pytest.raises(Interrupted), Unfinished(tmp_path, "part", seconds=0) as work:
-            run(work, end)
-    with Unfinished(tmp_path, "part", seconds=0) as work:
-        found = run(work)
-        assert work.history == history
+        with pytest.raises(Enough):
+            run("part", end)
+    found, again = run("part")
+    assert again == history
     for part in ("planner", "backbone"):
         assert not changed(getattr(found, part), state(getattr(expected, part)))
     assert found.outcome == expected.outcome
@@ -373,19 +375,23 @@ def test_the_command_leaves_a_planner_and_its_backbone(home: Path, capsys: pytes
 
 def test_the_clone_of_the_config_is_the_start(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the loss that L_OH will be, so that the held-out images are the same."""
-    asked: list[DictConfig] = []
+    asked: list[Any] = []
+    original = training.find_or_train
 
-    def cloned(config: DictConfig, backbone: Backbone) -> Path:
-        asked.append(config)
+    def cloned(setup: Setup, name: str, config: Any, *arguments: Any) -> Path:
+        if name != "bc":
+            return original(setup, name, config, *arguments)
+        asked.append((setup, config))
         return home / "clone.safetensors"
 
-    monkeypatch.setattr(planners, "find_or_train_clone", cloned)
+    monkeypatch.setattr(training, "find_or_train", cloned)
+    monkeypatch.setattr("orderrl.train.find_or_train", cloned)
     chosen = {"target": "soft", "temperature": 1.5, "weight": "far", "sigma": 2.5, "held_out": 0.3}
     values = [f"agent.{key}={value}" for key, value in chosen.items()]
     path = train(compose("train", [*places(home, "cloned"), *SMALL, *values, "agent.steps=1", "seed=3"]))
-    (config,) = asked
-    assert config.agent.name == "bc" and config.seed == 3 and config.labels.contexts == 48
-    assert {key: config.agent[key] for key in chosen} == chosen
+    ((setup, config),) = asked
+    assert setup.seed == 3 and setup.labels.contexts == 48
+    assert {key: getattr(config, key) for key in chosen} == chosen
     assert load_planner(path)[1]["start"] == weights_fingerprint(load_planner(home / "clone.safetensors")[0])
 
 
@@ -409,7 +415,7 @@ def test_a_command_that_is_killed_twice_ends_with_the_same_result(home: Path, tm
 
 
 def tune_in_processes() -> list[dict[str, float]]:
-    return list(tuning(layers=1, steps=4).train())
+    return logged(tuning(layers=1, steps=4).train)
 
 
 def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from orderrl.agents.distribution import planner_actions
-from orderrl.agents.ppo import PPO, PPOConfig
+from orderrl.agents.ppo import PPO
+from orderrl.agents.ppo import Config as PPOConfig
 from orderrl.planner import OrderHead
 from tests.agents.helpers import tiny_env, tiny_planner
 
@@ -16,7 +17,7 @@ BUDGETS = (1, 2, 4)
 
 
 def make_ppo(planner: OrderHead, **config: Any) -> PPO:
-    settings = {"num_envs": 8, "frames_per_batch": 144, "minibatch_size": 48, "iterations": 1, "critic_warmup": 0}
+    settings = {"num_envs": 8, "frames_per_batch": 144, "minibatch_size": 48, "iterations": 1, "group_size": 1}
     env = tiny_env(privileged=True, budgets=BUDGETS, num_envs=8, objective="likelihood", step_cost=1.0)
     return PPO(planner, env, PPOConfig(**(settings | config)))
 
@@ -61,7 +62,7 @@ def test_ppo_plays_the_planners_distribution_and_learns_its_pairs() -> None:
     frames = data.reshape(-1)
     expected = planner_actions(ppo.planner(frames), frames, BUDGETS).log_prob(frames["action"])
     assert torch.allclose(frames["action_log_prob"], expected, atol=1e-5)
-    list(ppo.train())
+    ppo.train()
     assert ppo.planner.pair_head is not None and planner.pair_head is not None
     for ours, theirs in zip(ppo.planner.pair_head.parameters(), planner.pair_head.parameters(), strict=True):
         assert not torch.equal(ours, theirs)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +11,22 @@ from torch import Tensor
 
 from orderrl.agents.play import roll_out
 from orderrl.agents.policies import PlannerPolicy
-from orderrl.agents.ppo import PPO, PPOConfig, leave_one_out_mean
+from orderrl.agents.ppo import PPO, leave_one_out_mean
+from orderrl.agents.ppo import Config as PPOConfig
 from orderrl.planner import OrderHead
 from tests.agents.helpers import tiny_core, tiny_env, tiny_planner
 from tests.helpers import tiny_backbone
+from tests.jobs import Enough, Seen, logged
 
-SMALL: dict[str, Any] = {"num_envs": 8, "frames_per_batch": 144, "minibatch_size": 48}
+SMALL: dict[str, Any] = {"num_envs": 8, "frames_per_batch": 144, "minibatch_size": 48, "group_size": 1}
 
 
 def make_ppo(
-    planner: OrderHead | None = None, budgets: tuple[int, ...] = (1, 2), step_cost: float = 1.0, **config: Any
+    planner: OrderHead | None = None,
+    budgets: tuple[int, ...] = (1, 2),
+    step_cost: float = 1.0,
+    seed: int = 0,
+    **config: Any,
 ) -> PPO:
     """PPO on a tiny environment with objective "likelihood"; 18 steps of 8 images a round."""
     settings = PPOConfig(**(SMALL | {"iterations": 4, "critic_warmup": 0} | config))
@@ -33,7 +37,7 @@ def make_ppo(
         objective="likelihood",
         step_cost=step_cost,
     )
-    return PPO(planner or tiny_planner(noisy=False), env, settings)
+    return PPO(planner or tiny_planner(noisy=False), env, settings, seed)
 
 
 def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
@@ -125,9 +129,14 @@ def test_every_round_has_images_of_its_own() -> None:
     seeds: list[int] = []
     for seed in (0, 1):
         ppo = make_ppo(iterations=2, seed=seed, epochs=1)
-        for _ in ppo.train():
-            seeds += ppo.env.core.seeds.tolist()
-            assert (ppo.env.core.episode >= 1).all()  # episodes went on after their end
+        rounds: list[tuple[list[int], bool]] = []
+
+        def see(row: dict[str, float], core: Any = ppo.env.core, rounds: list[Any] = rounds) -> None:
+            rounds.append((core.seeds.tolist(), bool((core.episode >= 1).all())))
+
+        logged(ppo.train, see=see)
+        assert all(went_on for _, went_on in rounds), "episodes went on after their end"
+        seeds += [value for found, _ in rounds for value in found]
     assert len(set(seeds)) == len(seeds) == 4 * 8
 
 
@@ -152,7 +161,7 @@ def test_only_the_critic_sees_context_losses() -> None:
 def test_without_privilege_the_critic_sees_what_the_actor_sees() -> None:
     ppo = make_ppo(privileged_critic=False)
     assert "context_loss" not in ppo.value.in_keys and "context_loss" not in ppo._collect()
-    assert len(list(rounds(ppo, 1))) == 1
+    assert len(logged(ppo.train, until=1)) == 1
 
 
 def test_an_environment_without_context_losses_is_refused_for_a_privileged_critic() -> None:
@@ -169,7 +178,7 @@ def test_backbone_and_start_stay_as_they_are() -> None:
     backbone, planner = copy_of(tiny_backbone()), tiny_planner()
     start = copy_of(planner)
     ppo = make_ppo(planner)
-    list(rounds(ppo, 2))
+    logged(ppo.train, until=2)
     assert same(tiny_backbone().state_dict(), backbone) and same(planner.state_dict(), start)
     assert not torch.equal(ppo.planner.score_head.weight, planner.score_head.weight)
 
@@ -192,16 +201,19 @@ def test_the_start_ranks_as_the_cloned_planner_does() -> None:
 def test_warm_up_trains_the_critic_alone() -> None:
     ppo = make_ppo(critic_warmup=2)
     planner, critic = copy_of(ppo.planner), copy_of(ppo.critic)
-    list(islice(ppo.train(), 2))
-    assert same(ppo.planner.state_dict(), planner) and not same(ppo.critic.state_dict(), critic)
-    list(ppo.train())
+
+    def see(row: dict[str, float]) -> None:
+        assert same(ppo.planner.state_dict(), planner) == (row["step"] <= 2)
+        assert not same(ppo.critic.state_dict(), critic)
+
+    assert len(logged(ppo.train, see=see)) == 4
     assert not same(ppo.planner.state_dict(), planner)
 
 
 def test_a_high_step_cost_teaches_the_large_budget() -> None:
     """At 20 nats a step nothing pays but few steps: nine blocks take five."""
     ppo = make_ppo(step_cost=20.0, iterations=10, critic_warmup=1, learning_rate=3e-3)
-    rows = list(ppo.train())
+    rows = logged(ppo.train)
     assert rows[0]["planner_steps"] > 5.8 and rows[-1]["planner_steps"] < 5.4
     assert rows[-1]["return"] > rows[0]["return"] + 8
     assert [row["step"] for row in rows] == list(range(1, 11)) and rows[-1]["frames"] == 1440
@@ -214,21 +226,17 @@ def test_free_steps_teach_the_small_budget() -> None:
     ppo = make_ppo(step_cost=0.0, iterations=7, critic_warmup=1, learning_rate=3e-3)
     cost = ppo.env.core.reward
     object.__setattr__(cost.config, "step_cost", -20.0)
-    rows = list(ppo.train())
+    rows = logged(ppo.train)
     assert rows[-1]["planner_steps"] > rows[0]["planner_steps"] + 1
 
 
 def test_the_critic_explains_returns() -> None:
     ppo = make_ppo(budgets=(1,), iterations=10, critic_warmup=10, critic_learning_rate=1e-2, gae_lambda=1.0)
-    errors = [row["value_error"] for row in ppo.train()]
+    errors = [row["value_error"] for row in logged(ppo.train)]
     assert errors[0] == pytest.approx(1, abs=1e-3) and max(errors[-3:]) < 0.85
 
 
 # ---------------------------------------------------------------------- resuming
-
-
-def rounds(ppo: PPO, count: int) -> Iterator[dict[str, float]]:
-    return islice(ppo.train(), count)
 
 
 @pytest.mark.parametrize("warmup", [0, 3])
@@ -236,26 +244,25 @@ def test_resuming_equals_an_uninterrupted_run(warmup: int, tmp_path: Path) -> No
     """Bit for bit, through a file, in a fresh environment, whatever random numbers were drawn in between."""
     short: dict[str, Any] = {"critic_warmup": warmup, "frames_per_batch": 72, "epochs": 2}
     whole = make_ppo(tiny_planner(), (1, 2, 4), **short)
-    rows = list(whole.train())
-    first = make_ppo(tiny_planner(), (1, 2, 4), **short)
-    list(rounds(first, 2))
-    torch.save(first.state_dict(), tmp_path / "state.pt")
+    rows = logged(whole.train)
+    with pytest.raises(Enough), Seen(print, 3, tmp_path, "job", 0) as job:
+        make_ppo(tiny_planner(), (1, 2, 4), **short).train(job)
     torch.rand(1000)
     second = make_ppo(tiny_planner(seed=9), (1, 2, 4), **short)  # its start does not matter any more
-    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert second.iteration == 2
-    assert list(second.train()) == rows[2:]
+    seen: list[dict[str, float]] = []
+    with Seen(seen.append, None, tmp_path, "job", 0) as again:
+        second.train(again)
+    assert seen == rows[2:] and again.history == rows
     assert same(second.planner.state_dict(), whole.planner.state_dict())
     assert same(second.critic.state_dict(), whole.critic.state_dict())
-    assert list(second.train()) == []
 
 
 def test_a_state_is_a_snapshot() -> None:
     ppo = make_ppo()
-    list(rounds(ppo, 1))
+    logged(ppo.train, until=1)
     state = ppo.state_dict()
     kept = {k: v.clone() for k, v in state["planner"].items()}
-    list(rounds(ppo, 1))
+    logged(ppo.train, until=1)
     assert same(state["planner"], kept) and state["iteration"] == 1
 
 
@@ -264,7 +271,7 @@ def test_a_state_is_a_snapshot() -> None:
 
 @pytest.mark.filterwarnings("error::DeprecationWarning", "error::FutureWarning", "error::UserWarning")
 def test_a_round_runs_without_warnings() -> None:
-    assert len(list(rounds(make_ppo(budgets=(1, 2, 4)), 1))) == 1
+    assert len(logged(make_ppo(budgets=(1, 2, 4)).train, until=1)) == 1
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from orderrl.agents.play import roll_out
 from orderrl.agents.policies import PlannerPolicy
-from orderrl.agents.ppo import PPO, PPOConfig
+from orderrl.agents.ppo import PPO
+from orderrl.agents.ppo import Config as PPOConfig
 from orderrl.planner import OrderHead
 from tests.agents.helpers import mid_episode, tiny_core, tiny_env, tiny_planner
 
 RANGE = (0.1, 10.0)
-SMALL: dict[str, Any] = {"num_envs": 8, "frames_per_batch": 144, "minibatch_size": 48, "critic_warmup": 0}
+SMALL: dict[str, Any] = {"num_envs": 8, "frames_per_batch": 144, "minibatch_size": 48, "group_size": 1}
 
 
 def make_ppo(
@@ -48,7 +49,7 @@ def test_a_start_without_costs_becomes_a_planner_that_is_told_them() -> None:
 
 def test_planner_and_critic_learn_from_the_cost() -> None:
     ppo = make_ppo(tiny_planner(num_budgets=2))
-    list(ppo.train())
+    ppo.train()
     for part in (ppo.planner, ppo.critic):
         assert part.project_step_cost is not None and (part.project_step_cost.weight != 0).all()
 
@@ -82,7 +83,7 @@ def test_dear_steps_are_fewer() -> None:
     learning = {"learning_rate": 3e-3, "gae_lambda": 1.0, "privileged_critic": False}
     ppo = make_ppo(tiny_planner(noisy=False), iterations=12, **episodes, **learning)
     ppo.env.core.reward = Priced()  # type: ignore[assignment]
-    list(ppo.train())
+    ppo.train()
     steps = []
     for cost in (0.1, 1.0, 10.0):
         policy = PlannerPolicy(ppo.planner.at_step_cost(cost), (1, 2), deterministic=False)

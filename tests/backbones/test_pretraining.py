@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ from orderrl.backbones import OrderRobustTransformer, TransformerConfig, load_ba
 from orderrl.backbones.pretraining import (
     PretrainConfig,
     block_orders,
-    learning_rate_factor,
     mean_loss,
     order_losses,
     pretrain,
@@ -21,7 +21,9 @@ from orderrl.backbones.pretraining import (
 )
 from orderrl.data import TokenSet, load_split
 from orderrl.geometry import BlockGrid
+from orderrl.runtime.learning_rate import warmed_cosine_factor
 from tests.helpers import tiny_backbone, tiny_images
+from tests.jobs import logged
 
 QUICK = PretrainConfig(steps=40, batch_size=16, learning_rate=1e-2, warmup=5, ema=0.8, evaluate_every=20, bf16=False)
 
@@ -45,7 +47,7 @@ def test_a_few_steps_learn() -> None:
     backbone, held_out = fresh(), striped(60, 1)
     before = order_losses(backbone, held_out)
     assert before["loss_random"] == pytest.approx(torch.tensor(3.0).log().item(), abs=1e-4)  # zero output matrix
-    rows = list(pretrain(backbone, striped(200, 0), held_out, QUICK))
+    rows = logged(pretrain, backbone, striped(200, 0), held_out, QUICK)
     after = order_losses(backbone, held_out)
     for name, value in after.items():
         assert value < 0.6 * before[name]
@@ -60,7 +62,7 @@ def test_the_same_seed_gives_the_same_weights() -> None:
     results = []
     for seed in (0, 0, 1):
         backbone = fresh()
-        list(pretrain(backbone, striped(50, 0), striped(20, 1), replace(short, seed=seed)))
+        pretrain(backbone, striped(50, 0), striped(20, 1), replace(short, seed=seed))
         results.append(backbone.output.weight.detach().clone())
     assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
 
@@ -98,24 +100,27 @@ def test_the_last_random_checkpoint_is_handed_out(order: str, anneal_from: float
     config = replace(QUICK, steps=8, order=order, anneal_from=anneal_from)
     kept: list[torch.Tensor] = []
     backbone, seen = fresh(), []
-    train = pretrain(
-        backbone,
-        striped(50, 0),
-        striped(20, 1),
-        config,
-        None,
-        lambda b: kept.append(b.get_parameter("output.weight").detach().clone()),
-    )
-    for row in train:
+
+    def keep(averaged: Any) -> None:
+        kept.append(averaged.get_parameter("output.weight").detach().clone())
+
+    def see(row: dict[str, float]) -> None:
         seen.append((row["random_share"], len(kept)))
+
+    logged(pretrain, backbone, striped(50, 0), striped(20, 1), config, None, keep, see=see)
     assert len(kept) == calls
     if calls:
         assert all(count == (share < 1) for share, count in seen)
-        mirror, average = fresh(), None
-        for _ in zip(pretrain(mirror, striped(50, 0), striped(20, 1), config), range(5), strict=False):
-            weight = mirror.output.weight.detach().clone()
-            average = weight if average is None else config.ema * average + (1 - config.ema) * weight
-        assert average is not None and torch.allclose(kept[0], average, atol=1e-6)
+        mirror, weights = fresh(), []
+
+        def take(row: dict[str, float]) -> None:
+            weights.append(mirror.output.weight.detach().clone())
+
+        logged(pretrain, mirror, striped(50, 0), striped(20, 1), config, see=take, until=5)
+        average = weights[0]
+        for weight in weights[1:]:
+            average = config.ema * average + (1 - config.ema) * weight
+        assert torch.allclose(kept[0], average, atol=1e-6)
         assert not torch.allclose(kept[0], backbone.output.weight, atol=1e-4)
 
 
@@ -128,7 +133,7 @@ def test_augmentation_is_used_with_its_strength() -> None:
 
     for strength in (0.5, 0.0):
         config = replace(QUICK, steps=2, augmentation=strength)
-        list(pretrain(fresh(), striped(50, 0), striped(20, 1), config, augment))
+        pretrain(fresh(), striped(50, 0), striped(20, 1), config, augment)
     assert strengths == [0.5, 0.5]
 
 
@@ -136,9 +141,8 @@ def test_labels_are_dropped_for_guidance() -> None:
     backbone = fresh()
     table = backbone.cls_embedding.embedding_table.weight
     start = table.detach().clone()
-    list(
-        pretrain(backbone, striped(50, 0), striped(9, 1), replace(QUICK, steps=5, label_dropout=1.0, weight_decay=0.0))
-    )
+    config = replace(QUICK, steps=5, label_dropout=1.0, weight_decay=0.0)
+    pretrain(backbone, striped(50, 0), striped(9, 1), config)
     moved = (table.detach() - start).abs().amax(1) > 1e-6
     assert moved.tolist() == [False, False, True]
 
@@ -176,8 +180,7 @@ def test_the_shipped_backbones_are_what_they_are_called() -> None:
 
 
 def test_learning_rate_warms_up_and_falls() -> None:
-    config = replace(QUICK, steps=100, warmup=10)
-    factors = [learning_rate_factor(step, config) for step in range(101)]
+    factors = [warmed_cosine_factor(step, steps=100, warmup=10) for step in range(101)]
     assert factors[0] == pytest.approx(0.1) and max(factors) == factors[10] == pytest.approx(1.0)
     assert factors[100] == pytest.approx(0.02)
     assert factors[10:] == sorted(factors[10:], reverse=True)

@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from orderrl.agents.bc import BCConfig
+from orderrl.agents.bc import Config as BCConfig
 from orderrl.evaluation.headroom import (
     LEVELS,
     Prediction,

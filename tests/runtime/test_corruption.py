@@ -24,18 +24,20 @@ from orderrl.data.folder import SPLITS, FolderConfig
 from orderrl.envs.core import CoreConfig
 from orderrl.evaluation.protocol import Evaluated
 from orderrl.evaluation.runs import open_evaluation, save_results
+from orderrl.factory import setup_of
+from orderrl.labels import find_or_make_labels
 from orderrl.metrics.classifier import load_classifier, save_classifier
 from orderrl.metrics.references import Gaussian, Reference, open_reference, save_reference
-from orderrl.pipeline import find_or_make_labels
 from orderrl.planner import load_planner
-from orderrl.planners import find_or_train_clone, newest_planner
 from orderrl.rollouts import record_dataset
 from orderrl.runtime.cache import Cache
-from orderrl.runtime.job import Unfinished
+from orderrl.runtime.job import Job
 from orderrl.runtime.tables import open_table
 from orderrl.tokenize import tokenize_folder
 from orderrl.tokenizers import load_tokenizer
+from orderrl.training import newest_planner
 from tests.helpers import tiny_backbone, tiny_images
+from tests.jobs import trained
 from tests.tokenizers.helpers import image_folder, save_tiny_vq, tiny_vq
 
 DAMAGES = ("flipped", "truncated", "emptied", "swapped", "deleted")
@@ -62,11 +64,11 @@ class Kind:
 
 def labels(home: Path) -> Kind:
     config, backbone = small_training(home)
-    found = find_or_make_labels(config, backbone)
+    found = find_or_make_labels(setup_of(config, backbone))
     names = sorted(path.name for path in (found / "contexts").iterdir())
 
     def use() -> Any:
-        folder = find_or_make_labels(config, backbone) / "contexts"
+        folder = find_or_make_labels(setup_of(config, backbone)) / "contexts"
         return [(folder / name).read_bytes() for name in names]
 
     return Kind(found, use, refuses=False)
@@ -74,20 +76,20 @@ def labels(home: Path) -> Kind:
 
 def planner(home: Path) -> Kind:
     config, backbone = small_training(home)
-    found = find_or_train_clone(config, backbone)
-    return Kind(found.parent, lambda: weights(load_planner(find_or_train_clone(config, backbone))[0]), refuses=False)
+    found = trained(config, backbone)
+    return Kind(found.parent, lambda: weights(load_planner(trained(config, backbone))[0]), refuses=False)
 
 
 def newest(home: Path) -> Kind:
     """Two planners: the older one is taken where the newer one is damaged."""
     config, backbone = small_training(home)
-    first = find_or_train_clone(config, backbone)
+    first = trained(config, backbone)
     config.seed = 1
-    second = find_or_train_clone(config, backbone)
+    second = trained(config, backbone)
     older, newer = (weights(load_planner(path)[0]) for path in (first, second))
 
     def use() -> Any:
-        path = newest_planner(config, backbone, "bc")
+        path = newest_planner(setup_of(config, backbone), "bc")
         assert path is not None
         found = weights(load_planner(path)[0])
         return newer if path == first and found == older else found
@@ -105,7 +107,7 @@ def small_training(home: Path) -> Any:
 
 def planner_of_a_path(home: Path) -> Kind:
     config, backbone = small_training(home)
-    return checkpoint(home, find_or_train_clone(config, backbone), lambda path: weights(load_planner(path)[0]))
+    return checkpoint(home, trained(config, backbone), lambda path: weights(load_planner(path)[0]))
 
 
 def backbone_of_a_path(home: Path) -> Kind:
@@ -200,7 +202,7 @@ class Raster:
 
 def pieces(home: Path) -> Kind:
     def use() -> Any:
-        work = Unfinished(home, "job")
+        work = Job(home, "job")
         return [work.piece(f"row-{number}", partial(torch.arange, number, 50)).tolist() for number in (0, 1)]
 
     use()
@@ -212,7 +214,7 @@ def state(home: Path) -> Kind:
 
     def use() -> Any:
         values: dict[str, Any] = {"loss": 1.0}
-        work = Unfinished(home, "job", seconds=0)
+        work = Job(home, "job", seconds=0)
         for _ in work.steps(4, values=values):
             values["loss"] /= 2
             if len(list(work.folder.glob("state.*"))) and stop:

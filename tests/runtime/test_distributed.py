@@ -15,7 +15,8 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from orderrl import compose
-from orderrl.agents.ppo import PPO, PPOConfig
+from orderrl.agents.ppo import PPO
+from orderrl.agents.ppo import Config as PPOConfig
 from orderrl.backbones import load_backbone, save_backbone
 from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.envs.torchrl import NextBlockTorchRLEnv
@@ -177,10 +178,10 @@ def play(home: Path) -> tuple[list[int], list[Tensor]]:
     torch.manual_seed(0)
     planner = OrderHead(PlannerConfig.for_backbone(backbone, dim=32, stem=1))
     core = NextBlockCore(backbone, tiny_images(backbone), 8 // distributed.size(), CoreConfig(budgets=(1, 2)))
-    config = PPOConfig(iterations=2, num_envs=8, frames_per_batch=96, minibatch_size=48, epochs=1, critic_warmup=0)
+    config = PPOConfig(iterations=2, num_envs=8, frames_per_batch=96, minibatch_size=48, epochs=1, group_size=1)
     ppo = PPO(planner, NextBlockTorchRLEnv(core=core, privileged=True), config)
     seeds = ppo._round_seeds().tolist()
-    list(ppo.train())
+    ppo.train()
     return seeds, [parameter.detach() for parameter in ppo.planner.parameters()]
 
 

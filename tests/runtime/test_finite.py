@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,11 @@ from orderrl.backbones import load_backbone, save_backbone
 from orderrl.backbones.sampling import Sampling, sample_tokens
 from orderrl.labels import make_shards
 from orderrl.metrics.classifier import Classifier, load_classifier, save_classifier
-from orderrl.pipeline import follow
 from orderrl.planner import OrderHead, PlannerConfig, load_planner, require_described, save_planner
 from orderrl.runtime.checkpoint import save_checkpoint
 from orderrl.runtime.config import compose
 from orderrl.runtime.finite import NotFiniteError, require_finite, tensors_in
-from orderrl.runtime.job import Unfinished, steps_of
+from orderrl.runtime.job import Job
 from orderrl.tokenizers import VQConfig, VQTokenizer, load_tokenizer, save_tokenizer
 from orderrl.tokenizers.layers import StackConfig
 from orderrl.train import train
@@ -128,11 +127,11 @@ def test_a_planner_whose_scores_overflow_is_not_written(tmp_path: Path) -> None:
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-def diverging(work: Unfinished, weight: Tensor, at: int, key: str) -> Iterator[dict[str, float]]:
+def diverging(job: Job, weight: Tensor, at: int, key: str) -> None:
     """A loop of ten steps whose loss is NaN from a step on, and its weight from the step before."""
-    for step in steps_of(work, 10, part={"weight": weight}):
+    for step in job.steps(10, part={"weight": weight}):
         weight.fill_(math.nan if step + 1 >= at - 1 else 1.0)
-        yield {"step": step + 1, key: math.nan if step + 1 >= at else 1.0, "held_in": math.nan}
+        job.log(**{key: math.nan if step + 1 >= at else 1.0, "held_in": math.nan})
 
 
 @pytest.mark.parametrize("key", ["loss", "loss_random", "held_out_psnr", "return", "kl"])
@@ -144,16 +143,16 @@ def test_training_stops_at_the_first_loss_that_is_not_finite_and_starts_anew(
     for _ in range(2):  # the next run does not continue on the way to it
         with (
             pytest.raises(NotFiniteError, match=r"diverged: lower its learning rate"),
-            Unfinished(tmp_path, "job", seconds) as work,
+            Job(tmp_path, "job", seconds) as work,
         ):
             work.store("piece", torch.ones(1)) if not work.has("piece") else None
-            follow(diverging(work, weight, 5, key), work, None, lambda row: None)
+            diverging(work, weight, 5, key)
         assert len(work.history) <= 5
         assert work.has("piece") and not list(work.folder.glob("state.*"))
 
 
 def test_a_state_that_is_not_finite_is_never_continued(tmp_path: Path) -> None:
-    work = Unfinished(tmp_path, "job", 0)
+    work = Job(tmp_path, "job", 0)
     weight = torch.ones(1)
     with pytest.raises(NotFiniteError, match=r"state after step 1: not finite: part.weight"):
         for _ in work.steps(3, part={"weight": weight}):
@@ -184,7 +183,7 @@ def test_a_planner_that_diverges_is_not_published(agent: list[str], tmp_path: Pa
 
 
 def test_labels_that_are_not_finite_are_not_stored(tmp_path: Path) -> None:
-    work = Unfinished(tmp_path, "labels")
+    work = Job(tmp_path, "labels")
     shards = [range(2), range(2, 4)]
 
     def make(shard: range) -> dict[str, Tensor]:

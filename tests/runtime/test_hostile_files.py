@@ -26,17 +26,16 @@ from orderrl.data import load_token_set
 from orderrl.data.classes import class_ids
 from orderrl.data.folder import FolderConfig, read_image
 from orderrl.evaluation.runs import open_evaluation, save_results
-from orderrl.labels import label_columns
+from orderrl.labels import label_columns, open_labels
 from orderrl.metrics.classifier import load_classifier
 from orderrl.metrics.clip_score import load_clip
 from orderrl.metrics.features import extract_features
 from orderrl.metrics.images import ImageFolder
 from orderrl.metrics.references import open_reference
-from orderrl.pipeline import open_labels
 from orderrl.planner import load_planner
 from orderrl.runtime.cache import Cache
 from orderrl.runtime.checkpoint import load_checkpoint
-from orderrl.runtime.job import Unfinished
+from orderrl.runtime.job import Job
 from orderrl.runtime.jsonfile import read_json
 from orderrl.runtime.storage import manifest, write_sealed
 from orderrl.runtime.tables import TableWriter, open_table
@@ -96,7 +95,7 @@ def test_the_attacks_work_where_nobody_takes_care(tmp_path: Path) -> None:
 
 def _piece(path: Path) -> Any:
     """A piece of an unfinished job whose name has the right checksum."""
-    with Unfinished(path.parent, "job") as work:
+    with Job(path.parent, "job") as work:
         shutil.copyfile(path, work.folder / f"labels.{work.checksum('labels', path)}.pt")
         assert work.has("labels")
         return work.load("labels")

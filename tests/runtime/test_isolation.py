@@ -15,7 +15,8 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from orderrl.agents.bc import BCConfig, clone
+from orderrl.agents.bc import Config as BCConfig
+from orderrl.agents.bc import clone
 from orderrl.agents.play import act
 from orderrl.agents.registry import make_policy, policy_names
 from orderrl.backbones import check_backbone, load_backbone
@@ -30,6 +31,7 @@ from orderrl.planner import OrderHead, PlannerConfig, load_planner, save_planner
 from orderrl.runtime.config import compose
 from orderrl.runtime.isolation import isolated, isolated_float32
 from orderrl.train import train
+from tests.jobs import logged
 
 Switch = Callable[[], AbstractContextManager[Any]]
 
@@ -226,7 +228,7 @@ def cloned() -> list[Any]:
     parts = list(label_contexts(backbone, data.tokens, data.labels, config, contexts))
     labels = TensorDict({key: torch.cat([part[key] for part in parts]) for key in parts[0]}, [24])
     planner = planner_of()
-    rows = list(clone(planner, labels, backbone.geometry, BCConfig(steps=3, batch_size=8)))
+    rows = logged(clone, planner, labels, backbone.geometry, BCConfig(steps=3, batch_size=8))
     return [dict(planner.state_dict()), [row["loss"] for row in rows]]
 
 

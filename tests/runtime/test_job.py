@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from orderrl.label import label
 from orderrl.labels import assemble, label_shard, make_shards, missing_shards, plan_shards, shard_name
 from orderrl.oracle import LabelConfig, label_contexts, random_contexts
 from orderrl.runtime import job as resuming
-from orderrl.runtime.job import Unfinished, forget, steps_of
+from orderrl.runtime.job import Job, finish
+from orderrl.runtime.run import Run
 from orderrl.train import train
 from tests.helpers import tiny_backbone
 from tests.killing import contents
@@ -33,8 +34,18 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def work(tmp_path: Path) -> Unfinished:
-    return Unfinished(tmp_path, "job", seconds=0)
+def work(tmp_path: Path) -> Job:
+    return Job(tmp_path, "job", seconds=0)
+
+
+class Logged(Run):
+    """A run that keeps what is logged to it."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self.rows.append({**metrics, "step": step})
 
 
 def ignore(count: float = 1, note: str = "") -> None:
@@ -44,7 +55,7 @@ def ignore(count: float = 1, note: str = "") -> None:
 # ---------------------------------------------------------------------- pieces
 
 
-def test_a_piece_is_made_once(work: Unfinished) -> None:
+def test_a_piece_is_made_once(work: Job) -> None:
     made = []
 
     def make() -> dict[str, Any]:
@@ -57,28 +68,29 @@ def test_a_piece_is_made_once(work: Unfinished) -> None:
 
 
 def test_the_folder_goes_when_the_job_is_done_and_stays_when_it_fails(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), Unfinished(tmp_path, "job") as work:
+    with pytest.raises(RuntimeError), Job(tmp_path, "job") as work:
         work.store("a", 1)
         raise RuntimeError
-    with Unfinished(tmp_path, "job") as work:
+    with Job(tmp_path, "job") as work:
         assert work.load("a") == 1
     assert not work.folder.exists()
 
 
 def test_what_an_interruption_at_the_very_end_left_is_removed_and_its_metrics_are_not_lost(tmp_path: Path) -> None:
-    work = Unfinished(tmp_path, "job")
+    work = Job(tmp_path, "job")
     work.history.append({"step": 1.0, "loss": 0.5})
-    work.keep_history()
+    work.publish(lambda: None)
     del work  # as if its process were gone
-    assert forget(tmp_path, "other") == []
-    assert forget(tmp_path, "job") == [{"step": 1.0, "loss": 0.5}]
-    assert not list((tmp_path / "unfinished").iterdir()) and forget(tmp_path, "job") == []
+    run = Logged()
+    finish(tmp_path, "other", run)
+    assert run.rows == []
+    finish(tmp_path, "job", run)
+    finish(tmp_path, "job", run)
+    assert run.rows == [{"step": 1.0, "loss": 0.5}] and not list((tmp_path / "unfinished").iterdir())
 
 
 @pytest.mark.parametrize("damage", ["truncated", "altered", "empty"])
-def test_a_damaged_piece_is_made_again_and_said_so(
-    work: Unfinished, damage: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_piece_is_made_again_and_said_so(work: Job, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
     work.store("a", torch.arange(100))
     work.store("b", torch.arange(5))
     (path,) = work.folder.glob("a.*.pt")
@@ -92,30 +104,30 @@ def test_a_damaged_piece_is_made_again_and_said_so(
     assert f"{path}: is truncated or altered; making it again" in capsys.readouterr().out
 
 
-def test_a_missing_piece_is_named(work: Unfinished) -> None:
+def test_a_missing_piece_is_named(work: Job) -> None:
     with pytest.raises(ValueError, match="a is missing; start the command again"):
         work.load("a")
 
 
 def test_what_a_write_left_aside_is_removed_at_the_next_start(tmp_path: Path) -> None:
-    Unfinished(tmp_path, "job").store("a", 1)
+    Job(tmp_path, "job").store("a", 1)
     (tmp_path / "unfinished" / "job" / ".b.123.partial").write_bytes(b"half")
-    again = Unfinished(tmp_path, "job")
+    again = Job(tmp_path, "job")
     assert again.load("a") == 1 and not list(again.folder.glob(".*.partial"))
 
 
 def test_the_same_job_in_another_process_gets_a_folder_of_its_own(tmp_path: Path) -> None:
-    code = f"import time; from orderrl.runtime.job import Unfinished; w = Unfinished({str(tmp_path)!r}, 'job'); "
+    code = f"import time; from orderrl.runtime.job import Job; w = Job({str(tmp_path)!r}, 'job'); "
     code += "w.store('a', 1); print('ready', flush=True); time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout is not None and other.stdout.readline() == "ready\n"
-        mine = Unfinished(tmp_path, "job")
+        mine = Job(tmp_path, "job")
         assert mine.folder.name == "job-2" and not mine.has("a")
     finally:
         other.kill()
         other.wait()
-    assert Unfinished(tmp_path, "job").load("a") == 1, "the lock of a killed process is free"
+    assert Job(tmp_path, "job").load("a") == 1, "the lock of a killed process is free"
 
 
 # ---------------------------------------------------------------------- a full disk
@@ -135,7 +147,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
     yield state
 
 
-def test_a_full_disk_is_an_error_and_leaves_what_was_good(work: Unfinished, full: list[bool]) -> None:
+def test_a_full_disk_is_an_error_and_leaves_what_was_good(work: Job, full: list[bool]) -> None:
     work.store("a", "old")
     full[0] = True
     for name in ("a", "b"):
@@ -163,16 +175,16 @@ def test_labelling_goes_on_after_a_full_disk(tmp_path: Path, full: list[bool]) -
     config = compose("label", overrides)
     whole = contents(label(config) / "contexts", "*")
     config.cache_dir = str(tmp_path / "other")
-    store = Unfinished.store
+    store = Job.store
     stored: list[str] = []
 
-    def fill_up(self: Unfinished, name: str, value: Any) -> None:
+    def fill_up(self: Job, name: str, value: Any) -> None:
         full[0] = len(stored) == 2
         stored.append(name)
         store(self, name, value)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Unfinished, "store", fill_up)
+        patch.setattr(Job, "store", fill_up)
         with pytest.raises(OSError, match="No space left on device"):
             label(config)
     full[0] = False
@@ -198,9 +210,9 @@ class Loop:
         self.best: dict[str, Any] = {"loss": 1e9}
         self.seen: list[float] = []
 
-    def run(self, work: Unfinished | None, until: int = 20) -> list[float]:
-        steps = steps_of(
-            work, 20, network=self.network, optimizer=self.optimizer, schedule=self.schedule,
+    def run(self, work: Job | None, until: int = 20) -> list[float]:
+        steps = (work or Job()).steps(
+            20, network=self.network, optimizer=self.optimizer, schedule=self.schedule,
             generator=self.generator, best=self.best, seen=self.seen,
         )  # fmt: skip
         for step in steps:
@@ -224,10 +236,10 @@ def test_a_loop_that_continues_does_what_it_would_have_done(
 ) -> None:
     expected = Loop().run(None)
     for until in interruptions:
-        with pytest.raises(InterruptedError), Unfinished(tmp_path, "job", seconds=0) as work:
+        with pytest.raises(InterruptedError), Job(tmp_path, "job", seconds=0) as work:
             Loop().run(work, until)
         torch.rand(3)  # whatever happens in between
-    with Unfinished(tmp_path, "job", seconds=0) as work:
+    with Job(tmp_path, "job", seconds=0) as work:
         again = Loop()
         assert again.run(work) == expected
     assert again.best["loss"] == min(again.seen) and again.best["bias"].shape == (1,)
@@ -235,27 +247,27 @@ def test_a_loop_that_continues_does_what_it_would_have_done(
 
 
 def test_a_damaged_state_is_refused_by_name_and_an_older_one_is_not_taken_in_silence(tmp_path: Path) -> None:
-    with pytest.raises(InterruptedError), Unfinished(tmp_path, "job", seconds=0) as work:
+    with pytest.raises(InterruptedError), Job(tmp_path, "job", seconds=0) as work:
         Loop().run(work, 5)
     (path,) = work.folder.glob("state.*.pt")
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ValueError, match=r"state\..*truncated or altered.*remove it"):
-        Loop().run(Unfinished(tmp_path, "job"))
+        Loop().run(Job(tmp_path, "job"))
     path.unlink()
-    with Unfinished(tmp_path, "job") as work:
+    with Job(tmp_path, "job") as work:
         assert Loop().run(work) == Loop().run(None)
 
 
 def test_states_are_kept_no_more_often_than_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = []
-    monkeypatch.setattr(Unfinished, "_keep", lambda self, step, parts: kept.append(step))
+    monkeypatch.setattr(Job, "_keep", lambda self, step, parts: kept.append(step))
     now = [0.0]
     monkeypatch.setattr(resuming.time, "monotonic", lambda: now[0])
-    for _ in Unfinished(tmp_path, "job", seconds=10).steps(100):
+    for _ in Job(tmp_path, "job", seconds=10).steps(100):
         now[0] += 3
     assert kept == list(range(4, 100, 4))
     with pytest.raises(ValueError, match="checkpoint_seconds must be at least 0"):
-        Unfinished(tmp_path, "other", seconds=-1)
+        Job(tmp_path, "other", seconds=-1)
 
 
 # ---------------------------------------------------------------------- shards of labels
@@ -283,7 +295,7 @@ def test_shards_are_runs_of_whole_batches(data: TokenSet, shard_size: int, batch
     assert {shard.start for shard in shards} <= batches
 
 
-def test_shards_give_what_the_whole_gives_to_the_last_bit(work: Unfinished, data: TokenSet, tmp_path: Path) -> None:
+def test_shards_give_what_the_whole_gives_to_the_last_bit(work: Job, data: TokenSet, tmp_path: Path) -> None:
     backbone = tiny_backbone()
     contexts, shards = shards_of(data)
     whole = [TensorDict(part) for part in label_contexts(backbone, data.tokens, data.labels, SETTINGS, contexts)]
@@ -297,7 +309,7 @@ def test_shards_give_what_the_whole_gives_to_the_last_bit(work: Unfinished, data
 
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
 def test_a_shard_that_is_damaged_or_missing_is_made_again_alone(
-    work: Unfinished, data: TokenSet, tmp_path: Path, damage: str
+    work: Job, data: TokenSet, tmp_path: Path, damage: str
 ) -> None:
     backbone = tiny_backbone()
     contexts, shards = shards_of(data)
@@ -326,12 +338,13 @@ def test_memory_stays_flat_while_labelling(tmp_path: Path) -> None:
 import resource, sys, torch
 sys.path.insert(0, {str(ROOT)!r})
 from orderrl.labels import assemble, make_shards
-from orderrl.runtime.job import Unfinished
+from orderrl.runtime.job import Job, finish
+from orderrl.runtime.run import Run
 from pathlib import Path
 shards = [range(i, i + 64) for i in range(0, 40 * 64, 64)]
 make = lambda shard: {{"label": torch.zeros(64, dtype=torch.int64), "hidden": torch.full((64, 16, 1024), 0.5)}}
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-with Unfinished({str(tmp_path)!r}, "job") as work:
+with Job({str(tmp_path)!r}, "job") as work:
     make_shards(work, shards[:4], make, False); assemble(work, shards[:4], Path({str(tmp_path)!r}) / "few")
     before = peak()
     make_shards(work, shards, make, False); assemble(work, shards, Path({str(tmp_path)!r}) / "all")
@@ -354,7 +367,7 @@ def test_a_finished_training_that_is_interrupted_before_its_end_is_not_repeated(
     overrides += ["planner.dim=32", "planner.stem=1", "checkpoint_seconds=0", f"output_dir={tmp_path / 'runs'}"]
     config = compose("train", [*overrides, f"cache_dir={tmp_path / 'cache'}"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("orderrl.planners.save_planner", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("orderrl.training.save_planner", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             train(config)
     kept = train(config)
@@ -372,15 +385,15 @@ def test_a_training_that_is_killed_between_its_result_and_its_end_still_logs_all
     ]
     overrides += ["planner.dim=32", "planner.stem=1", f"output_dir={tmp_path / 'runs'}"]
     config = compose("train", [*overrides, f"cache_dir={tmp_path / 'cache'}"])
-    end = Unfinished.__exit__
+    end = Job.__exit__
 
-    def killed(self: Unfinished, *error: Any) -> None:
+    def killed(self: Job, *error: Any) -> None:
         if "planners" in self.key:  # labels are done
             raise KeyboardInterrupt
         end(self, *error)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Unfinished, "__exit__", killed)
+        patch.setattr(Job, "__exit__", killed)
         with pytest.raises(KeyboardInterrupt):
             train(config)
     (first,) = (tmp_path / "runs" / "train").iterdir()

@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 
-from orderrl import compose, planners
+from orderrl import compose
+from orderrl.agents.agent import find_agent
+from orderrl.agents.imitation import Config
+from orderrl.factory import setup_of
 from orderrl.runtime import sources
 from orderrl.runtime.sources import file_versions, printable, source_identity
+from orderrl.training import describe
 from tests.helpers import tiny_backbone
 
 
@@ -76,11 +80,13 @@ def test_imitated_policies_of_users_are_known_by_their_source(tmp_path: Path, mo
     module = tmp_path / "a_users_policy.py"
     module.write_text("def policy(observation, generator):\n    return observation['visible'].long().argmin(-1)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(planners, "_find_or_imitate", lambda config, backbone, policy, described, run, reuse: described)
-    config = compose("train", ["agent=imitation", "agent.policy=a_users_policy:policy"])
-    backbone = tiny_backbone(8, 8, vocab_size=17, num_classes=10)
-    before: Any = planners.find_or_train_imitation(config, backbone)
+    config = compose("train", ["agent=imitation", "data=digits"])
+    setup = setup_of(config, tiny_backbone(8, 8, vocab_size=17, num_classes=10))
+
+    def imitated(policy: str) -> Any:
+        return describe(setup, "imitation", find_agent("imitation"), Config(policy=policy)).get("imitated")
+
+    before = imitated("a_users_policy:policy")
     module.write_text(module.read_text().replace("argmin", "argmax"))
-    assert before and planners.find_or_train_imitation(config, backbone) != before
-    config = compose("train", ["agent=imitation", "agent.policy=raster"])
-    assert planners.find_or_train_imitation(config, backbone) == {}
+    assert before and imitated("a_users_policy:policy") != before
+    assert imitated("raster") is None

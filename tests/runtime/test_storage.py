@@ -18,7 +18,7 @@ from tensordict import TensorDict
 from orderrl.runtime import job as resuming
 from orderrl.runtime import storage
 from orderrl.runtime.cache import Cache
-from orderrl.runtime.job import Unfinished
+from orderrl.runtime.job import Job
 from orderrl.runtime.storage import (
     claim,
     damage,
@@ -98,10 +98,10 @@ def test_a_job_whose_folder_goes_while_it_is_claimed_makes_another(
         return real(*arguments)
 
     monkeypatch.setattr(where, name, late)
-    with Unfinished(tmp_path, "job") as work:
+    with Job(tmp_path, "job") as work:
         assert work.folder == folder and gone.exists()
         work.store("a", 1)
-        in_another_process(lambda: Unfinished(tmp_path, "job").folder.joinpath("seen").touch())
+        in_another_process(lambda: Job(tmp_path, "job").folder.joinpath("seen").touch())
         assert not (folder / "seen").exists() and (tmp_path / "unfinished" / "job-2" / "seen").exists()
     assert not list((tmp_path / "unfinished").iterdir())
 
@@ -109,7 +109,7 @@ def test_a_job_whose_folder_goes_while_it_is_claimed_makes_another(
 def test_processes_of_one_job_never_see_each_others_pieces(tmp_path: Path) -> None:
     def work() -> None:
         for _ in range(60):
-            with Unfinished(tmp_path, "job") as job:
+            with Job(tmp_path, "job") as job:
                 assert not job.has("labels")
                 job.store("labels", os.getpid())
                 assert job.load("labels") == os.getpid()
@@ -135,7 +135,7 @@ def test_a_lock_file_of_another_user_leads_to_a_second_folder(
         return opened(self, *arguments, **options)
 
     monkeypatch.setattr(Path, "open", refuse)
-    with Unfinished(tmp_path, "job") as work:
+    with Job(tmp_path, "job") as work:
         assert work.folder.name == "job-2"
     assert "job: in use by another process or user" in capsys.readouterr().out
 
@@ -159,8 +159,8 @@ def test_what_killed_processes_left_is_removed_and_what_living_ones_do_is_not(tm
 
 
 def test_a_killed_second_job_goes_with_the_first_that_is_done(tmp_path: Path) -> None:
-    with Unfinished(tmp_path, "job"):
-        in_another_process(lambda: Unfinished(tmp_path, "job").store("a", 1), kill=True)
+    with Job(tmp_path, "job"):
+        in_another_process(lambda: Job(tmp_path, "job").store("a", 1), kill=True)
         assert {path.name for path in (tmp_path / "unfinished").iterdir()} == {"job", "job-2"}
     assert not list((tmp_path / "unfinished").iterdir())
 

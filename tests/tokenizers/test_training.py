@@ -14,6 +14,7 @@ from orderrl.tokenizers.training import (
     tokenizer_losses,
     train_tokenizer,
 )
+from tests.jobs import logged
 from tests.tokenizers.helpers import STACK, tiny_vq
 
 
@@ -38,7 +39,7 @@ def test_training_lowers_the_error_and_is_repeatable(draw: Callable[[int, torch.
         torch.manual_seed(0)
         tokenizer = VQTokenizer(VQConfig(24, 4, True, 32, STACK, STACK))
         before = reconstruction_quality(tokenizer.eval(), held_out)
-        rows = list(train_tokenizer(tokenizer, draw, lambda: held_out, settings))
+        rows = logged(train_tokenizer, tokenizer, draw, lambda: held_out, settings)
         after = reconstruction_quality(tokenizer, held_out)
         results.append((rows, after))
     assert after["psnr"] > before["psnr"] + 1 and after["l1"] < before["l1"]

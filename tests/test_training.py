@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch_fidelity
 from omegaconf import DictConfig
 from PIL import Image
 
-from orderrl import compose, planners
+from orderrl import compose, training
 from orderrl.agents import ppo
 from orderrl.agents.registry import make_policy
 from orderrl.backbones import (
@@ -27,17 +28,19 @@ from orderrl.evaluate import evaluate
 from orderrl.evaluation.comparison import code_length_at
 from orderrl.evaluation.protocol import EMPTY_ROW, Evaluated, folder_name, free_folder
 from orderrl.evaluation.runs import open_evaluation
+from orderrl.factory import Setup, open_backbone, setup_of
 from orderrl.generate import generate
 from orderrl.label import label
+from orderrl.labels import open_labels
 from orderrl.metrics.features import DIGITS
 from orderrl.metrics.images import save_images
 from orderrl.metrics.references import reference_of, save_reference
-from orderrl.pipeline import open_backbone, open_labels
 from orderrl.planner import load_planner
-from orderrl.planners import find_or_train_ppo, newest_planner
 from orderrl.pretrain import pretrain_backbone
-from orderrl.train import AGENTS, train
+from orderrl.train import train
+from orderrl.training import newest_planner
 from tests.helpers import tiny_backbone
+from tests.jobs import trained
 
 BACKBONE = "tiny.safetensors"
 SMALL_LABELS = ["labels.contexts=48"]
@@ -91,7 +94,7 @@ def improved(home: Path, cloned: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def evaluated(home: Path, improved: Path) -> Path:
-    policies = "eval.policies=[raster,multiscale@2,multiscale@4,random,fitted,oracle,tests.test_pipeline:last_hidden]"
+    policies = "eval.policies=[raster,multiscale@2,multiscale@4,random,fitted,oracle,tests.test_training:last_hidden]"
     return evaluate(
         configure(home, "evaluate", *SMALL_EVAL, policies, "eval.sampled=[raster]", "eval.keep_samples=true")
     )
@@ -160,37 +163,33 @@ def test_ppo_starts_from_the_schedule_it_needs(home: Path) -> None:
     assert load_planner(improved)[1]["start"] == weights_fingerprint(planner)
 
 
-def test_start_target_schedule_searches_in_the_environment_of_ppo(home: Path) -> None:
-    config = configure(home, "train", *SMALL_PPO, "env.step_cost=0.7", "agent.start_target=schedule", "seed=3")
-    made: list[DictConfig] = []
+def asked_for_a_start(config: DictConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[Setup, str, Any]:
+    """Setup, agent and settings with which a training makes the planner that it starts from."""
+    made: list[Any] = []
 
-    def remember(config: DictConfig, backbone: Any) -> Path:
-        made.append(config)
+    def remember(*asked: Any) -> Path:
+        made.append(asked)
         raise KeyboardInterrupt
 
-    original, planners.find_or_train_schedule = planners.find_or_train_schedule, remember  # type: ignore[assignment]
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            find_or_train_ppo(config, open_backbone(config))
-    finally:
-        planners.find_or_train_schedule = original
-    assert made[0].agent.name == "schedule" and made[0].seed == 3 and made[0].env.step_cost == 0.7
+    monkeypatch.setattr(training, "find_or_train", remember)
+    with pytest.raises(KeyboardInterrupt):
+        trained(config)
+    setup, agent, settings = made[0]
+    return setup, agent, settings
+
+
+def test_start_target_schedule_searches_in_the_environment_of_ppo(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configure(home, "train", *SMALL_PPO, "env.step_cost=0.7", "agent.start_target=schedule", "seed=3")
+    setup, agent, _ = asked_for_a_start(config, monkeypatch)
+    assert agent == "schedule" and setup.seed == 3 and setup.environment.reward.step_cost == 0.7
 
 
 def test_start_target_may_be_any_policys_name(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Names hold what an override must quote."""
     name = "diagonal@i<3/1,2,4"
     config = configure(home, "train", *SMALL_PPO, f"agent.start_target='{name}'", "seed=3")
-    made: list[DictConfig] = []
-
-    def remember(config: DictConfig, backbone: Any) -> Path:
-        made.append(config)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(planners, "find_or_train_imitation", remember)
-    with pytest.raises(KeyboardInterrupt):
-        find_or_train_ppo(config, open_backbone(config))
-    assert made[0].agent.name == "imitation" and made[0].agent.policy == name and made[0].seed == 3
+    setup, agent, settings = asked_for_a_start(config, monkeypatch)
+    assert agent == "imitation" and settings.policy == name and setup.seed == 3
 
 
 @pytest.mark.parametrize("agent", ["schedule", "fitted_q"])
@@ -227,22 +226,18 @@ def test_fitted_q_refuses_what_it_cannot_learn(home: Path, override: str, match:
         train(configure(home, "train", "agent=fitted_q", override))
 
 
-def test_ppo_makes_the_clone_it_needs(home: Path) -> None:
+def test_ppo_makes_the_clone_it_needs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = configure(home, "train", *SMALL_PPO, "seed=5", cache="other_cache")
-    made: list[DictConfig] = []
-    original = planners.find_or_train_clone
+    made: list[tuple[str, int]] = []
+    original = training.find_or_train
 
-    def remember(config: DictConfig, *args: Any, **kwargs: Any) -> Path:
-        made.append(config)
-        config.agent.steps, config.agent.evaluate_every = 4, 2
-        return original(config, *args, **kwargs)
+    def remember(setup: Setup, name: str, config: Any) -> Path:
+        made.append((name, setup.seed))
+        return original(setup, name, replace(config, steps=4, evaluate_every=2))
 
-    planners.find_or_train_clone = remember
-    try:
-        path = find_or_train_ppo(config, open_backbone(config))
-    finally:
-        planners.find_or_train_clone = original
-    assert made and made[0].agent.name == "bc" and made[0].seed == 5
+    monkeypatch.setattr(training, "find_or_train", remember)
+    path = trained(config)
+    assert made == [("bc", 5)]
     planner, description = load_planner(path)
     assert planner.config.num_budgets == 3 and description["objective"] == "likelihood"
 
@@ -285,7 +280,7 @@ def test_no_training_changes_a_byte_of_the_backbone(home: Path, cloned: Path, ov
     backbone = open_backbone(config)
     assert isinstance(backbone, torch.nn.Module)
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
-    AGENTS[config.agent.name](config, backbone, None, False)
+    trained(config, backbone, reuse=False)
     after = backbone.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before) and before.keys() == after.keys()
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in backbone.parameters())
@@ -305,7 +300,7 @@ def test_results_have_every_column_and_null_where_a_metric_does_not_apply(evalua
     for key in ("inception_score", "kid", "precision", "recall", "spatial_frechet_distance"):
         assert rows["oracle"][key] is None and rows["digits_raster"][key] is not None, key
     assert rows["digits_raster"]["kid"] < rows["raster"]["kid"] and 0 < rows["digits_raster"]["recall"] <= 1
-    assert {"bc_utility_r2", "ppo_likelihood_r2", "tests.test_pipeline:last_hidden"} <= set(rows)
+    assert {"bc_utility_r2", "ppo_likelihood_r2", "tests.test_training:last_hidden"} <= set(rows)
     assert rows["bc_utility_r2"]["R"] == 2 and rows["bc_utility_r2"]["seed"] == 0
     low, high = rows["raster"]["gain_auc_ci"]
     assert low < rows["raster"]["gain_auc"] < high
@@ -317,7 +312,7 @@ def test_results_have_every_column_and_null_where_a_metric_does_not_apply(evalua
 def test_torch_fidelity_measures_the_same_on_the_kept_samples(evaluated: Path, tmp_path: Path) -> None:
     rows = {row["policy"]: row for row in json.loads((evaluated / "results.json").read_text())["rows"]}
     kept = {path.name for path in (evaluated / "samples").iterdir()}
-    names = {"raster", "bc_utility_r2_seed0", "tests.test_pipeline_last_hidden", "digits_raster"}
+    names = {"raster", "bc_utility_r2_seed0", "tests.test_training_last_hidden", "digits_raster"}
     assert names <= kept and "oracle" not in kept
     splits = [load_split("digits", split) for split in ("backbone", "planner", "test")]
     save_images(torch.cat([split.images(split.tokens) for split in splits]), tmp_path / "real")
@@ -380,8 +375,8 @@ def test_the_report_lies_beside_the_results(evaluated: Path) -> None:
 
 def test_own_policy_is_the_reverse_of_raster(evaluated: Path) -> None:
     rows = {row["policy"]: row for row in json.loads((evaluated / "results.json").read_text())["rows"]}
-    assert rows["tests.test_pipeline:last_hidden"]["steps"] == 16
-    assert rows["tests.test_pipeline:last_hidden"]["gain_auc"] != rows["raster"]["gain_auc"]
+    assert rows["tests.test_training:last_hidden"]["steps"] == 16
+    assert rows["tests.test_training:last_hidden"]["gain_auc"] != rows["raster"]["gain_auc"]
 
 
 @pytest.mark.parametrize("policy", ["multiscale@4", "newest"])
@@ -404,7 +399,7 @@ def test_pretrain_writes_a_backbone_that_loads(home: Path) -> None:
 
 def test_newest_planner_is_the_last_one_of_its_agent(home: Path, improved: Path) -> None:
     config = configure(home, "evaluate")
-    path = newest_planner(config, open_backbone(config), "ppo")
+    path = newest_planner(setup_of(config, open_backbone(config)), "ppo")
     assert path is not None and load_planner(path)[1]["agent"]["name"] == "ppo"
 
 
@@ -447,8 +442,8 @@ def test_a_poor_schedule_does_not_weaken_its_order() -> None:
         (evaluate, ["eval.policies=[raster@17]"], r"between 1 and 16 blocks"),
         (evaluate, ["eval.policies=[raster@x]"], r"is no schedule"),
         (evaluate, ["eval.policies=[nowhere:policy]"], r"'nowhere:policy' cannot be imported"),
-        (evaluate, ["eval.policies=[tests.test_pipeline:illegal]"], r"is illegal"),
-        (evaluate, ["eval.policies=[tests.test_pipeline:scores]"], r"action must be int64"),
+        (evaluate, ["eval.policies=[tests.test_training:illegal]"], r"is illegal"),
+        (evaluate, ["eval.policies=[tests.test_training:scores]"], r"action must be int64"),
         (evaluate, ["eval.features=vgg"], r"features='vgg' is unknown; choose one of orderrl-digits"),
         (evaluate, ["eval.reference=none.npz"], r"reference='none.npz' does not exist"),
         (evaluate, ["eval.reference=none.npz", "eval.features=null"], r"reference='none.npz' needs features"),

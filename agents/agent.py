@@ -1,0 +1,106 @@
+"""Agents by name: what `train agent=NAME` looks up, and how a module adds one.
+
+An agent is one module. It holds a dataclass `Config` of its settings, a function `train(setup, config, job)` that
+returns the planner, and says in an `AGENT` what it learns from:
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        steps: int = setting(100, "Optimiser steps", at_least(1))
+
+    def train(setup: Setup, config: Config, job: Job) -> OrderHead:
+        planner = OrderHead(setup.planner)
+        for step in job.steps(config.steps, "training", planner=planner):
+            ...
+            job.log(loss=...)
+        return planner
+
+    AGENT = Agent(Config, train)
+
+`register_agent` adds a module of one's own; nothing else of the package has to know it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from orderrl.backbones.registry import TrainableBackbone
+from orderrl.factory import Setup
+from orderrl.planner import OrderHead
+from orderrl.runtime.job import Job
+
+AGENTS = {
+    name: f"orderrl.agents.{name}" for name in ("bc", "ppo", "grpo", "fitted_q", "schedule", "imitation", "joint")
+}
+"""Modules by the names of their agents."""
+
+
+class Trained(NamedTuple):
+    """A planner and what else was made with it.
+
+    Attributes:
+        planner: the planner.
+        backbone: a backbone of its own, which it fits instead of the one that it learnt with; None if there is none.
+        outcome: what was measured; None if there is nothing to say.
+    """
+
+    planner: OrderHead
+    backbone: TrainableBackbone | None = None
+    outcome: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Agent:
+    """What training needs to know of an agent.
+
+    Attributes:
+        config: the dataclass of its settings.
+        train: makes the planner.
+        environment: whether it learns in `setup.environment`; if not, it learns one block a step, useful context first.
+        start: whether it starts from another planner, `setup.start`; its settings then hold `start`, and `start_target`
+            or those of the clone that it takes.
+        label_sets: finds or makes the labels that it learns from, `setup.label_sets`; its last argument trains a
+            planner of the same agent with another setup and config, and returns its file. None if it needs no labels.
+        check: refuses what it can't learn, before anything that takes long.
+        describe: changes what is said to determine the planner: settings that have no effect are left out.
+        alone: whether the main process does everything, because nothing can be shared out.
+    """
+
+    config: type[Any]
+    train: Callable[[Setup, Any, Job], OrderHead | Trained]
+    environment: bool = True
+    start: bool = False
+    label_sets: Callable[[Setup, Any, Callable[[Setup, Any], Path]], tuple[Path, ...]] | None = None
+    check: Callable[[Setup, Any], None] = lambda setup, config: None
+    describe: Callable[[Setup, Any, dict[str, Any]], dict[str, Any]] = lambda setup, config, description: description
+    alone: bool = False
+
+
+def register_agent(name: str, module: str) -> None:
+    """Let `train` know an agent.
+
+    Args:
+        name: as `agent.name` has it.
+        module: dotted name of the module that holds its `AGENT`.
+
+    Raises:
+        ValueError: if another module has the name.
+    """
+    if AGENTS.setdefault(name, module) != module:
+        raise ValueError(f"agent {name!r} is {AGENTS[name]} already; choose another name than {name!r}")
+
+
+def find_agent(name: str) -> Agent:
+    """The agent of a name.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if name not in AGENTS:
+        raise ValueError(f"agent.name={name!r} is unknown; choose one of {', '.join(AGENTS)}")
+    agent = importlib.import_module(AGENTS[name]).AGENT
+    assert isinstance(agent, Agent)
+    return agent

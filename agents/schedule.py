@@ -1,0 +1,43 @@
+"""Imitation of the best fixed schedule: the same blocks in every step of all images, a start for PPO on code length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from orderrl.agents.agent import Agent
+from orderrl.agents.imitation import ImitationConfig, imitated
+from orderrl.agents.search import SearchConfig, require_code_length, searched
+from orderrl.factory import Setup
+from orderrl.planner import OrderHead
+from orderrl.runtime.job import Job
+from orderrl.runtime.values import check_fields, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """How the schedule is found and imitated; the large entropy bonus keeps PPO exploring."""
+
+    search: SearchConfig = setting(SearchConfig(), "How the schedule is found")
+    imitation: ImitationConfig = setting(ImitationConfig(entropy_coeff=0.4), "How the planner learns it")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def train(setup: Setup, config: Config, job: Job) -> OrderHead:
+    """Search the best fixed schedule for the environment, then imitate it."""
+    schedule = searched(setup, config.search, job)
+    return imitated(setup, schedule.policy(setup.backbone.geometry, setup.environment.budgets), config.imitation, job)
+
+
+def _check(setup: Setup, config: Config) -> None:
+    require_code_length(setup, "agent=schedule searches")
+
+
+def _describe(setup: Setup, config: Config, description: dict[str, Any]) -> dict[str, Any]:
+    """Of a range of step costs one is searched for."""
+    return description | {"env": description["env"] | {"step_cost": setup.environment.reward.typical_step_cost}}
+
+
+AGENT = Agent(Config, train, check=_check, describe=_describe, alone=True)

@@ -1,0 +1,209 @@
+"""From a command's config to what it works with: `DictConfig` ends here, everything below gets typed, frozen values.
+
+`open_backbone` loads the backbone of a config, `setup_of` collects all that an agent, a label set or a search for the
+newest planner depends on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+
+from orderrl.backbones import Backbone, Sampling, load_backbone
+from orderrl.backbones.protocol import check_fits
+from orderrl.data import load_split
+from orderrl.envs.config import CoreConfig
+from orderrl.envs.reward import RewardConfig
+from orderrl.oracle import LabelConfig
+from orderrl.planner import OrderHead, PlannerConfig
+
+T = TypeVar("T")
+NO_DATA = "none"  # the data of a config that draws with a backbone and a tokeniser alone
+FORMAT = 2  # of what is cached; raised when the meaning of stored files changes
+_OF_BACKBONE = ("num_blocks", "hidden_size", "num_classes")
+_OF_AGENT = ("num_budgets", "privileged", "step_cost_range")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What is trained or labelled with, in typed values.
+
+    Attributes:
+        backbone: frozen; scores the blocks.
+        backbone_name, backbone_path: of the config, for messages.
+        data: name of the data set, or `NO_DATA`.
+        planner: shape of a planner of one budget that fits the backbone.
+        labels: how contexts are labelled.
+        shard_size: contexts per file while labelling.
+        environment: what planners learn in.
+        seed: of everything random that has no seed of its own.
+        cache_dir: where labels and planners are kept.
+        checkpoint_seconds: between two states of a training.
+        device: of the backbone.
+        shard: split the backbone's weights over all processes while labelling.
+        name: what tables call the planner; None makes a name.
+        label_sets: folders of the gain labels that an agent learns from: random contexts, then those of its own rounds.
+        start: the planner that an agent starts from; None if it starts from nothing.
+    """
+
+    backbone: Backbone
+    backbone_name: str
+    backbone_path: str | None
+    data: str
+    planner: PlannerConfig
+    labels: LabelConfig = field(default_factory=LabelConfig)
+    shard_size: int = 256
+    environment: CoreConfig = field(default_factory=CoreConfig)
+    seed: int = 0
+    cache_dir: Path = Path("cache")
+    checkpoint_seconds: float = 60.0
+    device: str = "cpu"
+    shard: bool = False
+    name: str | None = None
+    label_sets: tuple[Path, ...] = ()
+    start: OrderHead | None = None
+
+    @property
+    def planner_settings(self) -> dict[str, Any]:
+        """The planner's shape without what backbone and agent decide."""
+        values = asdict(self.planner)
+        return {key: value for key, value in values.items() if key not in (*_OF_BACKBONE, *_OF_AGENT)}
+
+    @property
+    def environment_settings(self) -> dict[str, Any]:
+        """The environment as its config group has it."""
+        values = {"budgets": self.environment.budgets} | asdict(self.environment.reward)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+    @property
+    def images(self) -> str:
+        """Fingerprint of the images that planners learn from; a token set may change under its name."""
+        return load_split(self.data, "planner").fingerprint
+
+    def require_order_robust(self, what: str) -> None:
+        """Refuse what needs an order to choose.
+
+        Raises:
+            ValueError: if the backbone knows raster order only; with the command that makes it order-robust.
+        """
+        if not self.backbone.order_robust:
+            raise ValueError(
+                f"{what} needs an order-robust backbone, and {self.backbone_name!r} draws in raster order only; make "
+                f"it order-robust with `python -m orderrl.pretrain backbone={self.backbone_name} "
+                f"backbone.path={self.backbone_path} data={data_group(self.data)}` and use the checkpoint as "
+                "backbone.name"
+            )
+
+
+def setup_of(config: DictConfig, backbone: Backbone) -> Setup:
+    """The setup of a config; groups that it lacks have their defaults.
+
+    Raises:
+        ValueError: if a value is not allowed.
+    """
+    own = {key: config[key] for key in ("seed", "checkpoint_seconds", "device", "shard", "name") if key in config}
+    planner = section(config, "planner") if "planner" in config else {}
+    parts: dict[str, Any] = {}
+    if "labels" in config:
+        labels = section(config, "labels")
+        parts |= {"shard_size": labels.pop("shard_size"), "labels": LabelConfig(**labels)}
+    if "env" in config:
+        parts["environment"] = environment_of(config)
+    return Setup(
+        backbone=backbone,
+        backbone_name=config.backbone.name,
+        backbone_path=config.backbone.get("path"),
+        data=config.data.name,
+        planner=PlannerConfig.for_backbone(backbone, **planner),
+        cache_dir=Path(config.cache_dir),
+        **own,
+        **parts,
+    )
+
+
+def environment_of(config: DictConfig) -> CoreConfig:
+    """The environment of the group env; without budgets (null, for those of a policy that is to come) it has one."""
+    values = section(config, "env")
+    budgets = values.pop("budgets") or (1,)
+    return CoreConfig(budgets=tuple(budgets), reward=RewardConfig(**values))
+
+
+def open_backbone(config: DictConfig) -> Backbone:
+    """The frozen backbone of a config, checked against its data unless that is `NO_DATA`.
+
+    Raises:
+        ValueError: if the config names none, or it can't be loaded or doesn't fit the data.
+    """
+    chosen = config.backbone
+    if chosen.name is None:
+        raise ValueError(
+            f"backbone.name is not set; train a backbone with `python -m orderrl.pretrain data={config.data.name} ...` "
+            "and give backbone.name=PATH"
+        )
+    backbone = load_backbone(
+        chosen.name,
+        chosen.get("path"),
+        device="cpu" if config.get("shard") else config.device,  # no device ever holds all of a backbone to be split
+        dtype=chosen.get("dtype"),
+        shape=chosen.get("shape"),
+        memory_gb=chosen.get("memory_gb"),
+        compile=chosen.get("compile"),
+        pack_weights=chosen.get("pack_weights", True),
+    )
+    if config.data.name != NO_DATA:
+        check_fits(backbone, load_split(config.data.name, "test"))
+    return backbone
+
+
+def sampling_of(config: DictConfig) -> Sampling:
+    """How tokens are drawn, from a config that has the keys of `Sampling`."""
+    return Sampling(**{item.name: config[item.name] for item in fields(Sampling)})
+
+
+def data_group(name: str) -> str:
+    """The config group of a data set: "tokens" of "tokens:PATH"."""
+    return name.partition(":")[0]
+
+
+# ---------------------------------------------------------------------- configs as plain and typed values
+
+
+def section(config: DictConfig, name: str, *without: str) -> dict[str, Any]:
+    """A config group as plain values."""
+    values = OmegaConf.to_container(config[name], resolve=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items() if key not in without}
+
+
+def typed(kind: type[T], values: Mapping[str, Any]) -> T:
+    """A dataclass of settings from plain values; mappings become the dataclasses that its fields hold.
+
+    Raises:
+        ValueError: naming the key, its value and what is allowed.
+    """
+    hints = get_type_hints(kind)
+    built = dict(values)
+    for key, value in values.items():
+        if is_dataclass(hints.get(key)) and isinstance(value, Mapping):
+            try:
+                built[key] = typed(hints[key], value)
+            except ValueError as error:
+                raise ValueError(f"{key}.{error}") from error
+    return kind(**built)
+
+
+def with_values(config: DictConfig, values: dict[str, Any]) -> DictConfig:
+    """A copy of a config with some values replaced; a section that is a config itself replaces the whole section."""
+    changed = config.copy()
+    OmegaConf.set_struct(changed, False)
+    for key, value in values.items():
+        if isinstance(value, DictConfig) or key not in changed:
+            changed[key] = value
+        else:
+            OmegaConf.update(changed, key, value, merge=True)
+    OmegaConf.set_struct(changed, True)
+    return changed
