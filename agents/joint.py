@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from orderrl.agents import bc
 from orderrl.agents.agent import Agent, Trained
 from orderrl.agents.bc import cloning_losses, score_targets, split_images
-from orderrl.agents.play import roll_out
+from orderrl.agents.play import play
 from orderrl.agents.policies import RankingPolicy, planner_scorer
 from orderrl.backbones import Backbone, OrderRobustTransformer
 from orderrl.backbones.pretraining import block_orders, mean_loss, order_losses, training_loss
@@ -373,9 +373,11 @@ class JointTuning:
     def _play(self) -> tuple[Tensor, float]:
         """The planner's own order (n, B) of the held-out images, block by block, and its information-gain AUC."""
         core = NextBlockCore(self.backbone, self.shown, len(self.shown), CoreConfig())  # objective context
+        core.reset(index=torch.arange(len(self.shown)))
+        start, area = core.losses.sum(-1) / core.geometry.num_tokens, torch.zeros(len(self.shown), device=core.device)
         policy = RankingPolicy(planner_scorer(self.planner), core.geometry)
-        played = roll_out(core, policy, torch.Generator(), torch.arange(len(self.shown)))
-        return played.order.cpu(), played.gain_auc.mean().item()
+        play(core, policy, record=lambda actions, transition: area.add_(transition.reward))
+        return core.reveal_step.argsort(1).cpu(), (area / start).mean().item()
 
     def _failure(self, start: dict[str, float], now: dict[str, float], step: int) -> str | None:
         """Why training must stop, if it must."""
