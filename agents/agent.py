@@ -4,7 +4,7 @@ An agent is one module. It holds a dataclass `Config` of its settings, a functio
 returns the planner, and says in an `AGENT` what it learns from:
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(Settings):
         steps: int = setting(100, "Optimiser steps", at_least(1))
 
     def train(setup: Setup, config: Config, job: Job) -> OrderHead:

@@ -38,7 +38,7 @@ from orderrl.runtime import distributed
 from orderrl.runtime.isolation import isolated_float32
 from orderrl.runtime.job import Job
 from orderrl.runtime.learning_rate import one_cycle
-from orderrl.runtime.values import at_least, between, check_fields, one_of, positive, setting
+from orderrl.runtime.values import Settings, at_least, between, one_of, positive, setting
 
 TARGETS = ("label", "soft", "utility", "charged", "pairs")
 REGRESSED = ("utility", "charged", "pairs")  # a mean over candidates, not over states
@@ -47,7 +47,7 @@ _FORWARD = 256  # held-out contexts in a forward
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings):
     """How a planner is cloned from labels."""
 
     target: str = setting(
@@ -57,36 +57,19 @@ class Config:
         one_of(TARGETS),
     )
     steps: int = setting(600, "Optimiser steps", at_least(1))
-    passes: float | None = setting(
-        50.0,
-        "Passes over the labels, at most: fewer labels take fewer steps; null sets no limit",
-        between("(0, 1000000]"),
-    )
+    passes: float | None = setting(50.0, "Passes over the labels, at most; null sets no limit", between("(0, 1000000]"))
     batch_size: int = setting(256, "Contexts per step", at_least(1))
     learning_rate: float = setting(1e-3, "Peak learning rate", positive())
     weight_decay: float = setting(0.05, "Weight decay of AdamW", at_least(0))
     temperature: float = setting(0.5, "Temperature of target soft, in standard deviations of U", positive())
     weight: str = setting("uniform", "Weight of the utility: uniform, or far (far structure counts)", one_of(WEIGHTS))
     sigma: float = setting(1.5, "Reach of weight far, in blocks", positive())
-    held_out: float = setting(
-        0.1, "Share of the planner images kept back for choosing the best checkpoint", between("(0, 1)")
-    )
+    held_out: float = setting(0.1, "Share of images kept back for choosing the best checkpoint", between("(0, 1)"))
     evaluate_every: int = setting(50, "Steps between evaluations on the images kept back", at_least(1))
-    dagger_rounds: int = setting(
-        0,
-        "Rounds that label states which the planner reaches itself (DAgger) and train anew on all labels",
-        at_least(0),
-    )
+    dagger_rounds: int = setting(0, "Rounds of DAgger: label the planner's own states, train anew on all", at_least(0))
     dagger_contexts: int = setting(2000, "Own states labelled in a round", at_least(1))
     dagger_steps: int = setting(400, "Optimiser steps of a round", at_least(1))
-    dagger_own_share: float = setting(
-        1.0,
-        "Share of the planner's own actions on the way to these states; the others are random",
-        between("[0, 1]"),
-    )
-
-    def __post_init__(self) -> None:
-        check_fields(self)
+    dagger_own_share: float = setting(1.0, "Share of own actions on the way; the others are random", between("[0, 1]"))
 
     def for_contexts(self, count: int) -> Config:
         """The same with no more steps than `passes` over so many contexts take."""

@@ -36,16 +36,16 @@ from orderrl.planner import OrderHead, PlannerConfig
 from orderrl.runtime.distributed import print_main
 from orderrl.runtime.finite import OVERFLOW, require_finite
 from orderrl.runtime.isolation import isolated, isolated_float32
-from orderrl.runtime.job import Job
+from orderrl.runtime.job import Job, unseen
 from orderrl.runtime.learning_rate import one_cycle
 from orderrl.runtime.progress import progress
-from orderrl.runtime.values import at_least, check_fields, positive, setting
+from orderrl.runtime.values import Settings, at_least, positive, setting
 
 _LEAST_SPREAD = 0.1  # nats; differences that hardly vary do not count for more
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings):
     """How a planner learns the budgets of an order."""
 
     order: str = setting(
@@ -67,9 +67,6 @@ class Config:
         positive(),
     )
     search: SearchConfig = setting(SearchConfig(), "How the schedule is found, for order=schedule")
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 def train(setup: Setup, config: Config, job: Job) -> OrderHead:
@@ -111,7 +108,7 @@ def record_order(
     order: Tensor,
     images: int,
     content: bool = True,
-    advance: Callable[[float], None] | None = None,
+    advance: Callable[[float], None] = unseen,
     batch: int = 128,
     job: Job | None = None,
 ) -> TensorDict:
@@ -135,17 +132,13 @@ def record_order(
     Raises:
         ValueError: if the order is no permutation of the blocks.
     """
-    job = job or Job()
-    parts = []
-    for number, rows in enumerate(torch.arange(min(images, len(data))).split(batch)):
-
-        def play(rows: Tensor = rows) -> dict[str, Tensor]:
-            return _play(backbone, data, rows, order, content)
-
-        parts.append(job.piece(f"in-order-{number:05d}", play))
-        if advance is not None:
-            advance(len(rows))
-    joined = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    joined = (job or Job()).batches(
+        "in-order",
+        min(images, len(data)),
+        batch,
+        lambda rows: _play(backbone, data, rows, order, content),
+        advance,
+    )
     return TensorDict(joined, batch_size=joined["visible"].shape[:2])
 
 

@@ -27,11 +27,11 @@ from orderrl.runtime.isolation import isolated_float32
 from orderrl.runtime.job import Job
 from orderrl.runtime.learning_rate import one_cycle
 from orderrl.runtime.storage import checksum
-from orderrl.runtime.values import at_least, between, check_fields, positive, setting
+from orderrl.runtime.values import Settings, at_least, between, positive, setting
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImitationConfig:
+class ImitationConfig(Settings):
     """How a planner learns a policy's actions."""
 
     steps: int = setting(300, "Optimiser steps, each on the current states of all images", at_least(1))
@@ -48,21 +48,15 @@ class ImitationConfig:
         at_least(0),
     )
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings):
     """What a planner imitates, and how."""
 
     policy: str = setting(
         "raster", "What is imitated, a name as in eval.policies; its budgets must be among the environment's"
     )
     imitation: ImitationConfig = setting(ImitationConfig(), "How the planner learns it")
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 def train(setup: Setup, config: Config, job: Job) -> OrderHead:

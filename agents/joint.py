@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,23 +31,23 @@ from orderrl.backbones.pretraining import block_orders, mean_loss, order_losses,
 from orderrl.backbones.protocol import backbone_device
 from orderrl.backbones.registry import with_block_size
 from orderrl.data import AUGMENTATIONS, TokenSet, load_split
-from orderrl.envs.core import CoreConfig, NextBlockCore
+from orderrl.envs.core import CoreConfig, NextBlockCore, Transition
 from orderrl.factory import Setup
-from orderrl.labels import find_or_make_labels, open_labels
+from orderrl.labels import open_labels, random_label_sets
 from orderrl.planner import OrderHead, PlannerOutput
 from orderrl.runtime import distributed
 from orderrl.runtime.distributed import print_main
 from orderrl.runtime.isolation import isolated_float32
 from orderrl.runtime.job import Job
 from orderrl.runtime.learning_rate import one_cycle
-from orderrl.runtime.values import at_least, between, check_fields, positive, setting
+from orderrl.runtime.values import Settings, at_least, between, positive, setting
 
 OH_KEYS = ("target", "temperature", "weight", "sigma", "held_out")  # of L_OH, shared by the clone
 Augmentation = Callable[[Tensor, torch.Generator, float], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings):
     """How planner and backbone are tuned together.
 
     The settings target, temperature, weight, sigma and held_out are those of L_OH and of the clone to start from.
@@ -95,7 +94,7 @@ class Config:
     )
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         _ = self.cloning  # checks what L_OH shares with cloning
         if self.target == "pairs":
             raise ValueError("target='pairs' is for agent=bc; L_OH learns scores: label, soft, utility or charged")
@@ -376,7 +375,11 @@ class JointTuning:
         core.reset(index=torch.arange(len(self.shown)))
         start, area = core.losses.sum(-1) / core.geometry.num_tokens, torch.zeros(len(self.shown), device=core.device)
         policy = RankingPolicy(planner_scorer(self.planner), core.geometry)
-        play(core, policy, record=lambda actions, transition: area.add_(transition.reward))
+
+        def pay(actions: Tensor, transition: Transition) -> None:
+            area.add_(transition.reward)
+
+        play(core, policy, record=pay)
         return core.reveal_step.argsort(1).cpu(), (area / start).mean().item()
 
     def _failure(self, start: dict[str, float], now: dict[str, float], step: int) -> str | None:
@@ -411,12 +414,8 @@ def _spread(scores: Tensor, hidden: Tensor) -> Tensor:
     return ((scores - mean).masked_fill(~hidden, 0.0).square().sum(-1) / count[:, 0]).sqrt()
 
 
-def _labels(setup: Setup, config: Config, train: Callable[[Setup, Any], Path]) -> tuple[Path, ...]:
-    return (find_or_make_labels(setup),)
-
-
 def _check(setup: Setup, config: Config) -> None:
     require_tunable(setup.backbone, config.layers)
 
 
-AGENT = Agent(Config, train, environment=False, start=True, label_sets=_labels, check=_check)
+AGENT = Agent(Config, train, environment=False, start=True, label_sets=random_label_sets, check=_check)

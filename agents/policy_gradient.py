@@ -31,14 +31,14 @@ from orderrl.planner import OrderHead
 from orderrl.runtime import distributed
 from orderrl.runtime.isolation import isolated_float32
 from orderrl.runtime.job import Job
-from orderrl.runtime.values import at_least, check_fields, positive, setting
+from orderrl.runtime.values import Settings, at_least, positive, setting
 
 _PROCESS_SEEDS = 1_000_000_007  # between the random numbers of processes
 OBSERVATION_KEYS = ("hidden", "entropy", "visible", "label", "fraction")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolicyGradientConfig:
+class PolicyGradientConfig(Settings):
     """Settings that every agent has, named as in Schulman et al. (2017); each agent's `Config` adds its own.
 
     The repulsion that `spacing` begins with falls with distance as exp(-d^2 / 2); it is learnt from there on, for every
@@ -78,7 +78,7 @@ class PolicyGradientConfig:
     _shared_out: ClassVar[tuple[str, ...]] = ("minibatch_size",)  # besides num_envs: multiples of the processes
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         if self.num_envs % self.group_size:
             raise ValueError(f"group_size={self.group_size} must divide num_envs={self.num_envs}")
 

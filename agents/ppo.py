@@ -27,7 +27,7 @@ from orderrl.planner import OrderHead
 from orderrl.runtime import distributed
 from orderrl.runtime.isolation import isolated_float32
 from orderrl.runtime.job import Job
-from orderrl.runtime.values import at_least, between, positive, setting
+from orderrl.runtime.values import at_least, between, positive, redefault, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,21 +38,17 @@ class Config(PolicyGradientConfig):
     baseline: what the image itself is worth cancels). gamma is 1. `minibatch_size` counts frames.
     """
 
-    iterations: int = setting(10, "Rounds of collecting and learning", at_least(1))
+    iterations: int = redefault(PolicyGradientConfig, "iterations", 10)
     group_size: int = setting(8, "Episodes that play the same image; 2 or more centre advantages by image", at_least(1))
     frames_per_batch: int = setting(2048, "Environment steps of a round, over all images", at_least(1))
     minibatch_size: int = setting(256, "Frames of a gradient step", at_least(1))
-    learning_rate: float = setting(4e-4, "Learning rate of the planner; falls linearly to a tenth", positive())
+    learning_rate: float = redefault(PolicyGradientConfig, "learning_rate", 4e-4)
     critic_learning_rate: float = setting(3e-3, "Learning rate of the critic; falls linearly to a tenth", positive())
     gae_lambda: float = setting(0.95, "Lambda of generalised advantage estimation", between("[0, 1]"))
-    sharpness: float | None = setting(
-        20.0, "Factor from cloned scores to policy logits at the start; null keeps the start's own", positive()
-    )
+    sharpness: float | None = redefault(PolicyGradientConfig, "sharpness", 20.0)
     privileged_critic: bool = setting(True, "Whether the critic sees context losses of hidden blocks (training only)")
     critic_warmup: int = setting(0, "First rounds, which train the critic alone", at_least(0))
-    spacing: float | None = setting(
-        16.0, "How much blocks of one step keep apart at the start (logits); null keeps the start's own", at_least(0)
-    )
+    spacing: float | None = redefault(PolicyGradientConfig, "spacing", 16.0)
 
     _shared_out: ClassVar = ("frames_per_batch", "minibatch_size")
 

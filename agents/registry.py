@@ -1,20 +1,4 @@
-"""Policies by name, as the command line writes them.
-
-    raster              one block a step
-    multiscale@4        four blocks a step
-    halton@1+1+2+4+8    a growing schedule
-    random@<1.5         1, 2 or 4 blocks, by the mean entropy of the most certain ones, in nats
-    random@i<6          1, 2 or 4 blocks, by the summed entropy of the first ranked ones, in nats
-    random@i<6/1,2,4,8  thresholds with other budgets
-    spaced_random@4     blocks of one step keep apart
-    lookahead:4         a reference with four draws
-    PATH.safetensors    a planner with its own budget; PATH@4 its block scores with four blocks a step
-    PATH@cost0.5        a planner trained on a range of step costs, told 0.5 nats a step; PATH@cost0.5@4
-    paired_PATH@4       a planner with `pairs`: blocks of one step depend little on each other, as it predicts
-    my_module:my_policy any callable of the policy interface
-
-`policy_names` lists the names.
-"""
+"""Policies by name, as the command line writes them: `orderrl.agents.spec` says how, `policy_names` lists the names."""
 
 from __future__ import annotations
 

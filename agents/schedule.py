@@ -11,18 +11,15 @@ from orderrl.agents.search import SearchConfig, require_code_length, searched
 from orderrl.factory import Setup
 from orderrl.planner import OrderHead
 from orderrl.runtime.job import Job
-from orderrl.runtime.values import check_fields, setting
+from orderrl.runtime.values import Settings, setting
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings):
     """How the schedule is found and imitated; the large entropy bonus keeps PPO exploring."""
 
     search: SearchConfig = setting(SearchConfig(), "How the schedule is found")
     imitation: ImitationConfig = setting(ImitationConfig(entropy_coeff=0.4), "How the planner learns it")
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 def train(setup: Setup, config: Config, job: Job) -> OrderHead:

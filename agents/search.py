@@ -26,14 +26,14 @@ from orderrl.factory import Setup
 from orderrl.geometry import BlockGrid
 from orderrl.runtime.finite import DIVERGED, OVERFLOW, require_finite
 from orderrl.runtime.isolation import isolated_float32
-from orderrl.runtime.job import Job
+from orderrl.runtime.job import Job, unseen
 from orderrl.runtime.learning_rate import one_cycle
 from orderrl.runtime.progress import progress
-from orderrl.runtime.values import at_least, check_fields, positive, setting
+from orderrl.runtime.values import Settings, at_least, positive, setting
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchConfig:
+class SearchConfig(Settings):
     """How a schedule is searched; a refinement plays a seventh as many episodes."""
 
     episodes: int = setting(3500, "Random orders of planner images whose losses are recorded", at_least(1))
@@ -46,9 +46,6 @@ class SearchConfig:
     temperature: float = setting(
         1.0, "Temperature of the first move, nats per image; falls geometrically to a thousandth", positive()
     )
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
     @property
     def replayed(self) -> int:
@@ -107,7 +104,7 @@ def search_schedule(
     step_cost: float,
     config: SearchConfig,
     seed: int = 0,
-    advance: Callable[[float], None] | None = None,
+    advance: Callable[[float], None] = unseen,
     job: Job | None = None,
 ) -> FixedSchedule:
     """The cheapest fixed schedule for images of a token set.
@@ -159,7 +156,7 @@ def record_losses(
     data: TokenSet,
     order: Tensor,
     step: Tensor,
-    advance: Callable[[float], None] | None = None,
+    advance: Callable[[float], None] = unseen,
     batch: int = 128,
     job: Job | None = None,
     name: str = "played",
@@ -181,19 +178,13 @@ def record_losses(
         the same image when nothing is visible (most of the differences between images cancel); and the mean of what
         was taken off, (B,).
     """
-    job = job or Job()
-    parts: list[dict[str, Tensor]] = []
     largest = int(F.one_hot(step).sum(1).max())
-    for number, rows in enumerate(torch.arange(len(order)).split(batch)):
 
-        def play(rows: Tensor = rows) -> dict[str, Tensor]:
-            return _play(backbone, data, rows % len(data), order[rows], step[rows], largest)
+    def played(rows: Tensor) -> dict[str, Tensor]:
+        return _play(backbone, data, rows % len(data), order[rows], step[rows], largest)
 
-        parts.append(job.piece(f"{name}-{number:05d}", play))
-        if advance is not None:
-            advance(len(rows))
-    visible, excess, start = (torch.cat([part[key] for part in parts]) for key in ("visible", "excess", "start"))
-    return visible, excess, start.mean(0)
+    found = (job or Job()).batches(name, len(order), batch, played, advance)
+    return found["visible"], found["excess"], found["start"].mean(0)
 
 
 def _play(

@@ -94,7 +94,7 @@ class Setup:
             raise ValueError(
                 f"{what} needs an order-robust backbone, and {self.backbone_name!r} draws in raster order only; make "
                 f"it order-robust with `python -m orderrl.pretrain backbone={self.backbone_name} "
-                f"backbone.path={self.backbone_path} data={data_group(self.data)}` and use the checkpoint as "
+                f"backbone.path={self.backbone_path} data={self.data.partition(':')[0]}` and use the checkpoint as "
                 "backbone.name"
             )
 
@@ -162,11 +162,6 @@ def open_backbone(config: DictConfig) -> Backbone:
 def sampling_of(config: DictConfig) -> Sampling:
     """How tokens are drawn, from a config that has the keys of `Sampling`."""
     return Sampling(**{item.name: config[item.name] for item in fields(Sampling)})
-
-
-def data_group(name: str) -> str:
-    """The config group of a data set: "tokens" of "tokens:PATH"."""
-    return name.partition(":")[0]
 
 
 # ---------------------------------------------------------------------- configs as plain and typed values

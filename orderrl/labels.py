@@ -73,6 +73,11 @@ def find_or_make_labels(setup: Setup, split: str = "planner", run: Run | None = 
     return find_or_label(setup, data, settings, contexts, label_description(setup, data, settings), run)
 
 
+def random_label_sets(setup: Setup, *how: Any) -> tuple[Path, ...]:
+    """The labels of random contexts as all that an agent learns from, for `Agent.label_sets`."""
+    return (find_or_make_labels(setup),)
+
+
 def find_or_label(
     setup: Setup,
     data: TokenSet,

@@ -32,11 +32,13 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol, Self
 
 import torch
+from torch import Tensor
 
 from orderrl.runtime import distributed
 from orderrl.runtime.finite import DIVERGED, NotFiniteError, require_finite, require_finite_losses, tensors_in
@@ -49,6 +51,10 @@ _DIGITS = 16  # of the checksum in a file's name
 _STATE = "state"
 _HISTORY = "history"
 _NO_RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def unseen(count: float = 1, note: str = "") -> None:
+    """A progress bar that is not shown."""
 
 
 class Stateful(Protocol):
@@ -219,6 +225,29 @@ class Job:
             self.store(name, make())
         return self.load(name)
 
+    def batches(
+        self,
+        name: str,
+        count: int,
+        size: int,
+        make: Callable[[Tensor], dict[str, Tensor]],
+        advance: Callable[[float], None] = unseen,
+    ) -> dict[str, Tensor]:
+        """Tensors made in batches of rows 0 .. count - 1 and joined; every batch is a piece.
+
+        Args:
+            name: of the pieces, in front of their numbers.
+            count: of all rows.
+            size: of a batch.
+            make: gives the tensors of some rows (m,) int64, first dimension m or what m rows lead to.
+            advance: told how many rows are done.
+        """
+        parts = []
+        for number, rows in enumerate(torch.arange(count).split(size)):
+            parts.append(self.piece(f"{name}-{number:05d}", partial(make, rows)))
+            advance(len(rows))
+        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
     def checksum(self, name: str, path: Path) -> str:
         """What the name of a piece's file carries: of the job, the piece and the file's content."""
         begun = hashlib.sha256(f"{self.key}/{name}/".encode())
@@ -258,7 +287,7 @@ class Job:
             NotFiniteError: if a state that is to be kept holds tensors that are not finite.
             OSError: if it can't be written; the one before it stays.
         """
-        with progress(total, description, unit) if self._kept else nullcontext(_unseen) as advance:
+        with progress(total, description, unit) if self._kept else nullcontext(unseen) as advance:
             done = self._continue(total, parts)
             if done:
                 advance(done)
@@ -349,10 +378,6 @@ def finish(root: Path | str, key: str, run: Run | None = None) -> None:
         for row in distributed.alone(take):
             if run is not None:
                 run.log(row, int(row["step"]))
-
-
-def _unseen(count: float = 1, note: str = "") -> None:
-    """A progress bar that is not shown."""
 
 
 def _write(path: Path, value: Any) -> None:

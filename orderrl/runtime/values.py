@@ -3,12 +3,9 @@
 A dataclass of settings holds, for each of them, type, default, meaning and range in one line, and checks them:
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(Settings):
         steps: int = setting(600, "Optimiser steps", at_least(1))
         dropout: float = setting(0.1, "Dropout rate in training", between("[0, 1)"))
-
-        def __post_init__(self) -> None:
-            check_fields(self)
 
 Numbers must be finite. Help pages read the meanings with `meanings`.
 """
@@ -19,7 +16,7 @@ import copy
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import field, fields
+from dataclasses import dataclass, field, fields
 from functools import cache
 from numbers import Integral, Real
 from types import UnionType
@@ -56,6 +53,21 @@ def setting(default: Any, meaning: str, *rules: Rule) -> Any:
     if isinstance(default, list | dict):
         return field(default_factory=lambda: copy.deepcopy(default), metadata=described)
     return field(default=default, metadata=described)
+
+
+def redefault(settings: type[Any], name: str, default: Any) -> Any:
+    """A setting of a base class with another default."""
+    (found,) = (item for item in fields(settings) if item.name == name)
+    return field(default=default, metadata=found.metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A dataclass of settings that checks its fields; those that check more extend `__post_init__`."""
+
+    def __post_init__(self) -> None:
+        """Refuse wrong values."""
+        check_fields(self)
 
 
 def meanings(settings: Any) -> dict[str, str]:

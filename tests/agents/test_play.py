@@ -10,9 +10,10 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from orderrl.agents.orders import ORDERS
-from orderrl.agents.play import Rollout, act, roll_out
+from orderrl.agents.play import Rollout, act, play, roll_out
 from orderrl.agents.policies import Oracle, PlannerPolicy, Policy, RankingPolicy, fixed_order, uniform_random
 from orderrl.agents.schedules import growing
+from orderrl.envs.core import NextBlockCore
 from tests.agents.helpers import tiny_core, tiny_planner
 from tests.helpers import as_action, block_loss, random_steps, tiny_backbone, tiny_images
 
@@ -205,3 +206,36 @@ def test_act_gives_policies_the_observation_alone() -> None:
     }  # fmt: skip
     seen[0]["visible"].fill_(True)  # a copy: a policy cannot change the episode
     assert not core.visible.any()
+
+
+# ---------------------------------------------------------------------- the loop
+
+
+def test_play_goes_on_from_where_the_episodes_stand_and_records_every_step() -> None:
+    """Some steps and then the rest are one whole play; what is recorded is what the core was given and gave."""
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
+    policy = RankingPolicy(fixed_order(order), tiny_core().geometry)
+    core, other = tiny_core(num_envs=2), tiny_core(num_envs=2)
+    rewards = [other_step(other, block) for block in order]
+    seen: list[tuple[Tensor, Tensor]] = []
+    core.reset(index=torch.arange(2))
+    for steps in (4, None):
+        play(core, policy, steps=steps, record=lambda actions, made: seen.append((actions, made.reward)))
+        assert int(core.step_count[0]) == len(seen) == (4 if steps else 9)
+    assert torch.equal(torch.stack([actions for actions, _ in seen]), order[:, None].expand(-1, 2))
+    assert torch.equal(torch.stack([reward for _, reward in seen]), torch.stack(rewards))
+    play(core, policy, record=lambda *step: pytest.fail("finished episodes are not played"))
+
+
+def other_step(core: NextBlockCore, block: Tensor) -> Tensor:
+    """The reward of revealing one block in all episodes, which begin with their first step."""
+    if (core.episode < 0).all():
+        core.reset(index=torch.arange(core.num_envs))
+    return core.step(block.expand(core.num_envs)).reward
+
+
+def test_play_begins_finished_episodes_anew_where_asked() -> None:
+    core = tiny_core(num_envs=3)
+    core.reset()
+    play(core, RankingPolicy(uniform_random, core.geometry), steps=25, restart=True)
+    assert core.episode.tolist() == [2, 2, 2] and core.visible.sum(1).tolist() == [5, 5, 5]  # 9 + 1 + 9 + 1 + 5 steps

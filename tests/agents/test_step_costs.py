@@ -17,6 +17,7 @@ from tests.agents.helpers import mid_episode, tiny_core, tiny_env, tiny_planner
 
 RANGE = (0.1, 10.0)
 SMALL: dict[str, Any] = {"num_envs": 8, "frames_per_batch": 144, "minibatch_size": 48, "group_size": 1}
+SMALL |= {"sharpness": 5.0, "spacing": 4.0, "critic_learning_rate": 1e-3}
 
 
 def make_ppo(
