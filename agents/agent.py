@@ -65,7 +65,8 @@ class Agent:
         label_sets: finds or makes the labels that it learns from, `setup.label_sets`; its last argument trains a
             planner of the same agent with another setup and config, and returns its file. None if it needs no labels.
         check: refuses what it can't learn, before anything that takes long.
-        describe: changes what is said to determine the planner: settings that have no effect are left out.
+        idle: settings that have no effect beside the others, which do not determine the planner.
+        describe: what else determines it, beside or instead of what `orderrl.training.describe` says.
         alone: whether the main process does everything, because nothing can be shared out.
     """
 
@@ -74,8 +75,9 @@ class Agent:
     environment: bool = True
     start: bool = False
     label_sets: Callable[[Setup, Any, Callable[[Setup, Any], Path]], tuple[Path, ...]] | None = None
-    check: Callable[[Setup, Any], None] = lambda setup, config: None
-    describe: Callable[[Setup, Any, dict[str, Any]], dict[str, Any]] = lambda setup, config, description: description
+    check: Callable[[Setup, Any], Any] = lambda setup, config: None
+    idle: Callable[[Any], list[str]] = lambda config: []
+    describe: Callable[[Setup, Any], dict[str, Any]] = lambda setup, config: {}
     alone: bool = False
 
 

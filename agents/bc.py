@@ -18,7 +18,7 @@ this value (`orderrl.agents.policies.PairedPolicy`). The gains of pairs are neve
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -347,11 +347,8 @@ def _check(setup: Setup, config: Config) -> None:
         setup.planner.require_pairs("agent.target=pairs")
 
 
-def _describe(setup: Setup, config: Config, description: dict[str, Any]) -> dict[str, Any]:
-    settings = description["agent"]
-    if not config.dagger_rounds:  # what rounds would be like plays no part
-        settings = {key: value for key, value in settings.items() if not key.startswith("dagger_")}
-    return description | {"agent": settings}
+def _idle(config: Config) -> list[str]:
+    return [] if config.dagger_rounds else [item.name for item in fields(config) if item.name.startswith("dagger_")]
 
 
-AGENT = Agent(Config, train, environment=False, label_sets=label_sets, check=_check, describe=_describe)
+AGENT = Agent(Config, train, environment=False, label_sets=label_sets, check=_check, idle=_idle)

@@ -373,12 +373,8 @@ def _check(setup: Setup, config: Config) -> None:
     require_choice(setup.environment.budgets, setup.backbone.geometry.num_blocks)
 
 
-def _describe(setup: Setup, config: Config, description: dict[str, Any]) -> dict[str, Any]:
-    settings = description["agent"]
-    if config.order != "schedule":  # how one would be found plays no part
-        settings = {key: value for key, value in settings.items() if key != "search"}
-    return description | {"agent": settings}
+def _idle(config: Config) -> list[str]:
+    return [] if config.order == "schedule" else ["search"]
 
 
-# as with imitation, the main process does it on its own
-AGENT = Agent(Config, train, check=_check, describe=_describe, alone=True)
+AGENT = Agent(Config, train, check=_check, idle=_idle, alone=True)

@@ -105,19 +105,11 @@ def group_advantages(
 class GRPO(PolicyGradient):
     """A planner being improved on an environment, without a critic.
 
-    Args:
-        planner: the start; a copy is trained, `planner` of this object is the current one.
-        env: in mode "teacher"; its rewards alone are read, so form "charged" does. Of several processes each has its
-            share of `config.num_envs`.
-        config: hyper-parameters, of all processes together.
-        seed: of episodes, actions and minibatches.
+    Of the environment the rewards alone are read, so form "charged" does.
 
     Metrics of a round, besides those of `PolicyGradient.train`: group_std (mean standard deviation of returns inside
     a group, nats per image: without any there is nothing to learn from), loss_objective, and with kl_coeff kl (to the
     start, nats per step).
-
-    Raises:
-        ValueError: if the environment is not the one that the config describes, or the config can't be shared out.
     """
 
     config: Config

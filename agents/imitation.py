@@ -157,15 +157,11 @@ def imitate(
         job.log(loss=loss.item(), entropy=entropy.item(), agreement=agreement)
 
 
-def _describe(setup: Setup, config: Config, description: dict[str, Any]) -> dict[str, Any]:
+def _describe(setup: Setup, config: Config) -> dict[str, Any]:
     """What is in a planner's file or a user's module counts, not its name."""
     file = policy_source(PolicySpec.parse(config.policy))
-    return description | ({} if file is None else {"imitated": checksum(file)})
-
-
-def _check(setup: Setup, config: Config) -> None:
-    policy_to_imitate(setup, config)
+    return {} if file is None else {"imitated": checksum(file)}
 
 
 # short, and nothing in it can be shared out
-AGENT = Agent(Config, train, check=_check, describe=_describe, alone=True)
+AGENT = Agent(Config, train, check=policy_to_imitate, describe=_describe, alone=True)

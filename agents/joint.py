@@ -414,8 +414,11 @@ def _spread(scores: Tensor, hidden: Tensor) -> Tensor:
     return ((scores - mean).masked_fill(~hidden, 0.0).square().sum(-1) / count[:, 0]).sqrt()
 
 
-def _check(setup: Setup, config: Config) -> None:
-    require_tunable(setup.backbone, config.layers)
-
-
-AGENT = Agent(Config, train, environment=False, start=True, label_sets=random_label_sets, check=_check)
+AGENT = Agent(
+    Config,
+    train,
+    environment=False,
+    start=True,
+    label_sets=random_label_sets,
+    check=lambda setup, config: require_tunable(setup.backbone, config.layers),
+)

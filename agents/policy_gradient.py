@@ -92,9 +92,7 @@ def played_core(setup: Setup, config: PolicyGradientConfig) -> NextBlockCore:
 class Actor(nn.Module):
     """A planner on separate observation tensors with any leading dimensions.
 
-    Args:
-        planner: gives logits of blocks and budgets, and the repulsion.
-        keys: of the observation, in the order of the tensors.
+    Its outputs are the logits of blocks and budgets, and the repulsion; `keys` name the tensors.
     """
 
     def __init__(self, planner: OrderHead, keys: tuple[str, ...]) -> None:

@@ -122,18 +122,10 @@ def leave_one_out_mean(values: Tensor, done: Tensor, group_size: int) -> Tensor:
 class PPO(PolicyGradient):
     """A planner being improved on an environment, with a critic.
 
-    Args:
-        planner: the start; a copy is trained, `planner` of this object is the current one.
-        env: in mode "teacher"; with `privileged` if the config's critic sees context losses. Of several processes each
-            has its share of `config.num_envs`.
-        config: hyper-parameters, of all processes together.
-        seed: of episodes, actions and minibatches.
+    The environment has `privileged` if the config's critic sees context losses.
 
     Metrics of a round, besides those of `PolicyGradient.train`: value_error (share of the value target's variance not
     explained), loss_critic, loss_objective.
-
-    Raises:
-        ValueError: if the environment is not the one that the config describes, or the config can't be shared out.
     """
 
     config: Config

@@ -1,4 +1,7 @@
-"""Imitation of the best fixed schedule: the same blocks in every step of all images, a start for PPO on code length."""
+"""Imitation of the best fixed schedule: the same blocks in every step of all images.
+
+It is the start of the published planner for code length on the digits (`start_target=schedule`).
+"""
 
 from __future__ import annotations
 
@@ -28,13 +31,15 @@ def train(setup: Setup, config: Config, job: Job) -> OrderHead:
     return imitated(setup, schedule.policy(setup.backbone.geometry, setup.environment.budgets), config.imitation, job)
 
 
-def _check(setup: Setup, config: Config) -> None:
-    require_code_length(setup, "agent=schedule searches")
-
-
-def _describe(setup: Setup, config: Config, description: dict[str, Any]) -> dict[str, Any]:
+def _describe(setup: Setup, config: Config) -> dict[str, Any]:
     """Of a range of step costs one is searched for."""
-    return description | {"env": description["env"] | {"step_cost": setup.environment.reward.typical_step_cost}}
+    return {"env": setup.environment_settings | {"step_cost": setup.environment.reward.typical_step_cost}}
 
 
-AGENT = Agent(Config, train, check=_check, describe=_describe, alone=True)
+AGENT = Agent(
+    Config,
+    train,
+    check=lambda setup, config: require_code_length(setup, "agent=schedule searches"),
+    describe=_describe,
+    alone=True,
+)

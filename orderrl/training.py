@@ -102,7 +102,8 @@ def _find_or_train(setup: Setup, name: str, agent: Agent, config: Any, run: Run 
 
 def describe(setup: Setup, name: str, agent: Agent, config: Any) -> dict[str, Any]:
     """What determines a planner, apart from the labels and the planner that its agent learns from."""
-    settings = {key: value for key, value in asdict(config).items() if key not in ("start", "start_target")}
+    idle = ("start", "start_target", *agent.idle(config))
+    settings = {key: value for key, value in asdict(config).items() if key not in idle}
     description: dict[str, Any] = {
         "format": FORMAT,
         "agent": {"name": name} | settings,
@@ -120,7 +121,7 @@ def describe(setup: Setup, name: str, agent: Agent, config: Any) -> dict[str, An
         description["images"] = setup.images
     if setup.name is not None:
         description["name"] = setup.name
-    return agent.describe(setup, config, description)
+    return description | agent.describe(setup, config)
 
 
 def save_trained(folder: Path, setup: Setup, trained: Trained, description: Mapping[str, Any]) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -23,7 +23,6 @@ from rich.text import Text
 
 from orderrl.runtime import distributed
 
-T = TypeVar("T")
 _PLAIN_INTERVAL = 10.0  # seconds between progress lines when the output is not a terminal
 
 
@@ -76,18 +75,6 @@ def progress(total: int | None, description: str, unit: str = "it") -> Iterator[
                 bar.update(task, note=note)
 
         yield advance
-
-
-def track(
-    iterable: Iterable[T], total: int | None = None, description: str = "working", unit: str = "it"
-) -> Iterator[T]:
-    """Iterate and show how far it is, as :func:`progress` does; the total defaults to the iterable's length."""
-    if total is None and isinstance(iterable, Sized):
-        total = len(iterable)
-    with progress(total, description, unit) as advance:
-        for item in iterable:
-            yield item
-            advance()
 
 
 class _RateColumn(ProgressColumn):
