@@ -125,15 +125,16 @@ def imitate(
     rate = one_cycle(optimizer, config.steps, config.learning_rate)
     core.seed(seed * core.num_envs)
     core.reset()
-    played: list[Tensor] = []  # all actions: replayed, they give the episodes' caches to the last bit
-    moves = 0
+    chosen: list[Tensor] = []  # all actions: played again, they give the episodes' caches to the last bit
+    played = 0
     steps = job.steps(
         config.steps, f"imitating (R = {planner.config.reasoning_steps})", "steps", "agreement {agreement:.2f}",
-        planner=planner, optimizer=optimizer, rate=rate, generator=generator, played=played,
+        planner=planner, optimizer=optimizer, rate=rate, generator=generator, played=chosen,
     )  # fmt: skip
     for _ in steps:
-        play(core, scripted(played[moves:]), steps=len(played) - moves, restart=True)  # an interrupted run's
-        moves = len(played)
+        # the last step's actions, or all that an interrupted run chose
+        play(core, scripted(chosen[played:]), steps=len(chosen) - played, restart=True)
+        played = len(chosen)
         # a gradient step on the current states
         observation = core.observation()
         shown = policy(observation, generator)
@@ -150,9 +151,7 @@ def imitate(
         # the planner's own actions in some states, the policy's in the others
         own = torch.rand(len(shown), device=core.device) < config.own_share
         actions = torch.where(own.view(-1, *[1] * (shown.ndim - 1)), distribution.sample(), shown)
-        core.step(actions, restart=core.finished)
-        played.append(actions.cpu())
-        moves += 1
+        chosen.append(actions.cpu())
         agreement = (same[:, 0] & same[:, -1]).float().mean().item()
         job.log(loss=loss.item(), entropy=entropy.item(), agreement=agreement)
 

@@ -102,7 +102,7 @@ def _find_or_train(setup: Setup, name: str, agent: Agent, config: Any, run: Run 
 
 def describe(setup: Setup, name: str, agent: Agent, config: Any) -> dict[str, Any]:
     """What determines a planner, apart from the labels and the planner that its agent learns from."""
-    idle = ("start", "start_target", *agent.idle(config))
+    idle = [*agent.idle(config), *(("start", "start_target") if agent.start else ())]
     settings = {key: value for key, value in asdict(config).items() if key not in idle}
     description: dict[str, Any] = {
         "format": FORMAT,
