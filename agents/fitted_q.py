@@ -32,7 +32,7 @@ from orderrl.backbones.protocol import backbone_device
 from orderrl.data import TokenSet, load_split
 from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.factory import Setup
-from orderrl.planner import OrderHead, PlannerConfig
+from orderrl.planner import OrderHead
 from orderrl.runtime.distributed import print_main
 from orderrl.runtime.finite import OVERFLOW, require_finite
 from orderrl.runtime.isolation import isolated, isolated_float32
@@ -58,7 +58,7 @@ class Config(Settings):
         at_least(1),
     )
     steps: int = setting(1800, "Optimiser steps", at_least(1))
-    batch_size: int = setting(32, "Images of a step, each before every block; one has no spread", at_least(2))
+    batch_size: int = setting(32, "Images of a step, each before every block", at_least(2))
     learning_rate: float = setting(2e-3, "Peak learning rate", positive())
     weight_decay: float = setting(0.01, "Weight decay of AdamW", at_least(0))
     temperature: float = setting(
@@ -71,8 +71,7 @@ class Config(Settings):
 
 def train(setup: Setup, config: Config, job: Job) -> OrderHead:
     """Play the order on planner images, then fit the budgets along it."""
-    data, budgets = load_split(setup.data, "planner"), setup.environment.budgets
-    shape = _shape(setup)
+    data, budgets, reward = load_split(setup.data, "planner"), setup.environment.budgets, setup.environment.reward
     # play the order
     if config.order in ORDERS:
         order = ORDERS[config.order](setup.backbone.geometry)
@@ -80,24 +79,18 @@ def train(setup: Setup, config: Config, job: Job) -> OrderHead:
         order = searched(setup, config.search, job).order
     images = min(config.images, len(data))
     with progress(images, f"playing {config.order} order on {data.name}/{data.split}", "images") as advance:
-        played = record_order(setup.backbone, data, order, images, shape.content, advance, job=job)
+        played = record_order(setup.backbone, data, order, images, setup.planner.content, advance, job=job)
     for steps, (nats, sizes) in best_schedules(played["cost"], budgets).items():
         written = "+".join(map(str, sizes))
         print_main(
             f"best fixed schedule in {config.order} order, {steps} steps: {written}, {nats:.2f} nats (planner images)"
         )
-    # fit the budgets
+    # fit the budgets, with the planner told the cost of a step if that is a range
     torch.manual_seed(setup.seed)
+    shape = replace(setup.planner, num_budgets=len(budgets), step_cost_range=reward.step_cost_range)
     planner = OrderHead(shape).to(backbone_device(setup.backbone)).eval()
-    fit_budgets(planner, played, order, budgets, setup.environment.reward.step_cost, config, setup.seed, job)
+    fit_budgets(planner, played, order, budgets, reward.step_cost, config, setup.seed, job)
     return planner
-
-
-def _shape(setup: Setup) -> PlannerConfig:
-    """Shape of the planner: with the environment's budgets, and told the step cost if that is a range."""
-    environment = setup.environment
-    costs = environment.reward.step_cost_range
-    return replace(setup.planner, num_budgets=len(environment.budgets), step_cost_range=costs)
 
 
 @isolated
