@@ -78,7 +78,6 @@ class NextBlockCore:
         self._context_losses = config.mode == "teacher" and (track_losses or config.reward.form == "future_loss")
         self._looking = observe or self._context_losses
         self._budgets = torch.tensor(config.budgets, device=self.device)
-        self._data_tokens, self._data_labels = data.tokens.to(self.device), data.labels.to(self.device)
         self._classes = data.classes.to(self.device)
         self._block_tokens = geometry.block_tokens.to(self.device)
         m, b = num_envs, geometry.num_blocks
@@ -92,7 +91,7 @@ class NextBlockCore:
         self.labels = zeros.clone()
         costs = config.reward.step_cost_range
         self.step_cost = None if costs is None else torch.full((m,), costs[0], dtype=torch.float32, device=self.device)
-        self.tokens = self._data_tokens.new_zeros(m, *self._data_tokens.shape[1:])
+        self.tokens = torch.zeros(m, *data.tokens.shape[1:], dtype=data.tokens.dtype, device=self.device)
         self.visible = torch.zeros(m, b, dtype=torch.bool, device=self.device)
         self.reveal_step = torch.full((m, b), -1, dtype=torch.int64, device=self.device)
         self.reveal_rank = torch.full((m, b), -1, dtype=torch.int64, device=self.device)
@@ -226,13 +225,15 @@ class NextBlockCore:
             self.image_index[rows] = -1
             self.tokens[rows] = 0
             if index is not None:
-                self.labels[rows] = self._data_labels[self._chosen_images(index, rows)]
+                self.labels[rows] = self.data.labels[self._chosen_images(index, rows).cpu()].to(self.device)
         else:
             chosen = keyed_index(key, len(self.data), self.device)
             if index is not None:
                 chosen = self._chosen_images(index, rows)
             self.image_index[rows] = chosen
-            self.tokens[rows], self.labels[rows] = self._data_tokens[chosen], self._data_labels[chosen]
+            here = chosen.cpu()  # token sets stay on the host, only the images that are shown are moved
+            self.tokens[rows] = self.data.tokens[here].to(self.device)
+            self.labels[rows] = self.data.labels[here].to(self.device)
         if labels is not None:
             classes = self.backbone.num_classes + 1
             chosen = as_choices("labels", labels, len(rows), classes, "labels, the last for no class")

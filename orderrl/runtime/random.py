@@ -58,6 +58,23 @@ def drawn_seed() -> int:
     return int(torch.randint(2**31, (), device="cpu"))
 
 
+def drawn_uniform(
+    shape: Iterable[int],
+    generator: torch.Generator | None,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Uniform numbers in [0, 1) from a generator of the CPU, moved to a device: they are the same on every device.
+
+    Args:
+        shape: of the result.
+        generator: on the CPU, as all generators of this package are; None is PyTorch's own.
+        device: where the result lies.
+        dtype: of the result.
+    """
+    return torch.rand(tuple(shape), generator=generator, dtype=dtype, device="cpu").to(device, non_blocking=True)
+
+
 def _shift_right(x: Tensor, bits: int) -> Tensor:
     """Logical (unsigned) right shift of int64."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -32,7 +32,7 @@ def replay(fixture: Fixture) -> dict[str, Tensor]:
             model,
             labels,
             fixture.inputs["gen_order"],
-            torch.zeros(tokens.shape),
+            torch.zeros(tokens.shape, device=tokens.device),
             iterations=arguments["num_iter"],
             guidance=arguments["guidance_scale"],
             guidance_schedule=arguments["cfg_schedule"],

@@ -31,7 +31,7 @@ def replay(fixture: Fixture) -> dict[str, Tensor]:
                 guidance=fixture.argument(name, "cfg_scale"),
                 guidance_interval=int(fixture.argument(name, "cfg_interval", -1)),
             )
-            drawn = llamagen_sampler(model, labels, torch.zeros(tokens.shape), sampling)
+            drawn = llamagen_sampler(model, labels, torch.zeros(tokens.shape, device=tokens.device), sampling)
             outputs[name], outputs[f"{name}_logits"] = drawn.tokens, drawn.logits
     if "filter_probs" in fixture.outputs:
         temperature, top_k, top_p = (fixture.argument("filter_probs", key) for key in ("temperature", "top_k", "top_p"))
