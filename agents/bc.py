@@ -261,7 +261,9 @@ def _held_out_losses(
     """The parts of the loss on contexts of images kept back, in eval mode."""
     planner.eval()
     found = [
-        cloning_losses(planner(_observations(labels, part).to(planner.position.device)), utility, pairs, labels, part, rows, config)
+        cloning_losses(
+            planner(_observations(labels, part).to(planner.position.device)), utility, pairs, labels, part, rows, config
+        )
         for part in rows.split(_FORWARD)
     ]
     return {f"held_out_{name}": sum(losses[name].item() for losses in found) for name in found[0]}

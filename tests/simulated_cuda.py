@@ -23,8 +23,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 try:
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -184,52 +183,46 @@ _AS_TENSOR, _TENSOR = torch.as_tensor, torch.tensor
 # ---------------------------------------------------------------------- operators
 
 
-def _is_device(device: Any) -> bool:
-    return device is not None and torch.device(device).type in ("cuda", _CLAIMED)
-
-
-def _raw(value: Any) -> Any:
-    return value.raw if isinstance(value, Simulated) else value
+def _each(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """An argument or result with every tensor changed; operators nest them in lists and tuples alone."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if type(value) in (list, tuple):
+        return type(value)(_each(part, change) for part in value)
+    return value
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """One operator by the rules of the device."""
-    leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    ours = [leaf for leaf in leaves if isinstance(leaf, Simulated)]
+    leaves: list[Tensor] = []
+    _each((args, tuple(kwargs.values())), leaves.append)
+    ours = {id(leaf.raw): leaf for leaf in leaves if isinstance(leaf, Simulated)}
     named = kwargs.get("device")
-    if not ours and not _is_device(named):
+    here = bool(ours) if named is None else named.type in ("cuda", _CLAIMED)
+    if not ours and not here:
         return func(*args, **kwargs)
     name = func._schema.name.removeprefix("aten::")
-    here = _is_device(named) if named is not None else bool(ours)
-    if named is not None:
-        kwargs = {**kwargs, "device": torch.device("cpu")}
     if name in ("_to_copy", "copy_"):
-        source = args[0] if name == "_to_copy" else args[1]
-        target = here if name == "_to_copy" else isinstance(args[0], Simulated)
-        waits = not (kwargs.get("non_blocking") or name == "copy_" and len(args) > 2 and args[2])
-        moves = isinstance(source, Simulated) != target
-        if moves and (waits or not target):
-            _counts.waited["to the device" if target else "to the CPU"] += 1
-        elif not moves and (name == "copy_" or kwargs.get("dtype") not in (None, source.dtype)):
-            _counts.launched[name] += 1
+        _count_copy(name, args, kwargs, here if name == "_to_copy" else isinstance(args[0], Simulated))
     else:
         _check(name, args, leaves)
         _count(func, name, args)
     if kwargs.get("generator") is not None and kwargs["generator"].device.type != "cuda":
         raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
-    wrappers = {id(leaf.raw): leaf for leaf in ours}
-    plain = pytree.tree_map(_raw, (args, kwargs))
-    with _drawing_here(func, kwargs), _disable_current_modes():
-        found = func(*plain[0], **plain[1])
-    if not here and name not in ("copy_",):
-        return found
+    if named is not None:
+        kwargs = {**kwargs, "device": torch.device("cpu")}
 
-    def wrapped(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return wrappers.get(id(value)) if id(value) in wrappers else Simulated(value)
+    def raw(leaf: Tensor) -> Tensor:
+        return leaf.raw if isinstance(leaf, Simulated) else leaf
 
-    return pytree.tree_map(wrapped, found) if isinstance(found, (tuple, list)) else wrapped(found)
+    def wrapped(found: Tensor) -> Tensor:
+        return ours[id(found)] if id(found) in ours else Simulated(found)
+
+    with _drawing_here(func, kwargs):
+        found = func(*_each(args, raw), **{key: _each(value, raw) for key, value in kwargs.items()})
+    if name == "copy_":
+        return args[0]
+    return _each(found, wrapped) if here else found
 
 
 def _check(name: str, args: Any, leaves: list[Tensor]) -> None:
@@ -244,6 +237,16 @@ def _check(name: str, args: Any, leaves: list[Tensor]) -> None:
         raise RuntimeError(
             f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! ({name})"
         )
+
+
+def _count_copy(name: str, args: Any, kwargs: dict[str, Any], here: bool) -> None:
+    """Count a copy to the device or to the CPU; blocking ones and those to the CPU are waited for."""
+    source, non_blocking = (args[0], False) if name == "_to_copy" else (args[1], len(args) > 2 and args[2])
+    if isinstance(source, Simulated) == here:
+        if name == "copy_" or kwargs.get("dtype") not in (None, source.dtype):
+            _counts.launched[name] += 1
+    elif not here or not (kwargs.get("non_blocking") or non_blocking):
+        _counts.waited["to the device" if here else "to the CPU"] += 1
 
 
 def _count(func: Any, name: str, args: Any) -> None:
@@ -270,14 +273,13 @@ def _drawing_here(func: Any, kwargs: dict[str, Any]) -> Iterator[None]:
     if torch.Tag.nondeterministic_seeded not in func.tags or kwargs.get("generator") is not None:
         yield
         return
-    with _disable_current_modes():
-        outer = torch.get_rng_state()
-        torch.set_rng_state(_own_generator.get_state())
-        try:
-            yield
-        finally:
-            _own_generator.set_state(torch.get_rng_state())
-            torch.set_rng_state(outer)
+    outer = torch.get_rng_state()
+    torch.set_rng_state(_own_generator.get_state())
+    try:
+        yield
+    finally:
+        _own_generator.set_state(torch.get_rng_state())
+        torch.set_rng_state(outer)
 
 
 class _Device(TorchDispatchMode):
@@ -288,14 +290,20 @@ class _Device(TorchDispatchMode):
 # ---------------------------------------------------------------------- the process
 
 
-def _seed(seed: int) -> None:
-    with _disable_current_modes():
-        _own_generator.manual_seed(seed)
+class _Event:
+    """Everything is done at once."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    record = synchronize = wait = lambda self, *_: None
 
 
-def _set_state(state: Tensor, *_: Any) -> None:
-    with _disable_current_modes():
-        _own_generator.set_state(state)
+class _Current(contextlib.nullcontext[None]):
+    """There is one device only."""
+
+    def __init__(self, *_: Any) -> None:
+        super().__init__()
 
 
 _QUERIES: dict[str, Callable[..., Any]] = {
@@ -313,11 +321,13 @@ _QUERIES: dict[str, Callable[..., Any]] = {
     "is_bf16_supported": lambda *_: True,
     "empty_cache": lambda: None,
     "synchronize": lambda *_: None,
-    "manual_seed": _seed,
-    "manual_seed_all": _seed,
+    "Event": _Event,
+    "device": _Current,
+    "manual_seed": _own_generator.manual_seed,
+    "manual_seed_all": _own_generator.manual_seed,
     "get_rng_state": lambda *_: _own_generator.get_state(),
     "get_rng_state_all": lambda: [_own_generator.get_state()],
-    "set_rng_state": _set_state,
+    "set_rng_state": lambda state, *_: _own_generator.set_state(state),
 }
 
 
@@ -334,6 +344,7 @@ def simulated_cuda() -> Iterator[None]:
         stack.enter_context(mock.patch.object(torch, "as_tensor", _as_tensor))
         stack.enter_context(mock.patch.object(torch, "tensor", _tensor))
         stack.enter_context(mock.patch.object(torch.Tensor, "to", _to))
+        stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", lambda tensor, *_: tensor))
         stack.enter_context(mock.patch.object(torch.Tensor, "cuda", lambda tensor, *_, **__: _to(tensor, CUDA)))
         stack.enter_context(mock.patch.object(torch.Tensor, "cpu", lambda tensor, *_, **__: _to(tensor, "cpu")))
         stack.enter_context(_Device())

@@ -1,0 +1,322 @@
+"""Everything on a CUDA device: a real one, or the simulated one of `tests.simulated_cuda` in a process of its own.
+
+`tests/test_cuda.py` runs this file; alone it is `python -m pytest tests/on_cuda.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext, suppress
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
+from omegaconf import DictConfig
+from torch import Tensor
+from safetensors.torch import load_file
+from torchrl.envs.utils import check_env_specs
+
+from orderrl import compose
+from orderrl.agents.distribution import RankedBlocks
+from orderrl.agents.policies import RankingPolicy, uniform_random
+from orderrl.backbones import Sampling, load_backbone, save_backbone
+from orderrl.backbones.training import PretrainConfig, pretrain
+from orderrl.data import load_split
+from orderrl.envs.core import CoreConfig, NextBlockCore, Transition
+from orderrl.envs.gymnasium import NextBlockEnv
+from orderrl.envs.torchrl import NextBlockTorchRLEnv
+from orderrl.envs.vector import NextBlockVectorEnv
+from orderrl.evaluate import evaluate
+from orderrl.generate import generate
+from orderrl.generation import generate_published
+from orderrl.label import label
+from orderrl.metrics.planning import roll_out
+from orderrl.metrics.recognisability import complete
+from orderrl.pretrain import pretrain_backbone
+from orderrl.pretrain_tokenizer import pretrain_tokenizer
+from orderrl.resuming import Unfinished
+from orderrl.rollouts import rollouts
+from orderrl.tokenize import tokenize
+from orderrl.train import train
+from orderrl.verify import main
+from tests.backbones.families import FAMILIES, ORDER_ROBUST, images, tiny
+from tests.helpers import tiny_backbone
+from tests.simulated_cuda import MISSING, counting, simulated_cuda
+from tests.test_verify import fixture as published  # noqa: F401  # what a tiny raster model computes, recorded
+from tests.tokenizers.helpers import image_folder
+
+REAL = torch.cuda.is_available()
+pytestmark = pytest.mark.skipif(bool(MISSING) and not REAL, reason=MISSING)
+simulated_only = pytest.mark.skipif(REAL, reason="counted on the simulated device")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def device() -> Iterator[None]:
+    with nullcontext() if REAL else simulated_cuda():
+        yield
+
+
+def on_cuda(family: str) -> Any:
+    return deepcopy(tiny(family)).to("cuda")
+
+
+def agrees(there: Tensor, here: Tensor) -> None:
+    """What the device computed is what the CPU computes, but for rounding."""
+    assert there.device.type == "cuda" and here.device.type == "cpu"
+    torch.testing.assert_close(there.cpu(), here, rtol=1e-3, atol=1e-4)
+
+
+def core_of(backbone: Any, mode: str, budgets: tuple[int, ...] = (1, 2), num_envs: int = 4, **settings: Any) -> Any:
+    return NextBlockCore(backbone, images(backbone), num_envs, CoreConfig(mode, budgets, **settings), seed=3)
+
+
+def first_hidden(core: NextBlockCore, budget: int = 0) -> Tensor:
+    """Actions that list the first hidden blocks, on the core's device."""
+    ranked = core.visible.long().argsort(dim=1, stable=True)[:, : core.largest_budget]
+    if not core.multi:
+        return ranked[:, 0]
+    return torch.cat([ranked, torch.full_like(ranked[:, :1], budget)], 1)
+
+
+def _by_bits(family: str, mode: str) -> bool:
+    """Whether what is paid depends on the last bit of what was drawn: MAR's noises are keyed by the tokens' bits."""
+    return family == "mar" and mode == "generate"
+
+
+@pytest.mark.parametrize("mode", ["teacher", "generate"])
+@pytest.mark.parametrize("family", ORDER_ROBUST)
+def test_episodes_are_those_of_the_cpu(family: str, mode: str) -> None:
+    there, here = core_of(on_cuda(family), mode), core_of(tiny(family), mode)
+    for core in (there, here):
+        core.reset()
+    for step in range(4):
+        budget = int(step == 1)  # in the second step two blocks
+        outcomes = [core.step(first_hidden(core, budget)) for core in (there, here)]
+        for name, mine, expected in zip(Transition._fields, *outcomes, strict=True):
+            if not (name == "reward" and _by_bits(family, mode)):
+                agrees(mine, expected)
+        for key, expected in here.observation().items():
+            agrees(there.observation()[key], expected)
+    agrees(there.tokens, here.tokens)
+    assert bool(here.visible.all()) and bool(there.visible.all())
+
+
+@pytest.mark.parametrize("mode", ["teacher", "generate"])
+@pytest.mark.parametrize("family", ORDER_ROBUST)
+def test_gymnasium_environments_give_what_they_give_on_the_cpu(family: str, mode: str) -> None:
+    seen = []
+    for backbone in (on_cuda(family), tiny(family)):
+        envs = NextBlockVectorEnv(
+            3, backbone=backbone, data=images(backbone), mode=mode, seed=0, render_mode="rgb_array"
+        )
+        observation, _ = envs.reset()
+        trajectory = [observation]
+        for _ in range(6):  # beyond the end: the last step begins a new episode
+            observation, reward, *_ = envs.step(observation["action_mask"].argmax(1))
+            trajectory.append(observation | {"reward": reward, "picture": np.stack(envs.render())})
+        seen.append(trajectory)
+    for there, here in zip(*seen, strict=True):
+        for key in here.keys() - ({"reward"} if _by_bits(family, mode) else set()):
+            expected = here[key]
+            np.testing.assert_allclose(there[key], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["teacher", "generate"])
+@pytest.mark.parametrize("budgets", [(1,), (1, 2)])
+def test_gymnasiums_checker_is_content(mode: str, budgets: tuple[int, ...]) -> None:
+    backbone = on_cuda("randar")
+    check_env(
+        NextBlockEnv(backbone=backbone, data=images(backbone), mode=mode, budgets=budgets), skip_render_check=True
+    )
+
+
+@pytest.mark.parametrize("mode", ["teacher", "generate"])
+@pytest.mark.parametrize("budgets", [(1,), (1, 2)])
+def test_torchrls_checker_is_content_and_specs_lie_on_the_device(mode: str, budgets: tuple[int, ...]) -> None:
+    backbone = on_cuda("randar")
+    settings = {"backbone": backbone, "data": images(backbone), "mode": mode, "budgets": budgets}
+    ranges = {"objective": "likelihood", "step_cost": (0.1, 1.0)} if len(budgets) > 1 else {}
+    env = NextBlockTorchRLEnv(3, privileged=mode == "teacher", **settings, **ranges)
+    check_env_specs(env)
+    for spec in (env.observation_spec, env.action_spec, env.reward_spec, env.done_spec):
+        assert (
+            all(leaf.device == env.core.device for leaf in spec.values(True, True)) if hasattr(spec, "values") else True
+        )
+        assert spec.device == env.core.device
+
+
+def test_actions_are_drawn_as_on_the_cpu() -> None:
+    logits, budgets = torch.randn(5, 9), torch.randn(5, 2)
+    drawn = []
+    for device in ("cuda", "cpu"):
+        mask = torch.ones(5, 9, dtype=torch.bool, device=device)
+        actions = RankedBlocks(logits.to(device), mask, budgets.to(device), None, (1, 3))
+        drawn.append(actions.sample((4,), generator=torch.Generator().manual_seed(0)))
+        torch.manual_seed(1)
+        drawn.append(actions.sample())
+    agrees(drawn[0], drawn[2])
+    agrees(drawn[1], drawn[3])
+
+
+# ---------------------------------------------------------------------- commands
+
+LABELS = ["labels.contexts=24"]
+PLANNER = [*LABELS, "planner.dim=16", "planner.stem=1", "planner.heads=2", "planner.latents=2"]
+ROUNDS = ["agent.iterations=1", "agent.num_envs=4", "agent.epochs=1"]
+BC = [*PLANNER, "agent=bc", "agent.steps=3", "agent.evaluate_every=2"]
+AGENTS = {
+    "bc": BC,
+    "bc_pairs": [*BC, "agent.target=pairs", "planner.pairs=true"],
+    "bc_dagger": [*BC, "agent.dagger_rounds=1", "agent.dagger_contexts=12", "agent.dagger_steps=2"],
+    "ppo": [
+        *(*PLANNER, "agent=ppo", "env=likelihood", *ROUNDS, "agent.frames_per_batch=128", "agent.minibatch_size=64"),
+        *("agent.critic_warmup=0", "agent.group_size=1", "agent.start={bc}"),
+    ],
+    "grpo": [
+        *(*PLANNER, "agent=grpo", "env=likelihood", *ROUNDS, "agent.group_size=2", "agent.episodes=4"),
+        *("agent.minibatch_size=4", "agent.kl_coeff=0.1", "agent.start={bc}"),
+    ],
+    "fitted_q": [*PLANNER, "agent=fitted_q", "agent.images=6", "agent.steps=2", "agent.batch_size=4"],
+    "schedule": [
+        *(*PLANNER, "agent=schedule", "agent.search.episodes=16", "agent.search.refinements=1"),
+        *("agent.search.epochs=1", "agent.search.moves=4", "agent.search.chains=2"),
+        *("agent.imitation.steps=2", "agent.imitation.num_envs=4"),
+    ],
+    "imitation": [
+        *(*PLANNER, "agent=imitation", "agent.policy=random@2", "agent.imitation.steps=3"),
+        "agent.imitation.num_envs=4",
+    ],
+    "joint": [
+        *(*PLANNER, "agent=joint", "agent.start={bc}", "agent.steps=2", "agent.batch_size=4", "agent.contexts=4"),
+        *("agent.held_out_images=4", "agent.held_out_contexts=4", "agent.evaluate_every=1"),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the runs, the cache and the tiny backbones lie."""
+    home = tmp_path_factory.mktemp("home")
+    save_backbone(home / "tiny.safetensors", tiny_backbone(8, 8, 4, 17, 10), {})
+    return home
+
+
+def configure(home: Path, command: str, *overrides: str, device: str = "cuda") -> DictConfig:
+    own = ["backbone=digits", "data=digits", f"backbone.name={home / 'tiny.safetensors'}"]
+    own = [] if command in ("pretrain", "pretrain_tokenizer", "tokenize") else own
+    cache = [] if command == "tokenize" else [f"cache_dir={home / device}"]
+    return compose(command, [*own, *overrides, f"device={device}", f"output_dir={home / 'runs'}", *cache])
+
+
+@pytest.fixture(scope="module")
+def cloned(home: Path) -> Path:
+    return train(configure(home, "train", *BC))
+
+
+def test_labels_are_made(home: Path) -> None:
+    assert label(configure(home, "label", *LABELS)).exists()
+
+
+@pytest.mark.parametrize("agent", AGENTS)
+def test_agents_train(home: Path, cloned: Path, agent: str) -> None:
+    assert train(configure(home, "train", *(part.format(bc=cloned) for part in AGENTS[agent]))).exists()
+
+
+def test_a_clone_is_that_of_the_cpu(home: Path, cloned: Path) -> None:
+    same = [train(configure(home, "train", *BC, "planner.dropout=0", device=device)) for device in ("cuda", "cpu")]
+    there, here = (load_file(path) for path in same)
+    for name, expected in here.items():
+        torch.testing.assert_close(there[name], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_policies_are_evaluated(home: Path, cloned: Path) -> None:
+    folder = evaluate(
+        configure(
+            home, "evaluate", *LABELS, "eval.policies=[random@2,oracle]", "eval.token_raster=[self]", f"eval.planners=[{cloned}]",
+            "eval.images=3", "eval.samples=4", "eval.states=4", "eval.reference_images=2", "eval.resamples=10",
+            "eval.real_images=10", "eval.kid_subsets=2", "eval.distance_resamples=0", "eval.lookahead_states=2",
+        )
+    )  # fmt: skip
+    assert (folder / "results.json").exists()
+
+
+def test_hidden_blocks_are_completed() -> None:
+    backbone = on_cuda("randar")
+    core, data = core_of(backbone, "teacher", (1,)), images(backbone)
+    rollout = roll_out(core, RankingPolicy(uniform_random, core.geometry), torch.Generator(), torch.arange(4))
+    tokens = complete(backbone, data, rollout, 2)
+    visible = rollout.visible[2][:, backbone.geometry.token_block.to(tokens.device)]
+    assert torch.equal(tokens.masked_fill(~visible, -1), rollout.tokens.masked_fill(~visible, -1))
+
+
+@pytest.mark.parametrize("policy", ["random@2", "planner"])
+def test_images_are_generated(home: Path, cloned: Path, policy: str) -> None:
+    chosen = f"policy={cloned if policy == 'planner' else policy}"
+    folder = generate(configure(home, "generate", chosen, "n=3", "keep_samples=true", "guidance=1.5", "top_k=5"))
+    assert (folder / "images.png").exists()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_published_samplers_draw_what_they_draw_on_the_cpu(family: str) -> None:
+    sampling = Sampling(guidance=1.5)
+    there, here = (
+        generate_published(model, torch.tensor([0, 2]), 4 if family in ("randar", "mar") else None, sampling)
+        for model in (on_cuda(family), tiny(family))
+    )
+    torch.testing.assert_close(there.tokens, here.tokens, rtol=1e-3, atol=1e-4)
+
+
+def test_episodes_are_recorded(home: Path) -> None:
+    folder = rollouts(configure(home, "rollouts", "policy=random", "n=3", "batch_size=2"))
+    assert (folder / "meta.json").exists()
+
+
+@pytest.mark.parametrize("family", ["randar", "mar"])
+def test_pretraining_continues_after_an_interruption(family: str, tmp_path: Path) -> None:
+    backbone = tiny(family)
+    data, config = images(backbone), PretrainConfig(steps=3, batch_size=4, warmup=1, evaluate_every=2)
+
+    class Interrupted(Exception):
+        pass
+
+    def trained(folder: Path, stop: int | None) -> dict[str, Tensor]:
+        torch.manual_seed(0)  # of dropout
+        model = deepcopy(backbone).requires_grad_(True).to("cuda")
+        with suppress(Interrupted), Unfinished(folder, "job", 0.0, folder) as work:
+            for row in pretrain(model, data, data, config, work=work):
+                if row["step"] == stop:
+                    raise Interrupted
+        return model.state_dict()
+
+    whole = trained(tmp_path / "whole", None)
+    trained(tmp_path / "parts", 2)
+    for name, value in trained(tmp_path / "parts", None).items():
+        assert torch.equal(value.cpu(), whole[name].cpu())
+
+
+def test_backbones_are_pretrained(home: Path) -> None:
+    small = ["backbone.model.dim=32", "backbone.model.layers=1", "backbone.training.steps=2",
+             "backbone.training.evaluate_every=2", "backbone.training.batch_size=4"]  # fmt: skip
+    assert load_backbone(pretrain_backbone(configure(home, "pretrain", *small))).hidden_size == 32
+
+
+def test_images_become_tokens_and_tokens_pixels_on_the_device(home: Path, tmp_path: Path) -> None:
+    data = [f"data.root={image_folder(tmp_path / 'images', per_class=10)}", "data.image_size=8"]
+    training = ["tokenizer.training.steps=2", "tokenizer.training.batch_size=4", "tokenizer.training.evaluate_every=1"]
+    small = ["tokenizer.model.codebook_size=16", "tokenizer.model.z_channels=32"]
+    trained = pretrain_tokenizer(configure(home, "pretrain_tokenizer", *data, *training, *small))
+    made = [f"tokenizer.path={trained}", f"output={tmp_path / 'set'}"]
+    tokenize(configure(home, "tokenize", *data, "tokenizer=small", *made))
+    test = load_split(f"tokens:{tmp_path / 'set'}", "test")
+    with counting() if not REAL else nullcontext() as counts:
+        pixels = test.images(test.tokens[:], torch.device("cuda"))
+    assert REAL or counts.launches > 10
+    assert pixels.device.type == "cpu" and (pixels.int() - test.images(test.tokens[:]).int()).abs().max() <= 1
+
+
+def test_recorded_numbers_are_replayed(published: Path) -> None:
+    assert main([str(published), "--allow-missing", "--device", "cuda"]) == 0
