@@ -164,8 +164,8 @@ def clone(
     """Train in place; on return the planner holds the weights that were best on held-out images.
 
     Best is the largest U of the first-ranked block; of target "pairs" the least loss. Labels are read batch by batch
-    from where they are, memory or disk, and moved to the planner's device. Of several processes each takes its rows of every batch, and the gradient is
-    that of the whole batch.
+    from where they are, memory or disk, and moved to the planner's device. Of several processes each takes its rows of
+    every batch, and the gradient is that of the whole batch.
 
     Args:
         planner: trained in place.

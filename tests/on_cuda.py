@@ -16,8 +16,8 @@ import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
 from omegaconf import DictConfig
-from torch import Tensor
 from safetensors.torch import load_file
+from torch import Tensor
 from torchrl.envs.utils import check_env_specs
 
 from orderrl import compose
@@ -46,7 +46,7 @@ from orderrl.verify import main
 from tests.backbones.families import FAMILIES, ORDER_ROBUST, images, tiny
 from tests.helpers import tiny_backbone
 from tests.simulated_cuda import MISSING, counting, simulated_cuda
-from tests.test_verify import fixture as published  # noqa: F401  # what a tiny raster model computes, recorded
+from tests.test_verify import fixture  # noqa: F401  # what a tiny raster model computes, recorded
 from tests.tokenizers.helpers import image_folder
 
 REAL = torch.cuda.is_available()
@@ -236,7 +236,8 @@ def test_a_clone_is_that_of_the_cpu(home: Path, cloned: Path) -> None:
 def test_policies_are_evaluated(home: Path, cloned: Path) -> None:
     folder = evaluate(
         configure(
-            home, "evaluate", *LABELS, "eval.policies=[random@2,oracle]", "eval.token_raster=[self]", f"eval.planners=[{cloned}]",
+            home, "evaluate", *LABELS, "eval.policies=[random@2,oracle]", f"eval.planners=[{cloned}]",
+            "eval.token_raster=[self]",
             "eval.images=3", "eval.samples=4", "eval.states=4", "eval.reference_images=2", "eval.resamples=10",
             "eval.real_images=10", "eval.kid_subsets=2", "eval.distance_resamples=0", "eval.lookahead_states=2",
         )
@@ -318,5 +319,6 @@ def test_images_become_tokens_and_tokens_pixels_on_the_device(home: Path, tmp_pa
     assert pixels.device.type == "cpu" and (pixels.int() - test.images(test.tokens[:]).int()).abs().max() <= 1
 
 
-def test_recorded_numbers_are_replayed(published: Path) -> None:
-    assert main([str(published), "--allow-missing", "--device", "cuda"]) == 0
+def test_recorded_numbers_are_replayed(request: pytest.FixtureRequest) -> None:
+    recorded = request.getfixturevalue("fixture")
+    assert main([str(recorded), "--allow-missing", "--device", "cuda"]) == 0

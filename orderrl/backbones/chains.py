@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from orderrl.backbones.cache import ChainEntries, ChainParts, PrefixCache
-from orderrl.backbones.memory import Packing, plan
+from orderrl.backbones.memory import Packing, plan, values_at_once
 from orderrl.backbones.protocol import BlockLosses, Drawing
 from orderrl.backbones.sampling import Sampling, guide, sample_tokens
 from orderrl.geometry import BlockGrid
 
-LOGITS_AT_ONCE = 2**22  # a few megabytes, so that they stay in the CPU's cache between the passes over them
+LOGITS_AT_ONCE = 2**22  # on a CPU: a few megabytes, so that they stay in its cache between the passes over them
 
 
 class Drawn(NamedTuple):
@@ -184,7 +184,7 @@ class ChainBackbone:
     def _losses(self, queries: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Loss of chains and entropy of their first query, each (n,) nats: queries (n, p*p, D), targets (n, p*p)."""
         losses, spreads = [], []
-        at_once = max(1, LOGITS_AT_ONCE // (targets.shape[1] * self.vocab_size))
+        at_once = max(1, values_at_once(LOGITS_AT_ONCE, targets.device) // (targets.shape[1] * self.vocab_size))
         for query, target in zip(queries.split(at_once), targets.split(at_once), strict=True):
             log_probs = self.logits(query).float().log_softmax(-1)
             losses.append(-log_probs.gather(-1, target[..., None]).sum((-2, -1)))

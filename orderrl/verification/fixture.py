@@ -38,7 +38,7 @@ class Fixture:
     weights: dict[str, Tensor]
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
-    device: torch.device = torch.device("cpu")
+    device: torch.device
 
     @property
     def constructor(self) -> str:
