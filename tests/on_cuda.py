@@ -23,9 +23,11 @@ from torchrl.envs.utils import check_env_specs
 from orderrl import compose
 from orderrl.agents.distribution import RankedBlocks
 from orderrl.agents.policies import RankingPolicy, uniform_random
-from orderrl.backbones import Sampling, load_backbone, save_backbone
+from orderrl.agents.ppo import PPO, PPOConfig
+from orderrl.backbones import OrderRobustTransformer, Sampling, TransformerConfig, load_backbone, save_backbone
+from orderrl.backbones.packing import VALUES_AT_ONCE
 from orderrl.backbones.training import PretrainConfig, pretrain
-from orderrl.data import load_split
+from orderrl.data import TokenSet, load_split
 from orderrl.envs.core import CoreConfig, NextBlockCore, Transition
 from orderrl.envs.gymnasium import NextBlockEnv
 from orderrl.envs.torchrl import NextBlockTorchRLEnv
@@ -36,6 +38,7 @@ from orderrl.generation import generate_published
 from orderrl.label import label
 from orderrl.metrics.planning import roll_out
 from orderrl.metrics.recognisability import complete
+from orderrl.planner import OrderHead, PlannerConfig
 from orderrl.pretrain import pretrain_backbone
 from orderrl.pretrain_tokenizer import pretrain_tokenizer
 from orderrl.resuming import Unfinished
@@ -45,7 +48,7 @@ from orderrl.train import train
 from orderrl.verify import main
 from tests.backbones.families import FAMILIES, ORDER_ROBUST, images, tiny
 from tests.helpers import tiny_backbone
-from tests.simulated_cuda import MISSING, counting, simulated_cuda
+from tests.simulated_cuda import MISSING, Counts, counting, simulated_cuda
 from tests.test_verify import fixture  # noqa: F401  # what a tiny raster model computes, recorded
 from tests.tokenizers.helpers import image_folder
 
@@ -160,6 +163,68 @@ def test_actions_are_drawn_as_on_the_cpu() -> None:
         drawn.append(actions.sample())
     agrees(drawn[0], drawn[2])
     agrees(drawn[1], drawn[3])
+
+
+# ---------------------------------------------------------------------- how much a step asks of the device
+
+# At most so many launches and synchronisations, and what was reached with PyTorch 2.15. A step waits for its actions,
+# which were chosen on the device, and for nothing else. RandAR-XL's has 36 layers as there; launches know no width.
+LIMITS = {  # (launches, synchronisations)
+    "digits, teacher": (320, 1),  # 308, 1
+    "digits, teacher, mixed budgets": (700, 1),  # 667, 1
+    "digits, generate": (1000, 1),  # 951, 1
+    "RandAR-XL, teacher": (2600, 1),  # 2228, 1
+    "PPO, minibatch": (700, 20),  # 625, 6
+}
+
+
+def within(name: str, counts: Counts) -> None:
+    launches, synchronisations = LIMITS[name]
+    assert counts.launches <= launches and counts.synchronisations <= synchronisations, (counts.launched, counts.waited)
+
+
+def counted_step(backbone: Any, data: TokenSet, num_envs: int, mode: str, budgets: tuple[int, ...] = (1,)) -> Counts:
+    """What a step in the middle of an episode asks of the device; rows reveal budgets in turn."""
+    core = NextBlockCore(backbone, data, num_envs, CoreConfig(mode, budgets), seed=0)
+    core.reset()
+    for _ in range(3):
+        actions = first_hidden(core)
+        if core.multi:
+            actions[:, -1] = torch.arange(num_envs, device=actions.device) % len(budgets)
+        with counting() as counts:
+            core.step(actions)
+    return counts
+
+
+@simulated_only
+@pytest.mark.parametrize("name", [name for name in LIMITS if name.startswith("digits")])
+def test_a_step_of_the_digits_asks_little_of_the_device(name: str) -> None:
+    budgets = (1, 2) if "mixed" in name else (1,)
+    data, mode = load_split("digits", "planner"), name.split(", ")[1]
+    within(name, counted_step(load_backbone("digits", device="cuda"), data, 16, mode, budgets))
+
+
+@simulated_only
+def test_a_step_of_randar_xl_asks_little_of_the_device() -> None:
+    config = TransformerConfig(16, 16, 4, vocab_size=16, num_classes=10, dim=8, layers=36, heads=2)
+    backbone = OrderRobustTransformer(config).requires_grad_(False).eval().to("cuda")
+    within("RandAR-XL, teacher", counted_step(backbone, images(backbone), 2, "teacher"))
+    # at the real shape scores and logits of 64 images with 8 hidden blocks are one piece
+    assert VALUES_AT_ONCE >= 64 * 20 * 8 * 16 * (256 + 32) and VALUES_AT_ONCE >= 64 * 8 * 16 * 16384
+
+
+@simulated_only
+def test_a_gradient_step_of_ppo_asks_little_of_the_device() -> None:
+    backbone = on_cuda("randar")
+    env = NextBlockTorchRLEnv(4, True, backbone=backbone, data=images(backbone), budgets=(1, 2), objective="likelihood")
+    planner = OrderHead(PlannerConfig.for_backbone(backbone, dim=16, stem=1, heads=2, latents=2))
+    ppo = PPO(planner, env, PPOConfig(num_envs=4, frames_per_batch=32, minibatch_size=16, group_size=1))
+    data = ppo._collect()
+    ppo._estimate(data)
+    samples, rows = ppo._samples(data), torch.arange(16).to("cuda")
+    with counting() as counts:
+        ppo._update(samples[rows])
+    within("PPO, minibatch", counts)
 
 
 # ---------------------------------------------------------------------- commands

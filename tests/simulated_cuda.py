@@ -177,7 +177,15 @@ def _tensor(data: Any, dtype: torch.dtype | None = None, device: Any = None, **k
     return _to(_TENSOR(data, dtype=dtype, **kwargs), device="cpu" if device is None else device)
 
 
-_AS_TENSOR, _TENSOR = torch.as_tensor, torch.tensor
+def _rms_norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    """`torch.rms_norm`, on CUDA one kernel; with gradients its parts are."""
+    if not isinstance(x, Simulated) or torch.is_grad_enabled():
+        return _RMS_NORM(x, shape, weight, eps)
+    _counts.launched["rms_norm"] += 1
+    return Simulated(_RMS_NORM(x.raw, shape, None if weight is None else weight.raw, eps))
+
+
+_AS_TENSOR, _TENSOR, _RMS_NORM = torch.as_tensor, torch.tensor, torch.rms_norm
 
 
 # ---------------------------------------------------------------------- operators
@@ -343,6 +351,7 @@ def simulated_cuda() -> Iterator[None]:
         stack.enter_context(mock.patch.object(torch, "Generator", SimulatedGenerator))
         stack.enter_context(mock.patch.object(torch, "as_tensor", _as_tensor))
         stack.enter_context(mock.patch.object(torch, "tensor", _tensor))
+        stack.enter_context(mock.patch.object(torch, "rms_norm", _rms_norm))
         stack.enter_context(mock.patch.object(torch.Tensor, "to", _to))
         stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", lambda tensor, *_: tensor))
         stack.enter_context(mock.patch.object(torch.Tensor, "cuda", lambda tensor, *_, **__: _to(tensor, CUDA)))

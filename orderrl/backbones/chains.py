@@ -259,11 +259,11 @@ class ChainBackbone:
     ) -> PrefixCache:
         """`extend` of one forward, in place."""
         positions = self.block_tokens[blocks].flatten(1)  # (M, K*p*p)
-        remaining = self.entries_per_token * self.geometry.tokens_per_block * count
+        remaining = self.entries_per_token * self.geometry.tokens_per_block * count.cpu()
         done = 0
         if first is not None:  # the first block's entries are known up to its last token
             done = first.length
-            prefix = prefix.append(first, done * (count > 0))
+            prefix = prefix.append(first, done * (count.cpu() > 0))
             remaining = (remaining - done).clamp_min(0)
         entries = self._contents(prefix, positions, tokens.gather(1, positions), done)
         return prefix.append(entries, remaining)
@@ -279,7 +279,7 @@ class ChainBackbone:
         positions = self.block_tokens[blocks]  # (M, K, p*p)
         prefixes = [prefix] if unconditional is None else [prefix, unconditional]
         chains = [self._room(cache, blocks.shape[1]) for cache in prefixes]
-        visible = (prefix.length - 1) // self.entries_per_token
+        visible = ((prefix.length - 1) // self.entries_per_token).to(positions.device, non_blocking=True)
         drawn, tokens = None, []
         for i in range(positions.shape[-1]):
             logits = [

@@ -97,11 +97,13 @@ def keyed_uniform(keys: Iterable[Tensor | int], device: torch.device | str = "cp
     Returns:
         float64 tensor of the broadcast shape.
     """
-    state = torch.zeros((), dtype=torch.int64, device=device)
+    state = torch.zeros((), dtype=torch.int64)
     for key in keys:
-        key = torch.as_tensor(key, dtype=torch.int64, device=device)
-        state = _mix(state + _mix(key + _GOLDEN) + _GOLDEN)
-    return _shift_right(state, 11).double() * 2.0**-53
+        key = torch.as_tensor(
+            key, dtype=torch.int64
+        )  # numbers stay on the CPU: what they give goes along with a launch
+        state = _mix(state + _mix((key if key.ndim == 0 else key.to(device)) + _GOLDEN) + _GOLDEN)
+    return _shift_right(state.to(device), 11).double() * 2.0**-53
 
 
 def keyed_index(keys: Iterable[Tensor | int], count: int, device: torch.device | str = "cpu") -> Tensor:

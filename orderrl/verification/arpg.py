@@ -49,6 +49,6 @@ def _without_mask(model: ARPG, tokens: Tensor, labels: Tensor, orders: Tensor) -
     x = torch.cat([model.embed_class(labels)[:, None], model.embeddings(tokens.gather(1, orders)[:, :-1])], 1)
     rope = torch.cat([model.rope[:1].expand(len(x), 1, -1, -1), model.rope[orders[:, :-1] + 1]], 1)
     nothing = model.start(labels)
-    nothing = type(nothing)(nothing.keys, nothing.values, torch.zeros_like(labels))
+    nothing = type(nothing)(nothing.keys, nothing.values, torch.zeros(len(labels), dtype=torch.int64))
     entries = model.encode(x[:, None], rope[:, None], nothing, causal=False)
     return model.logits(model.predict(orders[:, None], nothing, entries, causal=False))[:, 0]

@@ -48,6 +48,6 @@ def _cached(model: RasterTransformer, tokens: Tensor, labels: Tensor) -> Tensor:
     for i in range(x.shape[1]):
         rope = model.rope[i].expand(len(x), 1, 1, -1, -1)
         hidden, entries = model.encode(x[:, i, None, None], rope, cache)
-        cache = cache.append(entries, torch.ones_like(labels))
+        cache = cache.append(entries, torch.ones(len(labels), dtype=torch.int64))
         logits.append(model.logits(model.norm(hidden[:, 0, 0])))
     return torch.stack(logits, 1)
