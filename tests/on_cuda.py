@@ -109,10 +109,9 @@ def test_episodes_are_those_of_the_cpu(family: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["teacher", "generate"])
-@pytest.mark.parametrize("family", ORDER_ROBUST)
-def test_gymnasium_environments_give_what_they_give_on_the_cpu(family: str, mode: str) -> None:
+def test_gymnasium_environments_give_what_they_give_on_the_cpu(mode: str) -> None:
     seen = []
-    for backbone in (on_cuda(family), tiny(family)):
+    for backbone in (on_cuda("randar"), tiny("randar")):
         envs = NextBlockVectorEnv(
             3, backbone=backbone, data=images(backbone), mode=mode, seed=0, render_mode="rgb_array"
         )
@@ -123,8 +122,7 @@ def test_gymnasium_environments_give_what_they_give_on_the_cpu(family: str, mode
             trajectory.append(observation | {"reward": reward, "picture": np.stack(envs.render())})
         seen.append(trajectory)
     for there, here in zip(*seen, strict=True):
-        for key in here.keys() - ({"reward"} if _by_bits(family, mode) else set()):
-            expected = here[key]
+        for key, expected in here.items():
             np.testing.assert_allclose(there[key], expected, rtol=1e-3, atol=1e-4)
 
 
@@ -303,7 +301,7 @@ def test_policies_are_evaluated(home: Path, cloned: Path) -> None:
         configure(
             home, "evaluate", *LABELS, "eval.policies=[random@2,oracle]", f"eval.planners=[{cloned}]",
             "eval.token_raster=[self]",
-            "eval.images=3", "eval.samples=4", "eval.states=4", "eval.reference_images=2", "eval.resamples=10",
+            "eval.images=2", "eval.samples=4", "eval.states=2", "eval.reference_images=2", "eval.resamples=10",
             "eval.real_images=10", "eval.kid_subsets=2", "eval.distance_resamples=0", "eval.lookahead_states=2",
         )
     )  # fmt: skip
@@ -364,7 +362,8 @@ def test_pretraining_continues_after_an_interruption(family: str, tmp_path: Path
         assert torch.equal(value.cpu(), whole[name].cpu())
 
 
-def test_backbones_are_pretrained(home: Path) -> None:
+def test_backbones_are_pretrained(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orderrl.pretrain.load_split", lambda name, split: load_split(name, split).first(8))
     small = ["backbone.model.dim=32", "backbone.model.layers=1", "backbone.training.steps=2",
              "backbone.training.evaluate_every=2", "backbone.training.batch_size=4"]  # fmt: skip
     assert load_backbone(pretrain_backbone(configure(home, "pretrain", *small))).hidden_size == 32
