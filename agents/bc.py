@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from orderrl.agents.agent import Agent
 from orderrl.agents.dagger import label_sets
+from orderrl.backbones.protocol import backbone_device
 from orderrl.data.token_set import random_window
 from orderrl.factory import Setup
 from orderrl.geometry import BlockGrid

@@ -23,10 +23,10 @@ from orderrl.envs.core import NextBlockCore
 from orderrl.envs.reward import CHEAPEST
 from orderrl.factory import Setup
 from orderrl.planner import OrderHead
-from orderrl.runtime.random import drawn_uniform
 from orderrl.runtime.isolation import isolated_float32
 from orderrl.runtime.job import Job
 from orderrl.runtime.learning_rate import one_cycle
+from orderrl.runtime.random import drawn_uniform
 from orderrl.runtime.storage import checksum
 from orderrl.runtime.values import Settings, at_least, between, positive, setting
 

@@ -23,8 +23,8 @@ from orderrl.envs.core import NextBlockCore
 from orderrl.geometry import BlockGrid
 from orderrl.oracle import block_gains, gain_uniforms, utilities
 from orderrl.planner import OrderHead
-from orderrl.runtime.random import drawn_uniform
 from orderrl.runtime.isolation import isolated
+from orderrl.runtime.random import drawn_uniform
 
 Policy = Callable[[TensorDictBase, torch.Generator], Tensor]
 _LOWEST = -1e9

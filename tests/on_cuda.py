@@ -22,27 +22,27 @@ from torchrl.envs.utils import check_env_specs
 
 from orderrl import compose
 from orderrl.agents.distribution import RankedBlocks
+from orderrl.agents.play import roll_out
 from orderrl.agents.policies import RankingPolicy, uniform_random
-from orderrl.agents.ppo import PPO, PPOConfig
+from orderrl.agents.ppo import PPO, Config
 from orderrl.backbones import OrderRobustTransformer, Sampling, TransformerConfig, load_backbone, save_backbone
-from orderrl.backbones.packing import VALUES_AT_ONCE
-from orderrl.backbones.training import PretrainConfig, pretrain
+from orderrl.backbones.memory import VALUES_AT_ONCE
+from orderrl.backbones.pretraining import PretrainConfig, pretrain
 from orderrl.data import TokenSet, load_split
 from orderrl.envs.core import CoreConfig, NextBlockCore, Transition
 from orderrl.envs.gymnasium import NextBlockEnv
 from orderrl.envs.torchrl import NextBlockTorchRLEnv
 from orderrl.envs.vector import NextBlockVectorEnv
 from orderrl.evaluate import evaluate
+from orderrl.evaluation.drawing import generate_published
 from orderrl.generate import generate
-from orderrl.generation import generate_published
 from orderrl.label import label
-from orderrl.metrics.planning import roll_out
 from orderrl.metrics.recognisability import complete
 from orderrl.planner import OrderHead, PlannerConfig
 from orderrl.pretrain import pretrain_backbone
 from orderrl.pretrain_tokenizer import pretrain_tokenizer
-from orderrl.resuming import Unfinished
 from orderrl.rollouts import rollouts
+from orderrl.runtime.job import Job
 from orderrl.tokenize import tokenize
 from orderrl.train import train
 from orderrl.verify import main
@@ -216,7 +216,7 @@ def test_a_gradient_step_of_ppo_asks_little_of_the_device() -> None:
     backbone = on_cuda("randar")
     env = NextBlockTorchRLEnv(4, True, backbone=backbone, data=images(backbone), budgets=(1, 2), objective="likelihood")
     planner = OrderHead(PlannerConfig.for_backbone(backbone, dim=16, stem=1, heads=2, latents=2))
-    ppo = PPO(planner, env, PPOConfig(num_envs=4, frames_per_batch=32, minibatch_size=16, group_size=1))
+    ppo = PPO(planner, env, Config(num_envs=4, frames_per_batch=32, minibatch_size=16, group_size=1))
     data = ppo._collect()
     ppo._estimate(data)
     samples, rows = ppo._samples(data), torch.arange(16).to("cuda")
@@ -347,18 +347,26 @@ def test_pretraining_continues_after_an_interruption(family: str, tmp_path: Path
     class Interrupted(Exception):
         pass
 
-    def trained(folder: Path, stop: int | None) -> dict[str, Tensor]:
+    class Stopping(Job):
+        rows = 0
+
+        def log(self, **row: float) -> None:
+            super().log(**row)
+            self.rows += 1
+            if self.rows == 2:
+                raise Interrupted
+
+    def trained(folder: Path, kind: type[Job]) -> dict[str, Tensor]:
         torch.manual_seed(0)  # of dropout
         model = deepcopy(backbone).requires_grad_(True).to("cuda")
-        with suppress(Interrupted), Unfinished(folder, "job", 0.0, folder) as work:
-            for row in pretrain(model, data, data, config, work=work):
-                if row["step"] == stop:
-                    raise Interrupted
+        with suppress(Interrupted), kind(folder, "job", 0.0) as job:
+            pretrain(model, data, data, config, job=job)
         return model.state_dict()
 
-    whole = trained(tmp_path / "whole", None)
-    trained(tmp_path / "parts", 2)
-    for name, value in trained(tmp_path / "parts", None).items():
+    whole = trained(tmp_path / "whole", Job)
+    trained(tmp_path / "parts", Stopping)
+    assert (tmp_path / "parts" / "unfinished" / "job").exists()
+    for name, value in trained(tmp_path / "parts", Job).items():
         assert torch.equal(value.cpu(), whole[name].cpu())
 
 
