@@ -9,13 +9,9 @@ import torch
 from torch import Tensor
 
 from orderrl.backbones import OrderRobustTransformer, build_backbone, load_backbone
-<<<<<<< HEAD:tests/backbones/test_memory.py
-from orderrl.backbones.memory import Packing, free_memory, plan
-=======
 from orderrl.backbones.memory import Packing, free_memory, plan
 from orderrl.envs.core import CoreConfig, NextBlockCore
 from tests.envs.helpers import play
->>>>>>> 3206d87 (A step waits for the device once: what actions and keys decide is decided on the host):tests/backbones/test_packing.py
 from tests.helpers import random_orders, tiny_images
 
 
