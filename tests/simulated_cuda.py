@@ -87,7 +87,7 @@ class Simulated(torch.Tensor):
 
     @staticmethod
     def __new__(cls, raw: Tensor, requires_grad: bool = False) -> Simulated:
-        made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made = torch.Tensor._make_wrapper_subclass(
             cls,
             raw.shape,
             strides=raw.stride(),
@@ -99,14 +99,16 @@ class Simulated(torch.Tensor):
         made.raw = raw
         return made
 
-    device = property(lambda self: CUDA)  # type: ignore[assignment]
-    is_cuda = property(lambda self: True)  # type: ignore[assignment]
-    is_cpu = property(lambda self: False)  # type: ignore[assignment]
+    device = property(lambda self: CUDA)
+    is_cuda = property(lambda self: True)
+    is_cpu = property(lambda self: False)
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return _run(func, args, kwargs or {})
 
     def numpy(self, *, force: bool = False) -> Any:
@@ -122,7 +124,7 @@ class Simulated(torch.Tensor):
         """Values, after waiting for them."""
         return self.detach().cpu().tolist()
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"{self.raw!r} on {CUDA}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Simulated:
@@ -139,6 +141,8 @@ class Simulated(torch.Tensor):
 class SimulatedGenerator(torch.Generator):
     """A generator that says where it is."""
 
+    where: torch.device
+
     def __new__(cls, device: torch.device | str = "cpu") -> SimulatedGenerator:
         made = super().__new__(cls)
         made.where = CUDA if torch.device(device).type == "cuda" else torch.device("cpu")
@@ -147,7 +151,7 @@ class SimulatedGenerator(torch.Generator):
     def __init__(self, device: torch.device | str = "cpu") -> None:
         pass
 
-    device = property(lambda self: self.where)  # type: ignore[assignment]
+    device = property(lambda self: self.where)
 
 
 # ---------------------------------------------------------------------- what C++ would ask the driver about
@@ -177,7 +181,7 @@ def _tensor(data: Any, dtype: torch.dtype | None = None, device: Any = None, **k
     return _to(_TENSOR(data, dtype=dtype, **kwargs), device="cpu" if device is None else device)
 
 
-def _rms_norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+def _rms_norm(x: Tensor, shape: Any, weight: Any = None, eps: float | None = None) -> Tensor:
     """`torch.rms_norm`, on CUDA one kernel; with gradients its parts are."""
     if not isinstance(x, Simulated) or torch.is_grad_enabled():
         return _RMS_NORM(x, shape, weight, eps)
@@ -202,7 +206,7 @@ def _each(value: Any, change: Callable[[Tensor], Any]) -> Any:
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """One operator by the rules of the device."""
-    leaves: list[Tensor] = []
+    leaves: list[Any] = []
     _each((args, tuple(kwargs.values())), leaves.append)
     ours = {id(leaf.raw): leaf for leaf in leaves if isinstance(leaf, Simulated)}
     named = kwargs.get("device")
@@ -344,7 +348,7 @@ def simulated_cuda() -> Iterator[None]:
     """A process whose one CUDA device is simulated; it is not meant to do anything else afterwards."""
     _setup_privateuseone_for_python_backend(_CLAIMED)
     torch.__future__.set_swap_module_params_on_conversion(True)
-    torch._C._set_only_lift_cpu_tensors(True)  # type: ignore[attr-defined]
+    torch._C._set_only_lift_cpu_tensors(True)
     with contextlib.ExitStack() as stack:
         for name, answer in _QUERIES.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
@@ -360,4 +364,4 @@ def simulated_cuda() -> Iterator[None]:
         try:
             yield
         finally:
-            torch._C._set_only_lift_cpu_tensors(False)  # type: ignore[attr-defined]
+            torch._C._set_only_lift_cpu_tensors(False)

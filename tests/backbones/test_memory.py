@@ -100,7 +100,7 @@ def test_entries_that_memory_does_not_hold_are_computed_again(
         kept = core.num_envs if memory == 10.0 else 0
         core.reset()
         assert sum(len(look.rows) for look in core._looks) == kept
-    assert torch.allclose(*rewards, atol=1e-5)
+    assert torch.allclose(rewards[0], rewards[1], atol=1e-5)
 
 
 def test_what_is_free_is_the_default() -> None:
