@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from orderrl.agents.agent import Agent
 from orderrl.agents.dagger import label_sets
+from orderrl.backbones.protocol import backbone_device
 from orderrl.data.token_set import random_window
 from orderrl.factory import Setup
 from orderrl.geometry import BlockGrid
@@ -83,7 +84,7 @@ def train(setup: Setup, config: Config, job: Job) -> OrderHead:
     if config.dagger_rounds:
         config = replace(config, steps=config.dagger_steps)
     torch.manual_seed(setup.seed)
-    planner = OrderHead(setup.planner)
+    planner = OrderHead(setup.planner).to(backbone_device(setup.backbone))
     contexts = open_joined(setup.label_sets, setup.backbone, job)
     clone(planner, contexts, setup.backbone.geometry, config, setup.seed, job)
     return planner
@@ -144,8 +145,9 @@ def held_out_metrics(planner: OrderHead, data: TensorDict, utility: Tensor) -> d
         mean U of the first-ranked block, in standard deviations ("chosen"), and the mean regret to the best.
     """
     planner.eval()
-    hidden = ~data["visible"]
-    scores = torch.cat([planner(part).scores for part in data.split(_FORWARD)]).masked_fill(~hidden, -torch.inf)
+    hidden, device = ~data["visible"], planner.position.device
+    scores = torch.cat([planner(part.to(device)).scores.cpu() for part in data.split(_FORWARD)])
+    scores = scores.masked_fill(~hidden, -torch.inf)
     chosen = utility.gather(1, scores.argmax(-1, keepdim=True))[:, 0]
     best = utility.masked_fill(~hidden, -torch.inf).amax(-1)
     return {"chosen": chosen.mean().item(), "regret": (best - chosen).mean().item()}
@@ -163,8 +165,8 @@ def clone(
     """Train in place; on return the planner holds the weights that were best on held-out images.
 
     Best is the largest U of the first-ranked block; of target "pairs" the least loss. Labels are read batch by batch
-    from where they are, memory or disk. Of several processes each takes its rows of every batch, and the gradient is
-    that of the whole batch.
+    from where they are, memory or disk, and moved to the planner's device. Of several processes each takes its rows of
+    every batch, and the gradient is that of the whole batch.
 
     Args:
         planner: trained in place.
@@ -206,7 +208,7 @@ def clone(
         # a gradient step on this process's rows of a batch
         drawn = train[torch.randint(len(train), (config.batch_size,), generator=generator)]
         rows = distributed.rows_of(drawn)
-        batch = _observations(labels, rows)
+        batch = _observations(labels, rows).to(planner.position.device)
         planner.train()
         reasoning = reasoning_steps_at(step, config.steps, final)
         losses = cloning_losses(planner(batch, reasoning), utility, pairs, labels, rows, drawn, config)
@@ -244,11 +246,12 @@ def cloning_losses(
     config: Config,
 ) -> dict[str, Tensor]:
     """The parts of the loss, each the share that some rows have in the mean over all that were drawn."""
-    hidden = ~labels["visible"][rows]
-    scores = bc_loss(output.scores, utility[rows], hidden, config.target, config.temperature)
+    device = output.scores.device
+    hidden, wanted = (~labels["visible"][rows]).to(device), utility[rows].to(device)
+    scores = bc_loss(output.scores, wanted, hidden, config.target, config.temperature)
     losses = {"scores": scores * _weight(labels, rows, drawn, config.target)}
     if pairs is not None:
-        losses["pairs"] = pair_loss(output.dependence, pairs(rows), hidden) * pairs.weight(rows, drawn)
+        losses["pairs"] = pair_loss(output.dependence, pairs(rows).to(device), hidden) * pairs.weight(rows, drawn)
     return losses
 
 
@@ -259,7 +262,9 @@ def _held_out_losses(
     """The parts of the loss on contexts of images kept back, in eval mode."""
     planner.eval()
     found = [
-        cloning_losses(planner(_observations(labels, part)), utility, pairs, labels, part, rows, config)
+        cloning_losses(
+            planner(_observations(labels, part).to(planner.position.device)), utility, pairs, labels, part, rows, config
+        )
         for part in rows.split(_FORWARD)
     ]
     return {f"held_out_{name}": sum(losses[name].item() for losses in found) for name in found[0]}

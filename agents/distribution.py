@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from orderrl.planner import PlannerOutput
+from orderrl.runtime.random import drawn_uniform
 
 _LOWEST = -1e9  # finite, so that gradients of masked entries are zero and not NaN
 
@@ -93,7 +94,7 @@ class RankedBlocks(Distribution):
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = (), generator: torch.Generator | None = None) -> Tensor:
-        """Gumbel-max for every place and for the budget; int64."""
+        """Gumbel-max for every place and for the budget; int64. The generator is one of the CPU; None is PyTorch's."""
         shape = torch.Size(sample_shape) + self.logits.shape[:-1]
         return self._action(shape, lambda logits: _gumbel(logits, generator))
 
@@ -168,7 +169,7 @@ def planner_actions(output: PlannerOutput, observation: TensorDictBase, budgets:
 
 
 def _gumbel(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    uniform = torch.rand(like.shape, generator=generator, device=like.device, dtype=torch.float64).clamp_min(1e-300)
+    uniform = drawn_uniform(like.shape, generator, like.device, torch.float64).clamp_min(1e-300)
     return -(-uniform.log()).log().to(like.dtype)
 
 

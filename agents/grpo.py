@@ -162,7 +162,8 @@ class GRPO(PolicyGradient):
         return int(data["played"].sum())
 
     def _loss(self, minibatch: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
-        steps = minibatch[minibatch["played"]]
+        # the device is asked once which steps were played, not once for every key
+        steps = minibatch.reshape(-1)[minibatch["played"].flatten().nonzero().flatten()]
         parts = self.loss(steps)
         total = parts["loss_objective"] + parts["loss_entropy"]
         shown = {key: parts[key] for key in ("loss_objective", "entropy", "clip_fraction")}

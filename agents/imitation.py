@@ -26,6 +26,7 @@ from orderrl.planner import OrderHead
 from orderrl.runtime.isolation import isolated_float32
 from orderrl.runtime.job import Job
 from orderrl.runtime.learning_rate import one_cycle
+from orderrl.runtime.random import drawn_uniform
 from orderrl.runtime.storage import checksum
 from orderrl.runtime.values import Settings, at_least, between, positive, setting
 
@@ -119,7 +120,7 @@ def imitate(
     budgets, job = core.config.budgets, job or Job()
     planner.config.require_budgets(budgets)
     torch.manual_seed(seed)
-    generator = torch.Generator(core.device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     planner.eval()
     optimizer = torch.optim.AdamW(planner.parameters(), config.learning_rate, weight_decay=config.weight_decay)
     rate = one_cycle(optimizer, config.steps, config.learning_rate)
@@ -137,7 +138,7 @@ def imitate(
         played = len(chosen)
         # a gradient step on the current states
         observation = core.observation()
-        shown = policy(observation, generator)
+        shown = policy(observation, generator).to(core.device)
         distribution = planner_actions(planner(observation), observation, budgets)
         playing = ~core.visible.all(-1)
         entropy = distribution.entropy()[playing].mean()
@@ -149,7 +150,7 @@ def imitate(
         rate.step()
         same = (distribution.mode == shown).view(len(shown), -1)[playing]
         # the planner's own actions in some states, the policy's in the others
-        own = torch.rand(len(shown), device=core.device) < config.own_share
+        own = drawn_uniform((len(shown),), None, core.device) < config.own_share
         actions = torch.where(own.view(-1, *[1] * (shown.ndim - 1)), distribution.sample(), shown)
         chosen.append(actions.cpu())
         agreement = (same[:, 0] & same[:, -1]).float().mean().item()

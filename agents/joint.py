@@ -354,9 +354,8 @@ class JointTuning:
         return observe(self.backbone, self.labelled, self.contexts[rows])
 
     def _loss_of(self, output: PlannerOutput, rows: Tensor, drawn: Tensor) -> Tensor:
-        """What some contexts contribute to the mean L_OH of all that were drawn; on the CPU, where labels are."""
-        there = PlannerOutput(*(part.cpu() for part in output))
-        losses = cloning_losses(there, self.utility, None, self.labels, rows, drawn, self.config.cloning)
+        """What some contexts contribute to the mean L_OH of all that were drawn."""
+        losses = cloning_losses(output, self.utility, None, self.labels, rows, drawn, self.config.cloning)
         return losses["scores"]
 
     def _score_watched(self) -> tuple[float, float]:

@@ -1,5 +1,8 @@
 """Policies: `policy(observation: TensorDict[batch], generator) -> int64 (batch,) or (batch, K + 1)`.
 
+The observation lies on the backbone's device. The generator is one of the CPU, so that what is drawn does not depend
+on the device; actions may lie on either.
+
 Baselines rank the hidden blocks by an order or by a score and let a schedule choose the budget; planners choose
 both. Only references (oracle, lookahead, confidence) look at the state behind the observation.
 """
@@ -21,6 +24,7 @@ from orderrl.geometry import BlockGrid
 from orderrl.oracle import block_gains, gain_uniforms, utilities
 from orderrl.planner import OrderHead
 from orderrl.runtime.isolation import isolated
+from orderrl.runtime.random import drawn_uniform
 
 Policy = Callable[[TensorDictBase, torch.Generator], Tensor]
 _LOWEST = -1e9
@@ -154,9 +158,7 @@ def fixed_order(order: Tensor) -> Scorer:
 @places_only
 def uniform_random(observation: TensorDictBase, generator: torch.Generator) -> Tensor:
     """A random order for each image."""
-    shape = observation["visible"].shape
-    uniform = torch.rand(shape, generator=generator, dtype=torch.float32, device=generator.device)
-    return uniform.to(observation["entropy"].device)
+    return drawn_uniform(observation["visible"].shape, generator, observation["visible"].device)
 
 
 def low_entropy(observation: TensorDictBase, generator: torch.Generator) -> Tensor:
@@ -243,6 +245,7 @@ class AmongBudgets:
             return self.policy(observation, generator)
         offered, place = observation["budget_mask"], self.place.to(observation["budget_mask"].device)
         action = self.policy(observation.copy().set("budget_mask", _own_mask(offered, place)), generator)
+        action = action.to(offered.device)
         if self.own == (1,):
             action = torch.stack([action, torch.zeros_like(action)], -1)
         blocks, chosen = action[:, :-1], action[:, -1]
@@ -287,7 +290,7 @@ class _Scheduled:
         action, most = self.policy(observation, generator), self.budgets[-1]
         if not isinstance(action, Tensor):
             return action  # refused by whoever acts, as without a schedule
-        ranked = action[:, None] if action.ndim == 1 else action
+        ranked = (action[:, None] if action.ndim == 1 else action).to(observation["label"].device)
         if ranked.ndim != 2 or ranked.shape[1] < most:
             raise ValueError(
                 f"{self.name} is to reveal up to {most} blocks a step, but gives actions of shape "

@@ -224,7 +224,8 @@ class PolicyGradient(ABC):
             # learn
             samples = self._samples(data)
             for _ in range(config.epochs):
-                for rows in torch.randperm(len(samples)).split(minibatch):
+                # indices are moved once, not once for every key of every minibatch
+                for rows in torch.randperm(len(samples)).to(core.device).split(minibatch):
                     row |= self._update(samples[rows])
             self.iteration += 1
             self.planner.require_sound(f"round {self.iteration}: the planner")

@@ -164,7 +164,7 @@ class PPO(PolicyGradient):
             exploration_type=ExplorationType.RANDOM,
             auto_register_policy_transforms=False,
         )
-        data = next(iter(collector))
+        data = next(iter(collector)).to(self.env.core.device)  # the collector's own notes lie on the CPU
         collector.shutdown(close_env=False)
         data["next", "reward"] = data["next", "reward"] * self.env.core.geometry.num_tokens  # nats per image
         return data

@@ -1,6 +1,8 @@
 """The batched core of `orderrl/NextBlock-v0`: M images being revealed at once on the backbone's device.
 
 The Gymnasium `Env`, the Gymnasium `VectorEnv` and the TorchRL `EnvBase` are thin faces of this class.
+What is decided by actions and keys (who is visible, which images, who looks together) is decided on the host, so that
+a step waits for the device at most once, for actions that were chosen there; the device has copies.
 A step appends the chosen blocks to the prefix cache (the first block's entries are those that its
 context loss already computed) and makes one packed forward over the chains of the blocks still hidden.
 """
@@ -10,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from orderrl.backbones.protocol import Backbone, backbone_device, check_fits
 from orderrl.data import TokenSet
+from orderrl.envs.books import Books, Look, Rows
 from orderrl.envs.config import CoreConfig, Transition
 from orderrl.envs.reward import ILLEGAL_REWARD, Reward, RewardConfig, chosen_step_cost, drawn_step_cost
 from orderrl.runtime.integers import as_choices, as_int64, as_seed
@@ -30,20 +33,13 @@ __all__ = ["CoreConfig", "NextBlockCore", "Transition", "replay_return"]
 BUCKET = 3  # episodes in one packed forward hide numbers of blocks that differ by less than this
 
 
-class _Look(NamedTuple):
-    """Reusable entries of one packed forward: which rows it covered, where each block's chain is."""
-
-    rows: Tensor  # (m,) int64
-    place: Tensor  # (m, B) int64
-    entries: Any
-
-
 class NextBlockCore:
     """M concurrent episodes.
 
     Args:
         backbone: frozen, order-robust; its device is the core's.
-        data: images to reveal (mode "teacher"); labels alone are drawn uniformly in mode "generate".
+        data: images to reveal (mode "teacher"); labels alone are drawn uniformly in mode "generate". They stay on the
+            host; what is shown of them is moved.
         num_envs: M.
         config: mode, budgets, reward, sampling.
         seed: sub-environment i behaves like a single environment of seed + i; None draws one, see `drawn_seed`.
@@ -54,6 +50,15 @@ class NextBlockCore:
     Raises:
         ValueError: if data and backbone do not fit or a budget exceeds the number of blocks.
     """
+
+    seeds: Tensor
+    episode: Tensor
+    step_count: Tensor
+    image_index: Tensor
+    labels: Tensor
+    visible: Tensor
+    reveal_step: Tensor
+    reveal_rank: Tensor
 
     @isolated
     def __init__(
@@ -77,33 +82,32 @@ class NextBlockCore:
         self.reward = Reward(config.reward, geometry)
         self._context_losses = config.mode == "teacher" and (track_losses or config.reward.form == "future_loss")
         self._looking = observe or self._context_losses
-        self._budgets = torch.tensor(config.budgets, device=self.device)
-        self._data_tokens, self._data_labels = data.tokens.to(self.device), data.labels.to(self.device)
-        self._classes = data.classes.to(self.device)
+        self._budgets, self._classes = torch.tensor(config.budgets), data.classes
         self._block_tokens = geometry.block_tokens.to(self.device)
         m, b = num_envs, geometry.num_blocks
-        zeros = torch.zeros(m, dtype=torch.int64, device=self.device)
-        self.seeds, self.episode = zeros.clone(), zeros - 1
+        zeros = torch.zeros(m, dtype=torch.int64)
+        unseen = torch.full((m, b), -1, dtype=torch.int64)
+        self._books = Books(
+            zeros.clone(), zeros - 1, zeros.clone(), zeros.clone(), zeros.clone(),
+            torch.zeros(m, b, dtype=torch.bool), unseen, unseen.clone(),
+        )  # fmt: skip
         self._drawn = torch.zeros_like(zeros, dtype=torch.bool)  # rows whose seed nobody gave
         self._process = os.getpid()
         self.seed(seed)
-        self.step_count = zeros.clone()
-        self.image_index = zeros.clone()
-        self.labels = zeros.clone()
         costs = config.reward.step_cost_range
         self.step_cost = None if costs is None else torch.full((m,), costs[0], dtype=torch.float32, device=self.device)
-        self.tokens = self._data_tokens.new_zeros(m, *self._data_tokens.shape[1:])
-        self.visible = torch.zeros(m, b, dtype=torch.bool, device=self.device)
-        self.reveal_step = torch.full((m, b), -1, dtype=torch.int64, device=self.device)
-        self.reveal_rank = torch.full((m, b), -1, dtype=torch.int64, device=self.device)
+        self.tokens = torch.zeros(m, *data.tokens.shape[1:], dtype=data.tokens.dtype, device=self.device)
         self.losses = torch.zeros(m, b, dtype=torch.float32, device=self.device)
         self.hidden = torch.zeros(m, b, backbone.hidden_size, dtype=torch.float32, device=self.device)
         self.entropy = torch.zeros(m, b, dtype=torch.float32, device=self.device)
         self._guided = config.mode == "generate" and config.sampling.guidance != 1
-        self._dropped = torch.full_like(zeros, backbone.num_classes)
+        self._dropped = self.labels.new_full((m,), backbone.num_classes)
         self.prefix: Any = None  # of all episodes, from the first reset on
         self.unconditional: Any = None  # the same without the label, if guided
-        self._looks: list[_Look] = []
+        self._looks: list[Look] = []
+        # how many episodes can look together with all entries of their chains kept; else these are computed again
+        fitting = getattr(backbone, "states_at_once", None) if self._context_losses else None
+        self._at_once = m if fitting is None else min(m, fitting(b))
 
     # ------------------------------------------------------------------ what a policy may see
 
@@ -129,9 +133,25 @@ class NextBlockCore:
 
     def budget_mask(self) -> Tensor:
         """(M, number of budgets) bool: a budget is legal up to the hidden blocks; the smallest always is."""
-        mask = self._budgets <= self.hidden_count[:, None]
+        return self._to_device(self._legal_budgets())
+
+    def _legal_budgets(self) -> Tensor:
+        mask = self._budgets <= self._books.hidden_count[:, None]
         mask[:, 0] = True
         return mask
+
+    def _to_device(self, values: Tensor) -> Tensor:
+        return values.to(self.device, non_blocking=True)
+
+    def _publish(self) -> None:
+        """Bring the device's copies of the books up to date; on a CPU they are the books."""
+        for name, values in vars(self._books).items():
+            setattr(self, name, self._to_device(values))
+
+    def _rows(self, rows: Tensor | None) -> Rows:
+        """Sub-environments by their numbers; None is all."""
+        here = torch.arange(self.num_envs) if rows is None else rows.cpu()
+        return Rows(here, self._to_device(here))
 
     def observation(self) -> TensorDict:
         """What a policy sees, batch (M,); no hidden token has any influence on it.
@@ -168,14 +188,15 @@ class NextBlockCore:
         Raises:
             ValueError: if a seed is no whole number.
         """
-        rows = torch.arange(self.num_envs, device=self.device) if rows is None else rows.to(self.device)
-        self.seeds, self.episode, self._drawn = self.seeds.clone(), self.episode.clone(), self._drawn.clone()
+        rows, books = self._rows(rows).here, self._books
+        books.seeds, books.episode, self._drawn = books.seeds.clone(), books.episode.clone(), self._drawn.clone()
         if isinstance(seeds, Tensor) and seeds.ndim:
-            self.seeds[rows] = as_int64("seeds", seeds).to(self.device)
+            books.seeds[rows] = as_int64("seeds", seeds).cpu()
         else:
-            self.seeds[rows] = rows + (drawn_seed() if seeds is None else as_seed(seeds))
-        self.episode[rows] = -1
+            books.seeds[rows] = rows + (drawn_seed() if seeds is None else as_seed(seeds))
+        books.episode[rows] = -1
         self._drawn[rows] = seeds is None
+        self._publish()
 
     @isolated
     @torch.no_grad()
@@ -198,62 +219,64 @@ class NextBlockCore:
             ValueError: if an index lies outside the data set, a label outside the classes, a cost outside the config's
                 range, or one of them is no whole number.
         """
-        rows = torch.arange(self.num_envs, device=self.device) if rows is None else rows.to(self.device)
-        self._begin(rows, index, labels, step_cost)
-        self._looks = [] if len(rows) == self.num_envs else self._looks
-        self._look(rows)
+        chosen = self._rows(rows)
+        self._begin(chosen, index, labels, step_cost)
+        self._looks = [] if len(chosen.here) == self.num_envs else self._looks
+        self._look(chosen.here)
 
     def _begin(
         self,
-        rows: Tensor,
+        rows: Rows,
         index: Tensor | int | None = None,
         labels: Tensor | None = None,
         step_cost: Tensor | float | None = None,
     ) -> None:
-        if not len(rows):
+        here, there = rows
+        if not len(here):
             return
+        books = self._books
         if self._process != os.getpid():  # forked: the parent goes on with the drawn seeds
             self._process = os.getpid()
-            self.seeds = torch.where(self._drawn, drawn_seed() + torch.arange(self.num_envs).to(self.seeds), self.seeds)
-        told = None if step_cost is None else chosen_step_cost(self.config.reward, step_cost, len(rows))
-        self.episode[rows] += 1
+            books.seeds = torch.where(self._drawn, drawn_seed() + torch.arange(self.num_envs), books.seeds)
+        told = None if step_cost is None else chosen_step_cost(self.config.reward, step_cost, len(here))
+        books.episode[here] += 1
+        seeds, episode = books.seeds[here], books.episode[here]
         if self.step_cost is not None:
-            drawn = drawn_step_cost(self.config.reward, self.seeds[rows], self.episode[rows])
-            self.step_cost[rows] = drawn if told is None else told.to(self.device)
-        key = (Stream.IMAGE, self.seeds[rows], self.episode[rows])
+            drawn = drawn_step_cost(self.config.reward, seeds, episode) if told is None else told
+            self.step_cost[there] = self._to_device(drawn)
+        key = (Stream.IMAGE, seeds, episode)
         if self.config.mode == "generate":
-            self.labels[rows] = self._classes[keyed_index(key, len(self._classes), self.device)]
-            self.image_index[rows] = -1
-            self.tokens[rows] = 0
+            books.labels[here] = self._classes[keyed_index(key, len(self._classes))]
+            books.image_index[here] = -1
+            self.tokens[there] = 0
             if index is not None:
-                self.labels[rows] = self._data_labels[self._chosen_images(index, rows)]
+                books.labels[here] = self.data.labels[self._chosen_images(index, here)]
         else:
-            chosen = keyed_index(key, len(self.data), self.device)
-            if index is not None:
-                chosen = self._chosen_images(index, rows)
-            self.image_index[rows] = chosen
-            self.tokens[rows], self.labels[rows] = self._data_tokens[chosen], self._data_labels[chosen]
+            chosen = keyed_index(key, len(self.data)) if index is None else self._chosen_images(index, here)
+            books.image_index[here], books.labels[here] = chosen, self.data.labels[chosen]
+            self.tokens[there] = self._to_device(self.data.tokens[chosen])
         if labels is not None:
             classes = self.backbone.num_classes + 1
-            chosen = as_choices("labels", labels, len(rows), classes, "labels, the last for no class")
-            self.labels[rows] = chosen.to(self.device)
+            given = as_choices("labels", labels, len(here), classes, "labels, the last for no class")
+            books.labels[here] = given.cpu()
+        books.visible[here] = False
+        books.step_count[here] = 0
+        books.reveal_step[here] = -1
+        books.reveal_rank[here] = -1
+        self._publish()
         self._start(rows)
-        self.visible[rows] = False
-        self.step_count[rows] = 0
-        self.reveal_step[rows] = -1
-        self.reveal_rank[rows] = -1
 
-    def _start(self, rows: Tensor) -> None:
+    def _start(self, rows: Rows) -> None:
         """Empty the prefix of some episodes and condition it on their labels."""
         self.prefix = self._started(self.prefix, self.labels, rows)
         if self._guided:
             self.unconditional = self._started(self.unconditional, self._dropped, rows)
 
-    def _started(self, prefix: Any, labels: Tensor, rows: Tensor) -> Any:
-        started = self.backbone.start(labels[rows])
-        if len(rows) == self.num_envs:
+    def _started(self, prefix: Any, labels: Tensor, rows: Rows) -> Any:
+        started = self.backbone.start(labels[rows.there])
+        if len(rows.here) == self.num_envs:
             return started
-        return (self.backbone.start(labels) if prefix is None else prefix).put(rows, started)
+        return (self.backbone.start(labels) if prefix is None else prefix).put(rows.here, started)
 
     @isolated
     @torch.no_grad()
@@ -264,15 +287,16 @@ class NextBlockCore:
             order: (M, B) int64, reveal order.
             length: (M,) int64, how many of its blocks are visible.
         """
-        order, length = order.to(self.device), length.to(self.device)
+        order, length = order.cpu(), length.cpu()
         self._append(order, length)
         self._record(order, length)
+        self._publish()
         self._looks = []
-        self._look((~self.visible.all(-1)).nonzero().flatten())
+        self._look(self._books.hidden_count.nonzero().flatten())
 
     def _chosen_images(self, index: Tensor | int, rows: Tensor) -> Tensor:
         of = f"images of {self.data.name}/{self.data.split}"
-        return as_choices("index", index, len(rows), len(self.data), of).to(self.device)
+        return as_choices("index", index, len(rows), len(self.data), of).cpu()
 
     @isolated
     @torch.no_grad()
@@ -287,49 +311,53 @@ class NextBlockCore:
             ValueError: if the shape or dtype is wrong, if an episode was never begun, or with `strict` if an action
                 is illegal.
         """
-        if (self.episode < 0).any():
+        books = self._books
+        if (books.episode < 0).any():
             raise ValueError("step was called before reset; begin the episodes first")
-        restart = torch.zeros_like(self.visible[:, 0]) if restart is None else restart.to(self.device)
+        restart = torch.zeros_like(books.visible[:, 0]) if restart is None else restart.cpu()
         blocks, count, legal = self.read_actions(actions)
-        idle = restart | self.finished
+        idle = restart | books.visible.all(-1) | (books.step_count >= 2 * self.geometry.num_blocks)
         illegal = ~legal & ~idle
         if self.config.strict and illegal.any():
             row = int(illegal.nonzero()[0, 0])
             raise ValueError(
                 f"action {actions[row].tolist()} of sub-environment {row} is illegal: blocks must be hidden, "
                 f"distinct and in 0..{self.geometry.num_blocks - 1}, the budget legal; hidden now: "
-                f"{(~self.visible[row]).nonzero().flatten().tolist()}"
+                f"{(~books.visible[row]).nonzero().flatten().tolist()}"
             )
         count = torch.where(idle | illegal, 0, count)
-        blocks = torch.where(torch.arange(blocks.shape[1], device=self.device) < count[:, None], blocks, 0)
-        before, revealed = self.losses.clone(), self._mark(blocks, count)
+        blocks = torch.where(torch.arange(blocks.shape[1]) < count[:, None], blocks, 0)
+        before, revealed = self.losses.clone(), self._to_device(self._mark(blocks, count))
         if self.config.mode == "teacher" and self.config.reward.form == "charged" and not self._context_losses:
             before = self._charged(blocks, count)
         drawn = self._draw(blocks, count) if self.config.mode == "generate" else None
         self._append(blocks, count, drawn)
         self._record(blocks, count)
-        self.step_count += (~idle).long()
+        books.step_count += (~idle).long()
+        self._publish()
         self._looks = []
-        self._begin(restart.nonzero().flatten())
-        self._look((~self.visible.all(-1)).nonzero().flatten())
-        terminated = self.visible.all(-1)
-        truncated = self.finished & ~terminated
+        self._begin(self._rows(restart.nonzero().flatten()))
+        self._look(books.hidden_count.nonzero().flatten())
+        terminated = books.visible.all(-1)
+        truncated = ~terminated & (books.step_count >= 2 * self.geometry.num_blocks)
         if self.config.mode == "teacher":
             reward = self.reward(before, self.losses, revealed, self.visible, self.step_cost)
         else:
-            reward = self._hindsight_return(terminated & (count > 0))
+            reward = self._hindsight_return((terminated & (count > 0)).nonzero().flatten())
+        idle, terminated, truncated, illegal = map(self._to_device, (idle, terminated, truncated, illegal))
         reward = torch.where(illegal, ILLEGAL_REWARD, reward)
         return Transition(torch.where(idle, 0.0, reward), terminated, truncated, illegal)
 
     # ------------------------------------------------------------------ parts of a step
 
     def read_actions(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Ranked blocks (M, K), how many of them count (M,), and whether the action is legal (M,) bool."""
+        """Ranked blocks (M, K), how many of them count (M,), and whether the action is legal (M,) bool; on the host."""
         expected = (self.num_envs, self.largest_budget + 1) if self.multi else (self.num_envs,)
         actions = as_int64("action", actions, "return block indices, not scores")
         if tuple(actions.shape) != expected:
             raise ValueError(f"action must have shape {expected}, got {tuple(actions.shape)}")
-        actions = actions.to(self.device)
+        actions = actions.cpu()
+        hidden_count = self._books.hidden_count
         if not self.multi:
             blocks, count = actions[:, None], torch.ones_like(actions)
             legal = torch.ones_like(actions, dtype=torch.bool)
@@ -337,27 +365,27 @@ class NextBlockCore:
             blocks, chosen = actions[:, :-1], actions[:, -1]
             inside = (chosen >= 0) & (chosen < len(self._budgets))
             safe = chosen.clamp(0, len(self._budgets) - 1)
-            legal = inside & self.budget_mask().gather(1, safe[:, None])[:, 0]
-            count = torch.minimum(self._budgets[safe], self.hidden_count)
-        counted = torch.arange(blocks.shape[1], device=self.device) < count[:, None]
+            legal = inside & self._legal_budgets().gather(1, safe[:, None])[:, 0]
+            count = torch.minimum(self._budgets[safe], hidden_count)
+        counted = torch.arange(blocks.shape[1]) < count[:, None]
         in_range = (blocks >= 0) & (blocks < self.geometry.num_blocks)
         safe_blocks = torch.where(in_range, blocks, 0)
-        named = torch.zeros_like(self.losses).scatter_add(1, safe_blocks, (counted & in_range).float())
-        legal &= (in_range | ~counted).all(-1) & (named <= (~self.visible).float()).all(-1)
+        hidden = (~self._books.visible).float()
+        named = torch.zeros_like(hidden).scatter_add(1, safe_blocks, (counted & in_range).float())
+        legal &= (in_range | ~counted).all(-1) & (named <= hidden).all(-1)
         return safe_blocks, count, legal
 
     def _mark(self, blocks: Tensor, count: Tensor) -> Tensor:
         """(M, B) bool: the first `count` of the listed blocks."""
-        counted = torch.arange(blocks.shape[1], device=self.device) < count[:, None]
-        marks = torch.zeros_like(self.losses).scatter_add(1, blocks, counted.float())
-        return marks > 0
+        counted = torch.arange(blocks.shape[1]) < count[:, None]
+        return torch.zeros(blocks.shape[0], self.geometry.num_blocks).scatter_add(1, blocks, counted.float()) > 0
 
-    def _together(self, blocks: Tensor, count: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Episodes that reveal equally many blocks, and these: rows (m,), blocks (m, k); nothing is padded."""
+    def _together(self, blocks: Tensor, count: Tensor) -> Iterator[tuple[Rows, Tensor]]:
+        """Episodes that reveal equally many blocks, and these, (m, k) on the device; nothing is padded."""
         for value in count.unique().tolist():
             if value:
-                rows = (count == value).nonzero().flatten()
-                yield rows, blocks[rows, :value]
+                rows = self._rows((count == value).nonzero().flatten())
+                yield rows, self._to_device(blocks[rows.here, :value])
 
     def _some(self, states: Any, rows: Tensor) -> Any:
         """Some rows of a prefix or of chain entries, which may be None."""
@@ -366,8 +394,8 @@ class NextBlockCore:
     def _charged(self, blocks: Tensor, count: Tensor) -> Tensor:
         """(M, B): losses of the blocks that are revealed now, given what is visible before; zero elsewhere."""
         charged = torch.zeros_like(self.losses)
-        for rows, chosen in self._together(blocks, count):
-            losses, _ = self.backbone.context_loss(self._some(self.prefix, rows), self.tokens[rows], chosen)
+        for (here, rows), chosen in self._together(blocks, count):
+            losses, _ = self.backbone.context_loss(self._some(self.prefix, here), self.tokens[rows], chosen)
             charged[rows[:, None], chosen] = losses.loss.float()
         return charged
 
@@ -380,11 +408,11 @@ class NextBlockCore:
         """
         first: list[Any] = [None, None]
         tokens = self.tokens.clone()
-        for rows, chosen in self._together(blocks, count):
+        for (here, rows), chosen in self._together(blocks, count):
             positions = self._block_tokens[chosen]  # (m, k, p*p)
             key = (self.seeds[rows], self.episode[rows], self.step_count[rows])
             uniforms = keyed_uniform((Stream.TOKEN, *(k[:, None, None] for k in key), positions), self.device)
-            prefix, unconditional = self._some(self.prefix, rows), self._some(self.unconditional, rows)
+            prefix, unconditional = self._some(self.prefix, here), self._some(self.unconditional, here)
             drawing = self.backbone.decode(prefix, chosen, uniforms, self.config.sampling, unconditional)
             tokens[rows[:, None, None], positions] = drawing.tokens
             for place, entries in enumerate((drawing.entries, drawing.unconditional)):
@@ -400,21 +428,24 @@ class NextBlockCore:
 
         An image that becomes complete needs no prefix any more.
         """
-        count = torch.where(count < self.hidden_count, count, 0)
+        count = torch.where(count < self._books.hidden_count, count, 0)
         together = list(self._together(blocks, count))
         if not together:
             return
-        first, first_unconditional = (self._first_entries(blocks[:, 0]), None) if drawn is None else drawn
+        known = (self._first_entries(self._to_device(blocks[:, 0])), None) if drawn is None else drawn
+        first, first_unconditional = known
         for rows, chosen in together:
             self.prefix = self._extend(self.prefix, rows, chosen, first)
             if self.unconditional is not None:
                 self.unconditional = self._extend(self.unconditional, rows, chosen, first_unconditional)
 
-    def _extend(self, prefix: Any, rows: Tensor, blocks: Tensor, first: Any) -> Any:
+    def _extend(self, prefix: Any, rows: Rows, blocks: Tensor, first: Any) -> Any:
         """Extend the prefix of some episodes, each by as many blocks."""
-        count = torch.full_like(rows, blocks.shape[1])
-        part = self.backbone.extend(self._some(prefix, rows), self.tokens[rows], blocks, count, self._some(first, rows))
-        return part if len(rows) == self.num_envs else prefix.put(rows, part)
+        here, there = rows
+        count = torch.full_like(here, blocks.shape[1])
+        known = self._some(first, there)
+        part = self.backbone.extend(self._some(prefix, here), self.tokens[there], blocks, count, known)
+        return part if len(here) == self.num_envs else prefix.put(here, part)
 
     def _first_entries(self, block: Tensor) -> Any:
         """Chain entries of one block per row, gathered from the looks that computed them."""
@@ -431,36 +462,40 @@ class NextBlockCore:
 
     def _record(self, blocks: Tensor, count: Tensor) -> None:
         """Mark blocks as visible and remember when and in which rank they were revealed."""
-        counted = torch.arange(blocks.shape[1], device=self.device) < count[:, None]
-        rows, ranks = counted.nonzero(as_tuple=True)
+        books = self._books
+        rows, ranks = (torch.arange(blocks.shape[1]) < count[:, None]).nonzero(as_tuple=True)
         chosen = blocks[rows, ranks]
-        self.visible[rows, chosen] = True
-        self.reveal_step[rows, chosen] = self.step_count[rows]
-        self.reveal_rank[rows, chosen] = ranks
+        books.visible[rows, chosen] = True
+        books.reveal_step[rows, chosen] = books.step_count[rows]
+        books.reveal_rank[rows, chosen] = ranks
 
     def _look(self, rows: Tensor) -> None:
         """Refresh what is known of hidden blocks: observation parts, and in mode "teacher" their losses."""
-        finished = torch.ones(self.num_envs, dtype=torch.bool, device=self.device)
+        finished = torch.ones(self.num_envs, dtype=torch.bool)
         finished[rows] = False
-        finished &= self.visible.all(-1)
+        finished = self._to_device(finished & self._books.visible.all(-1))
         self.hidden[finished], self.entropy[finished], self.losses[finished] = 0.0, 0.0, 0.0
         if not self._looking:
             return
-        crowd = (self.hidden_count[rows] - 1) // BUCKET  # episodes that hide about equally many blocks look together
+        hidden_count = self._books.hidden_count[rows]
+        crowd = (hidden_count - 1) // BUCKET  # episodes that hide about equally many blocks look together
         for value in crowd.unique().tolist():
-            self._look_together(rows[crowd == value])
+            widest = int(hidden_count[crowd == value].max())
+            for part in rows[crowd == value].split(self._at_once):
+                self._look_together(self._rows(part), widest)
 
-    def _look_together(self, rows: Tensor) -> None:
-        """Refresh some episodes in one packed forward, padded to the one that hides most."""
-        widest = int(self.hidden_count[rows].max())
+    def _look_together(self, together: Rows, widest: int) -> None:
+        """Refresh some episodes in one packed forward, padded to the one that hides most, `widest` blocks."""
+        rows = together.there
         blocks = self.visible[rows].long().argsort(dim=1, stable=True)[:, :widest]  # hidden blocks first
         is_hidden = ~self.visible[rows].gather(1, blocks)
-        prefix = self.prefix if len(rows) == self.num_envs else self.prefix.select(rows)
+        prefix = self._some(self.prefix, together.here)
         if self._context_losses:
             now, entries = self.backbone.context_loss(prefix, self.tokens[rows], blocks)
-            place = torch.zeros_like(self.visible[rows], dtype=torch.int64)
-            place = place.scatter(1, blocks, torch.arange(widest, device=self.device).expand_as(blocks))
-            self._looks.append(_Look(rows, place, entries))
+            if self._at_once == self.num_envs:
+                place = torch.zeros_like(self.visible[rows], dtype=torch.int64)
+                place = place.scatter(1, blocks, torch.arange(widest, device=self.device).expand_as(blocks))
+                self._looks.append(Look(rows, place, entries))
             hidden, entropy = now.hidden, now.entropy
             blank = torch.zeros_like(self.losses[rows])
             self.losses[rows] = blank.scatter(1, blocks, torch.where(is_hidden, now.loss.float(), 0.0))
@@ -473,11 +508,11 @@ class NextBlockCore:
         self.entropy[rows] = blank.scatter(1, blocks, torch.where(is_hidden, entropy.float(), 0.0))
 
     def _hindsight_return(self, finished: Tensor) -> Tensor:
-        """Whole return of images that were just finished, by replaying them with their tokens known."""
+        """Whole return of images that were just finished, by replaying them: their rows (m,) on the host."""
         reward = torch.zeros(self.num_envs, dtype=torch.float32, device=self.device)
-        rows = finished.nonzero().flatten()
-        if not self.config.hindsight or not len(rows):
+        if not self.config.hindsight or not len(finished):
             return reward
+        rows = self._to_device(finished)
         reward[rows] = replay_return(
             self.backbone,
             self.data,

@@ -13,7 +13,9 @@ from orderrl.data.pictures import HIDDEN_GREY, hide_blocks
 from orderrl.geometry import BlockGrid
 
 
-def partial_images(data: TokenSet, geometry: BlockGrid, tokens: Tensor, visible: Tensor) -> Tensor:
+def partial_images(
+    data: TokenSet, geometry: BlockGrid, tokens: Tensor, visible: Tensor, device: torch.device | None = None
+) -> Tensor:
     """Decode images with their hidden blocks grey.
 
     Args:
@@ -21,13 +23,14 @@ def partial_images(data: TokenSet, geometry: BlockGrid, tokens: Tensor, visible:
         geometry: the block grid.
         tokens: (..., N) int64, or (..., N, C) float32; hidden ones are not shown.
         visible: (..., B) bool.
+        device: where tokens are decoded; None is where they lie.
 
     Returns:
-        (..., 3, h, w) uint8.
+        (..., 3, h, w) uint8 on the CPU.
     """
     shown = visible[..., geometry.token_block.to(visible.device)]
     shown = shown.view(shown.shape + (1,) * (tokens.ndim - shown.ndim))
-    return hide_blocks(data.images(torch.where(shown, tokens, 0).cpu()), visible.cpu(), geometry)
+    return hide_blocks(data.images(torch.where(shown, tokens, 0), device), visible.cpu(), geometry)
 
 
 def order_image(geometry: BlockGrid, reveal_step: Tensor, height: int, width: int) -> Tensor:

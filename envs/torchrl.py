@@ -63,17 +63,16 @@ class NextBlockTorchRLEnv(EnvBase):
             specs["step_cost"] = Bounded(*costs, (m, 1), dtype=torch.float32)
         if self.privileged:
             specs["context_loss"] = Unbounded((m, b), dtype=torch.float32)
-        self.observation_spec = Composite(specs, shape=(m,), device=core.device)
+        action: TensorSpec = Categorical(b, (m,))
         if core.multi:
-            self.action_spec = MultiCategorical(
-                [b] * core.largest_budget + [len(core.config.budgets)], (m, core.largest_budget + 1)
-            )
-        else:
-            self.action_spec = Categorical(b, (m,))
-        self.reward_spec = Unbounded((m, 1), dtype=torch.float32)
-        self.done_spec = Composite(
-            {key: Binary(1, (m, 1), dtype=torch.bool) for key in ("done", "terminated", "truncated")}, shape=(m,)
-        )
+            places = [b] * core.largest_budget + [len(core.config.budgets)]
+            action = MultiCategorical(places, (m, len(places)))
+        done = {key: Binary(1, (m, 1), dtype=torch.bool) for key in ("done", "terminated", "truncated")}
+        # a Composite on a device refuses members that were made on another: all are made on the CPU and moved
+        self.observation_spec = Composite(specs, shape=(m,)).to(core.device)
+        self.action_spec = action.to(core.device)
+        self.reward_spec = Unbounded((m, 1), dtype=torch.float32).to(core.device)
+        self.done_spec = Composite(done, shape=(m,)).to(core.device)
 
     def _observe(self, illegal: Tensor) -> dict[str, Tensor]:
         parts = dict(self.core.observation().items())

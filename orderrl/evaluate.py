@@ -163,7 +163,7 @@ def real_and_reference(config: DictConfig, device: torch.device) -> tuple[Featur
     assert features is not None
     named = None if e.reference is None else open_reference(Path(e.reference), features, weights, device)
     splits = all_splits(config.data.name)
-    images = torch.cat([part.images(part.first(e.real_images).tokens[:]) for part in splits])
+    images = torch.cat([part.images(part.first(e.real_images).tokens[:], device) for part in splits])
     real = extract_features(images, features, weights, device)
     if named is not None:
         return real, named

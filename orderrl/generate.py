@@ -15,6 +15,7 @@ from torchvision.utils import make_grid
 
 from orderrl.agents.registry import make_policy
 from orderrl.backbones import Backbone
+from orderrl.backbones.protocol import backbone_device
 from orderrl.data import TokenSet, load_split
 from orderrl.data.token_files import decode_in_parts
 from orderrl.envs.render import order_image, partial_images
@@ -51,7 +52,7 @@ def generate(config: DictConfig) -> Path:
     if config.label is not None:
         labels = torch.full_like(labels, config.label)
     sampling = sampling_of(config)
-    geometry = backbone.geometry
+    geometry, device = backbone.geometry, backbone_device(backbone)
     if str(spec) == PUBLISHED:
         geometry = BlockGrid(geometry.height, geometry.width, 1)  # its pictures show single tokens
         draw = partial(generate_published, backbone, labels, config.steps, sampling, config.seed)
@@ -66,14 +67,14 @@ def generate(config: DictConfig) -> Path:
         grids = []
         for step in range(-1, int(made.reveal_step.max()) + 1):
             visible = made.reveal_step <= step
-            images = _enlarge(partial_images(data, geometry, made.tokens, visible))
+            images = _enlarge(partial_images(data, geometry, made.tokens, visible, device))
             shown = make_grid(images, nrow=columns, padding=2, pad_value=255)
             grids.append(Image.fromarray(shown.permute(1, 2, 0).numpy()))
         grids[-1].save(run.folder / "images.png")
         grids[0].save(run.folder / "order.gif", save_all=True, append_images=grids[1:] + [grids[-1]] * 4, duration=250)
         if config.keep_samples:
             by_class = made.labels.argsort(stable=True)
-            save_images(data.images(made.tokens[by_class]), run.folder / "samples", made.labels[by_class])
+            save_images(data.images(made.tokens[by_class], device), run.folder / "samples", made.labels[by_class])
         _order_grid(made, images.shape[-2], images.shape[-1], columns, geometry).save(run.folder / "order.png")
         steps = (made.reveal_step.amax(1) + 1).float().mean().item()
         run.log({"images": float(config.n), "seconds": made.seconds, "planner_steps": steps}, 0)

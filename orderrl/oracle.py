@@ -309,7 +309,7 @@ def label_contexts(
             x, y = tokens[image[rows]].to(device), labels[image[rows]].to(device)
             prefix = backbone.start(y)
             if value:
-                count = torch.full_like(y, value)
+                count = torch.full((len(rows),), value)
                 prefix = backbone.extend(prefix, x, context[:, :value], count)
             hidden_blocks = context[:, value:].sort(1).values
             now, entries = backbone.context_loss(prefix, x, hidden_blocks, whole=True)

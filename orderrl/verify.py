@@ -15,17 +15,18 @@ from orderrl.verification.fixture import load_fixture
 
 
 @isolated_float32
-def verify(path: str, allow_missing: bool = False) -> bool:
+def verify(path: str, allow_missing: bool = False, device: str = "cpu") -> bool:
     """Print a table of all recorded outputs and tell whether they agree.
 
     Args:
         path: the fixture, NAME.safetensors with NAME.json beside it.
         allow_missing: outputs without a counterpart are listed and don't count.
+        device: where it is replayed, for example cuda.
 
     Raises:
-        ValueError: if the file is no fixture, or of a model that is not ours.
+        ValueError: if the file is no fixture, or of a model that is not ours, or the device is not there.
     """
-    fixture = load_fixture(path)
+    fixture = load_fixture(path, device)
     rows = compare(fixture)
     table = Table("output", "shape", "largest difference", "tolerance", "", title=f"{path} ({fixture.constructor})")
     for row in rows:
@@ -55,9 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m orderrl.verify", description=__doc__)
     parser.add_argument("path", nargs="+", metavar="PATH.safetensors", help="fixture; its JSON lies beside it")
     parser.add_argument("--allow-missing", action="store_true", help="list outputs without a counterpart, don't fail")
+    parser.add_argument("--device", default="cpu", help="where it is replayed, for example cuda")
     options = parser.parse_args(arguments)
     try:
-        results = [verify(path, options.allow_missing) for path in options.path]
+        results = [verify(path, options.allow_missing, options.device) for path in options.path]
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -259,10 +259,10 @@ class ARPG(nn.Module, ChainBackbone):
         c = self.config
         shape = (c.layers // 2 + 1, len(labels), c.heads, self.geometry.num_tokens + 2, c.dim // c.heads)
         keys = self.head.weight.new_zeros(shape)
-        empty = PrefixCache(keys, torch.zeros_like(keys), torch.zeros_like(labels))
+        empty = PrefixCache(keys, torch.zeros_like(keys), torch.zeros(len(labels), dtype=torch.int64))
         x = self.embed_class(labels)[:, None, None]
         rope = self.rope[:1].expand(len(labels), 1, -1, -1, -1)
-        return empty.append(self.encode(x, rope, empty), torch.ones_like(labels))
+        return empty.append(self.encode(x, rope, empty), torch.ones(len(labels), dtype=torch.int64))
 
     def _teach(
         self, prefix: PrefixCache, positions: Tensor, tokens: Tensor, past: ChainEntries | None, whole: bool

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,7 +107,9 @@ class PrefixCache:
 
     Attributes:
         keys, values: (layers, M, heads, slots + 1, head_dim); the last slot takes writes of padding.
-        length: (M,) int64, entries in use; entries behind it are undefined.
+        length: (M,) int64 on the CPU, so that nobody waits for it: entries in use; those behind it are undefined.
+
+    Rows and counts may lie on the CPU or on the device; those on the device are waited for.
     """
 
     keys: Tensor
@@ -122,12 +125,13 @@ class PrefixCache:
     def levels(self) -> list[Level]:
         """What every chain of a state sees, layer by layer, up to the longest state: views of the entries.
 
-        Kept, because asking for the longest waits for the device, and chains that grow token by token ask every time.
+        Kept, because chains that grow token by token ask every time.
         """
         shortest, longest = (int(end) for end in self.length.aminmax()) if len(self.length) else (0, 0)
         mask = None
         if shortest < longest:  # broadcast to (M, heads, C, T, L)
-            mask = (torch.arange(longest, device=self.length.device) < self.length[:, None])[:, None, None, None]
+            mask = (torch.arange(longest) < self.length[:, None])[:, None, None, None]
+            mask = mask.to(self.keys.device, non_blocking=True)
         return [
             Level(keys[:, :, None, :longest], values[:, :, None, :longest], mask)
             for keys, values in zip(self.keys, self.values, strict=True)
@@ -138,8 +142,9 @@ class PrefixCache:
 
         Writes in place and returns the cache with its new lengths.
         """
-        step = torch.arange(entries.length, device=self.length.device)
+        count, step = count.cpu(), torch.arange(entries.length)
         slot = torch.where(step < count[:, None], self.length[:, None] + step, self.slots)  # (M, T)
+        slot = slot.to(self.keys.device, non_blocking=True)
         rows = torch.arange(len(slot), device=slot.device)[:, None]
         for layer in range(len(self.keys)):
             self.keys[layer][rows, :, slot] = entries.keys[layer][:, :, 0].transpose(1, 2)
@@ -148,12 +153,20 @@ class PrefixCache:
 
     def select(self, rows: Tensor | slice) -> PrefixCache:
         """Some states: rows is a (K,) int64 index or an (M,) bool mask, for a copy, or a slice, for a view."""
-        return PrefixCache(self.keys[:, rows], self.values[:, rows], self.length[rows])
+        here, there = self._places(rows)
+        return PrefixCache(self.keys[:, there], self.values[:, there], self.length[here])
 
     def put(self, rows: Tensor, other: PrefixCache) -> PrefixCache:
         """Overwrite some states in place: the inverse of `select`."""
-        self.keys[:, rows] = other.keys
-        self.values[:, rows] = other.values
+        here, there = self._places(rows)
+        self.keys[:, there] = other.keys
+        self.values[:, there] = other.values
         length = self.length.clone()
-        length[rows] = other.length
+        length[here] = other.length
         return PrefixCache(self.keys, self.values, length)
+
+    def _places(self, rows: Any) -> tuple[Any, Any]:
+        """Rows as they index what lies on the CPU and what lies on the device."""
+        if isinstance(rows, slice):
+            return rows, rows
+        return rows.cpu(), rows.to(self.keys.device, non_blocking=True)

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from orderrl.backbones.cache import ChainEntries, ChainParts, PrefixCache
-from orderrl.backbones.memory import Packing, plan
+from orderrl.backbones.memory import Packing, plan, values_at_once
 from orderrl.backbones.protocol import BlockLosses, Drawing
 from orderrl.backbones.sampling import Sampling, guide, sample_tokens
 from orderrl.geometry import BlockGrid
 
-LOGITS_AT_ONCE = 2**22  # a few megabytes, so that they stay in the CPU's cache between the passes over them
+LOGITS_AT_ONCE = 2**22  # on a CPU: a few megabytes, so that they stay in its cache between the passes over them
 
 
 class Drawn(NamedTuple):
@@ -184,7 +184,7 @@ class ChainBackbone:
     def _losses(self, queries: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Loss of chains and entropy of their first query, each (n,) nats: queries (n, p*p, D), targets (n, p*p)."""
         losses, spreads = [], []
-        at_once = max(1, LOGITS_AT_ONCE // (targets.shape[1] * self.vocab_size))
+        at_once = max(1, values_at_once(LOGITS_AT_ONCE, targets.device) // (targets.shape[1] * self.vocab_size))
         for query, target in zip(queries.split(at_once), targets.split(at_once), strict=True):
             log_probs = self.logits(query).float().log_softmax(-1)
             losses.append(-log_probs.gather(-1, target[..., None]).sum((-2, -1)))
@@ -259,11 +259,11 @@ class ChainBackbone:
     ) -> PrefixCache:
         """`extend` of one forward, in place."""
         positions = self.block_tokens[blocks].flatten(1)  # (M, K*p*p)
-        remaining = self.entries_per_token * self.geometry.tokens_per_block * count
+        remaining = self.entries_per_token * self.geometry.tokens_per_block * count.cpu()
         done = 0
         if first is not None:  # the first block's entries are known up to its last token
             done = first.length
-            prefix = prefix.append(first, done * (count > 0))
+            prefix = prefix.append(first, done * (count.cpu() > 0))
             remaining = (remaining - done).clamp_min(0)
         entries = self._contents(prefix, positions, tokens.gather(1, positions), done)
         return prefix.append(entries, remaining)
@@ -279,7 +279,7 @@ class ChainBackbone:
         positions = self.block_tokens[blocks]  # (M, K, p*p)
         prefixes = [prefix] if unconditional is None else [prefix, unconditional]
         chains = [self._room(cache, blocks.shape[1]) for cache in prefixes]
-        visible = (prefix.length - 1) // self.entries_per_token
+        visible = ((prefix.length - 1) // self.entries_per_token).to(positions.device, non_blocking=True)
         drawn, tokens = None, []
         for i in range(positions.shape[-1]):
             logits = [

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from orderrl.backbones.cpu_linear import EVERY, Linear
+from orderrl.backbones.memory import values_at_once
 
 FEW_QUERIES = 8  # of a group of chains: one token of a block, or of a few blocks at once
-SCORES_AT_ONCE = 2**20  # a few megabytes, so that they stay in the CPU's cache between the passes over them
+SCORES_AT_ONCE = 2**20  # on a CPU: a few megabytes, so that they stay in its cache between the passes over them
 
 
 def rope_table(height: int, width: int, head_dim: int, base: float = 10000.0) -> Tensor:
@@ -97,7 +98,7 @@ def chain_attention(query: Tensor, levels: Sequence[Level]) -> Tensor:
     if not mixed.numel():
         return mixed
     seen = sum(level.keys.shape[3] for level in levels)
-    at_once = max(1, SCORES_AT_ONCE // max(query[0, ..., 0].numel() * seen, 1))
+    at_once = max(1, values_at_once(SCORES_AT_ONCE, query.device) // max(query[0, ..., 0].numel() * seen, 1))
     for start in range(0, len(query), at_once):
         states = slice(start, start + at_once)
         _attend(query[states], [level.states(states) for level in levels], mixed[states])

@@ -157,8 +157,7 @@ class CausalTransformer(nn.Module):
         """A cache without entries."""
         c = self.config
         keys = self.tok_embeddings.weight.new_zeros(c.layers, states, c.heads, slots + 1, c.dim // c.heads)
-        length = torch.zeros(states, dtype=torch.int64, device=keys.device)
-        return PrefixCache(keys, torch.zeros_like(keys), length)
+        return PrefixCache(keys, torch.zeros_like(keys), torch.zeros(states, dtype=torch.int64))
 
 
 @dataclass(frozen=True)
@@ -283,7 +282,7 @@ class RasterTransformer(CausalTransformer):
         for i in range(self.geometry.num_tokens):
             rope = self.rope[i].expand(len(both), 1, 1, -1, -1)
             hidden, entries = self.encode(x[:, None, None], rope, cache)
-            cache = cache.append(entries, torch.ones_like(both))
+            cache = cache.append(entries, torch.ones(len(both), dtype=torch.int64))
             parts = self.logits(self.norm(hidden[:, 0, 0])).float().chunk(len(sides))
             scale = sampling.scale(torch.full_like(labels, i), self.geometry.num_tokens)
             logits = guide(parts[0], parts[1] if guided else None, scale, sampling)

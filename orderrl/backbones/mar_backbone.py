@@ -68,10 +68,12 @@ class MaskedState:
 
     def select(self, rows: Tensor | slice) -> MaskedState:
         """Some states: rows is a (K,) int64 index or an (M,) bool mask, for a copy, or a slice, for a view."""
+        rows = rows if isinstance(rows, slice) else rows.to(self.labels.device, non_blocking=True)
         return MaskedState(self.tokens[rows], self.visible[rows], self.labels[rows])
 
     def put(self, rows: Tensor, other: MaskedState) -> MaskedState:
         """Overwrite some states in place: the inverse of `select`."""
+        rows = rows.to(self.labels.device, non_blocking=True)
         self.tokens[rows], self.visible[rows], self.labels[rows] = other.tokens, other.visible, other.labels
         return self
 
@@ -160,7 +162,9 @@ class MaskedTransformer(MAR):
     def extend(
         self, prefix: MaskedState, tokens: Tensor, blocks: Tensor, count: Tensor, first: Any = None
     ) -> MaskedState:
-        counted = torch.arange(blocks.shape[1], device=blocks.device) < count[:, None]
+        counted = (
+            torch.arange(blocks.shape[1], device=blocks.device) < count.to(blocks.device, non_blocking=True)[:, None]
+        )
         return prefix.reveal(tokens, self._token_mask(blocks, counted))
 
     def _token_mask(self, blocks: Tensor, counted: Tensor) -> Tensor:

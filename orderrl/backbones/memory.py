@@ -1,4 +1,4 @@
-"""How many chains one forward takes: as many as memory allows, and on a CPU no more than its caches like."""
+"""How much is computed at once: as much as memory allows, and on a CPU no more than its caches like."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from orderrl.runtime.values import check_fields, positive
 
 CPU_BYTES = 2**22  # of an activation: more make no forward faster on a CPU, and leave its caches
+VALUES_AT_ONCE = 2**27  # of an intermediate on other devices: scores and logits of 64 images of RandAR-XL's shape
 SHARE_OF_FREE = 0.8
 WIDTHS_PER_ENTRY = 20  # activations of an entry that live at once, in widths of the model
 SCORES_PER_ENTRY = 4  # attention scores of an entry that live at once, in entries seen
@@ -60,6 +61,11 @@ def free_memory(device: torch.device) -> float:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return psutil.virtual_memory().available
+
+
+def values_at_once(on_cpu: int, device: torch.device) -> int:
+    """How many values of an intermediate are computed at once: on a CPU few, so that they stay in its caches."""
+    return on_cpu if device.type == "cpu" else VALUES_AT_ONCE
 
 
 def plan(states: int, groups: int, cost: int, most: int) -> Iterator[tuple[slice, list[slice]]]:

@@ -112,7 +112,7 @@ class Backbone(Protocol):
             prefix: cache of M states; it may be changed in place.
             tokens: (M, N) int64; only the revealed blocks are read.
             blocks: (M, K) int64, in the order of the action.
-            count: (M,) int64 in [0, K], how many of them are revealed.
+            count: (M,) int64 in [0, K], how many of them are revealed; on the CPU, where it is known, or on the device.
             first: entries of the first block's chain from `context_loss`, to be kept, not computed again.
 
         Returns:

@@ -127,7 +127,7 @@ def randar_sampler(
             query_rope = torch.cat([rope[:, 1:], query_rope], dim=1)
         hidden, entries = model.encode(queries[:, None], query_rope[:, None], cache)
         known = max(2 * pending - 1, 0) + 1
-        cache = cache.append(entries, torch.full((len(order),), known, device=labels.device))
+        cache = cache.append(entries, torch.full((len(order),), known))
         parts = model.logits(model.norm(hidden[:, 0, -size:])).float().chunk(len(sides))
         scale = guidance[0] + (guidance[1] - guidance[0]) * decided / total
         logits = parts[1] + scale * (parts[0] - parts[1]) if guided else parts[0]
@@ -215,7 +215,7 @@ def arpg_sampler(
             fed = order[:, None, decided - drawn[-1].shape[1] : decided]
             contents = model.embeddings(drawn[-1].repeat(2, 1))[:, None]
             entries = model.encode(contents, model.rope[fed + 1], cache, causal=False)
-            cache = cache.append(entries, torch.full((len(both),), fed.shape[2], device=labels.device))
+            cache = cache.append(entries, torch.full((len(both),), fed.shape[2]))
         hidden = model.predict(order[:, None, decided : decided + size], cache, ChainEntries((), ()), causal=False)
         conditional, unconditional = model.logits(hidden[:, 0]).float().chunk(2)
         decided += size

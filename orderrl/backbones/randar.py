@@ -119,7 +119,7 @@ class OrderRobustTransformer(CausalTransformer, ChainBackbone):
         x = self.cls_embedding(labels)[:, None, None]
         rope = self.rope[:1].expand(len(labels), 1, -1, -1, -1)
         _, entries = self.encode(x, rope, empty, outputs=None)
-        return empty.append(entries, torch.ones_like(labels))
+        return empty.append(entries, torch.ones(len(labels), dtype=torch.int64))
 
     def _teach(
         self, prefix: PrefixCache, positions: Tensor, tokens: Tensor, past: ChainEntries | None, whole: bool

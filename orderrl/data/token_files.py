@@ -318,11 +318,11 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 
 def decode_in_parts(tokenizer: Any, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Decode tokens of any number of images, none included, by a tokeniser on their device, a few images at a time."""
+    """Pixels of any number of images, none included, on the CPU: decoded on the tokens' device, a few at a time."""
     if not len(tokens):
         height, width = (length * tokenizer.downsampling for length in grid)
-        return torch.zeros(0, 3, height, width, dtype=torch.uint8, device=tokens.device)
-    return torch.cat([tokenizer.decode(part, grid) for part in tokens.split(_DECODE_BATCH)])
+        return torch.zeros(0, 3, height, width, dtype=torch.uint8)
+    return torch.cat([tokenizer.decode(part, grid).cpu() for part in tokens.split(_DECODE_BATCH)])
 
 
 class SetDecoder:
@@ -338,7 +338,7 @@ class SetDecoder:
         self._tokenizer: Any = None
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """(m, N) int64 or (m, N, C) -> (m, 3, H, W) uint8, on the tokens' device.
+        """(m, N) int64 or (m, N, C) -> (m, 3, H, W) uint8 on the CPU, computed on the tokens' device.
 
         Raises:
             ValueError: if the tokeniser's weights are not those that the tokens were made with.

@@ -63,7 +63,8 @@ class TokenSet:
         vocab_size: number of token values; 0 if tokens are continuous.
         num_classes: number of class labels.
         token_dim: channels of a continuous token; 0 if tokens are discrete.
-        decoder: tokens (m, N) or (m, N, token_dim) to pixels (m, 3, H, W) uint8; None where tokens are grey levels.
+        decoder: tokens (m, N) or (m, N, token_dim) to pixels (m, 3, H, W) uint8, computed where the tokens lie; None
+            where tokens are grey levels.
         identity: what stands for the content in `fingerprint` where hashing it would take long; None hashes it.
         class_names: of the labels, in words that a caption can hold; None where they have none.
         present: labels that have images, of a data set that holds some of the classes of a model; None is all.
@@ -121,8 +122,12 @@ class TokenSet:
         identity = None if self.identity is None else f"{self.identity}:{count}"
         return replace(self, tokens=self.tokens[:count], labels=self.labels[:count], identity=identity)
 
-    def images(self, tokens: Tensor) -> Tensor:
-        """Decode tokens to pixels: (..., N), or (..., N, token_dim) -> (..., 3, H, W) uint8.
+    def images(self, tokens: Tensor, device: torch.device | None = None) -> Tensor:
+        """Decode tokens to pixels: (..., N), or (..., N, token_dim) -> (..., 3, H, W) uint8 on the CPU.
+
+        Args:
+            tokens: images of this set's shape.
+            device: where they are decoded; None is where they lie.
 
         Raises:
             ValueError: if tokens are continuous and the set has no decoder.
@@ -130,9 +135,10 @@ class TokenSet:
         if self.decoder is not None:
             inner = 1 if self.token_dim == 0 else 2  # dimensions of one image's tokens
             lead = tokens.shape[: tokens.ndim - inner]
-            pixels = self.decoder(tokens.reshape(-1, *tokens.shape[tokens.ndim - inner :]))
+            tokens = tokens if device is None else tokens.to(device)
+            pixels = self.decoder(tokens.reshape(-1, *tokens.shape[tokens.ndim - inner :])).cpu()
             return pixels.view(*lead, *pixels.shape[1:])
         if self.token_dim:
             raise ValueError(f"data {self.name!r} has continuous tokens and no decoder; give TokenSet a decoder")
-        grey = tokens.unflatten(-1, (self.height, self.width)).float() * (255 / (self.vocab_size - 1))
+        grey = tokens.cpu().unflatten(-1, (self.height, self.width)).float() * (255 / (self.vocab_size - 1))
         return grey.round().to(torch.uint8).unsqueeze(-3).expand(*tokens.shape[:-1], 3, -1, -1)

@@ -290,7 +290,7 @@ def _shown_values(p: Protocol, rollout: Rollout) -> dict[str, Tensor]:
         return complete(p.backbone, p.data, rollout, moment, p.sampling, p.seed)
 
     fill = "grey" if p.recogniser is None else p.recogniser.fill
-    truth = p.data.images(rollout.tokens.cpu()).float()
+    truth = p.data.images(rollout.tokens).float()
     shown = (shown_images(fill, rollout, moment, p.data, completed) for moment in range(len(rollout.visible)))
     values = {"mse": torch.stack([((images - truth) / 255).square().mean((1, 2, 3)) for images in shown])}
     if p.recogniser is not None:

@@ -345,7 +345,7 @@ def _quality(p: Protocol, row: dict[str, Any], made: Generated) -> dict[str, Any
     if p.reference is None and p.clip is None and p.samples_folder is None:
         return scores
     by_class = made.labels.argsort(stable=True)  # the order of the kept files, on which random splits depend
-    images, labels = p.data.images(made.tokens[by_class]), made.labels[by_class]
+    images, labels = p.data.images(made.tokens[by_class], p.device), made.labels[by_class]
     if p.samples_folder is not None:
         save_images(images, free_folder(p.samples_folder, folder_name(row["policy"], row["seed"])), labels)
     if p.clip is not None:

@@ -33,6 +33,7 @@ from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from
 from orderrl.backbones.loading import SCRIPT_ARGUMENTS
 from orderrl.metrics.classifier import CLASSIFIERS, load_classifier, own_classifier
 from orderrl.metrics.images import TensorImages, check_images
+from orderrl.runtime.devices import current_device
 from orderrl.runtime.sources import source_identity
 from orderrl.runtime.storage import checksum
 
@@ -111,12 +112,13 @@ def extract_features(
         check_images(images, "images", at_least=1)
         device = device or images.device
         images = TensorImages(images)
-    cuda = device is not None and device.type == "cuda"
-    extractor, layers = _extractor(registered, features, weights, source_identity(weights), cuda)
-    with _inception_maps(extractor) as maps:
-        found = get_featuresdict_from_dataset(
-            images, extractor, batch_size=batch_size, cuda=cuda, save_cpu_ram=True, verbose=False
-        )
+    device = torch.device("cpu") if device is None else device
+    with current_device(device):  # where torch-fidelity puts networks and images
+        extractor, layers = _extractor(registered, features, weights, source_identity(weights), device)
+        with _inception_maps(extractor) as maps:
+            found = get_featuresdict_from_dataset(
+                images, extractor, batch_size=batch_size, cuda=device.type == "cuda", save_cpu_ram=True, verbose=False
+            )
     result = {key: found[layer] for key, layer in layers.items()}
     if maps:
         result["spatial"] = torch.cat(maps)
@@ -356,7 +358,7 @@ for _name in CLASSIFIERS:
 
 @lru_cache(maxsize=2)
 def _extractor(
-    registered: str, features: str, weights: Path | None, version: str | None, cuda: bool
+    registered: str, features: str, weights: Path | None, version: str | None, device: torch.device
 ) -> tuple[FeatureExtractorBase, dict[str, str]]:
     """torch-fidelity's feature extractor, and the names of its layers that are `Features`' attributes.
 
@@ -375,7 +377,7 @@ def _extractor(
         extractor = create_feature_extractor(
             registered,
             list(layers.values()),
-            cuda=cuda,
+            cuda=device.type == "cuda",
             verbose=False,
             feature_extractor_weights_path=None if weights is None else str(weights),
         )

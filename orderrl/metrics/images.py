@@ -92,8 +92,8 @@ class TokenImages(Dataset[Tensor]):
             start = self._ends[number - 1] if number else 0
             mine = [index for index in indices if start <= index < self._ends[number]]
             if mine:
-                tokens = part.tokens[torch.tensor(mine) - start].to(self.device or "cpu")
-                found |= zip(mine, part.images(tokens).cpu(), strict=True)
+                tokens = part.tokens[torch.tensor(mine) - start]
+                found |= zip(mine, part.images(tokens, self.device), strict=True)
         return [found[index] for index in indices]
 
 

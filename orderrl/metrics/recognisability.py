@@ -159,8 +159,8 @@ def shown_images(
 ) -> Tensor:
     """The images of a rollout at a moment, (n, 3, height, width) uint8 on the CPU; arguments as in `recognise`."""
     if fill == "completion":
-        return data.images(completed(moment).cpu())
-    return hide_blocks(data.images(rollout.tokens.cpu()), rollout.visible[moment].cpu(), rollout.geometry)
+        return data.images(completed(moment))
+    return hide_blocks(data.images(rollout.tokens), rollout.visible[moment].cpu(), rollout.geometry)
 
 
 @torch.no_grad()

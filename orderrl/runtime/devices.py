@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -26,3 +27,8 @@ def checked_device(device: torch.device | str) -> torch.device:
     if index >= (gpus if kind == "cuda" else 1):
         raise ValueError(f"device={str(device)!r} is not available here; {advice}")
     return torch.device(str(device))
+
+
+def current_device(device: torch.device) -> AbstractContextManager[object]:
+    """Make a device the one that "cuda" without a number means; the CPU needs nothing."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

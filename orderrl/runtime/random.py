@@ -58,6 +58,23 @@ def drawn_seed() -> int:
     return int(torch.randint(2**31, (), device="cpu"))
 
 
+def drawn_uniform(
+    shape: Iterable[int],
+    generator: torch.Generator | None,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Uniform numbers in [0, 1) from a generator of the CPU, moved to a device: they are the same on every device.
+
+    Args:
+        shape: of the result.
+        generator: on the CPU, as all generators of this package are; None is PyTorch's own.
+        device: where the result lies.
+        dtype: of the result.
+    """
+    return torch.rand(tuple(shape), generator=generator, dtype=dtype, device="cpu").to(device, non_blocking=True)
+
+
 def _shift_right(x: Tensor, bits: int) -> Tensor:
     """Logical (unsigned) right shift of int64."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
@@ -80,11 +97,13 @@ def keyed_uniform(keys: Iterable[Tensor | int], device: torch.device | str = "cp
     Returns:
         float64 tensor of the broadcast shape.
     """
-    state = torch.zeros((), dtype=torch.int64, device=device)
+    state = torch.zeros((), dtype=torch.int64)
     for key in keys:
-        key = torch.as_tensor(key, dtype=torch.int64, device=device)
-        state = _mix(state + _mix(key + _GOLDEN) + _GOLDEN)
-    return _shift_right(state, 11).double() * 2.0**-53
+        key = torch.as_tensor(
+            key, dtype=torch.int64
+        )  # numbers stay on the CPU: what they give goes along with a launch
+        state = _mix(state + _mix((key if key.ndim == 0 else key.to(device)) + _GOLDEN) + _GOLDEN)
+    return _shift_right(state.to(device), 11).double() * 2.0**-53
 
 
 def keyed_index(keys: Iterable[Tensor | int], count: int, device: torch.device | str = "cpu") -> Tensor:

@@ -32,7 +32,7 @@ def replay(fixture: Fixture) -> dict[str, Tensor]:
             model,
             labels,
             fixture.inputs["gen_order"],
-            torch.zeros(tokens.shape),
+            torch.zeros(tokens.shape, device=tokens.device),
             iterations=arguments["num_iter"],
             guidance=arguments["guidance_scale"],
             guidance_schedule=arguments["cfg_schedule"],
@@ -49,6 +49,6 @@ def _without_mask(model: ARPG, tokens: Tensor, labels: Tensor, orders: Tensor) -
     x = torch.cat([model.embed_class(labels)[:, None], model.embeddings(tokens.gather(1, orders)[:, :-1])], 1)
     rope = torch.cat([model.rope[:1].expand(len(x), 1, -1, -1), model.rope[orders[:, :-1] + 1]], 1)
     nothing = model.start(labels)
-    nothing = type(nothing)(nothing.keys, nothing.values, torch.zeros_like(labels))
+    nothing = type(nothing)(nothing.keys, nothing.values, torch.zeros(len(labels), dtype=torch.int64))
     entries = model.encode(x[:, None], rope[:, None], nothing, causal=False)
     return model.logits(model.predict(orders[:, None], nothing, entries, causal=False))[:, 0]

@@ -68,7 +68,7 @@ def compare(fixture: Fixture) -> list[Comparison]:
     """
     replay = replay_of(fixture)
     with torch.no_grad():
-        ours = replay(fixture)
+        ours = {name: value.cpu() for name, value in replay(fixture).items()}
     special = mar.tolerances(fixture) if replay is mar.replay else {}
     return [
         _compare(name, recorded, ours.get(name), special.get(name, fixture.tolerance(name)))

@@ -50,7 +50,7 @@ def family_config(fixture: Fixture, one_block: bool = False) -> TransformerConfi
 
 
 def load_recorded(model: Model, fixture: Fixture) -> Model:
-    """The model with the recorded weights, every one of them used exactly once; frozen.
+    """The model with the recorded weights, every one of them used exactly once; frozen, on the fixture's device.
 
     Raises:
         ValueError: if weights are missing, unexpected or of another shape.
@@ -61,4 +61,4 @@ def load_recorded(model: Model, fixture: Fixture) -> Model:
         # published models without class dropout have no row for the dropped label; nothing reads ours
         weights[LABELS] = torch.cat([table, torch.zeros_like(table[:1])])
     load_state(model, weights, fixture.path)
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False).to(fixture.device)

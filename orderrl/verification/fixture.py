@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from orderrl.runtime.devices import checked_device
 from orderrl.runtime.jsonfile import read_json
 
 DEFAULT_TOLERANCE = 1e-4  # float32
@@ -28,6 +30,7 @@ class Fixture:
         weights: the complete state dict under its published keys.
         inputs: recorded inputs by name.
         outputs: recorded outputs by name.
+        device: where it is replayed, and where the inputs lie.
     """
 
     path: Path
@@ -35,6 +38,7 @@ class Fixture:
     weights: dict[str, Tensor]
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
+    device: torch.device
 
     @property
     def constructor(self) -> str:
@@ -100,13 +104,17 @@ def _concerns(key: str, name: str) -> bool:
     return key == name or name.endswith(f"_{key}") or name.startswith(f"{key}_")
 
 
-def load_fixture(path: str | Path) -> Fixture:
+def load_fixture(path: str | Path, device: torch.device | str = "cpu") -> Fixture:
     """Read a fixture.
 
+    Args:
+        path: NAME.safetensors, with NAME.json beside it.
+        device: where it is to be replayed.
+
     Raises:
-        ValueError: if a file is missing, broken, or not a fixture.
+        ValueError: if a file is missing, broken, or not a fixture, or the device is not there.
     """
-    path = Path(path)
+    path, device = Path(path), checked_device(device)
     beside = path.with_suffix(".json")
     for file in (path, beside):
         if not file.is_file():
@@ -123,4 +131,5 @@ def load_fixture(path: str | Path) -> Fixture:
         raise ValueError(f"{path}: {', '.join(absent)} is described but not recorded")
     weights = {key.removeprefix("weights/"): value for key, value in tensors.items() if key.startswith("weights/")}
     io = {role: {name: tensors[f"io/{name}"] for name in roles if roles[name] == role} for role in ("input", "output")}
-    return Fixture(path, description, weights, io["input"], io["output"])
+    inputs = {name: value.to(device) for name, value in io["input"].items()}
+    return Fixture(path, description, weights, inputs, io["output"], device)

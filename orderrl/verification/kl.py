@@ -45,6 +45,7 @@ def replay(fixture: Fixture) -> dict[str, Tensor]:
     """
     model = KLTokenizer(config_of(fixture)).eval()
     load_weights(model, fixture.weights, fixture.path)
+    model = model.to(fixture.device)
     inputs = fixture.inputs
     posterior = model.posterior(inputs["image"])
     found = {

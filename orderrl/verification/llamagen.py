@@ -31,7 +31,7 @@ def replay(fixture: Fixture) -> dict[str, Tensor]:
                 guidance=fixture.argument(name, "cfg_scale"),
                 guidance_interval=int(fixture.argument(name, "cfg_interval", -1)),
             )
-            drawn = llamagen_sampler(model, labels, torch.zeros(tokens.shape), sampling)
+            drawn = llamagen_sampler(model, labels, torch.zeros(tokens.shape, device=tokens.device), sampling)
             outputs[name], outputs[f"{name}_logits"] = drawn.tokens, drawn.logits
     if "filter_probs" in fixture.outputs:
         temperature, top_k, top_p = (fixture.argument("filter_probs", key) for key in ("temperature", "top_k", "top_p"))
@@ -48,6 +48,6 @@ def _cached(model: RasterTransformer, tokens: Tensor, labels: Tensor) -> Tensor:
     for i in range(x.shape[1]):
         rope = model.rope[i].expand(len(x), 1, 1, -1, -1)
         hidden, entries = model.encode(x[:, i, None, None], rope, cache)
-        cache = cache.append(entries, torch.ones_like(labels))
+        cache = cache.append(entries, torch.ones(len(labels), dtype=torch.int64))
         logits.append(model.logits(model.norm(hidden[:, 0, 0])))
     return torch.stack(logits, 1)

@@ -55,7 +55,7 @@ def config_of(fixture: Fixture) -> MARConfig:
 
 
 def build(fixture: Fixture) -> MAR:
-    """The model in eval mode with the recorded weights, every one of them used.
+    """The model in eval mode with the recorded weights, every one of them used, on the fixture's device.
 
     Raises:
         ValueError: if the recorded weights and the model's parameters are not the same set of names and shapes.
@@ -65,7 +65,7 @@ def build(fixture: Fixture) -> MAR:
         model.load_state_dict(fixture.weights, strict=True)
     except RuntimeError as error:
         raise ValueError(f"{fixture.path}: the recorded weights do not fit: {error}") from error
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False).to(fixture.device)
 
 
 @torch.no_grad()
@@ -111,7 +111,7 @@ def tolerances(fixture: Fixture) -> dict[str, float | Tensor]:
                 stated[name] = float(general.group())
         for number, names in re.findall(rf"({_NUMBER}) for (\w+(?:(?:, | and )[a-z]\w*)*)", text):
             for name in set(re.split(r", | and ", names)) & fixture.outputs.keys():
-                first = fixture.inputs["step_t"] == config_of(fixture).num_sampling_steps - 1  # (rows,)
+                first = fixture.inputs["step_t"].cpu() == config_of(fixture).num_sampling_steps - 1  # (rows,)
                 stated[name] = torch.where(first, float(number), float(general.group()))[:, None]
     return stated
 

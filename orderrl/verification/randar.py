@@ -32,7 +32,7 @@ def replay(fixture: Fixture) -> dict[str, Tensor]:
                 model,
                 labels,
                 order,
-                torch.zeros(tokens.shape),
+                torch.zeros(tokens.shape, device=tokens.device),
                 _steps(fixture, name, tokens.shape[1]),
                 _guidance(fixture, name),
                 Sampling(top_k=1),

@@ -48,6 +48,7 @@ def replay(fixture: Fixture) -> dict[str, Tensor]:
     """
     model = VQTokenizer(config_of(fixture)).eval()
     load_weights(model, fixture.weights, fixture.path)
+    model = model.to(fixture.device)
     found: dict[str, Tensor] = {}
     latents = model.latents(fixture.inputs["image"])  # (n, e, h, w)
     quant, indices = model.quantise(latents)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from orderrl.backbones import OrderRobustTransformer, build_backbone, load_backbone
 from orderrl.backbones.memory import Packing, free_memory, plan
+from orderrl.envs.core import CoreConfig, NextBlockCore
+from tests.envs.helpers import play
 from tests.helpers import random_orders, tiny_images
 
 
@@ -85,6 +87,20 @@ def test_states_at_once_follow_the_budget(backbone: OrderRobustTransformer, monk
     assert backbone.states_at_once(9) == pytest.approx(10 * few, abs=10) and backbone.states_at_once(1) > 10 * few
     monkeypatch.setattr(backbone, "packing", Packing(1e-12), raising=False)
     assert backbone.states_at_once(9) == 1
+
+
+def test_entries_that_memory_does_not_hold_are_computed_again(
+    backbone: OrderRobustTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rewards = []
+    for memory in (10.0, 2e-4):  # the entries of all episodes, of a few
+        monkeypatch.setattr(backbone, "packing", Packing(memory), raising=False)
+        core = NextBlockCore(backbone, tiny_images(backbone), 12, CoreConfig(budgets=(1, 2)), seed=0)
+        rewards.append(play(core).rewards)
+        kept = core.num_envs if memory == 10.0 else 0
+        core.reset()
+        assert sum(len(look.rows) for look in core._looks) == kept
+    assert torch.allclose(rewards[0], rewards[1], atol=1e-5)
 
 
 def test_what_is_free_is_the_default() -> None:

@@ -1,0 +1,42 @@
+"""What a core remembers of its episodes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """Some sub-environments: their numbers on the host, where decisions are made, and on the device."""
+
+    here: Tensor  # (m,) int64
+    there: Tensor
+
+
+@dataclass
+class Books:
+    """What is known of the episodes without waiting for the device, on the host; each (M,) or (M, B)."""
+
+    seeds: Tensor
+    episode: Tensor
+    step_count: Tensor
+    image_index: Tensor
+    labels: Tensor
+    visible: Tensor
+    reveal_step: Tensor
+    reveal_rank: Tensor
+
+    @property
+    def hidden_count(self) -> Tensor:
+        """(M,) int64: hidden blocks."""
+        return (~self.visible).sum(-1)
+
+
+class Look(NamedTuple):
+    """Reusable entries of one packed forward: which rows it covered, where each block's chain is; on the device."""
+
+    rows: Tensor  # (m,) int64
+    place: Tensor  # (m, B) int64
+    entries: Any
