@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch_fidelity.utils import create_feature_extractor
 
-from orderrl.agents.play import Rollout
+from orderrl.agents.play import Rollout, play
 from orderrl.backbones.protocol import Backbone
 from orderrl.backbones.sampling import Sampling
 from orderrl.data import TokenSet
@@ -183,12 +183,11 @@ def complete(
         Tokens like those of the rollout, equal to them in visible blocks.
     """
     config = CoreConfig("generate", sampling=sampling or Sampling(), strict=True, hindsight=False)
-    core = NextBlockCore(backbone, data, len(rollout.tokens), config, seed)
+    core = NextBlockCore(backbone, data, len(rollout.tokens), config, seed, observe=False)
     core.reset(labels=torch.full_like(rollout.labels, backbone.num_classes))
     core.tokens = rollout.tokens.clone()
     core.show(rollout.order, rollout.visible[moment].sum(-1))
-    while not bool(core.visible.all()):
-        core.step((~core.visible).long().argmax(-1))
+    play(core, lambda observation, _: observation["action_mask"].long().argmax(-1))
     return core.tokens
 
 
