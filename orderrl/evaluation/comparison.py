@@ -73,7 +73,8 @@ def code_length_at(rows: Sequence[Evaluated], steps: float) -> Tensor | None:
         (n,) nats per image, linear between the two schedules that give the least mean: what drawing some images by one
         and some by the other reaches, so no schedule of the family is left out; None if steps lie outside them.
     """
-    known = [(float(r.steps.mean()), r.decode_nll) for r in rows if r.steps is not None and r.decode_nll is not None]
+    measured = [row.per_image for row in rows if {"steps", "decode_nll"} <= set(row.per_image)]
+    known = [(float(values["steps"].mean()), values["decode_nll"]) for values in measured]
     between = []
     for (fewer, low), (more, high) in combinations_with_replacement(sorted(known, key=lambda point: point[0]), 2):
         if fewer <= steps <= more:
@@ -146,7 +147,7 @@ def comparisons(rows: Sequence[Evaluated], resamples: int, seed: int) -> list[di
     learned = {name: group for name, group in groups.items() if group[0].row["R"] is not None}
     families: dict[str, list[Evaluated]] = defaultdict(list)
     for row in rows:
-        if row.row["R"] is None and row.decode_nll is not None:
+        if row.row["R"] is None and "decode_nll" in row.per_image:
             families[row.row["family"] or row.row["policy"]].append(row)
     pairs: list[Pair] = []
     done: set[str] = set()

@@ -62,21 +62,6 @@ class Evaluated:
     rollout: Rollout | None = field(default=None, repr=False)
     scores: Tensor | None = field(default=None, repr=False)
 
-    @property
-    def gain_auc(self) -> Tensor | None:
-        """(n,) information-gain AUC; None where not measured."""
-        return self.per_image.get("gain_auc")
-
-    @property
-    def decode_nll(self) -> Tensor | None:
-        """(n,) code length, nats (DiffLoss units under masked models); None where not measured."""
-        return self.per_image.get("decode_nll")
-
-    @property
-    def steps(self) -> Tensor | None:
-        """(n,) planner steps; None where there is no planner."""
-        return self.per_image.get("steps")
-
 
 def evaluate_policy(p: EvaluationProtocol, named: NamedPolicy, sampled: bool) -> Evaluated:
     """Evaluate one policy.
