@@ -103,7 +103,7 @@ def generate_published(
         advance: called with the number of images that were done.
 
     Raises:
-        ValueError: if the backbone has no published sampler, or it can't do what `sampling` asks for.
+        ValueError: if the backbone has no published sampler, or it cannot do what `sampling` asks for.
     """
     sampling = sampling or Sampling()
     device, total = backbone_device(backbone), backbone.geometry.num_tokens

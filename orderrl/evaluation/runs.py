@@ -71,7 +71,7 @@ def open_evaluation(folder: Path, name: str | None = None) -> Evaluation:
         name: what to call it; None is the folder's name.
 
     Raises:
-        ValueError: if it is none, was written by an older version, or is damaged.
+        ValueError: if it is no run of an evaluation, was written by an older version, or is damaged.
     """
     if not (folder / RESULTS).is_file():
         raise ValueError(
@@ -204,5 +204,6 @@ def ranked_rows(evaluations: Sequence[Evaluation], key: str) -> list[dict[str, A
 def leaderboard(evaluations: Sequence[Evaluation], key: str) -> dict[str, Any]:
     """What `leaderboard.json` holds: as `collected`, its rows ranked by a metric."""
     rows, data = ranked_rows(evaluations, key), evaluations[0].protocol["data"]
-    summary = f"{len(rows)} rows of {len(evaluations)} runs of one protocol, on {data}, ranked by {key}."
+    runs = "one run" if len(evaluations) == 1 else f"{len(evaluations)} runs of one protocol"
+    summary = f"{len(rows)} rows of {runs}, on {data}, ranked by {key}."
     return collected(evaluations, summary) | {"rows": rows}

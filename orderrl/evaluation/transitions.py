@@ -173,7 +173,7 @@ def require_minari(dataset_id: str) -> None:
     """Refuse what Minari could not write.
 
     Raises:
-        ValueError: if it is not installed, the id is none, or there is such a data set already.
+        ValueError: if it is not installed, the id cannot be one, or there is such a data set already.
     """
     try:
         import h5py  # noqa: F401  # Minari's format

@@ -87,7 +87,8 @@ def load_clip(name: str, weights: str = "openai", device: torch.device | None = 
         device: where it runs; None is the CPU.
 
     Raises:
-        ValueError: if open_clip is not installed, the name or tag is unknown, or weights can't be had or do not fit.
+        ValueError: if open_clip is not installed, the name or tag is unknown, or weights cannot be downloaded or found,
+            or do not fit.
     """
     return _load_clip(name, weights, source_identity(weights), device)
 

@@ -78,7 +78,8 @@ def make_recogniser(
         device: where the classifier runs.
 
     Raises:
-        ValueError: if the name or fill is unknown, the weights can't be had, or the classes differ in number.
+        ValueError: if the name or fill is unknown, the weights cannot be downloaded or found, or the classes differ in
+            number.
     """
     check_fill(fill)
     name = own_classifier(data.name) if name == OWN else name

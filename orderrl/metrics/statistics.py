@@ -190,7 +190,7 @@ def holm(p_values: ArrayLike) -> NDArray[np.float64]:
 
 
 def is_significant(entry: Mapping[str, Any]) -> bool:
-    """Whether a paired difference is told from zero: `RULE`, the only one, on screen, in tables, pages and sentences.
+    """Whether a paired difference is significant: `RULE`, the only one, on screen, in tables, pages and sentences.
 
     Such a difference has an interval that excludes zero; the converse does not hold, since the interval is that of the
     single comparison.

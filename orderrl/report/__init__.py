@@ -1,4 +1,4 @@
-"""What is told of an evaluation: tables on screen and in Markdown, and one self-contained page with its pictures."""
+"""Reports of an evaluation: tables on screen and in Markdown, and one self-contained page with its pictures."""
 
 from __future__ import annotations
 

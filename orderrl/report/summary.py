@@ -54,7 +54,7 @@ def _gain_sentences(results: dict[str, Any], learned: Sequence[str]) -> list[str
     if strongest is not None:
         paired = _paired(results, best, strongest, "gain_auc")
         assert paired is not None
-        relation = {1: "It is ahead of", 0: "It cannot be told from", -1: "It is behind"}[_sign(paired)]
+        relation = {1: "It is ahead of", 0: "It does not differ significantly from", -1: "It is behind"}[_sign(paired)]
         found.append(f"{relation} the strongest other order, {strongest} ({_difference(paired)}).")
     return found
 
