@@ -1,7 +1,7 @@
 # make quickstart   set up everything, train a planner on canvas, compare it with hand-made orders
 # make test         set up everything, then ruff, mypy and all tests
 # make test-slow    what takes minutes: every long command killed twenty times, a Slurm sweep's launcher
-# make results      the full table for digits: all rows, 3 seeds
+# make reproduce    the full table for digits: all rows, 3 seeds
 # make lint         ruff and mypy only
 
 PYTHON ?= python3
@@ -13,7 +13,7 @@ PYTEST_ARGS ?= -q --durations=15
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 .DEFAULT_GOAL := quickstart
-.PHONY: quickstart test test-slow results lint
+.PHONY: quickstart test test-slow reproduce lint
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,8 +25,8 @@ quickstart: $(INSTALLED)
 	$(BIN)/python -m orderrl.train agent=ppo
 	$(BIN)/python -m orderrl.evaluate
 
-results: $(INSTALLED)
-	$(BIN)/python -m orderrl.results
+reproduce: $(INSTALLED)
+	$(BIN)/python -m orderrl.reproduce
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

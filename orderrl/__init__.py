@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium
 
+from orderrl.runtime import renamed
+
 if TYPE_CHECKING:
     from orderrl.backbones import check_backbone, load_backbone
     from orderrl.runtime.config import compose
@@ -39,6 +41,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_LAZY})
 
 
+renamed.install()
 gymnasium.register(
     id="orderrl/NextBlock-v0",
     entry_point="orderrl.envs.gymnasium:NextBlockEnv",

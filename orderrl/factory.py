@@ -1,7 +1,7 @@
 """From a command's config to what it works with: `DictConfig` ends here, everything below gets typed, frozen values.
 
-`open_backbone` loads the backbone of a config, `setup_of` collects all that an agent, a label set or a search for the
-newest planner depends on.
+`open_backbone` loads the backbone of a config, `backbone_and_data` what draws images, and `setup_of` collects all that
+an agent, a label set, an evaluation or a search for the newest planner depends on.
 """
 
 from __future__ import annotations
@@ -11,15 +11,18 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from orderrl.backbones import Backbone, Sampling, load_backbone
 from orderrl.backbones.protocol import check_fits
-from orderrl.data import load_split
+from orderrl.data import TokenSet, load_split
+from orderrl.data.token_files import decode_in_parts
 from orderrl.envs.config import CoreConfig
 from orderrl.envs.reward import RewardConfig
 from orderrl.oracle import LabelConfig
 from orderrl.planner import OrderHead, PlannerConfig
+from orderrl.tokenizers import KLTokenizer, VQTokenizer, load_tokenizer
 
 T = TypeVar("T")
 NO_DATA = "none"  # the data of a config that draws with a backbone and a tokeniser alone
@@ -157,6 +160,54 @@ def open_backbone(config: DictConfig) -> Backbone:
     if config.data.name != NO_DATA:
         check_fits(backbone, load_split(config.data.name, "test"))
     return backbone
+
+
+def backbone_and_data(config: DictConfig) -> tuple[DictConfig, Backbone, TokenSet]:
+    """What draws images, and the config: with a tokeniser it has no data, and the data set holds no images.
+
+    Raises:
+        ValueError: if they cannot be opened or do not fit.
+    """
+    chosen = config.tokenizer
+    if chosen.name == "none":
+        return config, open_backbone(config), load_split(config.data.name, "test")
+    if config.data.name.startswith("tokens:"):
+        raise ValueError(
+            f"tokenizer={chosen.name} draws without a data set, and {config.data.name} has a tokeniser of its own; "
+            "leave out one of them"
+        )
+    config = with_values(config, {"data": {"name": NO_DATA}})
+    backbone = open_backbone(config)
+    return config, backbone, set_without_images(backbone, load_tokenizer(chosen.name, chosen.path))
+
+
+def set_without_images(backbone: Backbone, tokenizer: VQTokenizer | KLTokenizer) -> TokenSet:
+    """What stands for a data set where images are drawn and none are read.
+
+    Raises:
+        ValueError: if the tokeniser does not decode what the backbone draws.
+    """
+    geometry, channels = backbone.geometry, getattr(backbone, "token_dim", 0)
+    drawn = backbone.vocab_size or None, channels or tokenizer.token_dim
+    decoded = tokenizer.vocab_size, tokenizer.token_dim
+    if drawn != decoded:
+        raise ValueError(
+            f"tokenizer={tokenizer.name} (vocab_size, token_dim) = {decoded} does not fit the backbone's "
+            f"{backbone.vocab_size, channels}; choose the tokeniser that the backbone was trained with"
+        )
+    empty = torch.zeros(0, geometry.num_tokens, dtype=torch.int64)
+    return TokenSet(
+        NO_DATA,
+        "test",
+        torch.zeros(0, geometry.num_tokens, channels) if channels else empty,
+        torch.zeros(0, dtype=torch.int64),
+        geometry.height,
+        geometry.width,
+        backbone.vocab_size,
+        backbone.num_classes,
+        channels,
+        lambda tokens: decode_in_parts(tokenizer.to(tokens.device), tokens, (geometry.height, geometry.width)),
+    )
 
 
 def sampling_of(config: DictConfig) -> Sampling:

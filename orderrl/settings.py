@@ -19,7 +19,7 @@ KINDS: dict[str, Any] = {
     "steps": int | None,
     "output": str | None,
     "minari": str | None,
-    "room": dict | None,
+    "headroom": dict | None,
     "agent.start": str | None,
     "agent.sharpness": float | None,
     "agent.spacing": float | None,
@@ -52,7 +52,7 @@ RULES: tuple[Rule, ...] = (
     between("[0, 86400]", "checkpoint_seconds"),
     at_least(1, "n", "steps", "batch_size", "shard_size", "labels.shard_size", "budgets", "injected"),
     at_least(0, "label"),
-    at_least(1, "room.steps", "room.draws", "room.lookahead_states", "backbone.order_robust_block_size"),
+    at_least(1, "headroom.steps", "headroom.draws", "headroom.lookahead_states", "backbone.order_robust_block_size"),
     at_least(2, "eval.images", "eval.reference_images", "eval.real_images"),  # the fewest that have an interval
     zero_or_at_least(2, "eval.samples", "eval.distance_resamples"),
     at_least(1, "eval.states", "eval.lookahead_states", "eval.lookahead_draws", "eval.resamples", "eval.kid_subsets"),

@@ -25,7 +25,7 @@ DONE = "done.json"
 _LONGEST = 600  # seconds that a command may take
 # Processes are forked from a server that has imported everything: starting one costs milliseconds instead of seconds.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["orderrl.results", "orderrl.label", "orderrl.tokenize", "orderrl.pretrain"])
+_CONTEXT.set_forkserver_preload(["orderrl.reproduce", "orderrl.label", "orderrl.tokenize", "orderrl.pretrain"])
 
 
 @dataclass(frozen=True)

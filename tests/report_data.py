@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from orderrl.evaluation.columns import COLUMNS
-from orderrl.report import Curve, Episode, Examples, PolicyDetail
+from orderrl.evaluation.columns import empty_row
+from orderrl.evaluation.detail import Curve, Episode, Examples, PolicyDetail
 
 ROWS = COLUMNS_OF_BLOCKS = 4
 BLOCKS = ROWS * COLUMNS_OF_BLOCKS
@@ -17,9 +17,8 @@ BLOCKS = ROWS * COLUMNS_OF_BLOCKS
 def row(policy: str, gain: float | None, R: int | None = None, **values: Any) -> dict[str, Any]:
     """A row of `results.json`."""
     interval = None if gain is None else [gain - 0.01, gain + 0.01]
-    empty = dict.fromkeys(column.key for column in COLUMNS)
     named = {"policy": policy, "family": policy, "rival": policy not in ("oracle", "lookahead"), "R": R}
-    return empty | named | {"gain_auc": gain, "gain_auc_ci": interval} | values
+    return empty_row() | named | {"gain_auc": gain, "gain_auc_ci": interval} | values
 
 
 def comparison(low: float, high: float, name: str = "bc_utility - raster", metric: str = "gain_auc") -> dict[str, Any]:

@@ -21,7 +21,7 @@ from orderrl.agents.bc import TARGETS
 from orderrl.agents.registry import make_policy
 from orderrl.backbones import load_backbone
 from orderrl.metrics.images import save_images
-from orderrl.results import training_config
+from orderrl.reproduce import training_config
 from orderrl.rollouts import rollouts
 from orderrl.runtime.config import compose
 
@@ -164,9 +164,9 @@ def check_policies(config: Any) -> None:
         make_policy(spec, backbone, lambda: torch.arange(backbone.geometry.num_blocks), (1,))
 
 
-@pytest.mark.parametrize("grid", sorted(path.stem for path in (ROOT / "configs" / "grid").glob("[!_]*.yaml")))
-def test_every_training_of_a_grid_composes(grid: str) -> None:
-    config = compose("results", [f"grid={grid}"])
+@pytest.mark.parametrize("suite", sorted(path.stem for path in (ROOT / "configs" / "suite").glob("[!_]*.yaml")))
+def test_every_training_of_a_suite_composes(suite: str) -> None:
+    config = compose("reproduce", [f"suite={suite}"])
     for overrides in config.runs:
         check_policies(training_config(config, list(overrides), 0))
     check_policies(config)

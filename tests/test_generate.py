@@ -14,8 +14,8 @@ from orderrl.backbones import Backbone, backbone_fingerprint, load_backbone, sav
 from orderrl.backbones.registry import new_backbone
 from orderrl.data.folder import FolderConfig
 from orderrl.evaluate import evaluate
-from orderrl.factory import FORMAT
-from orderrl.generate import _set_without_images, generate
+from orderrl.factory import FORMAT, set_without_images
+from orderrl.generate import generate
 from orderrl.label import label
 from orderrl.labels import open_labels
 from orderrl.planner import OrderHead, PlannerConfig, save_planner
@@ -107,8 +107,8 @@ def test_the_tokeniser_must_be_that_of_the_backbone() -> None:
     tokenizers: list[tuple[Backbone, Any]] = [(causal, tiny_vq()), (causal, tiny_kl()), (masked, tiny_vq())]
     for backbone, tokenizer in tokenizers:
         with pytest.raises(ValueError, match="does not fit the backbone"):
-            _set_without_images(backbone, tokenizer)
-    data = _set_without_images(masked, tiny_kl())
+            set_without_images(backbone, tokenizer)
+    data = set_without_images(masked, tiny_kl())
     assert data.images(torch.randn(2, 16, 4)).shape == (2, 3, 8, 8) and len(data) == 0
 
 

@@ -38,7 +38,9 @@ HEIGHT = {part: height for height, layer in enumerate(LAYERS) for part in layer}
 def modules() -> dict[str, Path]:
     """Dotted names inside the package, such as `agents.ppo`, of all modules."""
     found = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path for path in ROOT.rglob("*.py")}
-    return {name.removesuffix(".__init__"): path for name, path in found.items() if name not in ("__init__", "__main__")}
+    return {
+        name.removesuffix(".__init__"): path for name, path in found.items() if name not in ("__init__", "__main__")
+    }
 
 
 def imports(path: Path, known: set[str]) -> Iterator[str]:

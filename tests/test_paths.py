@@ -19,18 +19,17 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 
 from orderrl import compose
-from orderrl.ablate import ablate
 from orderrl.agents.policies import RankingPolicy
 from orderrl.agents.registry import make_policy
+from orderrl.analyze import analyze
 from orderrl.backbones import load_backbone, save_backbone
 from orderrl.compare import main as compare_main
 from orderrl.data import load_split
 from orderrl.evaluate import evaluate
 from orderrl.evaluation.runs import open_evaluations
 from orderrl.generate import generate
-from orderrl.leaderboard import main as leaderboard_main
 from orderrl.metrics.images import save_images
-from orderrl.results import results
+from orderrl.reproduce import reproduce
 from orderrl.rollouts import rollouts
 from orderrl.runtime.config import quoted
 from orderrl.tokenize import tokenize
@@ -90,7 +89,7 @@ def test_a_planner_there_is_a_policy_of_every_command(
     assert rollouts(configure(home, "rollouts", *SMALL, "n=2", policy=spec)).is_dir()
 
 
-def test_evaluations_there_are_made_ablated_compared_and_ranked(home: Path, planner: Path) -> None:
+def test_evaluations_there_are_made_analyzed_compared_and_ranked(home: Path, planner: Path) -> None:
     save_images(
         torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8), home / "real images", torch.tensor([0, 0, 1, 1])
     )
@@ -102,19 +101,19 @@ def test_evaluations_there_are_made_ablated_compared_and_ranked(home: Path, plan
     assert {"raster", "bc_utility_r2", "spaced_bc_utility_r2@4"} <= set(rows)
     arguments = [f"a={runs[0]}", f"b=c={runs[1]}"]
     assert [run.name for run in open_evaluations(arguments)] == ["a", "b=c"]
-    for command in (compare_main, leaderboard_main):
-        assert command([*arguments, "--output-dir", str(home / "runs")]) == 0
-    small = [*SMALL_EVAL, "injected=[1]", "room=null", "eval.samples=0", "eval.features=null"]
-    config = configure(home, "ablate", *small)
+    for options in ([], ["--rank", "gain_auc"]):
+        assert compare_main([*arguments, *options, "--output-dir", str(home / "runs")]) == 0
+    small = [*SMALL_EVAL, "injected=[1]", "headroom=null", "eval.samples=0", "eval.features=null"]
+    config = configure(home, "analyze", *small)
     config.eval.planners = [str(planner)]
-    assert (ablate(config) / "ablations.json").is_file()
+    assert (analyze(config) / "analysis.json").is_file()
 
 
-def test_a_grid_is_trained_and_evaluated_there(home: Path) -> None:
-    grid = configure(home, "results", *SMALL_EVAL, "seeds=[0]", "eval.samples=0")
-    grid.runs = [[*SMALL_PLANNER, "agent=bc", "agent.steps=2", "agent.evaluate_every=2"]]
-    grid.eval.features = None
-    assert (results(grid) / "results.json").is_file()
+def test_a_suite_is_trained_and_evaluated_there(home: Path) -> None:
+    suite = configure(home, "reproduce", *SMALL_EVAL, "seeds=[0]", "eval.samples=0")
+    suite.runs = [[*SMALL_PLANNER, "agent=bc", "agent.steps=2", "agent.evaluate_every=2"]]
+    suite.eval.features = None
+    assert (reproduce(suite) / "results.json").is_file()
 
 
 def test_token_sets_and_tokenisers_lie_there(home: Path) -> None:

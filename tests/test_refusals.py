@@ -16,8 +16,8 @@ REFUSED = [
     ("evaluate", ["eval.samples=1"], "eval.samples"),
     ("generate", ["n=0"], "n must be"),
     ("rollouts", ["split=train"], "split="),
-    ("ablate", ["injected=[0]"], "injected"),
-    ("results", ["runs=[[agent=bc],[agent=bc,agent.steps=0]]"], "agent.steps"),
+    ("analyze", ["injected=[0]"], "injected"),
+    ("reproduce", ["runs=[[agent=bc],[agent=bc,agent.steps=0]]"], "agent.steps"),
 ]
 
 

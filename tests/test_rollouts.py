@@ -20,7 +20,8 @@ from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.envs.gymnasium import NextBlockEnv
 from orderrl.envs.reward import RewardConfig
 from orderrl.envs.spaces import observation_space
-from orderrl.rollouts import record, record_dataset, rollouts, write_minari
+from orderrl.evaluation.transitions import record, record_dataset, write_minari
+from orderrl.rollouts import rollouts
 from tests.helpers import tiny_backbone
 
 REWARD = RewardConfig("likelihood", step_cost=0.3)

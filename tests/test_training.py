@@ -25,8 +25,9 @@ from orderrl.backbones import (
 from orderrl.backbones.registry import weights_fingerprint
 from orderrl.data import load_split
 from orderrl.evaluate import evaluate
+from orderrl.evaluation.columns import empty_row
 from orderrl.evaluation.comparison import code_length_at
-from orderrl.evaluation.protocol import EMPTY_ROW, Evaluated, folder_name, free_folder
+from orderrl.evaluation.rows import Evaluated, folder_name, free_folder
 from orderrl.evaluation.runs import open_evaluation
 from orderrl.factory import Setup, open_backbone, setup_of
 from orderrl.generate import generate
@@ -290,7 +291,7 @@ def test_no_training_changes_a_byte_of_the_backbone(home: Path, cloned: Path, ov
 def test_results_have_every_column_and_null_where_a_metric_does_not_apply(evaluated: Path) -> None:
     results = json.loads((evaluated / "results.json").read_text())
     rows = {row["policy"]: row for row in results["rows"]}
-    assert all(set(row) == set(EMPTY_ROW) for row in rows.values())
+    assert all(set(row) == set(empty_row()) for row in rows.values())
     assert rows["oracle"]["oracle_top1"] == 1 and rows["oracle"]["regret"] == 0
     assert rows["oracle"]["frechet_distance"] is None and rows["raster"]["frechet_distance"] > 0
     assert rows["multiscale@4"]["steps"] == 4 and rows["raster"]["steps"] == 16

@@ -12,6 +12,7 @@ Four questions of the research notes, each a function, on held-out images under 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -24,15 +25,21 @@ from torch import Tensor
 
 from orderrl.agents.play import Rollout
 from orderrl.agents.policies import Scorer
+from orderrl.agents.registry import NamedPolicy
 from orderrl.backbones import Backbone
 from orderrl.backbones.protocol import backbone_device
 from orderrl.data import TokenSet
 from orderrl.envs.core import CoreConfig, NextBlockCore
-from orderrl.evaluation.protocol import Protocol
+from orderrl.evaluation.columns import all_columns
+from orderrl.evaluation.comparison import Pair, compare
+from orderrl.evaluation.protocol import EvaluationProtocol
+from orderrl.evaluation.row_entries import image_average, image_means, image_sums
+from orderrl.evaluation.rows import Evaluated
 from orderrl.metrics.calibration import rank_correlation, state_observation
 from orderrl.metrics.order import order_agreement
 from orderrl.metrics.recognisability import area_over_fraction, at_fractions, complete, recognise, shown_images
 from orderrl.metrics.statistics import Interval, bootstrap_band, bootstrap_sums
+from orderrl.oracle import utilities
 
 REMOVALS = ("other image", "mean")
 """How content is removed: the observation of another image (its class too) in the same context, or hidden states and
@@ -77,7 +84,7 @@ def without_content(observation: TensorDict) -> TensorDict:
     return TensorDict({**observation.to_dict(), **changed}, batch_size=observation.batch_size)
 
 
-def ablated_observations(p: Protocol) -> dict[str, TensorDict]:
+def ablated_observations(p: EvaluationProtocol) -> dict[str, TensorDict]:
     """Observations of the shared states, by "true" and the names of `REMOVALS`, batch (m,) each."""
     states = p.states
     assert states is not None
@@ -89,7 +96,7 @@ def ablated_observations(p: Protocol) -> dict[str, TensorDict]:
 
 
 def content_ablation(
-    p: Protocol, observations: Mapping[str, TensorDict], scorer: Scorer, utility: Tensor
+    p: EvaluationProtocol, observations: Mapping[str, TensorDict], scorer: Scorer, utility: Tensor
 ) -> ContentAblation:
     """Score the shared states with their content and without, and compare with the oracle.
 
@@ -109,7 +116,7 @@ def content_ablation(
     moments = {name: moments_by_image(values, utility, hidden, image) for name, values in scores.items()}
 
     def interval(sums: NDArray[np.float64], statistic: Callable[..., Any]) -> Interval:
-        return bootstrap_sums(sums, statistic, p.resamples, seed=p.seed)
+        return bootstrap_sums(sums, statistic, p.config.resamples, seed=p.seed)
 
     return ContentAblation(
         {
@@ -126,13 +133,6 @@ def content_ablation(
     )
 
 
-def image_average(values: Tensor, image: Tensor) -> Tensor:
-    """Mean over the states of each image, (images,) float64, images ascending; values (m,), image (m,) int64."""
-    _, group = image.unique(return_inverse=True)
-    count = torch.bincount(group)
-    return torch.zeros(len(count), dtype=torch.float64).index_add_(0, group, values.double()) / count
-
-
 def moments_by_image(scores: Tensor, utility: Tensor, hidden: Tensor, image: Tensor) -> NDArray[np.float64]:
     """Sums over the candidates of each image: 1, s, U, s^2, U^2, s U, (6, images); arguments (m, c), image (m,)."""
     # centred over everything first, so that differences of large sums keep their digits
@@ -140,18 +140,51 @@ def moments_by_image(scores: Tensor, utility: Tensor, hidden: Tensor, image: Ten
     return image_sums(torch.stack([hidden.double(), s, u, s * s, u * u, s * u]).sum(-1), image)
 
 
-def image_sums(values: Tensor, image: Tensor) -> NDArray[np.float64]:
-    """Sums over the states of each image, images ascending: values (k, m), image (m,) int64 -> (k, images)."""
-    _, group = image.unique(return_inverse=True)
-    sums = torch.zeros(len(values), int(group.max()) + 1, dtype=torch.float64)
-    return sums.index_add_(1, group, values.double()).numpy()
-
-
 def pooled_r2(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     """Squared correlation of s and U from the sums of 1, s, U, s^2, U^2, s U: (6, ...) -> (...); 0 for equal scores."""
     n, s, u, ss, uu, su = sums
     covariance, spread, total = su - s * u / n, ss - s * s / n, uu - u * u / n
     return np.where(spread > 1e-12 * n, covariance**2 / np.maximum(spread * total, 1e-300), 0.0)
+
+
+def oracle_utility(p: EvaluationProtocol) -> Tensor:
+    """U of every block in the shared states, (m, B), nats per image token."""
+    assert p.states is not None
+    gains = p.states["gains"]
+    return utilities(gains, p.backbone.geometry)
+
+
+def content_entries(p: EvaluationProtocol, policies: Sequence[NamedPolicy]) -> list[dict[str, Any]]:
+    """One entry for each policy that scores observations, with and without their content.
+
+    The family of comparisons, corrected by Holm, is all removals of all policies.
+    """
+    utility, observations = oracle_utility(p), ablated_observations(p)
+    found: list[dict[str, Any]] = []
+    pairs: list[Pair] = []
+    for named in policies:
+        if named.scorer is None:
+            continue
+        ablation = content_ablation(p, observations, named.scorer, utility)
+        known = torch.stack(list(ablation.spearman.values())).isfinite().all(0)
+        spearman = {name: values[known] for name, values in ablation.spearman.items()}
+        if int(known.sum()) < 2:
+            continue
+        pairs += [
+            Pair(f"{named.name}, {name}", "spearman", spearman["true"][None], spearman[name][None]) for name in REMOVALS
+        ]
+        found.append(
+            {
+                "policy": named.name,
+                "spearman": image_means(spearman, p.config.resamples, p.seed),
+                "r2": {name: asdict(interval) for name, interval in ablation.r2.items()},
+                "r2_difference": {name: asdict(interval) for name, interval in ablation.r2_difference.items()},
+            }
+        )
+    compared = iter(compare(pairs, p.config.resamples, p.seed))
+    for row in found:
+        row["spearman_difference"] = {name: next(compared) for name in REMOVALS}
+    return found
 
 
 # ---------------------------------------------------------------------- injection
@@ -230,7 +263,7 @@ def best_blocks(scores: Tensor, visible: Tensor, count: int) -> Tensor:
     return scores.masked_fill(visible, -torch.inf).topk(count, dim=1).indices
 
 
-def random_injection(p: Protocol, states: TensorDict, count: int, sets: int = RANDOM_SETS) -> Injection:
+def random_injection(p: EvaluationProtocol, states: TensorDict, count: int, sets: int = RANDOM_SETS) -> Injection:
     """Means over several random sets of hidden blocks in each state; arguments as in `injection`."""
     generator = torch.Generator().manual_seed(p.seed)
     parts = [
@@ -243,6 +276,55 @@ def random_injection(p: Protocol, states: TensorDict, count: int, sets: int = RA
         for _ in range(sets)
     ]
     return Injection(*(torch.stack(values).mean(0) for values in zip(*parts, strict=True)))
+
+
+def checked_counts(counts: Sequence[int], backbone: Backbone) -> list[int]:
+    """Numbers of blocks to inject.
+
+    Raises:
+        ValueError: if one of them is not positive or leaves no block hidden.
+    """
+    blocks = backbone.geometry.num_blocks
+    if not counts or min(counts) < 1 or max(counts) >= blocks:
+        raise ValueError(f"injected must be numbers of blocks from 1 to {blocks - 1}, got {list(counts)}")
+    return list(counts)
+
+
+def injection_entries(
+    p: EvaluationProtocol, scores: Mapping[str, Tensor | None], counts: Sequence[int]
+) -> list[dict[str, Any]]:
+    """One entry for each number of blocks and policy with scores, for the oracle's best and for random blocks.
+
+    Drops are compared with those of random blocks; the family, corrected by Holm, is all of them.
+    """
+    states = p.states
+    assert states is not None
+    ranked = {name: values for name, values in scores.items() if values is not None and name != "random"}
+    ranked["oracle"] = oracle_utility(p)
+    found: list[dict[str, Any]] = []
+    pairs: list[Pair] = []
+    for count in counts:
+        chosen = states[(~states["visible"]).sum(1) > count]
+        rows = (~states["visible"]).sum(1) > count
+        drops = {"random": random_injection(p, chosen, count)}
+        for name, values in ranked.items():
+            blocks = best_blocks(values[rows], chosen["visible"], count)
+            drops[name] = injection(p.backbone, p.data, chosen, blocks)
+        for name, drop in drops.items():
+            entry = {"policy": name, "blocks": count, "states": len(chosen)}
+            found.append(entry | _drop_entry(p, drop, chosen["image"]))
+            if name != "random":
+                mine, chance = (image_average(x.drop, chosen["image"])[None] for x in (drop, drops["random"]))
+                pairs.append(Pair(f"{name}, {count} blocks", "drop", mine, chance))
+    compared = iter(compare(pairs, p.config.resamples, p.seed))
+    for entry in found:
+        entry["against_random"] = None if entry["policy"] == "random" else next(compared)
+    return found
+
+
+def _drop_entry(p: EvaluationProtocol, drop: Injection, image: Tensor) -> dict[str, Any]:
+    values = {"loss_before": drop.before, "loss_after": drop.after, "drop": drop.drop}
+    return image_means({name: image_average(x, image) for name, x in values.items()}, p.config.resamples, p.seed)
 
 
 # ---------------------------------------------------------------------- orders and curves
@@ -261,7 +343,31 @@ def order_agreements(rollouts: Sequence[Rollout]) -> list[list[float]]:
     ]
 
 
-def quality_curves(p: Protocol, rollout: Rollout) -> dict[str, dict[str, list[float]]]:
+def order_entries(p: EvaluationProtocol, rows: Sequence[Evaluated]) -> dict[str, Any]:
+    """Rows of the table, paired differences from the first policy, and how alike the orders are."""
+    first, metrics = rows[0], [column.name for column in all_columns("compare") if column.direction]
+    pairs = [
+        Pair(
+            f"{row.row['policy']} - {first.row['policy']}",
+            metric,
+            row.per_image[metric][None],
+            first.per_image[metric][None],
+        )
+        for row in rows[1:]
+        for metric in metrics
+        if metric in row.per_image
+    ]
+    return {
+        "rows": [row.row for row in rows],
+        "comparisons": compare(pairs, p.config.resamples, p.seed),
+        "agreement": {
+            "policies": [row.row["policy"] for row in rows],
+            "spearman": order_agreements([row.rollout for row in rows if row.rollout is not None]),
+        },
+    }
+
+
+def quality_curves(p: EvaluationProtocol, rollout: Rollout) -> dict[str, dict[str, list[float]]]:
     """What the partly revealed images of a rollout are worth, against the revealed fraction.
 
     Returns:
@@ -275,19 +381,21 @@ def quality_curves(p: Protocol, rollout: Rollout) -> dict[str, dict[str, list[fl
     curves: dict[str, dict[str, list[float]]] = {}
     for name, moments in values.items():
         area = area_over_fraction(moments, fraction)
-        band = bootstrap_band(torch.cat([at_fractions(moments, fraction, at), area[None]]), p.resamples, seed=p.seed)
+        band = bootstrap_band(
+            torch.cat([at_fractions(moments, fraction, at), area[None]]), p.config.resamples, seed=p.seed
+        )
         curves[name] = {"fraction": at.tolist()}
         curves[name] |= {key: end[:-1].tolist() for key, end in zip(("mean", "low", "high"), band, strict=True)}
         curves[name]["area"] = [float(end[-1]) for end in band]
     return curves
 
 
-def _shown_values(p: Protocol, rollout: Rollout) -> dict[str, Tensor]:
+def _shown_values(p: EvaluationProtocol, rollout: Rollout) -> dict[str, Tensor]:
     """Error, confidence and accuracy of the images shown at each moment, (T + 1, n) each."""
 
     @cache
     def completed(moment: int) -> Tensor:
-        return complete(p.backbone, p.data, rollout, moment, p.sampling, p.seed)
+        return complete(p.backbone, p.data, rollout, moment, p.config.sampling, p.seed)
 
     fill = "grey" if p.recogniser is None else p.recogniser.fill
     truth = p.data.images(rollout.tokens).float()

@@ -1,309 +1,293 @@
-"""The columns of the table: how the rows of `results.json` are written and explained."""
+"""The metrics of the table, the only list of them: rows, screen, Markdown, pages, comparisons and ranks follow it.
+
+A metric of your own is one call: its column, with the values of a policy's rollout or samples.
+
+    register_metric(Column("first_loss", "loss after a step", "nats", 3, "Loss left after the first step.", LOWER,
+                           per_image=lambda rollout, backbone: rollout.losses[1].sum(-1)), "planning")
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
+from orderrl.agents.play import Rollout
+from orderrl.backbones import Backbone
+from orderrl.metrics.order import consecutive_distance, visible_neighbours
 from orderrl.metrics.quality import INCEPTION, distance_name
 
 DASH = "–"
 MINUS = "−"
+HIGHER, LOWER = 1, -1
+PLACES = ("screen", "markdown", "compare", "orders", "quality", "cost")
+PerImage = Callable[[Rollout, Backbone], Tensor]
+PerSample = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column of the table.
+    """A metric, or what else a row says of a policy.
 
     Attributes:
-        key: in a row of `results.json`; "<key>_ci" is the interval of the value, if a row has it.
-        header: ends in an arrow, ↑ or ↓, where higher or lower is better.
-        unit: "" is none.
-        show: formats a value.
-        meaning: explains the column in a line.
+        name: key in a row of `results.json`.
+        heading: of its column.
+        unit: of the numbers that are shown; "" is none.
+        digits: behind the point; None shows the value as text.
+        help: explains it in a line.
+        direction: `HIGHER` or `LOWER` where that is better, else 0.
+        scale: what a value is multiplied by where it is shown.
+        interval: whether a row has the 95 % interval of the value as "<name>_ci", [low, high].
         text: whether values are words.
+        clock: whether it was measured with a clock, and so differs between two runs of one policy.
+        places: where it stands besides the page, words of `PLACES`: screen and leaderboard, Markdown, the default
+            metrics of `compare`, the orders of `analyze`, and both axes of quality against cost.
+        inception: its heading if it was measured in Inception features.
+        per_image: gives the values of a rollout's images, (n,) float, whose mean it is; None if it is measured in
+            another way.
+        per_sample: gives the values of generated images (n, 3, H, W) uint8 of classes (n,) int64, (n,) float; likewise.
     """
 
-    key: str
-    header: str
+    name: str
+    heading: str
     unit: str
-    show: Callable[[Any], str]
-    meaning: str
+    digits: int | None
+    help: str
+    direction: int = 0
+    scale: float = 1.0
+    interval: bool = True
     text: bool = False
+    clock: bool = False
+    places: str = ""
+    inception: str = ""
+    per_image: PerImage | None = None
+    per_sample: PerSample | None = None
+
+    def __post_init__(self) -> None:
+        unknown = [place for place in self.places.split() if place not in PLACES]
+        if unknown or self.direction not in (HIGHER, 0, LOWER):
+            raise ValueError(
+                f"column {self.name!r}: places={self.places!r} must be of {', '.join(PLACES)}, and "
+                f"direction={self.direction!r} 1, 0 or -1"
+            )
+
+    @property
+    def header(self) -> str:
+        """The heading, and an arrow that points to better values."""
+        return f"{self.heading} {'↑' if self.direction > 0 else '↓'}" if self.direction else self.heading
+
+    @property
+    def title(self) -> str:
+        """The header with the unit."""
+        return f"{self.header} ({self.unit})" if self.unit else self.header
+
+    def show(self, value: Any) -> str:
+        """A value as text."""
+        if self.digits is None:
+            return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        return f"{self.scale * value:.{self.digits}f}".replace("-", MINUS)
 
 
-def _number(digits: int) -> Callable[[Any], str]:
-    return lambda value: f"{value:.{digits}f}".replace("-", MINUS)
+def _setting(name: str, heading: str, unit: str, help: str, text: bool = False) -> Column:
+    """What a row says of a policy besides what was measured."""
+    return Column(name, heading, unit, None, help, interval=False, text=text)
 
 
-def _percent(value: Any) -> str:
-    return f"{100 * value:.1f}".replace("-", MINUS)
-
-
-def _milliseconds(value: Any) -> str:
-    return f"{1000 * value:.1f}"
-
-
-def _words(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-GROUPS: dict[str, tuple[Column, ...]] = {
-    "policy": (Column("policy", "policy", "", _words, "What chooses the next block.", text=True),),
-    "planning": (
-        Column(
-            "gain_auc",
-            "gain AUC ↑",
-            "share of loss",
-            _number(4),
-            "Information-gain AUC: area under gain against revealed fraction, divided by the image's loss with nothing "
-            "revealed.",
-        ),
-        Column(
-            "likelihood_return",
-            "likelihood return ↑",
-            "nats per token",
-            _number(3),
-            "Sum of rewards of the likelihood objective.",
-        ),
-        Column(
-            "far_gain",
-            "far gain ↑",
-            "%",
-            _percent,
-            "Far-context gain: share of the gain that falls on blocks which do not touch the revealed one.",
-        ),
-        Column(
-            "decode_nll",
-            "decode NLL ↓",
-            "nats per image",
-            _number(2),
-            "Code length of the image under the parallel block sampler with this schedule.",
-        ),
-        Column(
-            "decode_loss",
-            "decode loss ↓",
-            "DiffLoss per image",
-            _number(3),
-            "Sum of the diffusion losses charged by the parallel block sampler: masked models have no code length.",
-        ),
-        Column(
-            "recognisability_auc",
-            "recognisability ↑",
-            "area",
-            _number(3),
-            "Area under the classifier's confidence in the true class against revealed fraction.",
-        ),
-        Column(
-            "recognisability_accuracy_auc",
-            "recognised ↑",
-            "area",
-            _number(3),
-            "Area under the classifier's accuracy against revealed fraction.",
-        ),
-    ),
-    "agreement": (
-        Column(
-            "oracle_top1",
-            "oracle top-1 ↑",
-            "%",
-            _percent,
-            "How often the first-ranked block is the hindsight oracle's, on a shared set of states.",
-        ),
-        Column(
-            "oracle_spearman",
-            "oracle Spearman ↑",
-            "rank corr.",
-            _number(3),
-            "Rank correlation of block scores with the hindsight utility, on the same states.",
-        ),
-        Column(
-            "oracle_kendall",
-            "oracle Kendall ↑",
-            "rank corr.",
-            _number(3),
-            "Kendall's tau-b of block scores and hindsight utility, on the same states.",
-        ),
-        Column(
-            "regret",
-            "regret ↓",
-            "nats per token",
-            _number(4),
-            "Best hindsight utility minus that of the first-ranked block, on the same states.",
-        ),
-        Column(
-            "lookahead_regret",
-            "lookahead regret ↓",
-            "nats per token",
-            _number(4),
-            "Best expected utility over the backbone's own draws minus that of the first-ranked block: what a policy "
-            "without hindsight could have gained.",
-        ),
-        Column(
-            "calibration_error",
-            "calibration error ↓",
-            "nats per token",
-            _number(4),
-            "Mean distance of the utility predicted from the score and the utility found, in bins of equal numbers; "
-            "read it beside R².",
-        ),
-        Column(
-            "calibration_r2",
-            "R² ↑",
-            "",
-            _number(3),
-            "Share of the variance of utilities that the scores explain by one line.",
-        ),
-        Column(
-            "score_std",
-            "score spread",
-            "score",
-            _number(3),
-            "Standard deviation of the scores of a state's hidden blocks, in their own unit.",
-        ),
-    ),
-    "order": (
-        Column(
-            "consecutive_distance",
-            "jump",
-            "blocks",
-            _number(2),
-            "Mean distance between the centres of blocks that follow each other.",
-        ),
-        Column(
-            "visible_neighbours",
-            "visible neighbours",
-            "%",
-            _percent,
-            "Share of a block's neighbours that are visible when it is revealed.",
-        ),
-        Column(
-            "first_choice_entropy",
-            "first-choice entropy",
-            "nats",
-            _number(2),
-            "Entropy over images of the block that is revealed first: 0 if it is always the same.",
-        ),
-    ),
-    "cost": (
-        Column("steps", "steps", "per image", _number(1), "Planner steps until the image is complete."),
-        Column("decode_calls", "decode calls", "per image", _number(1), "Sequential calls of the backbone's decoder."),
-        Column(
-            "seconds_per_image",
-            "time",
-            "ms per image",
-            _milliseconds,
-            "Wall time of drawing the samples, batched, with the policy's own time.",
-        ),
-        Column(
-            "rollout_seconds_per_image",
-            "rollout time",
-            "ms per image",
-            _milliseconds,
-            "Wall time of scoring a test image in the policy's order, batched: the context losses of every step.",
-        ),
-    ),
-    "samples": (
-        Column(
-            "frechet_distance",
-            "Fréchet distance ↓",
-            "squared features",
-            _number(2),
-            "Distance of samples from all real images in the features named beside it; FID only in Inception features.",
-        ),
-        Column(
-            "frechet_distance_infinity",
-            "Fréchet ∞ ↓",
-            "squared features",
-            _number(2),
-            "The Fréchet distance extrapolated to endlessly many samples, which takes away its bias.",
-        ),
-        Column(
-            "inception_score",
-            "inception score ↑",
-            "",
-            _number(2),
-            "How sure the extractor's classifier is of each sample, and how evenly the samples cover its classes.",
-        ),
-        Column(
-            "kid",
-            "kernel distance ↓",
-            "squared",
-            _number(4),
-            "Samples against real images by a cubic kernel: unbiased, so it may fall a little below 0; KID in "
-            "Inception features.",
-        ),
-        Column(
-            "cmmd",
-            "CMMD ↓",
-            "times 1,000",
-            _number(3),
-            "Samples against real images by a Gaussian kernel on CLIP features of unit length; published numbers are "
-            "in the features clip-vit-l-14-336px.",
-        ),
-        Column("precision", "precision ↑", "%", _percent, "Samples that lie near a real image."),
-        Column("recall", "recall ↑", "%", _percent, "Real images that lie near a sample."),
-        Column(
-            "spatial_frechet_distance",
-            "spatial Fréchet ↓",
-            "squared features",
-            _number(2),
-            "Fréchet distance of spatial features, before places are averaged; sFID in Inception features.",
-        ),
-        Column("features", "features", "", _words, "Feature extractor of the distances.", text=True),
-        Column(
-            "clip_score",
-            "CLIP score ↑",
-            "of 100",
-            _number(2),
-            "100 times the cosine of the CLIP features of a sample and of a caption that names its class, at least 0.",
-        ),
-        Column("accuracy", "accuracy ↑", "%", _percent, "Samples that a classifier assigns to their class."),
-    ),
-    "setting": (
-        Column("objective", "objective", "", _words, "What a learned planner was trained for.", text=True),
-        Column("budgets", "budgets", "blocks", _words, "How many blocks it may reveal in one step.", text=True),
-        Column("R", "R", "passes", _words, "Latent reasoning passes of the planner."),
-        Column("seed", "seed", "", _words, "Training seed."),
-        Column(
-            "step_cost",
-            "step cost",
-            "nats per image",
-            _words,
-            "What a step cost the planner in training, or what a planner that was trained on a range is told.",
-        ),
-    ),
+# fmt: off
+GROUPS: dict[str, list[Column]] = {
+    "policy": [
+        _setting("policy", "policy", "", "What chooses the next block.", text=True),
+    ],
+    "planning": [
+        Column("gain_auc", "gain AUC", "share of loss", 4,
+               "Information-gain AUC: area under gain against revealed fraction, divided by the image's loss with "
+               "nothing revealed.",
+               HIGHER, places="screen markdown compare orders", per_image=lambda rollout, _: rollout.gain_auc),
+        Column("likelihood_return", "likelihood return", "nats per token", 3,
+               "Sum of rewards of the likelihood objective.",
+               HIGHER, per_image=lambda rollout, _: rollout.likelihood_return),
+        Column("far_gain", "far gain", "%", 1,
+               "Far-context gain: share of the gain that falls on blocks which do not touch the revealed one.",
+               HIGHER, scale=100, places="markdown orders"),
+        Column("decode_nll", "decode NLL", "nats per image", 2,
+               "Code length of the image under the parallel block sampler with this schedule.",
+               LOWER, places="screen markdown compare orders quality", per_image=lambda rollout, _: rollout.decode_nll),
+        Column("decode_loss", "decode loss", "DiffLoss per image", 3,
+               "Sum of the diffusion losses charged by the parallel block sampler: masked models have no code length.",
+               LOWER, places="screen markdown quality"),
+        Column("recognisability_auc", "recognisability", "area", 3,
+               "Area under the classifier's confidence in the true class against revealed fraction.",
+               HIGHER, places="screen markdown compare"),
+        Column("recognisability_accuracy_auc", "recognised", "area", 3,
+               "Area under the classifier's accuracy against revealed fraction.", HIGHER),
+    ],
+    "agreement": [
+        Column("oracle_top1", "oracle top-1", "%", 1,
+               "How often the first-ranked block is the hindsight oracle's, on a shared set of states.",
+               HIGHER, scale=100),
+        Column("oracle_spearman", "oracle Spearman", "rank corr.", 3,
+               "Rank correlation of block scores with the hindsight utility, on the same states.",
+               HIGHER, places="markdown"),
+        Column("oracle_kendall", "oracle Kendall", "rank corr.", 3,
+               "Kendall's tau-b of block scores and hindsight utility, on the same states.", HIGHER),
+        Column("regret", "regret", "nats per token", 4,
+               "Best hindsight utility minus that of the first-ranked block, on the same states.",
+               LOWER, places="markdown"),
+        Column("lookahead_regret", "lookahead regret", "nats per token", 4,
+               "Best expected utility over the backbone's own draws minus that of the first-ranked block: what a "
+               "policy without hindsight could have gained.", LOWER),
+        Column("calibration_error", "calibration error", "nats per token", 4,
+               "Mean distance of the utility predicted from the score and the utility found, in bins of equal "
+               "numbers; read it beside R².", LOWER, interval=False),
+        Column("calibration_r2", "R²", "", 3,
+               "Share of the variance of utilities that the scores explain by one line.", HIGHER, interval=False),
+        Column("score_std", "score spread", "score", 3,
+               "Standard deviation of the scores of a state's hidden blocks, in their own unit."),
+    ],
+    "order": [
+        Column("consecutive_distance", "jump", "blocks", 2,
+               "Mean distance between the centres of blocks that follow each other.",
+               places="orders", per_image=lambda rollout, _: consecutive_distance(rollout.order, rollout.geometry)),
+        Column("visible_neighbours", "visible neighbours", "%", 1,
+               "Share of a block's neighbours that are visible when it is revealed.",
+               scale=100, places="orders", per_image=lambda rollout, _: visible_neighbours(rollout).mean(1)),
+        Column("first_choice_entropy", "first-choice entropy", "nats", 2,
+               "Entropy over images of the block that is revealed first: 0 if it is always the same.", interval=False),
+    ],
+    "cost": [
+        Column("steps", "steps", "per image", 1,
+               "Planner steps until the image is complete.",
+               places="screen markdown compare cost", per_image=lambda rollout, _: rollout.steps),
+        Column("decode_calls", "decode calls", "per image", 1,
+               "Sequential calls of the backbone's decoder.",
+               per_image=lambda rollout, backbone: rollout.steps * backbone.draws_per_block),
+        Column("seconds_per_image", "time", "ms per image", 1,
+               "Wall time of drawing the samples, batched, with the policy's own time.",
+               scale=1000, interval=False, clock=True, places="cost"),
+        Column("rollout_seconds_per_image", "rollout time", "ms per image", 1,
+               "Wall time of scoring a test image in the policy's order, batched: the context losses of every step.",
+               scale=1000, interval=False, clock=True),
+    ],
+    "samples": [
+        Column("frechet_distance", "Fréchet distance", "squared features", 2,
+               "Distance of samples from all real images in the features named beside it; FID only in Inception "
+               "features.", LOWER, places="screen markdown quality", inception=distance_name(INCEPTION)),
+        Column("frechet_distance_infinity", "Fréchet ∞", "squared features", 2,
+               "The Fréchet distance extrapolated to infinitely many samples, which takes away its bias.",
+               LOWER, interval=False),
+        Column("inception_score", "inception score", "", 2,
+               "How sure the extractor's classifier is of each sample, and how evenly the samples cover its classes.",
+               HIGHER, interval=False, places="markdown"),
+        Column("kid", "kernel distance", "squared", 4,
+               "Samples against real images by a cubic kernel: unbiased, so it may fall a little below 0; KID in "
+               "Inception features.", LOWER, interval=False, places="markdown", inception="KID"),
+        Column("cmmd", "CMMD", "times 1,000", 3,
+               "Samples against real images by a Gaussian kernel on CLIP features of unit length; published numbers "
+               "are in the features clip-vit-l-14-336px.", LOWER, interval=False, places="markdown"),
+        Column("precision", "precision", "%", 1,
+               "Samples that lie near a real image.", HIGHER, scale=100, places="markdown"),
+        Column("recall", "recall", "%", 1, "Real images that lie near a sample.", HIGHER, scale=100, places="markdown"),
+        Column("spatial_frechet_distance", "spatial Fréchet", "squared features", 2,
+               "Fréchet distance of spatial features, before places are averaged; sFID in Inception features.",
+               LOWER, places="markdown", inception=f"s{distance_name(INCEPTION)}"),
+        _setting("features", "features", "", "Feature extractor of the distances.", text=True),
+        Column("clip_score", "CLIP score", "of 100", 2,
+               "100 times the cosine of the CLIP features of a sample and of a caption that names its class, at "
+               "least 0.", HIGHER, places="markdown"),
+        Column("accuracy", "accuracy", "%", 1,
+               "Samples that a classifier assigns to their class.",
+               HIGHER, scale=100, places="screen markdown quality"),
+    ],
+    "setting": [
+        _setting("objective", "objective", "", "What a learned planner was trained for.", text=True),
+        _setting("budgets", "budgets", "blocks", "How many blocks it may reveal in one step.", text=True),
+        _setting("R", "R", "passes", "Latent reasoning passes of the planner."),
+        _setting("seed", "seed", "", "Training seed."),
+        _setting("step_cost", "step cost", "nats per image",
+                 "What a step cost the planner in training, or the cost given to a planner that was trained on a "
+                 "range."),
+    ],
 }
-"""Columns by what they are about; a column without a value in any row is left out."""
+# fmt: on
+"""Columns by what they are about; one without a value in any row is left out."""
 
-COLUMNS = tuple(chain.from_iterable(GROUPS.values()))
+_WITHOUT_COLUMN = (
+    *("family", "rival", "recognisability_curve", "visible_neighbours_curve", "reliability"),
+    *("decode_bits", "decode_bits_ci"),
+)
+"""Entries of a row that no table shows. `family` is the policy without schedule and step cost; `rival` is false for
+oracle and lookahead, which know or try out hidden tokens and are evaluated on the first images only."""
 
 
-def shown_columns(rows: Sequence[dict[str, Any]]) -> dict[str, list[Column]]:
+def register_metric(column: Column, group: str) -> None:
+    """Add a metric, which every table then shows where a row has a value: the mean with its interval.
+
+    Args:
+        column: with a function `per_image` or `per_sample`.
+        group: one of `GROUPS`.
+
+    Raises:
+        ValueError: if the name is taken, there is no such group, or the column has not one of the two functions.
+    """
+    if column.name in empty_row():
+        raise ValueError(f"a metric {column.name!r} exists already; choose another name")
+    if group not in GROUPS:
+        raise ValueError(f"group={group!r} is unknown; choose one of {', '.join(GROUPS)}")
+    if (column.per_image is None) == (column.per_sample is None):
+        raise ValueError(f"metric {column.name!r} must have either per_image or per_sample")
+    GROUPS[group].append(column)
+
+
+def all_columns(place: str | None = None) -> list[Column]:
+    """All columns in the order of the table, or those of one of `PLACES`."""
+    found = [column for columns in GROUPS.values() for column in columns]
+    return found if place is None else [column for column in found if place in column.places.split()]
+
+
+def column_of(name: str) -> Column:
+    """The column of a metric; of one that no table has, such as an analysis's own, its name with four digits."""
+    made = Column(name, name.replace("_", " "), "", 4, "")
+    return next((column for column in all_columns() if column.name == name), made)
+
+
+def empty_row() -> dict[str, Any]:
+    """A row of `results.json` in which nothing is known: every entry, and None."""
+    entries = [*(column.name for column in all_columns()), *_WITHOUT_COLUMN]
+    return dict.fromkeys([*entries, *(f"{column.name}_ci" for column in all_columns() if column.interval)])
+
+
+def is_rival(row: Mapping[str, Any]) -> bool:
+    """False for rows of policies that know or try out hidden tokens, and are evaluated on the first images only."""
+    return row.get("rival") is not False
+
+
+def learned_policies(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of the learned planners, those with a number of reasoning passes R, in the order of the table."""
+    return list(dict.fromkeys(row["policy"] for row in rows if row.get("R") is not None))
+
+
+def measured(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """The columns that have a value in some row."""
+    return [column for column in columns if any(row.get(column.name) is not None for row in rows)]
+
+
+def shown_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Column]]:
     """The columns of the table by group: the policy, and all others that have a value in some row."""
-    groups = {
-        group: [c for c in columns if c.key == "policy" or any(row.get(c.key) is not None for row in rows)]
-        for group, columns in GROUPS.items()
-    }
-    return {group: columns for group, columns in groups.items() if columns}
+    groups = {group: columns if group == "policy" else measured(columns, rows) for group, columns in GROUPS.items()}
+    return {group: list(columns) for group, columns in groups.items() if columns}
 
 
-def header_of(column: Column, rows: Sequence[dict[str, Any]]) -> str:
-    """The column's header; distances are headed FID, KID and sFID if all are in Inception features."""
-    inception = {
-        "frechet_distance": distance_name(INCEPTION),
-        "kid": "KID",
-        "spatial_frechet_distance": f"s{distance_name(INCEPTION)}",
-    }
+def in_features(column: Column, rows: Sequence[Mapping[str, Any]]) -> Column:
+    """The column with its heading for the features used: distances are FID, KID and sFID if all are in Inception's."""
     used = {row.get("features") for row in rows if row.get("frechet_distance") is not None}
-    return f"{inception[column.key]} ↓" if column.key in inception and used == {INCEPTION} else column.header
+    return replace(column, heading=column.inception) if column.inception and used == {INCEPTION} else column
 
 
-def cell_of(row: dict[str, Any], column: Column) -> dict[str, Any]:
+def cell_of(row: Mapping[str, Any], column: Column) -> dict[str, Any]:
     """A cell as text: what is shown, its interval if there is one, and the number or word to sort by."""
-    value, interval = row.get(column.key), row.get(f"{column.key}_ci")
+    value, interval = row.get(column.name), row.get(f"{column.name}_ci")
     if value is None:
         return {"shown": DASH, "note": "", "sort": ""}
     note = f"{column.show(interval[0])} to {column.show(interval[1])}" if interval else ""
@@ -311,17 +295,12 @@ def cell_of(row: dict[str, Any], column: Column) -> dict[str, Any]:
     return {"shown": shown, "note": note, "sort": shown if column.text else value}
 
 
-def show_value(metric: str, value: float) -> str:
-    """A value in the digits and units of its metric's column."""
-    return next((column.show for column in COLUMNS if column.key == metric), _number(4))(value)
-
-
 def show_difference(metric: str, value: float) -> str:
-    """A difference, with its sign."""
-    return ("+" if value > 0 else "") + show_value(metric, value)
+    """A difference in the digits and units of its metric's column, with its sign."""
+    return ("+" if value > 0 else "") + column_of(metric).show(value)
 
 
-def show_interval(entry: dict[str, Any]) -> str:
+def show_interval(entry: Mapping[str, Any]) -> str:
     """The interval of a paired comparison."""
     low, high = (show_difference(entry["metric"], entry[end]) for end in ("low", "high"))
     return f"{low} to {high}"

@@ -1,4 +1,6 @@
-"""Paired comparisons of policies over the same images, at equal mean steps where they reveal several blocks.
+"""Paired comparisons of policies over the same images, of one run or several.
+
+Where policies reveal several blocks at once, they are compared at equal mean steps.
 
 All comparisons of a table are one family: `orderrl.metrics.statistics.is_significant` decides on p-values corrected for
 their number (Holm). Intervals are those of single comparisons.
@@ -15,9 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from orderrl.evaluation.protocol import Evaluated
-from orderrl.metrics.statistics import holm, is_significant, paired_bootstrap
-from orderrl.report.summary import is_rival
+from orderrl.evaluation.columns import is_rival
+from orderrl.evaluation.rows import Evaluated
+from orderrl.evaluation.runs import Evaluation, collected
+from orderrl.metrics.statistics import RESAMPLES, holm, is_significant, paired_bootstrap
 
 RESAMPLES_PER_COMPARISON = 100
 """Resamples behind the p-values, at least, for each comparison of the family: Holm multiplies the smallest p-value by
@@ -70,7 +73,8 @@ def code_length_at(rows: Sequence[Evaluated], steps: float) -> Tensor | None:
         (n,) nats per image, linear between the two schedules that give the least mean: what drawing some images by one
         and some by the other reaches, so no schedule of the family is left out; None if steps lie outside them.
     """
-    known = [(float(r.steps.mean()), r.decode_nll) for r in rows if r.steps is not None and r.decode_nll is not None]
+    measured = [row.per_image for row in rows if {"steps", "decode_nll"} <= set(row.per_image)]
+    known = [(float(values["steps"].mean()), values["decode_nll"]) for values in measured]
     between = []
     for (fewer, low), (more, high) in combinations_with_replacement(sorted(known, key=lambda point: point[0]), 2):
         if fewer <= steps <= more:
@@ -143,7 +147,7 @@ def comparisons(rows: Sequence[Evaluated], resamples: int, seed: int) -> list[di
     learned = {name: group for name, group in groups.items() if group[0].row["R"] is not None}
     families: dict[str, list[Evaluated]] = defaultdict(list)
     for row in rows:
-        if row.row["R"] is None and row.decode_nll is not None:
+        if row.row["R"] is None and "decode_nll" in row.per_image:
             families[row.row["family"] or row.row["policy"]].append(row)
     pairs: list[Pair] = []
     done: set[str] = set()
@@ -187,3 +191,103 @@ def _pair(policy: str, opponent: str, metric: str, mine: Tensor, theirs: Tensor,
     at = "" if at_steps is None else f" at {at_steps:.1f} steps"
     named = {"policy": policy, "opponent": opponent, "at_steps": at_steps}
     return Pair(f"{policy} - {opponent}{at}", metric, mine, theirs, named)
+
+
+# ---------------------------------------------------------------------- several runs
+
+
+class RunPairs(NamedTuple):
+    """What is to be compared, and what need not be.
+
+    Attributes:
+        pairs: the family of comparisons.
+        equal: those whose values are equal on every image and metric, as "name", "policy" and "opponent".
+    """
+
+    pairs: list[Pair]
+    equal: list[dict[str, str]]
+
+
+def run_pairs(evaluations: Sequence[Evaluation], metrics: Sequence[str]) -> RunPairs:
+    """The pairs of several runs of one protocol, later ones against the first.
+
+    Values that are equal on every image leave nothing to test, and would only make the correction harsher.
+
+    Raises:
+        ValueError: if there are fewer than two runs, or no policy of them has values for any of the metrics.
+    """
+    if len(evaluations) < 2:
+        raise ValueError("compare needs at least two runs; rank the rows of one with --rank KEY")
+    first, *others = evaluations
+    pairs: list[Pair] = []
+    equal: list[dict[str, str]] = []
+    for other in others:
+        mine, theirs = by_policy(other.rows), by_policy(first.rows)
+        for policy, opponent in _matched(mine, theirs):
+            name = f"{policy} ({other.name}) - {opponent} ({first.name})"
+            named = {"policy": policy, "opponent": opponent}
+            found = _metric_pairs(name, named, mine[policy], theirs[opponent], metrics)
+            different = [pair for pair in found if not _equal(pair.policy, pair.opponent)]
+            pairs += different
+            equal += [{"name": name, **named}] if found and not different else []
+    if not pairs and not equal:
+        measured = sorted({key for run in evaluations for row in run.rows for key in row.per_image})
+        raise ValueError(
+            f"the runs have no policies in common, and no learned planners to compare, with values of "
+            f"{', '.join(metrics)}; they have {', '.join(measured) or 'none'}"
+        )
+    return RunPairs(pairs, equal)
+
+
+def _matched(mine: dict[str, list[Evaluated]], theirs: dict[str, list[Evaluated]]) -> list[tuple[str, str]]:
+    """Names of the policies that are compared."""
+    common = [name for name in mine if name in theirs]
+    learned = [[name for name, rows in run.items() if rows[0].row["R"] is not None] for run in (mine, theirs)]
+    crossed = [(a, b) for a in learned[0] for b in learned[1] if a != b and (a not in common or b not in common)]
+    return [(name, name) for name in common] + crossed
+
+
+def _metric_pairs(
+    name: str, named: dict[str, Any], mine: Sequence[Evaluated], theirs: Sequence[Evaluated], metrics: Sequence[str]
+) -> list[Pair]:
+    found = []
+    for metric in metrics:
+        one, other = stacked(mine, metric), stacked(theirs, metric)
+        if one is not None and other is not None:
+            masked = metric == "decode_nll" and mine[0].row["decode_nll"] is None  # masked models have no nats
+            found.append(Pair(name, "decode_loss" if masked else metric, one, other, named))
+    return found
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool((one == other).all())
+
+
+def compare_runs(
+    evaluations: Sequence[Evaluation], metrics: Sequence[str], resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, Any]:
+    """Compare runs of one protocol.
+
+    Args:
+        evaluations: at least two.
+        metrics: keys of values of single images.
+        resamples, seed: of the bootstrap, as in `compare`.
+
+    Returns:
+        What `comparison.json` holds: as `collected`, with comparisons (as `compare` gives them) and equal.
+    """
+    pairs, equal = run_pairs(evaluations, metrics)
+    entries = compare(pairs, resamples, seed)
+    summary = run_summary([run.name for run in evaluations], entries, equal)
+    return collected(evaluations, summary) | {"comparisons": entries, "equal": equal}
+
+
+def run_summary(runs: Sequence[str], entries: Sequence[dict[str, Any]], equal: Sequence[dict[str, str]]) -> str:
+    """How many differences were found, in a sentence or two."""
+    found = f"{sum(map(is_significant, entries))} of {len(entries)} differences are significant."
+    sentences = [
+        f"{len(runs)} runs of one protocol, compared with {runs[0]}: {found if entries else 'no differences.'}"
+    ]
+    if equal:
+        sentences.append(f"Equal on every image: {', '.join(dict.fromkeys(pair['policy'] for pair in equal))}.")
+    return " ".join(sentences)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from orderrl.agents.play import act
+from orderrl.agents.play import play
 from orderrl.agents.policies import Policy, ReferencePolicy
 from orderrl.agents.schedules import reads_content
 from orderrl.backbones import ARPG, Backbone, OrderRobustTransformer, RasterTransformer, Sampling
@@ -63,7 +63,7 @@ def generate_images(
         sampling: how tokens are drawn; None is temperature 1 and no filter.
         seed: image i is drawn with seed + i, whatever the batch.
         batch_size: images at once.
-        advance: told how many images are done.
+        advance: called with the number of images that were done.
     """
     config = CoreConfig("generate", budgets, sampling=sampling or Sampling(), strict=True, hindsight=False)
     generator = torch.Generator().manual_seed(seed)
@@ -72,8 +72,7 @@ def generate_images(
     for rows in torch.arange(len(labels)).split(batch_size):
         core = NextBlockCore(backbone, data, len(rows), config, seed + int(rows[0]), observe=reads_content(policy))
         core.reset(labels=labels[rows])
-        while not bool(core.visible.all()):
-            core.step(act(policy, core, generator))
+        play(core, policy, generator)
         parts.append((core.tokens.cpu(), core.labels.cpu(), core.reveal_step.cpu()))
         if advance is not None:
             advance(len(rows))
@@ -101,10 +100,10 @@ def generate_published(
         sampling: how tokens are drawn; None is temperature 1 and no filter.
         seed: image i is drawn with seed + i, whatever the batch; ARPG's images share one order, that of the seed.
         batch_size: images at once.
-        advance: told how many images are done.
+        advance: called with the number of images that were done.
 
     Raises:
-        ValueError: if the backbone has no published sampler, or it can't do what `sampling` asks for.
+        ValueError: if the backbone has no published sampler, or it cannot do what `sampling` asks for.
     """
     sampling = sampling or Sampling()
     device, total = backbone_device(backbone), backbone.geometry.num_tokens

@@ -1,4 +1,4 @@
-"""The room a planner has: how much of the gains do places explain, how much content, and what is hindsight?
+"""The headroom of a planner: how much of the gains do places explain, how much content, and what is hindsight?
 
 Predictors are compared with the hindsight oracle in the same states, of images that none of them has seen. They predict
 the utility U of every hidden block, and how much every two hidden blocks tell about each other, their dependence
@@ -7,14 +7,14 @@ the utility U of every hidden block, and how much every two hidden blocks tell a
 - planners cloned on labels (target "pairs") that see ever more, `LEVELS`;
 - lookahead, which needs no training: expected gains over the backbone's own draws.
 
-A planner that reads content has room above "class"; what lookahead with many draws does not explain is hindsight, as
-far as the backbone is calibrated.
+A planner that reads content has headroom above "class"; what lookahead with many draws does not explain is hindsight,
+as far as the backbone is calibrated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,20 +24,41 @@ from scipy.stats import spearmanr
 from tensordict import TensorDict
 from torch import Tensor
 
-from orderrl.agents.bc import Config, clone
+from orderrl.agents.bc import Config as CloningConfig
+from orderrl.agents.bc import clone
 from orderrl.backbones import Backbone
 from orderrl.data import TokenSet
 from orderrl.evaluation.ablations import moments_by_image, pooled_r2
-from orderrl.evaluation.protocol import Protocol
+from orderrl.evaluation.protocol import EvaluationProtocol
 from orderrl.evaluation.row_entries import state_mean
 from orderrl.geometry import BlockGrid
 from orderrl.metrics.calibration import rank_correlation, regret, state_observation
 from orderrl.metrics.statistics import bootstrap_sums
 from orderrl.oracle import Contexts, LabelConfig, label_contexts, utilities
 from orderrl.planner import OrderHead, PlannerConfig
+from orderrl.runtime.progress import progress
+from orderrl.runtime.values import at_least, check_fields, setting
 
 LEVELS = ("positions", "class", "content")
 """What a planner sees: which blocks are visible, and where; the class label too; hidden states and entropies too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadroomConfig:
+    """Settings of `measure_headroom`.
+
+    Raises:
+        ValueError: if a value is not allowed.
+    """
+
+    steps: int = setting(800, "Optimiser steps of each of the three planners that are cloned", at_least(1))
+    draws: list[int] = setting([1, 4, 16], "Draws of each block by lookahead; [] is none", at_least(1))
+    lookahead_states: int = setting(
+        64, "Shared states, evenly spread over the lengths, that lookahead sees", at_least(1)
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 class Prediction(NamedTuple):
@@ -69,7 +90,7 @@ def clone_level(
     labels: TensorDict,
     geometry: BlockGrid,
     shape: PlannerConfig,
-    config: Config,
+    config: CloningConfig,
     seed: int = 0,
 ) -> OrderHead:
     """Clone a planner that sees what a level names.
@@ -139,7 +160,7 @@ def lookahead_prediction(
 # ---------------------------------------------------------------------- comparison
 
 
-def room(
+def headroom(
     predictions: Mapping[str, Prediction], states: TensorDict, geometry: BlockGrid, resamples: int, seed: int = 0
 ) -> list[dict[str, Any]]:
     """Compare predictions with the hindsight oracle.
@@ -201,49 +222,41 @@ def _r2_difference(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     return pooled_r2(sums[:6]) - pooled_r2(sums[6:])
 
 
-def measure_room(
-    p: Protocol,
-    labels: TensorDict,
-    shape: PlannerConfig,
-    config: Config,
-    draws: Sequence[int],
-    lookahead_states: int,
-    advance: Callable[[float, str], None],
-) -> list[dict[str, Any]]:
-    """Clone the levels, look ahead, and compare in the shared states, see `room`.
+def measure_headroom(p: EvaluationProtocol, labels: TensorDict, config: HeadroomConfig) -> list[dict[str, Any]]:
+    """Clone the levels, look ahead, and compare in the shared states, see `headroom`.
 
     Lookahead is slow, so it is compared in some of the states, and the levels in these once more.
 
     Args:
         p: shared states of images that are not labelled for cloning; its backbone looks ahead.
         labels: contexts of other images, to clone from.
-        shape: of the planners.
-        config: of the cloning.
-        draws: numbers of draws of lookahead.
-        lookahead_states: how many of the states it looks ahead in, evenly spread over the lengths; all if there are
-            fewer.
-        advance: told how many steps of cloning or lookaheads were done, and the predictor's name.
+        config: steps of cloning and draws of lookahead.
 
     Raises:
-        ValueError: as `clone_level` and `lookahead_prediction`, and if lookahead_states is below 1.
+        ValueError: as `clone_level` and `lookahead_prediction`.
     """
-    if lookahead_states < 1:
-        raise ValueError(f"lookahead_states must be at least 1, got {lookahead_states}")
-    states, geometry = p.states, p.backbone.geometry
+    states, backbone, geometry = p.states, p.backbone, p.backbone.geometry
     assert states is not None
-    predictions = {}
-    for level in LEVELS:
-        planner = clone_level(level, labels, geometry, shape, config, p.seed)
-        advance(config.steps, level)
-        predictions[level] = level_prediction(level, planner, states)
-    entries = room(predictions, states, geometry, p.resamples, p.seed)
-    if not draws:
-        return entries
-    rows = torch.linspace(0, len(states) - 1, min(lookahead_states, len(states))).round().long()
-    some = states[rows]
-    predictions = {name: found.rows(rows) for name, found in predictions.items()}
-    for count in draws:
-        name = f"lookahead:{count}"
-        predictions[name] = lookahead_prediction(p.backbone, p.data, some, count, p.seed)
-        advance(1, name)
-    return entries + room(predictions, some, geometry, p.resamples, p.seed)
+    shape, cloning = (
+        PlannerConfig.for_backbone(backbone),
+        CloningConfig(target="pairs", steps=config.steps, passes=None),
+    )
+    draws = config.draws if backbone.vocab_size else []  # lookahead needs token probabilities
+    with progress(len(LEVELS) * config.steps + len(draws), "headroom", "steps") as advance:
+        # planners that see ever more
+        predictions = {}
+        for level in LEVELS:
+            planner = clone_level(level, labels, geometry, shape, cloning, p.seed)
+            advance(config.steps, level)
+            predictions[level] = level_prediction(level, planner, states)
+        entries = headroom(predictions, states, geometry, p.config.resamples, p.seed)
+        if not draws:
+            return entries
+        # lookahead, in some of the states
+        rows = torch.linspace(0, len(states) - 1, min(config.lookahead_states, len(states))).round().long()
+        predictions = {name: found.rows(rows) for name, found in predictions.items()}
+        for count in draws:
+            name = f"lookahead:{count}"
+            predictions[name] = lookahead_prediction(backbone, p.data, states[rows], count, p.seed)
+            advance(note=name)
+    return entries + headroom(predictions, states[rows], geometry, p.config.resamples, p.seed)

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -23,7 +23,11 @@ from sklearn.preprocessing import StandardScaler
 from tensordict import TensorDict
 from torch import Tensor
 
-from orderrl.evaluation.ablations import image_average, image_sums
+from orderrl.agents.policies import PlannerPolicy
+from orderrl.agents.registry import NamedPolicy
+from orderrl.evaluation.comparison import Pair, compare
+from orderrl.evaluation.protocol import EvaluationProtocol
+from orderrl.evaluation.row_entries import image_average, image_means, image_sums
 from orderrl.geometry import BlockGrid
 from orderrl.metrics.calibration import rank_correlation, regret, state_observation
 from orderrl.metrics.statistics import bootstrap_sums, ratio
@@ -241,3 +245,41 @@ def _score_difference(sums: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _observed(planner: OrderHead, states: TensorDict) -> TensorDict:
     return state_observation(states).to(planner.position.device)
+
+
+# ---------------------------------------------------------------------- all planners
+
+
+def latent_entries(p: EvaluationProtocol, policies: Sequence[NamedPolicy]) -> list[dict[str, Any]]:
+    """One entry for each planner that reasons: its variants against the oracle, and probes of what its latents know.
+
+    The family of comparisons, corrected by Holm, is all variants of all planners.
+    """
+    states, geometry = p.states, p.backbone.geometry
+    assert states is not None
+    found: list[dict[str, Any]] = []
+    pairs: list[Pair] = []
+    for named in policies:
+        if not isinstance(named.policy, PlannerPolicy) or not named.reasoning_steps:
+            continue
+        planner = named.policy.planner
+        variants = {name: variant._asdict() for name, variant in latent_ablation(planner, states, geometry).items()}
+        known = torch.stack([variant["spearman"] for variant in variants.values()]).isfinite().all(0)
+        for name, values in variants.items():
+            values = {metric: x[known] for metric, x in values.items()}
+            variants[name] = image_means(values, p.config.resamples, p.seed)
+            if name == "trained":
+                trained = values
+                continue
+            pairs += [
+                Pair(f"{named.name}, {name} - trained", metric, x[None], trained[metric][None])
+                for metric, x in values.items()
+            ]
+        probes = latent_probes(planner, states, geometry, p.config.resamples, p.seed)
+        found.append({"policy": named.name, "variants": variants, "probes": probes})
+    compared = iter(compare(pairs, p.config.resamples, p.seed))
+    for entry in found:
+        for name, variant in entry["variants"].items():
+            for metric in ("spearman", "regret"):
+                variant[f"{metric}_difference"] = None if name == "trained" else next(compared)
+    return found

@@ -1,463 +1,357 @@
-"""One row of the table: a policy's planning metrics, calibration and sample quality under one protocol."""
+"""The protocol of an evaluation: what its settings open, and what is stored and said of it.
+
+`PARTS` is the one record of it: each part has the value by which runs compare, its wording in the report, or both, and
+every setting names its part. Numbers of two runs compare if their identities are equal. How many resamples made an
+interval does not enter it, and neither do the policies.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDict
-from torch import Tensor
 
-from orderrl.agents.play import Rollout, roll_out
-from orderrl.agents.policies import ReferencePolicy, all_scores
-from orderrl.agents.registry import NamedPolicy
-from orderrl.backbones import Backbone, Sampling, with_block_size
+from orderrl.backbones import Backbone, backbone_fingerprint
 from orderrl.backbones.mar_backbone import MaskedTransformer
-from orderrl.backbones.pretraining import mean_loss, raster_token_orders
-from orderrl.backbones.protocol import backbone_device, check_fits
-from orderrl.backbones.registry import TrainableBackbone
-from orderrl.data import TokenSet
-from orderrl.envs.core import CoreConfig, NextBlockCore
-from orderrl.evaluation.drawing import Generated, balanced_labels, generate_images
-from orderrl.evaluation.recording import ScoreLog, episodes, recorded
-from orderrl.evaluation.row_entries import (
-    code_lengths,
-    entry,
-    image_means,
-    quality_intervals,
-    recognisability_areas,
-    recognisability_curve,
-    state_mean,
-)
-from orderrl.metrics.calibration import LookaheadUtility, calibrate, regret, state_observation
-from orderrl.metrics.clip_score import ClassCaptions
-from orderrl.metrics.features import Features, extract_features, own_features
-from orderrl.metrics.images import save_images
-from orderrl.metrics.order import consecutive_distance, first_choice_entropy, visible_neighbours
-from orderrl.metrics.quality import KID_SUBSETS, class_accuracy, fid_infinity, sample_quality
-from orderrl.metrics.recognisability import Recogniser, complete, recognise
-from orderrl.metrics.references import Reference
-from orderrl.metrics.statistics import bootstrap_band, bootstrap_sums, ratio
-from orderrl.oracle import utilities
-from orderrl.report import Curve, PolicyDetail
+from orderrl.backbones.protocol import backbone_device
+from orderrl.data import TokenSet, load_split
+from orderrl.data.token_files import DESCRIPTION, read_description, token_set_splits
+from orderrl.evaluation.settings import EvalConfig
+from orderrl.factory import Setup
+from orderrl.labels import find_or_make_labels, open_labels
+from orderrl.metrics.calibration import LookaheadUtility, lookahead_utility
+from orderrl.metrics.clip_score import ClassCaptions, class_captions
+from orderrl.metrics.features import Features, extract_features, name_by_content
+from orderrl.metrics.quality import Quality, real_floor, sample_quality
+from orderrl.metrics.recognisability import Recogniser, make_recogniser
+from orderrl.metrics.references import Reference, open_reference, reference_of
+from orderrl.runtime.cache import fingerprint
+from orderrl.runtime.sources import source_identity
+from orderrl.runtime.storage import checksum
 
-WITH_INTERVAL = (
-    "gain_auc",
-    "likelihood_return",
-    "far_gain",
-    "decode_nll",
-    "decode_bits",
-    "decode_loss",
-    "recognisability_auc",
-    "recognisability_accuracy_auc",
-    "oracle_top1",
-    "oracle_spearman",
-    "oracle_kendall",
-    "regret",
-    "lookahead_regret",
-    "score_std",
-    "consecutive_distance",
-    "visible_neighbours",
-    "steps",
-    "decode_calls",
-    "frechet_distance",
-    "precision",
-    "recall",
-    "spatial_frechet_distance",
-    "clip_score",
-    "accuracy",
-)
-"""Numbers of a row whose 95 % interval over images stands under the same key with `_ci` behind it, [low, high]."""
-WITHOUT_INTERVAL = (
-    "policy",
-    "family",
-    "rival",
-    "objective",
-    "budgets",
-    "R",
-    "seed",
-    "step_cost",
-    "recognisability_curve",
-    "calibration_error",
-    "calibration_r2",
-    "reliability",
-    "visible_neighbours_curve",
-    "first_choice_entropy",
-    "seconds_per_image",
-    "rollout_seconds_per_image",
-    "frechet_distance_infinity",
-    "inception_score",
-    "kid",
-    "cmmd",
-    "features",
-)
-"""The others. `family` is the policy without schedule and step cost; `rival` is false for oracle and lookahead, which
-know or try out hidden tokens and are evaluated on the first images only."""
-EMPTY_ROW: dict[str, Any] = dict.fromkeys([*WITHOUT_INTERVAL, *WITH_INTERVAL, *(f"{key}_ci" for key in WITH_INTERVAL)])
+VERSION = 1  # of what the columns mean; raised when a number is measured in another way
+SPLITS = ("backbone", "planner", "test")
+FLOOR_REPEATS = 5  # random halves of the real images
 
 
-def check_images_suffice(key: str, count: int) -> None:
-    """Refuse fewer images than an interval over them needs.
-
-    Raises:
-        ValueError: naming the setting, if there are fewer than 2.
-    """
-    if count < 2:
-        raise ValueError(f"{key} must be at least 2, the fewest images that have an interval, got {count}")
-
-
-@dataclass(frozen=True)
-class Protocol:
+@dataclass(frozen=True, kw_only=True)
+class EvaluationProtocol:
     """What every row of a table shares.
 
     Attributes:
+        config: the settings.
+        seed: of policies, samples and resamples.
         backbone: frozen.
+        backbone_name: what it is called in the report.
         data: the test images.
         real: features of real images of the data set; None scores no samples.
         reference: what samples are compared with; None scores no samples.
         states: labelled contexts of test images, for calibration; None where there is no order to choose.
-        features: feature extractor; None scores no samples.
-        samples: generated images per row; 0 is none.
-        reference_images: images for references that need much computation.
-        sampling: how tokens are drawn.
-        resamples: of the bootstrap.
-        seed: of policies, samples and resamples.
-        weights: file of the feature extractor; None is its own.
-        kid_subsets: random subsets that the kernel distance is averaged over.
-        samples_folder: where the generated images of every row are kept; None keeps none.
         lookahead: expected utilities in some of the states, for regret against lookahead; None measures none.
         recogniser: classifies partly revealed images; None measures no recognisability.
-        distance_resamples: of the bootstrap of Fréchet distances; 0 gives them no interval.
-        extrapolate: whether Fréchet distances are also extrapolated to endlessly many samples.
-        clip: scores samples against captions of their classes; None measures no CLIP score.
+        clip: captions of the classes, for the CLIP score; None measures none.
+        samples_folder: where the generated images of every row are kept; None keeps none.
 
     Raises:
-        ValueError: if there are too few resamples, subsets, or images for an interval.
+        ValueError: if the data has fewer than 2 images.
     """
 
-    backbone: Backbone
-    data: TokenSet
-    real: Features | None
-    reference: Reference | None
-    states: TensorDict | None
-    features: str | None
-    samples: int
-    reference_images: int
-    sampling: Sampling
-    resamples: int
+    config: EvalConfig
     seed: int
-    weights: Path | None = None
-    kid_subsets: int = KID_SUBSETS
-    samples_folder: Path | None = None
+    backbone: Backbone
+    backbone_name: str
+    data: TokenSet
+    real: Features | None = None
+    reference: Reference | None = None
+    states: TensorDict | None = None
     lookahead: LookaheadUtility | None = None
     recogniser: Recogniser | None = None
-    distance_resamples: int = 0
-    extrapolate: bool = False
     clip: ClassCaptions | None = None
+    samples_folder: Path | None = None
 
     def __post_init__(self) -> None:
-        for key, count in (("images", len(self.data)), ("reference_images", self.reference_images)):
-            check_images_suffice(key, count)
-        if self.distance_resamples < 0 or self.distance_resamples == 1:
+        if len(self.data) < 2:
             raise ValueError(
-                f"distance_resamples must be at least 2, or 0 for no interval, got {self.distance_resamples}"
+                f"images must be at least 2, the fewest images that have an interval, got {len(self.data)}"
             )
-        if self.kid_subsets < 1:
-            raise ValueError(f"kid_subsets must be at least 1, got {self.kid_subsets}")
 
     @property
     def device(self) -> torch.device:
         """Where the backbone runs."""
         return backbone_device(self.backbone)
 
+    @property
+    def features(self) -> str | None:
+        """The feature extractor by its name; None scores no samples."""
+        return None if self.reference is None else self.reference.features
 
-def statistics_described(p: Protocol) -> dict[str, str | None]:
-    """How agreement, intervals, comparisons and seeds were computed, for the protocol of a table."""
-    lookahead = p.lookahead
-    return {
-        "lookahead_regret": None
-        if lookahead is None
-        else f"against the expected utility over {lookahead.draws} draws of each block by the backbone, on "
-        f"{len(lookahead.rows)} of the shared states",
-        "reliability": "scores of all candidates of the shared states mapped to utilities by the line that fits them "
-        "best; calibration_error is the mean |predicted - actual| of bins of equal numbers, nats per token",
-        "intervals": f"95 % percentile bootstrap over images, {p.resamples} resamples, states of an image together; "
-        f"Fréchet distances: normal, standard error of {p.distance_resamples} resamples of the samples; CLIP score: "
-        "bootstrap over samples; shares of samples: Wilson; none for inception score, kernel distance, first-choice "
-        "entropy, calibration error, seconds",
-        "extrapolation": "frechet_distance_infinity: line in 1 / samples through 15 sizes, read off at 0"
-        if p.extrapolate
-        else None,
-        "comparisons": "paired over images; two-sided p-values of the same bootstrap, corrected by Holm for all "
-        "comparisons of the table; effect size is the paired Cohen's d",
-        "seeds": "a row is one training seed; comparisons average seeds and hold them fixed, seed_std is the standard "
-        "deviation over them",
-    }
+    def identity(self) -> dict[str, Any]:
+        """Everything that the numbers depend on, apart from the policies, as plain values.
+
+        Files and data stand here by their content and not by their place.
+        """
+        return {part.key: part.identity(self) for part in PARTS if part.identity is not None}
+
+    def described(self) -> dict[str, Any]:
+        """On what every number was measured and how, in words for the report."""
+        return {part.label or part.key: part.wording(self) for part in PARTS if part.wording is not None}
+
+    def real_row(self) -> Quality | None:
+        """What real images reach: two halves of them, or against a reference that was named, all of them."""
+        real, reference, subsets = self.real, self.reference, self.config.kid_subsets
+        if real is None or reference is None:
+            return None
+        if reference.found is real:
+            return real_floor(real, FLOOR_REPEATS, self.seed, max(1, subsets // FLOOR_REPEATS))
+        return sample_quality(real, reference, subsets)
 
 
-@dataclass(frozen=True)
-class Evaluated:
-    """A row, and what comparisons and pictures need of it.
+def open_protocol(config: EvalConfig, setup: Setup) -> EvaluationProtocol:
+    """Open what the settings name; the shared states are found in the cache, or labelled.
+
+    Raises:
+        ValueError: if a reference, feature extractor, classifier or CLIP network is unknown or cannot be opened.
+    """
+    backbone, data = setup.backbone, setup.data
+    # what samples are compared with
+    features, device = config.feature_name(data), backbone_device(backbone)
+    real, reference = (None, None) if features is None else real_and_reference(config, data, device)
+    # the test images, and who looks at them
+    test = load_split(data, "test")
+    recogniser, clip = make_recogniser(config.classifier, test, config.hidden_fill, device), None
+    if config.clip_model is not None:
+        clip = class_captions(test, config.clip_model, config.clip_weights, config.clip_prompt, device)
+    subset = test.first(min(config.images, len(test)))
+    # the shared states
+    states, lookahead = None, None
+    if backbone.order_robust:
+        wanted: dict[str, Any] = {"contexts": config.states, "kind": "pointwise", "samples": 1, "seed": setup.seed}
+        states = open_labels(find_or_make_labels(setup, "test", **wanted), backbone)
+        states = states[states["image"] < len(subset)]
+        if config.lookahead_states is not None and backbone.vocab_size:
+            count, draws = config.lookahead_states, config.lookahead_draws
+            lookahead = lookahead_utility(backbone, subset, states, count, draws, setup.seed)
+    return EvaluationProtocol(
+        config=config,
+        seed=setup.seed,
+        backbone=backbone,
+        backbone_name=setup.backbone_name,
+        data=subset,
+        real=real,
+        reference=reference,
+        states=states,
+        lookahead=lookahead,
+        recogniser=recogniser,
+        clip=clip,
+    )
+
+
+def real_and_reference(config: EvalConfig, data: str, device: torch.device) -> tuple[Features, Reference]:
+    """Features of the data set's real images, and what samples are compared with: these, or `config.reference`."""
+    features, weights = config.feature_name(data), config.weights
+    assert features is not None
+    named = None if config.reference is None else open_reference(Path(config.reference), features, weights, device)
+    splits = [load_split(data, split) for split in SPLITS]
+    images = torch.cat([part.images(part.first(config.real_images).tokens[:], device) for part in splits])
+    real = extract_features(images, features, weights, device)
+    if named is not None:
+        return real, named
+    kept = "all" if len(images) == sum(map(len, splits)) else f"at most {config.real_images} of each of all"
+    return real, reference_of(real, features, source=f"{len(images)} real images ({kept} splits)")
+
+
+# ---------------------------------------------------------------------- what is stored and said of it
+
+
+class Part(NamedTuple):
+    """A part of the protocol.
 
     Attributes:
-        row: keys of `EMPTY_ROW`.
-        per_image: (n,) of each image, in the order of the test images, by the row's key; under masked models
-            `decode_nll` holds `decode_loss`.
-        rollout: the trajectories behind it.
-        scores: (T, images, B) float32, what the policy scored on the first images; None if it has no scores.
+        key: under which its identity is stored.
+        identity: gives the plain value by which runs compare; None is no part of the identity.
+        wording: gives what the report says; None says nothing.
+        label: what the report calls it; "" is the key.
     """
 
-    row: dict[str, Any]
-    per_image: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
-    rollout: Rollout | None = field(default=None, repr=False)
-    scores: Tensor | None = field(default=None, repr=False)
-
-    @property
-    def gain_auc(self) -> Tensor | None:
-        """(n,) information-gain AUC; None where not measured."""
-        return self.per_image.get("gain_auc")
-
-    @property
-    def decode_nll(self) -> Tensor | None:
-        """(n,) code length, nats (DiffLoss units under masked models); None where not measured."""
-        return self.per_image.get("decode_nll")
-
-    @property
-    def steps(self) -> Tensor | None:
-        """(n,) planner steps; None where there is no planner."""
-        return self.per_image.get("steps")
+    key: str
+    identity: Callable[[EvaluationProtocol], Any] | None = None
+    wording: Callable[[EvaluationProtocol], Any] | None = None
+    label: str = ""
 
 
-def evaluate_policy(
-    protocol: Protocol, named: NamedPolicy, sampled: bool, advance: Callable[[float], None] | None = None
-) -> Evaluated:
-    """Evaluate one policy.
-
-    Args:
-        protocol: shared by all rows.
-        named: the policy.
-        sampled: whether images are generated and scored.
-        advance: told how many images are generated.
-    """
-    p = protocol
-    expensive = named.spec is not None and not named.spec.rival
-    images = min(len(p.data), p.reference_images) if expensive else len(p.data)
-    core = NextBlockCore(p.backbone, p.data, images, CoreConfig(budgets=named.budgets, strict=True), p.seed)
-    generator = torch.Generator().manual_seed(p.seed)
-    log = ScoreLog()
-    rollout = roll_out(core, recorded(named, log), generator, torch.arange(images))
-    areas, curve = _recognisability(p, rollout)
-    per_image = planning_values(rollout, p.backbone.draws_per_block) | areas
-    row = EMPTY_ROW | {
-        "policy": named.name,
-        "family": named.family or named.name,
-        "rival": not expensive,
-        "objective": named.objective,
-        "budgets": list(named.budgets),
-        "R": named.reasoning_steps,
-        "seed": named.seed,
-        "step_cost": named.step_cost,
-        "recognisability_curve": curve,
-        "visible_neighbours_curve": visible_neighbours(rollout).mean(0).tolist(),
-        "first_choice_entropy": first_choice_entropy(rollout),
-        "rollout_seconds_per_image": rollout.seconds / images,
-    }
-    row |= image_means(per_image, p.resamples, p.seed) | _calibration(p, named)
-    row |= entry("far_gain", bootstrap_sums(rollout.far_gain_sums.cpu(), ratio, p.resamples, seed=p.seed))
-    row |= code_lengths(row, p.backbone)
-    if sampled and p.samples and not expensive:
-        made = generate_images(
-            p.backbone, p.data, named.policy, named.budgets, balanced_labels(p.samples, p.data.classes),
-            p.sampling, p.seed, advance=advance,
-        )  # fmt: skip
-        row |= _quality(p, row, made)
-    return Evaluated(row, per_image, rollout, log.scores)
+def _data(p: EvaluationProtocol) -> str:
+    """Which images, and of a data set that holds some of a model's classes how many; samples are of these, too."""
+    some, data = "", p.data
+    if data.present is not None:
+        some = f", {len(data.present)} of {data.num_classes} classes, samples of these alone"
+    return f"{data.name}/{data.split}, {len(data)} images{some}"
 
 
-def planning_values(rollout: Rollout, draws_per_block: int) -> dict[str, Tensor]:
-    """Numbers of each image of a rollout, (n,) float on the CPU, by their keys in the row."""
-    values = {
-        "gain_auc": rollout.gain_auc,
-        "likelihood_return": rollout.likelihood_return,
-        "decode_nll": rollout.decode_nll,
-        "steps": rollout.steps,
-        "decode_calls": rollout.steps * draws_per_block,
-        "consecutive_distance": consecutive_distance(rollout.order, rollout.geometry),
-        "visible_neighbours": visible_neighbours(rollout).mean(1),
-    }
-    return {key: value.cpu() for key, value in values.items()}
+def _blocks(p: EvaluationProtocol) -> str:
+    geometry = p.backbone.geometry
+    side = geometry.block_size
+    return f"{geometry.rows}x{geometry.columns} blocks of {side}x{side} tokens"
 
 
-def evaluate_token_raster(
-    protocol: Protocol, name: str, backbone: TrainableBackbone, advance: Callable[[float], None] | None = None
-) -> Evaluated:
-    """Row of a backbone in plain raster token order: its code length and its samples.
-
-    The whole image is one block, inside which the order is raster; gains do not apply.
-    """
-    geometry = backbone.geometry
-    if geometry.height != geometry.width:
-        raise ValueError(f"token_raster needs a square token grid, got {geometry.height}x{geometry.width}")
-    check_fits(backbone, protocol.data)
-    tokens = float(geometry.num_tokens)
-    row = EMPTY_ROW | {"policy": name, "steps": tokens, "decode_calls": tokens}
-    one_block = with_block_size(backbone, geometry.height)
-    per_image: dict[str, Tensor] = {}
-    if isinstance(backbone, MaskedTransformer):
-        row["decode_nll"] = tokens * mean_loss(
-            backbone, protocol.data, raster_token_orders(geometry, len(protocol.data))
-        )
-    else:
-        per_image["decode_nll"] = _whole_image_losses(one_block, protocol.data)
-        row |= image_means(per_image, protocol.resamples, protocol.seed)
-    row |= code_lengths(row, backbone)
-    if protocol.samples:
-
-        def whole_image(observation: TensorDict, generator: torch.Generator) -> Tensor:
-            return torch.zeros_like(observation["label"])
-
-        labels = balanced_labels(protocol.samples, protocol.data.classes)
-        made = generate_images(
-            one_block, protocol.data, whole_image, (1,), labels, protocol.sampling, protocol.seed, advance=advance
-        )
-        row |= _quality(protocol, row, made)
-    return Evaluated(row, per_image)
+def _states(p: EvaluationProtocol) -> str | None:
+    if p.states is None:
+        return None
+    return f"{len(p.states)} shared states of random contexts of test images, hindsight oracle"
 
 
-@torch.no_grad()
-def _whole_image_losses(backbone: Backbone, data: TokenSet, batch_size: int = 64) -> Tensor:
-    """Code length of each image under a backbone whose one block is the image, (n,), nats."""
-    device, losses = backbone_device(backbone), []
-    for rows in torch.arange(len(data)).split(batch_size):
-        prefix = backbone.start(data.labels[rows].to(device))
-        block = torch.zeros(len(rows), 1, dtype=torch.int64, device=device)
-        losses.append(backbone.context_loss(prefix, data.tokens[rows].to(device), block)[0].loss[:, 0].cpu())
-    return torch.cat(losses)
-
-
-def _quality(p: Protocol, row: dict[str, Any], made: Generated) -> dict[str, Any]:
-    """Scores of a row's samples; the images are kept if the protocol says so."""
-    scores: dict[str, Any] = {"seconds_per_image": made.seconds / len(made.tokens)}
-    if p.reference is None and p.clip is None and p.samples_folder is None:
-        return scores
-    by_class = made.labels.argsort(stable=True)  # the order of the kept files, on which random splits depend
-    images, labels = p.data.images(made.tokens[by_class], p.device), made.labels[by_class]
-    if p.samples_folder is not None:
-        save_images(images, free_folder(p.samples_folder, folder_name(row["policy"], row["seed"])), labels)
-    if p.clip is not None:
-        scores |= image_means({"clip_score": p.clip.scores(images, labels)}, p.resamples, p.seed)
-    if p.features is not None and p.reference is not None:
-        scores |= {"features": p.features} | _against_reference(p, p.features, p.reference, images, labels)
-    return scores
-
-
-def _against_reference(
-    p: Protocol, features: str, reference: Reference, images: Tensor, labels: Tensor
-) -> dict[str, Any]:
-    """What samples are worth compared with real images, and how many a classifier recognises, with intervals."""
-    found = extract_features(images, features, p.weights, p.device)
-    scores: dict[str, Any] = asdict(sample_quality(found, reference, p.kid_subsets))
-    own = own_features(p.data.name)
-    if own is not None:
-        scores["accuracy"] = class_accuracy(images, labels, own)
-    if p.extrapolate:
-        scores["frechet_distance_infinity"] = fid_infinity(found, reference, seed=p.seed)
-    return scores | quality_intervals(scores, found, reference, p.distance_resamples, p.seed)
-
-
-def free_folder(parent: Path, name: str) -> Path:
-    """A folder that no other row has: two checkpoints may have one name and seed."""
-    number = 1
-    while (folder := parent / (name if number == 1 else f"{name}-{number}")).exists():
-        number += 1
-    return folder
-
-
-def folder_name(policy: str, seed: int | None) -> str:
-    """The folder of a policy's samples: its name, in characters that every file system takes, and its seed."""
-    name = re.sub(r"[^\w.@+=-]+", "_", policy)
-    return name if seed is None else f"{name}_seed{seed}"
-
-
-def _calibration(p: Protocol, named: NamedPolicy) -> dict[str, Any]:
-    """Agreement with oracle and lookahead on the shared states, as entries of a row."""
-    states = p.states
-    assert states is not None  # policies are evaluated on order-robust backbones only
-    first, scores = first_choices(p, named)
-    hidden = ~states["visible"]
-    utility = utilities(states["gains"], p.backbone.geometry)
-    found = calibrate(first, scores, utility, hidden)
-    per_state = {
-        "oracle_top1": found.top1,
-        "regret": found.regret,
-        "oracle_spearman": found.spearman,
-        "oracle_kendall": found.kendall,
-        "score_std": found.score_std,
-    }
-    row: dict[str, Any] = {}
-    for key, values in per_state.items():
-        row |= {} if values is None else state_mean(key, values, states["image"], p.resamples, p.seed)
-    if p.lookahead is not None:
-        rows = p.lookahead.rows
-        values = regret(first[rows], p.lookahead.utility, hidden[rows])
-        row |= state_mean("lookahead_regret", values, states["image"][rows], p.resamples, p.seed)
-    if found.reliability is not None:
-        row |= {"calibration_error": found.reliability.error, "calibration_r2": found.reliability.r2}
-        row["reliability"] = found.reliability.plain()
-    return row
-
-
-def first_choices(p: Protocol, named: NamedPolicy) -> tuple[Tensor, Tensor | None]:
-    """The first-ranked block (m,) and, where a policy has them, the scores (m, B) in the shared states.
-
-    The policy acts in its own kind of environment.
-    """
-    states = p.states
-    assert states is not None
-    generator = torch.Generator().manual_seed(p.seed)
-    if isinstance(named.policy, ReferencePolicy):
-        core = NextBlockCore(p.backbone, p.data, len(states), CoreConfig(budgets=named.budgets, strict=True), p.seed)
-        core.reset(index=states["image"])
-        core.show(states["order"], states["length"])
-        scores = all_scores(named.policy, core)
-    else:
-        observation = state_observation(states, named.budgets).to(p.device)
-        if named.scorer is None:
-            action = named.policy(observation, generator)
-            return (action if action.ndim == 1 else action[:, 0]).cpu(), None
-        scores = named.scorer(observation, generator)
-    scores = scores.cpu().float()
-    return scores.masked_fill(states["visible"], -torch.inf).argmax(-1), scores
-
-
-def _recognisability(p: Protocol, rollout: Rollout) -> tuple[dict[str, Tensor], dict[str, list[float]] | None]:
-    """Areas of each image, and the curves over the revealed fraction; nothing without a classifier."""
-    if p.recogniser is None:
-        return {}, None
-    found = recognise(
-        p.recogniser, rollout, p.data, lambda moment: complete(p.backbone, p.data, rollout, moment, p.sampling, p.seed)
+def _samples(p: EvaluationProtocol) -> str | None:
+    """What samples are compared with, and how far the distance depends on their number."""
+    real, reference = p.real, p.reference
+    if real is None or reference is None:
+        return None
+    floor = f"two halves of {len(real) // 2}" if reference.found is real else f"all {len(real)} of the data set"
+    return (
+        f"{p.config.samples} per row against {reference.source}; Fréchet distances fall with the number of images "
+        f"(bias), so only equal numbers compare; the row of real images is {floor}; KID of {p.config.kid_subsets} "
+        "subsets"
     )
-    at = torch.linspace(0, 1, rollout.geometry.num_blocks + 1)
-    curve = recognisability_curve(found, rollout.fraction, at, p.resamples, p.seed)
-    return recognisability_areas(found, rollout.fraction), curve
 
 
-def policy_detail(protocol: Protocol, evaluated: Evaluated) -> PolicyDetail:
-    """What the report's pictures show of a policy, apart from its row."""
-    rollout = evaluated.rollout
-    assert rollout is not None
-    geometry = rollout.geometry
-    fractions = torch.linspace(0, 1, geometry.num_blocks + 1, device=rollout.losses.device)
-    band = bootstrap_band(rollout.gain_curve(fractions).cpu(), protocol.resamples, seed=protocol.seed)
-    last = (rollout.steps - 1).clamp_min(1)
-    order = (rollout.reveal_step.float() / last[:, None]).mean(0).view(geometry.rows, geometry.columns)
-    return PolicyDetail(
-        evaluated.row["policy"],
-        Curve(fractions.tolist(), *(values.tolist() for values in band)),
-        order.cpu().tolist(),
-        episodes(rollout, evaluated.scores),
+def _reference(p: EvaluationProtocol) -> str | None:
+    """What stands for the images or statistics that samples are compared with."""
+    if p.reference is None:
+        return None
+    if p.config.reference is None:
+        splits = [load_split(p.data.name, split).fingerprint for split in SPLITS]
+        return fingerprint([splits, p.config.real_images])
+    path = Path(p.config.reference).expanduser()
+    if (path / DESCRIPTION).is_file():
+        tokenizer = read_description(path)["identity"]["tokenizer"]["fingerprint"]
+        return fingerprint([tokenizer, [part.fingerprint for part in token_set_splits(path).values()]])
+    return str(source_identity(path, in_full=True))
+
+
+def _recognisability(p: EvaluationProtocol) -> str | None:
+    recogniser = p.recogniser
+    return None if recogniser is None else replace(recogniser, name=name_by_content(recogniser.name)).described
+
+
+def _losses(p: EvaluationProtocol) -> str:
+    """The unit of every loss and gain; for masked models also how much a loss moves with its noises."""
+    if not isinstance(p.backbone, MaskedTransformer):
+        return "nats"
+    some = p.data.tokens[:64].to(p.device), p.data.labels[:64].to(p.device)
+    return (
+        f"DiffLoss units, mean of {p.backbone.config.loss_draws} draws at fixed times; standard deviation over draws "
+        f"{p.backbone.loss_noise(*some):.1%} of a block's loss"
     )
+
+
+def _lookahead(p: EvaluationProtocol) -> str | None:
+    if p.lookahead is None:
+        return None
+    return (
+        f"against the expected utility over {p.lookahead.draws} draws of each block by the backbone, on "
+        f"{len(p.lookahead.rows)} of the shared states"
+    )
+
+
+def _intervals(p: EvaluationProtocol) -> str:
+    return (
+        f"95 % percentile bootstrap over images, {p.config.resamples} resamples, states of an image together; Fréchet "
+        f"distances: normal, standard error of {p.config.distance_resamples} resamples of the samples; CLIP score: "
+        "bootstrap over samples; shares of samples: Wilson; none for inception score, kernel distance, first-choice "
+        "entropy, calibration error, seconds"
+    )
+
+
+def _always(text: str) -> Callable[[EvaluationProtocol], str]:
+    return lambda _: text
+
+
+PARTS = (
+    Part("version", lambda _: VERSION),
+    Part("data", lambda p: p.data.name.partition(":")[0], _data),  # without the folder of a token set
+    Part("split", lambda p: p.data.split),
+    Part("images", lambda p: len(p.data)),
+    Part("content", lambda p: p.data.fingerprint),
+    Part(
+        "backbone",
+        lambda p: backbone_fingerprint(p.backbone),
+        lambda p: f"{p.backbone_name} ({backbone_fingerprint(p.backbone)})",
+    ),
+    Part(
+        "blocks",
+        lambda p: [p.backbone.geometry.rows, p.backbone.geometry.columns, p.backbone.geometry.block_size],
+        _blocks,
+        label="block_grid",
+    ),
+    Part("states", lambda p: None if p.states is None else len(p.states), _states, label="calibration"),
+    Part(
+        "reference_images",
+        lambda p: p.config.reference_images,
+        lambda p: f"oracle and lookahead on the first {p.config.reference_images} images",
+        label="references",
+    ),
+    Part("samples", lambda p: p.config.samples, _samples),
+    Part("features", lambda p: None if p.features is None else name_by_content(p.features), lambda p: p.features),
+    Part("feature_weights", lambda p: None if p.config.weights is None else checksum(p.config.weights)),
+    Part("reference", _reference),
+    Part("real_images", lambda p: None if p.real is None else p.config.real_images),
+    Part("kid_subsets", lambda p: p.config.kid_subsets),
+    Part(
+        "clip_score",
+        lambda p: None if p.clip is None else [p.clip.described, fingerprint(p.clip.captions)],
+        lambda p: None if p.clip is None else f"mean over the samples: {p.clip.described}",
+    ),
+    Part(
+        "recognisability",
+        _recognisability,
+        lambda p: None if p.recogniser is None else p.recogniser.described,
+    ),
+    Part("losses", wording=_losses),
+    Part("sampling", lambda p: asdict(p.config.sampling), lambda p: asdict(p.config.sampling)),
+    Part(
+        "seconds_per_image",
+        wording=_always(
+            "of drawing samples in batches of 250; rollout_seconds_per_image: of scoring the test images in the "
+            "policy's order"
+        ),
+    ),
+    Part(
+        "lookahead",
+        lambda p: None if p.lookahead is None else [len(p.lookahead.rows), p.lookahead.draws],
+        _lookahead,
+        label="lookahead_regret",
+    ),
+    Part(
+        "reliability",
+        wording=_always(
+            "scores of all candidates of the shared states mapped to utilities by the line that fits them best; "
+            "calibration_error is the mean |predicted - actual| of bins of equal numbers, nats per token"
+        ),
+    ),
+    Part("intervals", wording=_intervals),
+    Part(
+        "extrapolation",
+        wording=lambda p: (
+            "frechet_distance_infinity: line in 1 / samples through 15 sizes, read off at 0"
+            if p.config.fid_infinity
+            else None
+        ),
+    ),
+    Part(
+        "comparisons",
+        wording=_always(
+            "paired over images; two-sided p-values of the same bootstrap, corrected by Holm for all comparisons of "
+            "the table; effect size is the paired Cohen's d"
+        ),
+    ),
+    Part(
+        "seeds",
+        wording=_always(
+            "a row is one training seed; comparisons average seeds and hold them fixed, seed_std is the standard "
+            "deviation over them"
+        ),
+    ),
+    Part("seed", lambda p: p.seed, lambda p: p.seed),
+)

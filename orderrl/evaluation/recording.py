@@ -13,8 +13,8 @@ from orderrl.agents.policies import Policy, RankingPolicy, ReferencePolicy, Scor
 from orderrl.agents.registry import NamedPolicy
 from orderrl.data import TokenSet
 from orderrl.envs.core import NextBlockCore
+from orderrl.evaluation.detail import Episode, Examples
 from orderrl.geometry import BlockGrid
-from orderrl.report import Episode, Examples
 
 EXAMPLES = 8
 """The first test images, which the report's viewer shows."""

@@ -6,7 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from orderrl.backbones import Backbone
@@ -49,13 +51,23 @@ def state_mean(key: str, values: Tensor, image: Tensor, resamples: int, seed: in
     Returns:
         Nothing if fewer than two images have a value.
     """
-    known = ~values.double().isnan()
-    images, group = image[known].unique(return_inverse=True)
-    if len(images) < 2:
+    known = ~values.isnan()
+    if len(image[known].unique()) < 2:
         return {}
-    pairs = torch.stack([values[known].double(), torch.ones(len(group), dtype=torch.float64)])
-    sums = torch.zeros(2, len(images), dtype=torch.float64).index_add_(1, group, pairs)
+    sums = image_sums(torch.stack([values[known].double(), known[known].double()]), image[known])
     return entry(key, bootstrap_sums(sums, ratio, resamples, seed=seed))
+
+
+def image_sums(values: Tensor, image: Tensor) -> NDArray[np.float64]:
+    """Sums over the states of each image, images ascending: values (k, m), image (m,) int64 -> (k, images)."""
+    images, group = image.unique(return_inverse=True)
+    sums = torch.zeros(len(values), len(images), dtype=torch.float64)
+    return sums.index_add_(1, group, values.double()).numpy()
+
+
+def image_average(values: Tensor, image: Tensor) -> Tensor:
+    """Mean over the states of each image, (images,) float64, images ascending; values (m,), image (m,) int64."""
+    return torch.from_numpy(ratio(image_sums(torch.stack([values.double(), torch.ones(len(image))]), image)))
 
 
 def code_lengths(row: Mapping[str, Any], backbone: Backbone) -> dict[str, Any]:

@@ -1,134 +1,273 @@
-"""Rows of an evaluation: shared out among processes, and kept until the table is written.
-
-An evaluation that was interrupted takes the rows that are there, if nothing that determines them has changed: config,
-backbone, data, checkpoints, own policies and the package's own code. A finished evaluation starts anew.
-"""
+"""One row of the table: a policy's planning metrics, calibration and sample quality under one protocol."""
 
 from __future__ import annotations
 
-import importlib
-import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from omegaconf import DictConfig
+import torch
+from tensordict import TensorDict
+from torch import Tensor
 
-from orderrl.agents.play import Rollout
-from orderrl.agents.registry import NamedPolicy, policy_source
-from orderrl.backbones import Backbone, backbone_fingerprint
+from orderrl.agents.play import Rollout, roll_out
+from orderrl.agents.policies import Policy, ReferencePolicy, all_scores
+from orderrl.agents.registry import NamedPolicy
+from orderrl.backbones import Backbone, with_block_size
+from orderrl.backbones.mar_backbone import MaskedTransformer
+from orderrl.backbones.pretraining import mean_loss, raster_token_orders
+from orderrl.backbones.protocol import backbone_device, check_fits
+from orderrl.backbones.registry import TrainableBackbone
 from orderrl.data import TokenSet
-from orderrl.evaluation.protocol import Evaluated, Protocol, free_folder
-from orderrl.factory import section
-from orderrl.geometry import BlockGrid
-from orderrl.metrics.features import timm_source
-from orderrl.runtime import distributed, job
-from orderrl.runtime.cache import fingerprint
-from orderrl.runtime.progress import progress
-from orderrl.runtime.sources import source_identity
-from orderrl.runtime.storage import checksum, damage, manifest
+from orderrl.envs.core import CoreConfig, NextBlockCore
+from orderrl.evaluation.columns import all_columns, empty_row
+from orderrl.evaluation.drawing import balanced_labels, generate_images
+from orderrl.evaluation.protocol import EvaluationProtocol
+from orderrl.evaluation.recording import ScoreLog, recorded
+from orderrl.evaluation.row_entries import (
+    code_lengths,
+    entry,
+    image_means,
+    quality_intervals,
+    recognisability_areas,
+    recognisability_curve,
+    state_mean,
+)
+from orderrl.metrics.calibration import calibrate, regret, state_observation
+from orderrl.metrics.features import extract_features, own_features
+from orderrl.metrics.images import save_images
+from orderrl.metrics.order import first_choice_entropy, visible_neighbours
+from orderrl.metrics.quality import class_accuracy, fid_infinity, sample_quality
+from orderrl.metrics.recognisability import complete, recognise
+from orderrl.metrics.statistics import bootstrap_sums, ratio
+from orderrl.oracle import utilities
 
-_SAMPLES = "samples"
-_STORED = (Evaluated, Rollout, BlockGrid)  # classes that a row is made of
 
-
-class Job(NamedTuple):
-    """A row that is to be made.
+@dataclass(frozen=True)
+class Evaluated:
+    """A row, and what comparisons and pictures need of it.
 
     Attributes:
-        name: of the policy.
-        make: evaluates it under a protocol.
+        row: entries as in `empty_row`.
+        per_image: (n,) of each image, in the order of the test images, by the row's key; under masked models
+            `decode_nll` holds `decode_loss`.
+        rollout: the trajectories behind it.
+        scores: (T, images, B) float32, what the policy scored on the first images; None if it has no scores.
     """
 
-    name: str
-    make: Callable[[Protocol], Evaluated]
+    row: dict[str, Any]
+    per_image: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    rollout: Rollout | None = field(default=None, repr=False)
+    scores: Tensor | None = field(default=None, repr=False)
 
 
-def evaluation_key(config: DictConfig, backbone: Backbone, data: TokenSet, policies: Sequence[NamedPolicy]) -> str:
-    """Fingerprint of everything that determines the rows of an evaluation."""
-    settings = section(config, "eval", "planners")
-    weights = [settings[key] for key in ("reference", "feature_weights", "clip_weights")]
-    named = [settings[key] for key in ("features", "classifier")]
-    of_timm = [timm_source(name) for name in named if name]
-    files = [*settings["token_raster"], *weights, *of_timm]
-    description = {
-        "backbone": backbone_fingerprint(backbone),
-        "data": data.fingerprint,
-        "eval": settings,
-        "labels": section(config, "labels"),
-        "seed": config.seed,
-        "files": [source_identity(file) for file in files],
-        "policies": [
-            [policy.name, _acting(policy), source_identity(policy_source(policy.spec))] for policy in policies
-        ],
-        "code": code_fingerprint(),
-    }
-    return fingerprint(description)
-
-
-def _acting(policy: NamedPolicy) -> str | None:
-    """What acts with a planner's file, wherever it lies, PATH@cost0.5@4, spaced_PATH; other policies by their names."""
-    spec = policy.spec
-    return None if spec is None else str(replace(spec, kind="newest", name="") if spec.path is not None else spec)
-
-
-def code_fingerprint() -> str:
-    """Fingerprint of the package's own source."""
-    folders = [path for name in ("", ".agents", ".envs") for path in importlib.import_module(f"orderrl{name}").__path__]
-    files = sorted(file for folder in folders for file in Path(folder).rglob("*.py"))
-    return fingerprint([checksum(file) for file in files])
-
-
-def make_rows(jobs: Sequence[Job], protocol: Protocol, work: job.Job, keep_samples: bool) -> list[Evaluated]:
-    """All rows in the order of the jobs; processes take the missing ones in turn.
+def evaluate_policy(p: EvaluationProtocol, named: NamedPolicy, sampled: bool) -> Evaluated:
+    """Evaluate one policy.
 
     Args:
-        jobs: what is to be made.
-        protocol: shared by all rows.
-        work: keeps finished rows.
-        keep_samples: also keep the generated images, in the work's folder.
-
-    Returns:
-        The rows in the main process, nothing in the others.
+        p: shared by all rows.
+        named: the policy.
+        sampled: whether images are generated and scored.
     """
-    names = [f"row-{number:04d}" for number in range(len(jobs))]
-    missing = distributed.on_main(lambda: [i for i, name in enumerate(names) if not _is_there(work, name)])
-    mine = distributed.share_of(missing)
-    with progress(len(mine), "evaluating", "policies") as advance:
-        for number in mine:
-            folder = work.folder / _SAMPLES / names[number]
-            if folder.exists():  # of a row that was interrupted
-                shutil.rmtree(folder)
-            made = jobs[number].make(replace(protocol, samples_folder=folder) if keep_samples else protocol)
-            work.store(f"{_SAMPLES}-{names[number]}", manifest(folder))
-            work.store(names[number], made)
-            advance(note=jobs[number].name)
-    distributed.barrier()
-    return [work.load(name, _STORED) for name in names] if distributed.is_main() else []
+    expensive, c = named.spec is not None and not named.spec.rival, p.config
+    images = min(len(p.data), c.reference_images) if expensive else len(p.data)
+    # the policy reveals the test images
+    core = NextBlockCore(p.backbone, p.data, images, CoreConfig(budgets=named.budgets, strict=True), p.seed)
+    generator = torch.Generator().manual_seed(p.seed)
+    log = ScoreLog()
+    rollout = roll_out(core, recorded(named, log), generator, torch.arange(images))
+    # what that is worth, image by image
+    areas, curve = _recognisability(p, rollout)
+    per_image = planning_values(rollout, p.backbone) | areas
+    row = empty_row() | {
+        "policy": named.name,
+        "family": named.family or named.name,
+        "rival": not expensive,
+        "objective": named.objective,
+        "budgets": list(named.budgets),
+        "R": named.reasoning_steps,
+        "seed": named.seed,
+        "step_cost": named.step_cost,
+        "recognisability_curve": curve,
+        "visible_neighbours_curve": visible_neighbours(rollout).mean(0).tolist(),
+        "first_choice_entropy": first_choice_entropy(rollout),
+        "rollout_seconds_per_image": rollout.seconds / images,
+    }
+    row |= image_means(per_image, c.resamples, p.seed) | _calibration(p, named)
+    row |= entry("far_gain", bootstrap_sums(rollout.far_gain_sums.cpu(), ratio, c.resamples, seed=p.seed))
+    row |= code_lengths(row, p.backbone)
+    # the images that it draws
+    if sampled and not expensive:
+        row |= _samples(p, row, p.backbone, named.policy, named.budgets)
+    return Evaluated(row, per_image, rollout, log.scores)
 
 
-def _is_there(work: job.Job, name: str) -> bool:
-    """Whether a row was made, with its images."""
-    files = f"{_SAMPLES}-{name}"
-    if not (work.has(name) and work.has(files)):
-        return False
-    wrong = damage(work.folder / _SAMPLES / name, work.load(files))
-    if wrong is not None:
-        print(f"{wrong}; making {name} again", flush=True)
-    return wrong is None
+def planning_values(rollout: Rollout, backbone: Backbone) -> dict[str, Tensor]:
+    """Numbers of each image of a rollout, (n,) float on the CPU, by their keys in the row."""
+    measured = {column.name: column.per_image for column in all_columns() if column.per_image is not None}
+    return {name: values(rollout, backbone).cpu() for name, values in measured.items()}
 
 
-def publish_samples(work: job.Job, folder: Path) -> None:
-    """Copy the generated images of all rows to `folder/POLICY`, in the order of the rows.
+def evaluate_token_raster(p: EvaluationProtocol, name: str, backbone: TrainableBackbone) -> Evaluated:
+    """Row of a backbone in plain raster token order: its code length and its samples.
 
-    The work keeps its own until all is done: an interruption can come between.
+    The whole image is one block, inside which the order is raster; gains do not apply.
     """
-    for row in sorted((work.folder / _SAMPLES).glob("row-*")):
-        for policy in sorted(row.iterdir()):
-            shutil.copytree(policy, free_folder(folder, policy.name))
+    geometry = backbone.geometry
+    if geometry.height != geometry.width:
+        raise ValueError(f"token_raster needs a square token grid, got {geometry.height}x{geometry.width}")
+    check_fits(backbone, p.data)
+    tokens = float(geometry.num_tokens)
+    row = empty_row() | {"policy": name, "steps": tokens, "decode_calls": tokens}
+    one_block = with_block_size(backbone, geometry.height)
+    per_image: dict[str, Tensor] = {}
+    if isinstance(backbone, MaskedTransformer):
+        row["decode_nll"] = tokens * mean_loss(backbone, p.data, raster_token_orders(geometry, len(p.data)))
+    else:
+        per_image["decode_nll"] = _whole_image_losses(one_block, p.data)
+        row |= image_means(per_image, p.config.resamples, p.seed)
+    row |= code_lengths(row, backbone)
+
+    def whole_image(observation: TensorDict, generator: torch.Generator) -> Tensor:
+        return torch.zeros_like(observation["label"])
+
+    row |= _samples(p, row, one_block, whole_image, (1,))
+    return Evaluated(row, per_image)
 
 
-def log_values(row: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a row."""
-    return {key: value for key, value in row.items() if isinstance(value, float)}
+@torch.no_grad()
+def _whole_image_losses(backbone: Backbone, data: TokenSet, batch_size: int = 64) -> Tensor:
+    """Code length of each image under a backbone whose one block is the image, (n,), nats."""
+    device, losses = backbone_device(backbone), []
+    for rows in torch.arange(len(data)).split(batch_size):
+        prefix = backbone.start(data.labels[rows].to(device))
+        block = torch.zeros(len(rows), 1, dtype=torch.int64, device=device)
+        losses.append(backbone.context_loss(prefix, data.tokens[rows].to(device), block)[0].loss[:, 0].cpu())
+    return torch.cat(losses)
+
+
+def _samples(
+    p: EvaluationProtocol,
+    row: Mapping[str, Any],
+    backbone: Backbone,
+    policy: Policy | ReferencePolicy,
+    budgets: tuple[int, ...],
+) -> dict[str, Any]:
+    """Images drawn in a policy's order, as entries of its row; they are kept if the protocol says so."""
+    if not p.config.samples:
+        return {}
+    wanted = balanced_labels(p.config.samples, p.data.classes)
+    made = generate_images(backbone, p.data, policy, budgets, wanted, p.config.sampling, p.seed)
+    found: dict[str, Any] = {"seconds_per_image": made.seconds / len(made.tokens)}
+    measures = {column.name: column.per_sample for column in all_columns() if column.per_sample is not None}
+    if p.clip is not None:
+        measures["clip_score"] = p.clip.scores
+    if p.reference is None and p.samples_folder is None and not measures:
+        return found
+    by_class = made.labels.argsort(stable=True)  # the order of the kept files, on which random splits depend
+    images, labels = p.data.images(made.tokens[by_class], p.device), made.labels[by_class]
+    if p.samples_folder is not None:
+        save_images(images, free_folder(p.samples_folder, folder_name(row["policy"], row["seed"])), labels)
+    for name, values in measures.items():
+        found |= image_means({name: values(images, labels).cpu()}, p.config.resamples, p.seed)
+    return found | _against_reference(p, images, labels)
+
+
+def _against_reference(p: EvaluationProtocol, images: Tensor, labels: Tensor) -> dict[str, Any]:
+    """What samples are worth compared with real images, and how many a classifier recognises, with intervals."""
+    if p.reference is None:
+        return {}
+    features = p.reference.features
+    found = extract_features(images, features, p.config.weights, p.device)
+    scores: dict[str, Any] = asdict(sample_quality(found, p.reference, p.config.kid_subsets))
+    own = own_features(p.data.name)
+    if own is not None:
+        scores["accuracy"] = class_accuracy(images, labels, own)
+    if p.config.fid_infinity:
+        scores["frechet_distance_infinity"] = fid_infinity(found, p.reference, seed=p.seed)
+    intervals = quality_intervals(scores, found, p.reference, p.config.distance_resamples, p.seed)
+    return {"features": features} | scores | intervals
+
+
+def free_folder(parent: Path, name: str) -> Path:
+    """A folder that no other row has: two checkpoints may have one name and seed."""
+    number = 1
+    while (folder := parent / (name if number == 1 else f"{name}-{number}")).exists():
+        number += 1
+    return folder
+
+
+def folder_name(policy: str, seed: int | None) -> str:
+    """The folder of a policy's samples: its name, in characters that every file system takes, and its seed."""
+    name = re.sub(r"[^\w.@+=-]+", "_", policy)
+    return name if seed is None else f"{name}_seed{seed}"
+
+
+def _calibration(p: EvaluationProtocol, named: NamedPolicy) -> dict[str, Any]:
+    """Agreement with oracle and lookahead on the shared states, as entries of a row."""
+    states = p.states
+    assert states is not None  # policies are evaluated on order-robust backbones only
+    first, scores = first_choices(p, named)
+    hidden = ~states["visible"]
+    utility = utilities(states["gains"], p.backbone.geometry)
+    found = calibrate(first, scores, utility, hidden)
+    per_state = {
+        "oracle_top1": found.top1,
+        "regret": found.regret,
+        "oracle_spearman": found.spearman,
+        "oracle_kendall": found.kendall,
+        "score_std": found.score_std,
+    }
+    row: dict[str, Any] = {}
+    for key, values in per_state.items():
+        row |= {} if values is None else state_mean(key, values, states["image"], p.config.resamples, p.seed)
+    if p.lookahead is not None:
+        rows = p.lookahead.rows
+        values = regret(first[rows], p.lookahead.utility, hidden[rows])
+        row |= state_mean("lookahead_regret", values, states["image"][rows], p.config.resamples, p.seed)
+    if found.reliability is not None:
+        row |= {"calibration_error": found.reliability.error, "calibration_r2": found.reliability.r2}
+        row["reliability"] = found.reliability.plain()
+    return row
+
+
+def first_choices(p: EvaluationProtocol, named: NamedPolicy) -> tuple[Tensor, Tensor | None]:
+    """The first-ranked block (m,) and, where a policy has them, the scores (m, B) in the shared states.
+
+    The policy acts in its own kind of environment.
+    """
+    states = p.states
+    assert states is not None
+    generator = torch.Generator().manual_seed(p.seed)
+    if isinstance(named.policy, ReferencePolicy):
+        core = NextBlockCore(p.backbone, p.data, len(states), CoreConfig(budgets=named.budgets, strict=True), p.seed)
+        core.reset(index=states["image"])
+        core.show(states["order"], states["length"])
+        scores = all_scores(named.policy, core)
+    else:
+        observation = state_observation(states, named.budgets).to(p.device)
+        if named.scorer is None:
+            action = named.policy(observation, generator)
+            return (action if action.ndim == 1 else action[:, 0]).cpu(), None
+        scores = named.scorer(observation, generator)
+    scores = scores.cpu().float()
+    return scores.masked_fill(states["visible"], -torch.inf).argmax(-1), scores
+
+
+def _recognisability(
+    p: EvaluationProtocol, rollout: Rollout
+) -> tuple[dict[str, Tensor], dict[str, list[float]] | None]:
+    """Areas of each image, and the curves over the revealed fraction; nothing without a classifier."""
+    if p.recogniser is None:
+        return {}, None
+    found = recognise(
+        p.recogniser,
+        rollout,
+        p.data,
+        lambda moment: complete(p.backbone, p.data, rollout, moment, p.config.sampling, p.seed),
+    )
+    at = torch.linspace(0, 1, rollout.geometry.num_blocks + 1)
+    curve = recognisability_curve(found, rollout.fraction, at, p.config.resamples, p.seed)
+    return recognisability_areas(found, rollout.fraction), curve

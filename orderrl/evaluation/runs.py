@@ -1,7 +1,6 @@
 """Finished evaluations: the identity of their protocol, and the values of single images that pairing needs.
 
-Numbers of two runs compare if their identities are equal: `require_one_protocol` names what differs. How many resamples
-made an interval is no part of it, and neither is which policies were evaluated.
+Numbers of two runs compare if their identities are equal: `require_one_protocol` names what differs.
 """
 
 from __future__ import annotations
@@ -9,73 +8,20 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from orderrl.backbones import Backbone, backbone_fingerprint
-from orderrl.data import load_split
-from orderrl.data.token_files import DESCRIPTION, read_description, token_set_splits
-from orderrl.evaluation.protocol import Evaluated, Protocol
-from orderrl.metrics.features import name_by_content
-from orderrl.runtime.cache import fingerprint
-from orderrl.runtime.sources import source_identity
-from orderrl.runtime.storage import Unsealed, checksum, damage, manifest, read_sealed, write_sealed, written_aside
+from orderrl.evaluation.columns import all_columns
+from orderrl.evaluation.rows import Evaluated
+from orderrl.runtime.storage import Unsealed, damage, manifest, read_sealed, write_sealed, written_aside
 
 RESULTS = "results.json"
 VALUES = "per_image.safetensors"
-VERSION = 1  # of what the columns mean; raised when a number is measured in another way
-_OF_THE_MACHINE = ("seconds_per_image", "rollout_seconds_per_image")  # differ between two evaluations of one policy
-
-
-def protocol_identity(config: DictConfig, backbone: Backbone, protocol: Protocol) -> dict[str, Any]:
-    """Everything that the numbers of an evaluation depend on, apart from the policies, as plain values.
-
-    Files and data stand here by their content and not by their place.
-    """
-    e, geometry, recogniser = config.eval, backbone.geometry, protocol.recogniser
-    return {
-        "version": VERSION,
-        "data": protocol.data.name.partition(":")[0],  # without the folder of a token set
-        "split": protocol.data.split,
-        "images": len(protocol.data),
-        "content": protocol.data.fingerprint,
-        "backbone": backbone_fingerprint(backbone),
-        "blocks": [geometry.rows, geometry.columns, geometry.block_size],
-        "states": None if protocol.states is None else len(protocol.states),
-        "lookahead": None if protocol.lookahead is None else [len(protocol.lookahead.rows), protocol.lookahead.draws],
-        "reference_images": protocol.reference_images,
-        "recognisability": None
-        if recogniser is None
-        else replace(recogniser, name=name_by_content(recogniser.name)).described,
-        "samples": protocol.samples,
-        "sampling": asdict(protocol.sampling),
-        "features": None if protocol.features is None else name_by_content(protocol.features),
-        "feature_weights": None if protocol.weights is None else checksum(protocol.weights),
-        "reference": None if protocol.reference is None else _reference_identity(config),
-        "kid_subsets": protocol.kid_subsets,
-        "clip_score": None if protocol.clip is None else [protocol.clip.described, fingerprint(protocol.clip.captions)],
-        "real_images": None if protocol.real is None else e.real_images,
-        "seed": protocol.seed,
-    }
-
-
-def _reference_identity(config: DictConfig) -> str:
-    """What stands for the images or statistics that samples are compared with."""
-    e = config.eval
-    if e.reference is None:
-        splits = [load_split(config.data.name, split).fingerprint for split in ("backbone", "planner", "test")]
-        return fingerprint([splits, e.real_images])
-    path = Path(e.reference).expanduser()
-    if (path / DESCRIPTION).is_file():
-        tokenizer = read_description(path)["identity"]["tokenizer"]["fingerprint"]
-        return fingerprint([tokenizer, [part.fingerprint for part in token_set_splits(path).values()]])
-    return str(source_identity(path, in_full=True))
 
 
 def save_results(folder: Path, results: dict[str, Any], rows: Sequence[Evaluated]) -> None:
@@ -105,7 +51,7 @@ class Evaluation:
     Attributes:
         name: what it is called beside others.
         folder: of the run.
-        identity: of its protocol, from `protocol_identity`.
+        identity: of its protocol, from `EvaluationProtocol.identity`.
         protocol: the same in words, for people.
         rows: of its table, with the values of single images where they were measured.
     """
@@ -125,7 +71,7 @@ def open_evaluation(folder: Path, name: str | None = None) -> Evaluation:
         name: what to call it; None is the folder's name.
 
     Raises:
-        ValueError: if it is none, was written by an older version, or is damaged.
+        ValueError: if it is no run of an evaluation, was written by an older version, or is damaged.
     """
     if not (folder / RESULTS).is_file():
         raise ValueError(
@@ -214,14 +160,50 @@ def collected_rows(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
 
     A row that several runs have with equal numbers stands once, with all their names; seconds may differ.
     """
+    seconds = {column.name for column in all_columns() if column.clock}
     found: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = []
     for evaluation in evaluations:
         for evaluated in evaluation.rows:
             numbers = evaluated.row.items()
-            key = {name: value for name, value in numbers if value is not None and name not in _OF_THE_MACHINE}
+            key = {name: value for name, value in numbers if value is not None and name not in seconds}
             known = next((runs for other, _, runs in found if other == key and evaluation.name not in runs), None)
             if known is None:
                 found.append((key, evaluated.row, [evaluation.name]))
             else:
                 known.append(evaluation.name)
     return [row | {"run": ", ".join(runs)} for _, row, runs in found]
+
+
+def collected(evaluations: Sequence[Evaluation], summary: str) -> dict[str, Any]:
+    """What a page of several runs shows: summary, identity, runs (name to folder) and rows (with their runs' names)."""
+    return {
+        "summary": summary,
+        "identity": evaluations[0].identity,
+        "runs": {run.name: str(run.folder) for run in evaluations},
+        "rows": collected_rows(evaluations),
+    }
+
+
+def ranked_rows(evaluations: Sequence[Evaluation], key: str) -> list[dict[str, Any]]:
+    """The rows of all runs, best first; those without a value come last.
+
+    Raises:
+        ValueError: if no column of the table has this key and says which direction is better.
+    """
+    directions = {column.name: column.direction for column in all_columns() if column.direction}
+    if key not in directions:
+        raise ValueError(f"rank={key!r} cannot be ranked by; choose one of {', '.join(directions)}")
+
+    def place(row: dict[str, Any]) -> tuple[bool, float]:
+        value = row.get(key)
+        return value is None, -directions[key] * (value or 0)
+
+    return sorted(collected_rows(evaluations), key=place)
+
+
+def leaderboard(evaluations: Sequence[Evaluation], key: str) -> dict[str, Any]:
+    """What `leaderboard.json` holds: as `collected`, its rows ranked by a metric."""
+    rows, data = ranked_rows(evaluations, key), evaluations[0].protocol["data"]
+    runs = "one run" if len(evaluations) == 1 else f"{len(evaluations)} runs of one protocol"
+    summary = f"{len(rows)} rows of {runs}, on {data}, ranked by {key}."
+    return collected(evaluations, summary) | {"rows": rows}

@@ -87,7 +87,8 @@ def load_clip(name: str, weights: str = "openai", device: torch.device | None = 
         device: where it runs; None is the CPU.
 
     Raises:
-        ValueError: if open_clip is not installed, the name or tag is unknown, or weights can't be had or do not fit.
+        ValueError: if open_clip is not installed, the name or tag is unknown, or weights cannot be downloaded or found,
+            or do not fit.
     """
     return _load_clip(name, weights, source_identity(weights), device)
 
@@ -136,29 +137,6 @@ def _open_clip(name: str) -> ModuleType:
     return open_clip
 
 
-def clip_scores(network: ClipNetwork, images: Tensor, captions: Sequence[str]) -> Tensor:
-    """CLIP score of each image with its own caption, (n,) float32 in [0, 100].
-
-    Args:
-        network: from `load_clip`.
-        images: (n, 3, H, W) uint8.
-        captions: n of them.
-
-    Raises:
-        ValueError: if images are not uint8 (n >= 1, 3, H, W), or captions differ from them in number.
-    """
-    if len(captions) != len(images):
-        raise ValueError(f"captions must be as many as images, got {len(captions)} and {len(images)}")
-    place = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}  # each is encoded once
-    found = network.caption_features(list(place))
-    return _scores(network.image_features(images), found[[place[caption] for caption in captions]])
-
-
-def _scores(images: Tensor, captions: Tensor) -> Tensor:
-    """100 max(cos, 0) of rows of unit length."""
-    return 100 * (images * captions).sum(-1).clamp_min(0)
-
-
 @dataclass(frozen=True)
 class ClassCaptions:
     """Scores images against the captions of their classes.
@@ -183,7 +161,8 @@ class ClassCaptions:
 
     def scores(self, images: Tensor, labels: Tensor) -> Tensor:
         """CLIP score of each image, (n,) float32: images (n, 3, H, W) uint8, labels (n,) int64."""
-        return _scores(self.network.image_features(images), self.features[labels.cpu()])
+        cosines = (self.network.image_features(images) * self.features[labels.cpu()]).sum(-1)
+        return 100 * cosines.clamp_min(0)
 
 
 def class_captions(

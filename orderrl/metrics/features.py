@@ -105,7 +105,8 @@ def extract_features(
         batch_size: images at once.
 
     Raises:
-        ValueError: if features are unknown, weights can't be had or do not fit, or images have another shape or dtype.
+        ValueError: if features are unknown, weights cannot be downloaded or found or do not fit, or images have another
+            shape or dtype.
     """
     registered = register_features(features)
     if isinstance(images, Tensor):

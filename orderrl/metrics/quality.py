@@ -133,7 +133,8 @@ def frechet_distance(generated: Tensor, reference: Tensor, features: str, weight
         The distance, in squared units of the features. It falls with n and m (bias): compare equal numbers only.
 
     Raises:
-        ValueError: if features are unknown, images are not uint8 (n >= 2, 3, H, W), or the weights can't be had.
+        ValueError: if features are unknown, images are not uint8 (n >= 2, 3, H, W), or the weights cannot be downloaded
+            or found.
     """
     check_images(generated, "generated")
     check_images(reference, "reference")
@@ -174,7 +175,7 @@ def real_floor(real: Features, repeats: int = 5, seed: int = 0, kid_subsets: int
 def fid_infinity(
     generated: Features, reference: Reference, points: int = 15, smallest: int | None = None, seed: int = 0
 ) -> float:
-    """The Fréchet distance that endlessly many samples would have, by extrapolation (Chong and Forsyth, 2020).
+    """The Fréchet distance that infinitely many samples would have, by extrapolation (Chong and Forsyth, 2020).
 
     The distance of n samples is linear in 1/n to first order; a line through the distances of random subsets of
     several sizes is read off at 1/n = 0.

@@ -23,7 +23,7 @@ def frechet_interval(
 
     Not a percentile interval: a resample holds fewer different images than the sample, so resampled distances are
     too large by about the bias that the distance itself has. The interval says how much the distance would move with
-    other samples *of the same number*; it is not one of the distance of endlessly many (see `fid_infinity`).
+    other samples *of the same number*; it is not one of the distance of infinitely many (see `fid_infinity`).
 
     Costs n d^2 and an eigenproblem of dimension d for every resample.
 

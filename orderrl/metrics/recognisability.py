@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 from torch_fidelity.utils import create_feature_extractor
 
-from orderrl.agents.play import Rollout
+from orderrl.agents.play import Rollout, play
 from orderrl.backbones.protocol import Backbone
 from orderrl.backbones.sampling import Sampling
 from orderrl.data import TokenSet
 from orderrl.data.pictures import hide_blocks
 from orderrl.envs.core import CoreConfig, NextBlockCore
-from orderrl.geometry import BlockGrid
 from orderrl.metrics.classifier import CLASSIFIERS, load_classifier, own_classifier
 from orderrl.metrics.features import TIMM, register_features
 
@@ -79,7 +78,8 @@ def make_recogniser(
         device: where the classifier runs.
 
     Raises:
-        ValueError: if the name or fill is unknown, the weights can't be had, or the classes differ in number.
+        ValueError: if the name or fill is unknown, the weights cannot be downloaded or found, or the classes differ in
+            number.
     """
     check_fill(fill)
     name = own_classifier(data.name) if name == OWN else name
@@ -139,18 +139,11 @@ def recognise(
     Returns:
         Confidence and correctness, (T + 1, n) each.
     """
-    everything = torch.ones_like(rollout.visible[:1])
     moments = [
-        progressive_recognisability(
-            recogniser.classify,
-            rollout.geometry,
-            shown_images(recogniser.fill, rollout, moment, data, completed),
-            rollout.labels,
-            everything,
-        )
+        classified(recogniser.classify, shown_images(recogniser.fill, rollout, moment, data, completed), rollout.labels)
         for moment in range(len(rollout.visible))
     ]
-    confidence, correct = (torch.cat(parts) for parts in zip(*moments, strict=True))
+    confidence, correct = (torch.stack(parts) for parts in zip(*moments, strict=True))
     return Recognisability(confidence, correct)
 
 
@@ -183,58 +176,29 @@ def complete(
         Tokens like those of the rollout, equal to them in visible blocks.
     """
     config = CoreConfig("generate", sampling=sampling or Sampling(), strict=True, hindsight=False)
-    core = NextBlockCore(backbone, data, len(rollout.tokens), config, seed)
+    core = NextBlockCore(backbone, data, len(rollout.tokens), config, seed, observe=False)
     core.reset(labels=torch.full_like(rollout.labels, backbone.num_classes))
     core.tokens = rollout.tokens.clone()
     core.show(rollout.order, rollout.visible[moment].sum(-1))
-    while not bool(core.visible.all()):
-        core.step((~core.visible).long().argmax(-1))
+    play(core, lambda observation, _: observation["action_mask"].long().argmax(-1))
     return core.tokens
 
 
 @torch.no_grad()
-def progressive_recognisability(
-    classifier: Callable[[Tensor], Tensor],
-    geometry: BlockGrid,
-    images: Tensor,
-    labels: Tensor,
-    visible: Tensor,
-    batch_size: int = 1024,
-) -> Recognisability:
-    """Classify images of which only some blocks are revealed; hidden blocks are filled grey.
+def classified(
+    classify: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, batch_size: int = 1024
+) -> tuple[Tensor, Tensor]:
+    """Probability of the true class, (n,) float32, and whether it is the most probable one, (n,) bool.
 
     Args:
-        classifier: uint8 images (m, 3, height, width) -> logits (m, classes).
-        geometry: the block grid.
-        images: (n, 3, height, width) uint8, complete, as `TokenSet.images` gives them.
+        classify: uint8 images (m, 3, height, width) -> logits (m, classes).
+        images: (n, 3, height, width) uint8, as they are shown.
         labels: (n,) int64, the true classes.
-        visible: (T, n, B) bool, the revealed blocks at T moments.
-        batch_size: partly revealed images in one call of the classifier.
-
-    Returns:
-        Confidence and correctness, (T, n) each.
-
-    Raises:
-        ValueError: if the shapes do not fit each other.
+        batch_size: images in one call of the classifier.
     """
-    moments, count = visible.shape[:2] if visible.ndim == 3 else (0, 0)
-    if visible.ndim != 3 or count != len(images) or labels.shape != (count,):
-        raise ValueError(
-            "visible must have shape (T, n, B) with n images and labels, got "
-            f"visible {tuple(visible.shape)}, images {tuple(images.shape)}, labels {tuple(labels.shape)}"
-        )
-    row = torch.arange(count, device=images.device).repeat(moments)  # (T * n,)
-    logits = torch.cat(
-        [
-            classifier(hide_blocks(images[index], mask.to(images.device), geometry))
-            for index, mask in zip(row.split(batch_size), visible.flatten(0, 1).split(batch_size), strict=True)
-        ]
-    )
-    target = labels.to(logits.device)[row]
-    confidence = logits.float().softmax(-1).gather(-1, target[:, None]).squeeze(-1)
-    return Recognisability(
-        confidence.unflatten(0, (moments, count)), (logits.argmax(-1) == target).unflatten(0, (moments, count))
-    )
+    logits = torch.cat([classify(part) for part in images.split(batch_size)])
+    target = labels.to(logits.device)
+    return logits.float().softmax(-1).gather(-1, target[:, None])[:, 0], logits.argmax(-1) == target
 
 
 def at_fractions(values: Tensor, fraction: Tensor, at: Tensor) -> Tensor:

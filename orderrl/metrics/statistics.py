@@ -24,11 +24,6 @@ class Interval:
     low: float
     high: float
 
-    @property
-    def excludes_zero(self) -> bool:
-        """True if zero lies outside [low, high]."""
-        return self.low > 0 or self.high < 0
-
 
 @dataclass(frozen=True)
 class Difference(Interval):
@@ -103,22 +98,6 @@ def _resampled(
     return result.confidence_interval.low, result.confidence_interval.high, result.bootstrap_distribution
 
 
-def bootstrap_mean(values: ArrayLike, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0) -> Interval:
-    """Mean over images with a percentile interval (`scipy.stats.bootstrap`).
-
-    Args:
-        values: (n,) one number for each image.
-        resamples: as in `bootstrap_band`.
-        level: as in `bootstrap_band`.
-        seed: as in `bootstrap_band`; the same seed and n resample the same images.
-
-    Raises:
-        ValueError: as `bootstrap_band`.
-    """
-    mean, low, high = bootstrap_band(_checked(values, "values", ndim=1)[None], resamples, level, seed)
-    return Interval(float(mean[0]), float(low[0]), float(high[0]))
-
-
 def bootstrap_sums(
     sums: ArrayLike,
     statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]],
@@ -167,7 +146,8 @@ def paired_bootstrap(
     """Mean of a - b over images that both saw, with a percentile interval of the paired differences.
 
     Args:
-        a: (n,), or (seeds, n): seeds are averaged first, see `mean_over_seeds`.
+        a: (n,), or (seeds, n): seeds are averaged first. The interval says how the mean of *these* training seeds
+            varies with the images, not how another seed would do.
         b: likewise, about the same images in the same order; its number of seeds may differ.
         resamples: as in `bootstrap_band`; p-values are no finer than 2 / (resamples + 1).
         level: as in `bootstrap_band`.
@@ -210,7 +190,7 @@ def holm(p_values: ArrayLike) -> NDArray[np.float64]:
 
 
 def is_significant(entry: Mapping[str, Any]) -> bool:
-    """Whether a paired difference is told from zero: `RULE`, the only one, on screen, in tables, pages and sentences.
+    """Whether a paired difference is significant: `RULE`, the only one, on screen, in tables, pages and sentences.
 
     Such a difference has an interval that excludes zero; the converse does not hold, since the interval is that of the
     single comparison.
@@ -219,24 +199,6 @@ def is_significant(entry: Mapping[str, Any]) -> bool:
         entry: of `orderrl.evaluation.comparison.compare`; its "p_holm" decides.
     """
     return bool(entry["p_holm"] < 1 - LEVEL)
-
-
-def mean_over_seeds(values: ArrayLike, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0) -> Interval:
-    """Mean over seeds and images; images are resampled jointly, seeds are kept.
-
-    The interval says how the mean of *these* training seeds varies with the images, not how another seed
-    would do. Resampling images jointly and averaging seeds is the same as resampling the seed means.
-
-    Args:
-        values: (seeds, n).
-        resamples: as in `bootstrap_band`.
-        level: as in `bootstrap_band`.
-        seed: as in `bootstrap_band`.
-
-    Raises:
-        ValueError: as `bootstrap_band`.
-    """
-    return bootstrap_mean(_checked(values, "values", ndim=2).mean(0), resamples, level, seed)
 
 
 def _image_means(values: ArrayLike, name: str) -> NDArray[np.float64]:

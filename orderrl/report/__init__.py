@@ -1,6 +1,29 @@
-"""The report: one self-contained HTML page with the table, the figures and the order viewer of an evaluation."""
+"""Reports of an evaluation: tables on screen and in Markdown, and one self-contained page with its pictures."""
 
-from orderrl.report.detail import Curve, Episode, Examples, PolicyDetail
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from orderrl.evaluation.detail import Examples, PolicyDetail
+from orderrl.report.markdown import markdown_comparisons, markdown_table
 from orderrl.report.page import write_report
+from orderrl.report.screen import print_comparisons, print_results
 
-__all__ = ["Curve", "Episode", "Examples", "PolicyDetail", "write_report"]
+__all__ = ["write_all", "write_report"]
+
+
+def write_all(
+    folder: Path, results: dict[str, Any], details: Sequence[PolicyDetail], examples: Examples | None = None
+) -> Path:
+    """Write page, figures and `results.md` into a folder, print the main columns, and return the path of the page.
+
+    Arguments as in `write_report`.
+    """
+    page = write_report(folder, results, details, examples)
+    tables = markdown_table(results["rows"]) + "\n" + markdown_comparisons(results["comparisons"])
+    (folder / "results.md").write_text(tables, encoding="utf-8")
+    print_results(results["rows"], results["comparisons"])
+    print_comparisons(results["comparisons"])
+    return page

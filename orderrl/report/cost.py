@@ -11,13 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from orderrl.evaluation.columns import COLUMNS
+from orderrl.evaluation.columns import all_columns, column_of, is_rival
 from orderrl.report.style import COLOURS, INK, MARKERS, MUTED, WIDTH, grid_lines, new_figure, shorten
-from orderrl.report.summary import is_rival
-
-QUALITIES = ("decode_nll", "decode_loss", "frechet_distance", "accuracy")
-COSTS = {"steps": "planner steps per image", "seconds_per_image": "milliseconds per image"}
-_SCALE = {"accuracy": 100.0, "seconds_per_image": 1000.0}
 
 
 @dataclass(frozen=True)
@@ -58,11 +53,6 @@ def cost_points(rows: Sequence[dict[str, Any]], cost: str, quality: str) -> list
     ]
 
 
-def higher_is_better(quality: str) -> bool:
-    """Whether the metric's column says so."""
-    return next(column for column in COLUMNS if column.key == quality).header.endswith("↑")
-
-
 def pareto_front(points: Sequence[Point], higher: bool) -> list[Point]:
     """The points that no other one beats in cost and quality, cheapest first.
 
@@ -77,19 +67,19 @@ def pareto_front(points: Sequence[Point], higher: bool) -> list[Point]:
 
 def cost_panels(rows: Sequence[dict[str, Any]], cost: str) -> dict[str, list[Point]]:
     """The metrics worth drawing against a cost, those with a policy at several costs, with their points."""
-    panels = {quality: cost_points(rows, cost, quality) for quality in QUALITIES}
+    panels = {column.name: cost_points(rows, cost, column.name) for column in all_columns("quality")}
     return {quality: points for quality, points in panels.items() if _families(points)}
 
 
 def cost_figure(rows: Sequence[dict[str, Any]], cost: str, ink: str = INK) -> Figure:
-    """Every metric of `QUALITIES` against a cost, one panel each, with the Pareto front marked.
+    """Every metric of quality against a cost, one panel each, with the Pareto front marked.
 
     A line joins those schedules of one policy that none of its others beats in cost and quality; all others are single
     points.
 
     Args:
         rows: of `results.json`.
-        cost: a key of `COSTS`.
+        cost: a metric of cost.
         ink: colour of text and axes.
     """
     panels = cost_panels(rows, cost)
@@ -102,7 +92,7 @@ def cost_figure(rows: Sequence[dict[str, Any]], cost: str, ink: str = INK) -> Fi
         grid = figure.subplots(max(len(panels), 1), sharex=True, squeeze=False)
         for axes, (quality, points) in zip(grid[:, 0], panels.items(), strict=False):
             _panel(axes, points, cost, quality, looks, ink)
-        grid[-1, 0].set_xlabel(COSTS[cost])
+        grid[-1, 0].set_xlabel(column_of(cost).title)
         handles = [Line2D([], [], label=shorten(name, 24), **look) for name, look in looks.items()]
         if any(point.family not in looks for points in panels.values() for point in points):
             handles.append(Line2D([], [], color=MUTED, linestyle="", marker=".", label="other policies"))
@@ -130,13 +120,14 @@ def _families(points: Sequence[Point]) -> list[str]:
 def _panel(
     axes: Any, points: Sequence[Point], cost: str, quality: str, looks: dict[str, dict[str, Any]], ink: str
 ) -> None:
-    across, up = _SCALE.get(cost, 1.0), _SCALE.get(quality, 1.0)
-    front = pareto_front(points, higher_is_better(quality))
+    column = column_of(quality)
+    across, up, higher = column_of(cost).scale, column.scale, column.direction > 0
+    front = pareto_front(points, higher)
     axes.plot([across * p.cost for p in front], [up * p.quality for p in front], color=ink, zorder=1, **_FRONT)
     for family in dict.fromkeys(point.family for point in points):
         members = [p for p in points if p.family == family]
         look = looks.get(family, {"color": MUTED, "marker": ".", "markersize": 5, "linewidth": 0.7})
-        best = pareto_front(members, higher_is_better(quality))  # joining all of them would draw a zigzag
+        best = pareto_front(members, higher)  # joining all of them would draw a zigzag
         axes.plot([across * p.cost for p in best], [up * p.quality for p in best], zorder=3, **look)
         rest, alone = [p for p in members if p not in best], {**look, "linestyle": "", "alpha": 0.5}
         axes.plot([across * p.cost for p in rest], [up * p.quality for p in rest], zorder=2, **alone)
@@ -145,7 +136,6 @@ def _panel(
             across * point.cost, up * point.quality, "o",
             markersize=10, markerfacecolor="none", markeredgecolor=ink, markeredgewidth=0.8, zorder=4,
         )  # fmt: skip
-    column = next(column for column in COLUMNS if column.key == quality)
     axes.set_ylabel(f"{column.header}\n({column.unit})")
     axes.set_xscale("log", base=2)
     values = [across * p.cost for p in points]

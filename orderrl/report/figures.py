@@ -12,8 +12,8 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from orderrl.data.pictures import hide_blocks
+from orderrl.evaluation.detail import Curve, Examples, PolicyDetail
 from orderrl.geometry import BlockGrid
-from orderrl.report.detail import Curve, Examples, PolicyDetail
 from orderrl.report.style import (
     COLOUR_MAP,
     DASHES,

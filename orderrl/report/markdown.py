@@ -7,75 +7,46 @@ from collections.abc import Sequence
 from statistics import mean, stdev
 from typing import Any
 
-from orderrl.evaluation.columns import show_p
+from orderrl.evaluation.columns import (
+    DASH,
+    Column,
+    all_columns,
+    in_features,
+    measured,
+    show_difference,
+    show_interval,
+    show_p,
+)
 from orderrl.metrics.statistics import RULE, is_significant
 
-COLUMNS = {
-    "gain_auc": ("gain AUC ↑", 4),
-    "decode_nll": ("decode_nll ↓ (nats/image)", 2),
-    "decode_loss": ("decode_loss ↓ (DiffLoss/image)", 3),
-    "steps": ("steps", 1),
-    "far_gain": ("far gain", 3),
-    "recognisability_auc": ("recognisability ↑", 3),
-    "oracle_spearman": ("Spearman", 3),
-    "regret": ("regret ↓", 4),
-    "frechet_distance": ("Fréchet ↓", 2),
-    "inception_score": ("inception score ↑", 2),
-    "kid": ("kernel distance ↓", 4),
-    "cmmd": ("CMMD ↓", 3),
-    "precision": ("precision ↑", 3),
-    "recall": ("recall ↑", 3),
-    "spatial_frechet_distance": ("spatial Fréchet ↓", 2),
-    "clip_score": ("CLIP score ↑", 2),
-    "accuracy": ("accuracy ↑", 3),
-}
-OPTIONAL = (
-    "decode_loss",
-    "inception_score",
-    "kid",
-    "cmmd",
-    "precision",
-    "recall",
-    "spatial_frechet_distance",
-    "clip_score",
-)
-"""Columns that are left out where no row has a value."""
 # What means something in a cell; an underscore inside a word stands for itself.
 _MARKUP = re.compile(r"[\\|`*<>\[\]~&]|(?<![^\W_])_|_(?![^\W_])")
 
 
 def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows of `results.json` as a Markdown table.
+    """Rows of `results.json` as a Markdown table of the columns on Markdown that have a value.
 
     Rows of one policy (training seeds) become one line: mean ± standard deviation over seeds.
     """
-    columns = {
-        key: value
-        for key, value in COLUMNS.items()
-        if key not in OPTIONAL or any(row.get(key) is not None for row in rows)
-    }
-    names = list(dict.fromkeys(row["policy"] for row in rows))
-    lines = ["| policy | seeds | " + " | ".join(title for title, _ in columns.values()) + " |"]
+    columns = [in_features(column, rows) for column in measured(all_columns("markdown"), rows)]
+    lines = ["| policy | seeds | " + "".join(f"{column.title} | " for column in columns)]
     lines.append("|---|---|" + "---|" * len(columns))
-    for name in names:
+    for name in dict.fromkeys(row["policy"] for row in rows):
         group = [row for row in rows if row["policy"] == name]
-        cells = [_cell([row.get(key) for row in group], digits) for key, (_, digits) in columns.items()]
-        seeds = len(group) if group[0]["seed"] is not None else "–"
-        lines.append(f"| {escaped(name)} | {seeds} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        seeds = len(group) if group[0]["seed"] is not None else DASH
+        cells = [_cell(column, [row.get(column.name) for row in group]) for column in columns]
+        lines.append(f"| {escaped(name)} | {seeds} | " + "".join(f"{cell} | " for cell in cells))
+    return "\n".join(map(str.rstrip, lines)) + "\n"
 
 
 def markdown_comparisons(entries: Sequence[dict[str, Any]]) -> str:
     """Paired comparisons as a Markdown table, significant ones in bold, with the rule under it."""
     lines = ["| pair | metric | mean difference | 95 % interval | p (Holm) |", "|---|---|---|---|---|"]
     for entry in entries:
-        digits = COLUMNS.get(entry["metric"], ("", 4))[1]
-        value = f"{entry['mean']:+.{digits}f}"
+        value = show_difference(entry["metric"], entry["mean"])
         value = f"**{value}**" if is_significant(entry) else value
-        interval = f"{entry['low']:+.{digits}f} to {entry['high']:+.{digits}f}"
-        lines.append(
-            f"| {escaped(entry['name'])} | {entry['metric']} | {value} | {interval} | {show_p(entry['p_holm'])} |"
-        )
+        cells = (escaped(entry["name"]), entry["metric"], value, show_interval(entry), show_p(entry["p_holm"]))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", f"Paired over images. Bold: {RULE}."]) + "\n"
 
 
@@ -84,9 +55,8 @@ def escaped(name: str) -> str:
     return _MARKUP.sub(r"\\\g<0>", " ".join(name.split()))
 
 
-def _cell(values: Sequence[float | None], digits: int) -> str:
+def _cell(column: Column, values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
     if not known:
-        return "–"
-    spread = f" ± {stdev(known):.{digits}f}" if len(known) > 1 else ""
-    return f"{mean(known):.{digits}f}{spread}"
+        return DASH
+    return column.show(mean(known)) + (f" ± {column.show(stdev(known))}" if len(known) > 1 else "")

@@ -13,10 +13,10 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from orderrl.evaluation.columns import shown_columns
+from orderrl.evaluation.columns import all_columns, learned_policies, shown_columns
+from orderrl.evaluation.detail import Curve, Examples, PolicyDetail
 from orderrl.report import cost, figures, style
-from orderrl.report.detail import Curve, Examples, PolicyDetail
-from orderrl.report.summary import learned_policies, summary
+from orderrl.report.summary import summary
 from orderrl.report.tables import comparison_values, loss_unit, protocol_values, results_values
 from orderrl.report.viewer import partial_drawing, steps_at, viewer_data
 
@@ -47,8 +47,8 @@ def write_report(
 
     Args:
         folder: an existing or new folder.
-        results: as in `results.json`: "protocol" (key to value), "rows" (dicts with the keys of `COLUMNS` and
-            intervals "<key>_ci", null where a metric does not apply) and optionally "comparisons", as
+        results: as in `results.json`: "protocol" (key to value), "rows" (dicts of the columns and intervals
+            "<name>_ci", null where a metric does not apply) and optionally "comparisons", as
             `orderrl.evaluation.comparison.comparisons` gives them.
         details: what the pictures show, one for each policy with pictures. Curves and maps are drawn of learned
             planners and of policies that reveal one block a step; the viewer has all.
@@ -146,16 +146,16 @@ def _plots(rows: Sequence[dict[str, Any]], details: Sequence[PolicyDetail], lear
                 ),
             )
         )
-    for name, key in (("quality_steps", "steps"), ("quality_seconds", "seconds_per_image")):
-        if cost.cost_panels(rows, key):
+    for column in all_columns("cost"):
+        if cost.cost_panels(rows, column.name):
             plots.append(
                 Plot(
-                    name,
-                    f"Quality against {'steps' if key == 'steps' else 'time'}",
+                    f"quality_{column.name.removesuffix('_per_image')}",
+                    f"Quality against {column.heading}",
                     "Lines join those schedules of one policy that none of its others beats. Rings on the thick line: "
                     "the Pareto front, which no other policy shown beats in cost and quality. Oracle and lookahead are "
                     "left out.",
-                    lambda ink, key=key: cost.cost_figure(rows, key, ink),  # type: ignore[misc]
+                    lambda ink, key=column.name: cost.cost_figure(rows, key, ink),  # type: ignore[misc]
                 )
             )
     reliability = {row["policy"]: row["reliability"] for row in _of_first_seed(rows) if _has_reliability(row)}

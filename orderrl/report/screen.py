@@ -1,4 +1,4 @@
-"""Tables on screen: the main columns of an evaluation, and paired comparisons with the rule that marks them."""
+"""Tables on screen: the main columns of an evaluation or of many, and paired comparisons with the rule behind stars."""
 
 from __future__ import annotations
 
@@ -8,38 +8,64 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from orderrl.evaluation.columns import COLUMNS, DASH, MINUS, show_difference, show_interval, show_p, show_value
+from orderrl.evaluation.columns import (
+    DASH,
+    MINUS,
+    Column,
+    all_columns,
+    column_of,
+    measured,
+    show_difference,
+    show_interval,
+    show_p,
+)
 from orderrl.metrics.statistics import RULE, is_significant
 
-_MAIN = ("gain_auc", "decode_nll", "decode_loss", "steps", "recognisability_auc", "frechet_distance", "accuracy")
-"""Columns of the table on screen; the report has all."""
+
+def print_tables(*tables: Table) -> None:
+    """Tables as wide as the terminal, or 160 characters in a file."""
+    console = Console(highlight=False)
+    console = console if console.is_terminal else Console(highlight=False, width=160)
+    for table in tables:
+        console.print(table)
 
 
 def print_results(rows: Sequence[dict[str, Any]], comparisons: Sequence[dict[str, Any]]) -> None:
-    """The main columns; beside the gain of planners for context what they gain on raster order."""
-    titles = {column.key: f"{column.header} ({column.unit})" if column.unit else column.header for column in COLUMNS}
-    keys = [key for key in _MAIN if any(row[key] is not None for row in rows)]
+    """The main columns; beside the gain of planners for context their gain minus that of raster order."""
+    columns = measured(all_columns("screen"), rows)
     on_raster = {
         entry["policy"]: entry
         for entry in comparisons
         if entry["metric"] == "gain_auc" and entry["opponent"] == "raster"
     }
     table = Table("policy", "seed", title="held-out images")
-    for key in keys:
-        table.add_column(titles[key], justify="right")
-        if key == "gain_auc" and on_raster:
-            table.add_column("less raster, paired [95 %]", no_wrap=True)
+    for column in columns:
+        table.add_column(column.title, justify="right")
+        if column.name == "gain_auc" and on_raster:
+            table.add_column("minus raster, paired [95 %]", no_wrap=True)
     shown: set[str] = set()
     for row in rows:
-        cells = [row["policy"], "" if row["seed"] is None else str(row["seed"])]
-        for key in keys:
-            cells.append(DASH if row[key] is None else show_value(key, row[key]))
-            if key == "gain_auc" and on_raster:  # of all seeds together, so beside the first
+        cells = [row["policy"], _cell(column_of("seed"), row, "")]
+        for column in columns:
+            cells.append(_cell(column, row))
+            if column.name == "gain_auc" and on_raster:  # of all seeds together, so beside the first
                 entry = None if row["policy"] in shown else on_raster.get(row["policy"])
-                cells.append("" if entry is None else f"{_marked(entry)} [{show_interval(entry)}]")
+                cells.append("" if entry is None else f"{marked(entry)} [{show_interval(entry)}]")
         table.add_row(*cells)
         shown.add(row["policy"])
-    _print(table)
+    print_tables(table)
+
+
+def print_leaderboard(rows: Sequence[dict[str, Any]], rank: str) -> None:
+    """Rank, policy, run, the metric that ranks and the main columns."""
+    ranked = column_of(rank)
+    others = [column for column in measured(all_columns("screen"), rows) if column.name != rank]
+    table = Table("rank", "policy", "seed", "run", *(column.title for column in (ranked, *others)))
+    for number, row in enumerate(rows, 1):
+        place = DASH if row.get(rank) is None else str(number)
+        cells = [_cell(column, row) for column in (ranked, *others)]
+        table.add_row(place, row["policy"], _cell(column_of("seed"), row, ""), row["run"], *cells)
+    print_tables(table)
 
 
 def print_comparisons(entries: Sequence[dict[str, Any]]) -> None:
@@ -51,19 +77,20 @@ def print_comparisons(entries: Sequence[dict[str, Any]]) -> None:
         table.add_row(
             entry["name"].replace(" - ", f" {MINUS} "),
             entry["metric"],
-            _marked(entry),
+            marked(entry),
             show_interval(entry),
             show_p(entry["p_holm"]),
             f"{entry['effect_size']:+.2f}",
         )
-    _print(table)
+    print_tables(table)
     print(f"* {RULE}")
 
 
-def _marked(entry: dict[str, Any]) -> str:
+def marked(entry: dict[str, Any]) -> str:
+    """A difference, with a star where it is significant."""
     return show_difference(entry["metric"], entry["mean"]) + (" *" if is_significant(entry) else "")
 
 
-def _print(table: Table) -> None:
-    console = Console(highlight=False)
-    (console if console.is_terminal else Console(highlight=False, width=160)).print(table)
+def _cell(column: Column, row: dict[str, Any], absent: str = DASH) -> str:
+    value = row.get(column.name)
+    return absent if value is None else column.show(value)

@@ -20,7 +20,7 @@ INK = "#1f2328"
 _INK_ON_PAGE = "#010203"  # stands for the page's text colour in inline SVG
 MUTED = "#8b949e"
 # Paul Tol's "vibrant" scheme: distinct for colour-blind readers, legible on white and on near-black. Lines and markers
-# change with the colour, so that no figure is told apart by colour alone.
+# change with the colour, so that colour alone distinguishes nothing in a figure.
 COLOURS = ("#0077bb", "#ee7733", "#009988", "#ee3377", "#cc3311", "#33bbee")
 DASHES: tuple[Any, ...] = ("solid", (0, (6, 1.5)), (0, (3, 1, 1, 1)), (0, (1.5, 1)), (0, (8, 2, 2, 2)), (0, (4, 3)))
 MARKERS = "osD^vPX<>*"

@@ -5,18 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from orderrl.evaluation.columns import show_difference, show_interval, show_value
+from orderrl.evaluation.columns import column_of, is_rival, learned_policies, show_difference, show_interval
 from orderrl.metrics.statistics import is_significant
-
-
-def is_rival(row: dict[str, Any]) -> bool:
-    """False for rows of policies that know or try out hidden tokens, and are evaluated on the first images only."""
-    return row.get("rival") is not False
-
-
-def learned_policies(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Names of the learned planners, those with a number of reasoning passes R, in the order of the table."""
-    return list(dict.fromkeys(row["policy"] for row in rows if row.get("R") is not None))
 
 
 def summary(results: dict[str, Any]) -> str:
@@ -64,7 +54,7 @@ def _gain_sentences(results: dict[str, Any], learned: Sequence[str]) -> list[str
     if strongest is not None:
         paired = _paired(results, best, strongest, "gain_auc")
         assert paired is not None
-        relation = {1: "It is ahead of", 0: "It cannot be told from", -1: "It is behind"}[_sign(paired)]
+        relation = {1: "It is ahead of", 0: "It does not differ significantly from", -1: "It is behind"}[_sign(paired)]
         found.append(f"{relation} the strongest other order, {strongest} ({_difference(paired)}).")
     return found
 
@@ -97,7 +87,7 @@ def _code_length_sentences(results: dict[str, Any], learned: Sequence[str]) -> l
         return []
     best = min(known, key=lambda name: means[name])
     quantity, unit = ("code length", "nats") if metric == "decode_nll" else ("decode loss", "DiffLoss")
-    intro = f"For {quantity} {best} needs {show_value(metric, means[best])} {unit} per image"
+    intro = f"For {quantity} {best} needs {column_of(metric).show(means[best])} {unit} per image"
     if best in steps:
         intro += f" in {steps[best]:.1f} steps"
     paired = [entry for entry in results.get("comparisons") or [] if entry["metric"] == "decode_nll"]

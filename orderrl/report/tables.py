@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orderrl.evaluation.columns import (
-    COLUMNS,
     DASH,
     MINUS,
     Column,
     cell_of,
-    header_of,
+    column_of,
+    in_features,
     show_difference,
     show_interval,
     show_p,
@@ -83,17 +83,16 @@ def _comparison_columns() -> list[dict[str, Any]]:
 
 
 def _header_cell(column: Column, rows: Sequence[dict[str, Any]], groups: dict[str, list[Column]]) -> dict[str, Any]:
-    header = header_of(column, rows)
+    header = in_features(column, rows).header
     starts = any(column is members[0] for members in list(groups.values())[1:])
-    order = "descending" if header.endswith("↑") else "ascending"
     return {
-        "key": column.key,
+        "key": column.name,
         "header": header,
         "unit": column.unit.replace("nats per token", loss_unit(rows)),
-        "meaning": column.meaning,
+        "meaning": column.help,
         "text": column.text,
         "group": next(group for group, members in groups.items() if column in members),
-        "order": order,
+        "order": "descending" if column.direction > 0 else "ascending",
         "starts": starts,
     }
 
@@ -101,17 +100,16 @@ def _header_cell(column: Column, rows: Sequence[dict[str, Any]], groups: dict[st
 def _line_cells(row: dict[str, Any], learned: Sequence[str], columns: Sequence[Column]) -> dict[str, Any]:
     """One line of the table."""
     kind = "learned" if row["policy"] in learned else "raster" if row["policy"] == "raster" else ""
-    return {"kind": kind, "cells": {column.key: cell_of(row, column) for column in columns}}
+    return {"kind": kind, "cells": {column.name: cell_of(row, column) for column in columns}}
 
 
 def _comparison_cells(entry: dict[str, Any], columns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The cells of a paired comparison."""
-    column = next((column for column in COLUMNS if column.key == entry["metric"]), None)
+    column = column_of(entry["metric"])
     name = entry["name"].replace(" - ", f" {MINUS} ")
-    metric = column.header if column else entry["metric"].replace("_", " ")
     cells = {
         "pair": (name, name),
-        "metric": (metric, metric),
+        "metric": (column.header, column.header),
         "mean": (show_difference(entry["metric"], entry["mean"]), entry["mean"]),
         "interval": (show_interval(entry), entry["low"]),
         "effect_size": (f"{entry['effect_size']:+.2f}".replace("-", MINUS), entry["effect_size"]),
@@ -123,7 +121,7 @@ def _comparison_cells(entry: dict[str, Any], columns: Sequence[dict[str, Any]]) 
             "sort": cells[shown["key"]][1],
             "text": shown["text"],
             "bold": shown["key"] == "mean" and is_significant(entry),
-            "unit": column.unit if column and shown["key"] == "metric" else "",
+            "unit": column.unit if shown["key"] == "metric" else "",
         }
         for shown in columns
     ]

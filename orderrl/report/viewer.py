@@ -11,7 +11,7 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from orderrl.report.detail import Episode, Examples, PolicyDetail
+from orderrl.evaluation.detail import Episode, Examples, PolicyDetail
 from orderrl.report.style import colour_pixels
 
 LEVELS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"

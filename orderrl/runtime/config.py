@@ -42,6 +42,8 @@ from omegaconf.errors import (
 from rich.console import Console
 from rich.table import Table
 
+from orderrl.runtime.renamed import with_new_names
+
 CONFIGS = "orderrl.configs"
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 # Given to Hydra in front of the user's own arguments: stay in this directory, write nothing, show warnings alone.
@@ -67,6 +69,7 @@ def compose(command: str, overrides: Sequence[str] = (), *, config_module: str =
     Raises:
         ValueError: in one line, for an unknown key or choice or a wrong value; it names what is allowed.
     """
+    overrides = with_new_names(overrides)
     with _loader(command, config_module) as loader:
         config = _load(loader, command, overrides)
     try:
@@ -145,7 +148,7 @@ def run_application(command: str, main: Callable[[DictConfig], Any], *, config_m
         main: called with the resolved configuration.
         config_module: the package that holds the configuration.
     """
-    arguments = sys.argv[1:]
+    arguments = with_new_names(sys.argv[1:])
     full_error = os.environ.get(_FULL_ERROR) == "1"
     try:
         if {"-h", "--help"} & set(arguments):

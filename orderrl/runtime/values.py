@@ -41,15 +41,16 @@ class Rule(NamedTuple):
     refusal: str
 
 
-def setting(default: Any, meaning: str, *rules: Rule) -> Any:
+def setting(default: Any, meaning: str, *rules: Rule, **more: Any) -> Any:
     """A field of a dataclass of settings.
 
     Args:
         default: its value if none is given; lists and mappings are copied.
         meaning: a line for help pages: a noun phrase, with the unit or the choices.
         rules: what values must fulfil besides the annotated type, such as `at_least(1)`.
+        more: what else readers of the field's metadata look for.
     """
-    described: dict[str, Any] = {"meaning": meaning, "rules": rules}
+    described: dict[str, Any] = {"meaning": meaning, "rules": rules, **more}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: copy.deepcopy(default), metadata=described)
     return field(default=default, metadata=described)

@@ -17,7 +17,9 @@ from orderrl.agents.policies import RankingPolicy, ReferencePolicy, fixed_order
 from orderrl.agents.registry import NamedPolicy, check_planner_name, make_policy, tell_apart
 from orderrl.agents.spec import PolicySpec
 from orderrl.backbones import OrderRobustTransformer, save_backbone
-from orderrl.evaluate import at_step_costs, chosen_policies
+from orderrl.evaluation.policies import at_step_costs, chosen_policies
+from orderrl.evaluation.settings import EvalConfig
+from orderrl.factory import setup_of
 from orderrl.planner import save_planner
 from tests.agents.helpers import mid_episode, tiny_core, tiny_planner
 from tests.helpers import tiny_backbone
@@ -174,13 +176,10 @@ def test_an_evaluation_tells_a_list_of_costs(
     costs: list[float] | None, expected: list[str], home: Path, backbone: OrderRobustTransformer
 ) -> None:
     save_backbone(home / "tiny.safetensors", backbone, {})
-    planners = [PolicySpec.parse(str(home / f"{name}.safetensors")) for name in ("ranged", "fixed", "cloned")]
-    config = compose(
-        "evaluate",
-        ["backbone=digits", f"backbone.name={home / 'tiny.safetensors'}", "eval.policies=[]", "eval.sweep=[2]"],
-    )
-    config.eval.step_costs = costs
-    names = [named.name for named, _ in chosen_policies(config, backbone, planners)]
+    planners = [str(home / f"{name}.safetensors") for name in ("ranged", "fixed", "cloned")]
+    settings = EvalConfig(planners=planners, policies=[], sweep=[2], step_costs=costs)
+    config = compose("evaluate", ["backbone=digits", f"backbone.name={home / 'tiny.safetensors'}"])
+    names = [named.name for named, _ in chosen_policies(settings, setup_of(config, backbone))]
     conditioned = [f"ppo_likelihood_conditioned_r0@cost{cost}" for cost in expected]
     assert names == [*conditioned, "ppo_likelihood_r0", "bc_utility_r0", "bc_utility_r0@2"]
 

@@ -16,8 +16,10 @@ from orderrl.data import TokenSet, load_split, load_token_set
 from orderrl.data.folder import FolderConfig, list_images
 from orderrl.data.token_set import random_window, stratified_order
 from orderrl.envs.core import CoreConfig, NextBlockCore
-from orderrl.evaluate import make_protocol, real_and_reference
+from orderrl.evaluation.protocol import open_protocol, real_and_reference
 from orderrl.evaluation.recording import EXAMPLES, example_images
+from orderrl.evaluation.settings import EvalConfig, eval_config
+from orderrl.factory import section, setup_of
 from orderrl.geometry import BlockGrid
 from orderrl.oracle import LabelConfig, random_contexts
 from orderrl.runtime.config import compose
@@ -141,7 +143,7 @@ def test_evaluation_takes_even_parts(folder: Path) -> None:
     settings = ["eval.images=10", "eval.samples=0", "eval.states=10", "eval.features=null", "eval.classifier=null"]
     config = compose("evaluate", [*settings, "eval.lookahead_states=null"])
     config.data.name, config.cache_dir = name, str(folder.parent / "cache")
-    protocol = make_protocol(config, backbone)
+    protocol = open_protocol(eval_config(section(config, "eval"), name), setup_of(config, backbone))
     assert len(protocol.data) == 10 and even(protocol.data.labels)
     assert protocol.states is not None and even(protocol.data.labels[protocol.states["image"]])
     assert even(torch.tensor(example_images(protocol.data, BlockGrid(4, 4, 2)).labels[:EXAMPLES]))
@@ -149,12 +151,11 @@ def test_evaluation_takes_even_parts(folder: Path) -> None:
 
 def test_the_reference_takes_even_parts_of_all_splits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[Tensor] = []
-    monkeypatch.setattr("orderrl.evaluate.extract_features", lambda images, *_: taken.append(images))
-    monkeypatch.setattr("orderrl.evaluate.reference_of", lambda *_, **__: None)
-    config = compose("evaluate", ["eval.real_images=10", "eval.features=inception-v3-compat"])
-    config.data.name = f"tokens:{folder}"
-    real_and_reference(config, torch.device("cpu"))
-    wanted = [load_split(config.data.name, split).first(10) for split in SPLITS]
+    monkeypatch.setattr("orderrl.evaluation.protocol.extract_features", lambda images, *_: taken.append(images))
+    monkeypatch.setattr("orderrl.evaluation.protocol.reference_of", lambda *_, **__: None)
+    name = f"tokens:{folder}"
+    real_and_reference(EvalConfig(real_images=10, features="inception-v3-compat"), name, torch.device("cpu"))
+    wanted = [load_split(name, split).first(10) for split in SPLITS]
     assert torch.equal(taken[0], torch.cat([part.images(part.tokens[:]) for part in wanted]))
     assert all(even(part.labels) for part in wanted)
 

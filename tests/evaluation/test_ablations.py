@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,15 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from orderrl import compose
-from orderrl.ablate import ablate
 from orderrl.agents.play import roll_out
 from orderrl.agents.policies import RankingPolicy, fixed_order, planner_scorer, uniform_random
-from orderrl.backbones import Sampling, save_backbone
+from orderrl.analyze import analyze
+from orderrl.backbones import save_backbone
 from orderrl.data import load_split
 from orderrl.evaluation.ablations import (
     ablated_observations,
     best_blocks,
     content_ablation,
-    image_average,
     injection,
     order_agreements,
     other_images,
@@ -31,7 +31,9 @@ from orderrl.evaluation.ablations import (
     random_injection,
     without_content,
 )
-from orderrl.evaluation.protocol import Protocol
+from orderrl.evaluation.protocol import EvaluationProtocol
+from orderrl.evaluation.row_entries import image_average
+from orderrl.evaluation.settings import EvalConfig
 from orderrl.metrics.calibration import state_observation
 from orderrl.metrics.recognisability import Recogniser
 from orderrl.oracle import LabelConfig, label_contexts, random_contexts, utilities
@@ -44,22 +46,23 @@ DATA = tiny_images(BACKBONE)
 
 
 @pytest.fixture(scope="module")
-def protocol() -> Protocol:
+def protocol() -> EvaluationProtocol:
     """Thirty labelled states of twelve images."""
-    config = LabelConfig(contexts=30)
-    contexts = random_contexts(config, len(DATA), 9)
-    parts = label_contexts(BACKBONE, DATA.tokens, DATA.labels, config, contexts)
+    labels = LabelConfig(contexts=30)
+    contexts = random_contexts(labels, len(DATA), 9)
+    parts = label_contexts(BACKBONE, DATA.tokens, DATA.labels, labels, contexts)
     states = TensorDict.cat([TensorDict(part, batch_size=[len(part["label"])]) for part in parts])
-    return Protocol(BACKBONE, DATA, None, None, states, None, 0, 4, Sampling(), 200, 0)
+    config = EvalConfig(samples=0, reference_images=4, resamples=200)
+    return EvaluationProtocol(config=config, seed=0, backbone=BACKBONE, backbone_name="tiny", data=DATA, states=states)
 
 
 @pytest.fixture(scope="module")
-def utility(protocol: Protocol) -> Tensor:
+def utility(protocol: EvaluationProtocol) -> Tensor:
     assert protocol.states is not None
     return utilities(protocol.states["gains"], BACKBONE.geometry, torch.ones(9, 9))
 
 
-def states_of(protocol: Protocol) -> TensorDict:
+def states_of(protocol: EvaluationProtocol) -> TensorDict:
     assert protocol.states is not None
     return protocol.states
 
@@ -68,7 +71,9 @@ def states_of(protocol: Protocol) -> TensorDict:
 
 
 @pytest.mark.parametrize("budgets", [(1,), (1, 2, 4)], ids=str)
-def test_labelled_states_are_observed_as_in_the_environment(protocol: Protocol, budgets: tuple[int, ...]) -> None:
+def test_labelled_states_are_observed_as_in_the_environment(
+    protocol: EvaluationProtocol, budgets: tuple[int, ...]
+) -> None:
     states = states_of(protocol)
     core = tiny_core(budgets, len(states))
     core.reset(index=states["image"])
@@ -80,7 +85,7 @@ def test_labelled_states_are_observed_as_in_the_environment(protocol: Protocol, 
         torch.testing.assert_close(found[key], expected[key], atol=1e-4, rtol=1e-4, msg=key)
 
 
-def test_another_image_stands_in_the_same_context(protocol: Protocol) -> None:
+def test_another_image_stands_in_the_same_context(protocol: EvaluationProtocol) -> None:
     states = states_of(protocol)
     own, other = state_observation(states), other_images(BACKBONE, DATA, states, (states["image"] + 1) % len(DATA))
     assert torch.equal(own["visible"], other["visible"])
@@ -89,7 +94,7 @@ def test_another_image_stands_in_the_same_context(protocol: Protocol) -> None:
     assert torch.equal(other["label"], DATA.labels[(states["image"] + 1) % len(DATA)])
 
 
-def test_without_content_states_of_one_mask_and_class_look_alike(protocol: Protocol) -> None:
+def test_without_content_states_of_one_mask_and_class_look_alike(protocol: EvaluationProtocol) -> None:
     own = state_observation(states_of(protocol))
     blank = without_content(own)
     assert torch.equal(blank["visible"], own["visible"]) and torch.equal(blank["label"], own["label"])
@@ -104,7 +109,7 @@ def test_without_content_states_of_one_mask_and_class_look_alike(protocol: Proto
 # ---------------------------------------------------------------------- content
 
 
-def test_a_policy_that_reads_no_content_loses_nothing_without_it(protocol: Protocol, utility: Tensor) -> None:
+def test_a_policy_that_reads_no_content_loses_nothing_without_it(protocol: EvaluationProtocol, utility: Tensor) -> None:
     seen = ablated_observations(protocol)
     for scorer in (fixed_order(torch.randperm(9)), uniform_random):
         found = content_ablation(protocol, seen, scorer, utility)
@@ -116,7 +121,7 @@ def test_a_policy_that_reads_no_content_loses_nothing_without_it(protocol: Proto
     torch.testing.assert_close(blind.spearman["mean"], blind.spearman["true"])  # another image has another class
 
 
-def test_a_policy_whose_content_is_the_answer_loses_it_without(protocol: Protocol) -> None:
+def test_a_policy_whose_content_is_the_answer_loses_it_without(protocol: EvaluationProtocol) -> None:
     """Utilities that are the entropies plus a positional part: without content only the positional part is left."""
 
     def entropies(observation: TensorDictBase, generator: torch.Generator) -> Tensor:
@@ -150,7 +155,7 @@ def test_images_are_averaged_over_their_states() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_injected_tokens_lower_the_loss_as_in_a_full_pass(protocol: Protocol, count: int) -> None:
+def test_injected_tokens_lower_the_loss_as_in_a_full_pass(protocol: EvaluationProtocol, count: int) -> None:
     states = states_of(protocol)
     states = states[states["length"] + count < 9][::4]
     blocks = best_blocks(torch.rand(len(states), 9), states["visible"], count)
@@ -165,7 +170,9 @@ def test_injected_tokens_lower_the_loss_as_in_a_full_pass(protocol: Protocol, co
         assert found.after[row].item() == pytest.approx(after / 36, rel=1e-4)
 
 
-def test_one_injected_block_is_worth_its_utility_and_the_oracles_the_most(protocol: Protocol, utility: Tensor) -> None:
+def test_one_injected_block_is_worth_its_utility_and_the_oracles_the_most(
+    protocol: EvaluationProtocol, utility: Tensor
+) -> None:
     states = states_of(protocol)
     best = best_blocks(utility, states["visible"], 1)
     oracle = injection(BACKBONE, DATA, states, best).drop
@@ -182,7 +189,7 @@ def test_one_injected_block_is_worth_its_utility_and_the_oracles_the_most(protoc
         (lambda s: s["order"][:, -int(9 - s["length"][0]) :], "leave nothing hidden"),
     ],
 )
-def test_blocks_that_cannot_be_injected_are_refused(protocol: Protocol, blocks: Any, message: str) -> None:
+def test_blocks_that_cannot_be_injected_are_refused(protocol: EvaluationProtocol, blocks: Any, message: str) -> None:
     states = states_of(protocol)
     longest = states[states["length"] == states["length"].max()]
     with pytest.raises(ValueError, match=message):
@@ -203,7 +210,7 @@ def test_orders_agree_with_themselves_most_and_on_shared_images_alone() -> None:
     assert found[0, 1] == found[1, 0] == pytest.approx(expected)
 
 
-def test_curves_begin_with_nothing_and_end_with_the_image(protocol: Protocol) -> None:
+def test_curves_begin_with_nothing_and_end_with_the_image(protocol: EvaluationProtocol) -> None:
     policy = RankingPolicy(uniform_random, BACKBONE.geometry, (4,))
     rollout = roll_out(tiny_core((4,), 6), policy, torch.Generator().manual_seed(0), torch.arange(6))
     curves = quality_curves(protocol, rollout)
@@ -217,7 +224,7 @@ def test_curves_begin_with_nothing_and_end_with_the_image(protocol: Protocol) ->
     assert loss["area"][0] == pytest.approx(area.item(), rel=1e-5) and loss["area"][1] < area < loss["area"][2]
 
 
-def test_curves_show_completions_where_the_protocol_says_so(protocol: Protocol) -> None:
+def test_curves_show_completions_where_the_protocol_says_so(protocol: EvaluationProtocol) -> None:
     def classify(images: Tensor) -> Tensor:
         return images.float().mean((2, 3)) / 40
 
@@ -225,7 +232,7 @@ def test_curves_show_completions_where_the_protocol_says_so(protocol: Protocol) 
     rollout = roll_out(tiny_core((4,), 6), policy, torch.Generator().manual_seed(0), torch.arange(6))
     curves = {}
     for fill in ("grey", "completion"):
-        shown = Protocol(**vars(protocol) | {"recogniser": Recogniser("mean", classify, fill)})
+        shown = replace(protocol, recogniser=Recogniser("mean", classify, fill))
         curves[fill] = quality_curves(shown, rollout)
         assert set(curves[fill]) == {"loss", "mse", "confidence", "accuracy"}
     assert curves["grey"]["mse"]["mean"][0] != curves["completion"]["mse"]["mean"][0]
@@ -250,12 +257,12 @@ def configure(home: Path, command: str, *overrides: str) -> Any:
 SMALL = ["eval.images=12", "eval.states=16", "eval.reference_images=4", "eval.resamples=200", "eval.lookahead_states=4"]
 
 
-def test_the_command_writes_all_ablations(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_all_analyses(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(configure(home, "train", "agent=bc", "agent.steps=8", "agent.evaluate_every=4", "planner.dim=32"))
     policies = "eval.policies=[raster,random,fitted,oracle]"
-    small = ["injected=[1,2]", "room.steps=4", "room.draws=[1]", "room.lookahead_states=8"]
-    folder = ablate(configure(home, "ablate", *SMALL, policies, *small))
-    found = json.loads((folder / "ablations.json").read_text())
+    small = ["injected=[1,2]", "headroom.steps=4", "headroom.draws=[1]", "headroom.lookahead_states=8"]
+    folder = analyze(configure(home, "analyze", *SMALL, policies, *small))
+    found = json.loads((folder / "analysis.json").read_text())
     names = ["raster", "random", "fitted", "oracle", "bc_utility_r2"]
     assert found["orders"]["agreement"]["policies"] == names and set(found["curves"]) == set(names)
     content = {entry["policy"]: entry for entry in found["content"]}
@@ -269,8 +276,8 @@ def test_the_command_writes_all_ablations(home: Path, capsys: pytest.CaptureFixt
     assert found["protocol"]["data"].startswith(f"{data.name}/test, 12 images")
     levels = ["positions", "class", "content"]
     expected = [(name, 12) for name in levels] + [(name, 8) for name in (*levels, "lookahead:1")]
-    assert [(entry["predictor"], entry["states"]) for entry in found["room"]] == expected
-    assert found["room"][-1]["above"] == "class" and 0 <= found["room"][-1]["r2_utility"]["mean"] <= 1
+    assert [(entry["predictor"], entry["states"]) for entry in found["headroom"]] == expected
+    assert found["headroom"][-1]["above"] == "class" and 0 <= found["headroom"][-1]["r2_utility"]["mean"] <= 1
     (latents,) = found["latents"]
     assert latents["policy"] == "bc_utility_r2" and len(latents["probes"]) == 4 * 3
     assert list(latents["variants"]) == ["trained", "R = 0", "R = 1", "R = 4", "reset", "mean"]
@@ -282,14 +289,14 @@ def test_the_command_writes_all_ablations(home: Path, capsys: pytest.CaptureFixt
         assert title in shown
 
 
-def test_room_is_left_out_where_it_is_not_asked_for_and_planners_that_do_not_reason_have_no_latents(home: Path) -> None:
+def test_headroom_and_latents_are_left_out_where_there_are_none(home: Path) -> None:
     policies = ["eval.policies=[raster,random]", "eval.planners=[]"]
-    folder = ablate(configure(home, "ablate", *SMALL, *policies, "injected=[1]", "room=null"))
-    found = json.loads((folder / "ablations.json").read_text())
-    assert found["room"] is None and found["latents"] == []
+    folder = analyze(configure(home, "analyze", *SMALL, *policies, "injected=[1]", "headroom=null"))
+    found = json.loads((folder / "analysis.json").read_text())
+    assert found["headroom"] is None and found["latents"] == []
 
 
 @pytest.mark.parametrize("counts", ["[0]", "[16]", "[]"])
 def test_numbers_of_blocks_that_leave_nothing_are_refused(home: Path, counts: str) -> None:
     with pytest.raises(ValueError, match=r"injected must (be at least 1|not be empty|be numbers of blocks)"):
-        ablate(configure(home, "ablate", *SMALL, f"injected={counts}"))
+        analyze(configure(home, "analyze", *SMALL, f"injected={counts}"))

@@ -8,8 +8,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from orderrl.evaluation.columns import empty_row
 from orderrl.evaluation.comparison import Pair, compare, comparisons
-from orderrl.evaluation.protocol import EMPTY_ROW, Evaluated
+from orderrl.evaluation.rows import Evaluated
 from orderrl.metrics.statistics import cohens_d, holm
 
 
@@ -57,7 +58,7 @@ def test_no_comparisons_are_none() -> None:
 def row(policy: str, shift: float, **values: object) -> Evaluated:
     base = noise(5, 60)
     per_image = {"gain_auc": base + shift, "decode_nll": 80 - base - shift, "steps": torch.full((60,), 16.0)}
-    return Evaluated(EMPTY_ROW | {"policy": policy, "budgets": [1]} | values, per_image)
+    return Evaluated(empty_row() | {"policy": policy, "budgets": [1]} | values, per_image)
 
 
 def test_planners_are_compared_with_baselines_on_what_they_were_trained_for() -> None:
@@ -66,7 +67,7 @@ def test_planners_are_compared_with_baselines_on_what_they_were_trained_for() ->
         row("random", 0.1),
         row("bc", 0.5, R=2, objective="context", seed=0),
         row("ppo", 0.7, R=2, objective="likelihood", seed=0),
-        Evaluated(EMPTY_ROW | {"policy": "token_raster"}, {"decode_nll": 80 - noise(5, 60)}),
+        Evaluated(empty_row() | {"policy": "token_raster"}, {"decode_nll": 80 - noise(5, 60)}),
     ]
     found = {(entry["name"], entry["metric"]): entry for entry in comparisons(rows, 200, 0)}
     assert set(found) == {

@@ -12,7 +12,10 @@ from orderrl import compose
 from orderrl.agents.registry import make_policy, tell_apart
 from orderrl.agents.spec import PolicySpec
 from orderrl.backbones import load_backbone, save_backbone
-from orderrl.evaluate import chosen_policies, evaluate, schedules
+from orderrl.evaluate import evaluate
+from orderrl.evaluation.policies import chosen_policies, schedules
+from orderrl.evaluation.settings import eval_config
+from orderrl.factory import section, setup_of
 from orderrl.planner import OrderHead, PlannerConfig, save_planner
 from orderrl.report.cost import cost_panels
 from tests.helpers import tiny_backbone
@@ -49,9 +52,15 @@ def test_schedules_of_a_sweep(spec: str, budgets: tuple[int, ...], expected: lis
 
 
 def test_a_swept_policy_stands_once_and_is_sampled_at_every_budget(home: Path) -> None:
-    overrides = ["eval.policies=[raster,raster@2,oracle,random]", "eval.sweep=[1,2]", "eval.sampled=[raster,random@2]"]
+    overrides = [
+        "eval.policies=[raster,raster@2,oracle,random]",
+        "eval.planners=[]",
+        "eval.sweep=[1,2]",
+        "eval.sampled=[raster,random@2]",
+    ]
     config = compose("evaluate", [*overrides, "backbone=digits", f"backbone.name={home / 'tiny.safetensors'}"])
-    found = chosen_policies(config, load_backbone(config.backbone.name), [])
+    backbone = load_backbone(config.backbone.name)
+    found = chosen_policies(eval_config(section(config, "eval"), "digits"), setup_of(config, backbone))
     sampled = {"raster": True, "raster@2": True, "oracle": False, "random": False, "random@2": True}
     assert {named.name: scored for named, scored in found} == sampled and len(found) == len(sampled)
 

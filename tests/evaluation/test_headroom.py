@@ -1,4 +1,4 @@
-"""The room a planner has, on gains whose cause is known."""
+"""The headroom of a planner, on gains whose cause is known."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from orderrl.evaluation.headroom import (
     LEVELS,
     Prediction,
     clone_level,
+    headroom,
     level_prediction,
     lookahead_prediction,
     oracle_prediction,
-    room,
 )
 from orderrl.geometry import BlockGrid
 from orderrl.oracle import LabelConfig, label_contexts, random_contexts, utilities
@@ -55,13 +55,13 @@ def planted(cause: str, images: int, seed: int) -> TensorDict:
 
 
 @pytest.mark.parametrize("cause", LEVELS)
-def test_what_causes_the_gains_explains_them_and_what_else_is_seen_adds_nothing(cause: str) -> None:
+def test_planted_cause_is_recovered(cause: str) -> None:
     labels, states = planted(cause, 60, seed=2), planted(cause, 30, seed=3)
     predictions = {}
     for level in LEVELS:
         planner = clone_level(level, labels, GRID, SHAPE, CLONING)
         predictions[level] = level_prediction(level, planner, states)
-    entries = {entry["predictor"]: entry for entry in room(predictions, states, GRID, resamples=200)}
+    entries = {entry["predictor"]: entry for entry in headroom(predictions, states, GRID, resamples=200)}
     known = LEVELS.index(cause)
     for number, level in enumerate(LEVELS):
         for key in ("utility", "dependence"):
@@ -73,7 +73,7 @@ def test_what_causes_the_gains_explains_them_and_what_else_is_seen_adds_nothing(
     assert [entries[level]["above"] for level in LEVELS] == [None, "positions", "class"]
 
 
-def test_a_planner_of_positions_is_told_no_class_and_no_content() -> None:
+def test_a_planner_of_positions_sees_neither_class_nor_content() -> None:
     labels = planted("class", 8, seed=0)
     planner = clone_level("positions", labels, GRID, SHAPE, BCConfig(steps=4, batch_size=16, evaluate_every=2))
     states = planted("class", 5, seed=1)
@@ -91,7 +91,7 @@ def states() -> TensorDict:
 
 def entry_of(prediction: Prediction, states: TensorDict) -> dict[str, Any]:
     anchor = oracle_prediction(states["gains"], GRID)
-    (_, found) = room({"class": anchor, "lookahead:1": prediction} | {"positions": anchor}, states, GRID, 200)[:2]
+    (_, found) = headroom({"class": anchor, "lookahead:1": prediction} | {"positions": anchor}, states, GRID, 200)[:2]
     return found
 
 

@@ -7,7 +7,6 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from orderrl.evaluation.ablations import image_average
 from orderrl.evaluation.latents import (
     edited_latents,
     latent_ablation,
@@ -18,6 +17,7 @@ from orderrl.evaluation.latents import (
     run_passes,
     variant_scores,
 )
+from orderrl.evaluation.row_entries import image_average
 from orderrl.metrics.calibration import calibrate, state_observation
 from orderrl.oracle import LabelConfig, label_contexts, random_contexts, utilities
 from orderrl.planner import OrderHead

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +12,24 @@ import numpy as np
 import pytest
 import torch
 
-from orderrl import compare, compose, leaderboard
-from orderrl.backbones import load_backbone
+from orderrl import compare, compose
+from orderrl.backbones import Sampling, load_backbone
 from orderrl.data import load_split
 from orderrl.data.folder import FolderConfig
-from orderrl.evaluate import make_protocol
-from orderrl.evaluation.protocol import Evaluated, Protocol
+from orderrl.evaluation.comparison import compare as compare_pairs
+from orderrl.evaluation.comparison import run_pairs
+from orderrl.evaluation.protocol import PARTS, EvaluationProtocol, open_protocol
+from orderrl.evaluation.rows import Evaluated
 from orderrl.evaluation.runs import (
     VALUES,
     collected_rows,
     open_evaluation,
     open_evaluations,
-    protocol_identity,
+    ranked_rows,
     save_results,
 )
+from orderrl.evaluation.settings import EvalConfig, eval_config
+from orderrl.factory import section, setup_of
 from orderrl.metrics.statistics import holm, paired_bootstrap
 from orderrl.runtime.storage import read_sealed, write_sealed
 from orderrl.tokenize import tokenize_folder
@@ -78,11 +82,11 @@ def test_a_run_is_read_back_with_the_values_of_its_images(before: Path) -> None:
 
 
 def test_differences_are_paired_over_images_and_corrected(before: Path, after: Path) -> None:
-    pairs, equal = compare.run_pairs(open_evaluations([str(before), str(after)]))
+    pairs, equal = run_pairs(open_evaluations([str(before), str(after)]), compare.METRICS)
     assert [pair["name"] for pair in equal] == ["raster (after) - raster (before)"]  # nothing to test
     names = ["bc (after) - bc (before)", "ppo (after) - bc (before)"]
     assert [pair.name for pair in pairs] == names and {pair.metric for pair in pairs} == {"gain_auc"}
-    found = compare.compare(pairs, 500, 0)
+    found = compare_pairs(pairs, 500, 0)
     both = torch.stack([gains(1), gains(2)])
     expected = [paired_bootstrap(own[None], both, 500) for own in (gains(3, 0.01), gains(4))]
     for entry, difference in zip(found, expected, strict=True):
@@ -95,8 +99,8 @@ def test_without_pairing_the_difference_would_drown(before: Path, after: Path) -
     one, other = gains(3, 0.01), gains(1)
     unpaired = (one.var() / 60 + other.var() / 60).sqrt().item()
     assert 1.96 * unpaired > 0.01
-    pairs, _ = compare.run_pairs(open_evaluations([str(before), str(after)]))
-    assert compare.compare(pairs, 500, 0)[0]["low"] > 0
+    pairs, _ = run_pairs(open_evaluations([str(before), str(after)]), compare.METRICS)
+    assert compare_pairs(pairs, 500, 0)[0]["low"] > 0
 
 
 @pytest.mark.parametrize(
@@ -108,12 +112,12 @@ def test_without_pairing_the_difference_would_drown(before: Path, after: Path) -
         ({"reference": "abcd"}, r"reference \(none in before, abcd in other\)$"),
     ],
 )
-@pytest.mark.parametrize("command", [compare.main, leaderboard.main])
+@pytest.mark.parametrize("options", [[], ["--rank", "gain_auc"]], ids=["compare", "rank"])
 def test_other_protocols_are_refused_by_name(
-    before: Path, changes: dict[str, Any], message: str, command: Any, capsys: pytest.CaptureFixture[str]
+    before: Path, changes: dict[str, Any], message: str, options: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = write_run(before.parent / "other", [evaluated("raster", gains(0))], **changes)
-    assert command([str(before), str(other), "--output-dir", str(before.parent / "runs")]) == 2
+    assert compare.main([str(before), str(other), *options, "--output-dir", str(before.parent / "runs")]) == 2
     error = capsys.readouterr().err
     assert "different protocols" in error and re.search(message, error.strip())
     assert not (before.parent / "runs").exists()
@@ -176,18 +180,18 @@ def test_the_comparison_is_written_and_shown(before: Path, after: Path, capsys: 
 
 def test_the_leaderboard_ranks_best_first(before: Path, after: Path) -> None:
     runs = open_evaluations([str(before), str(after)])
-    rows = leaderboard.ranked_rows(runs)
+    rows = ranked_rows(runs, "gain_auc")
     values = [r["gain_auc"] for r in rows if r["gain_auc"] is not None]
     assert values == sorted(values, reverse=True) and rows[-1]["policy"] == "real images"
-    assert leaderboard.ranked_rows(runs, "frechet_distance")[0]["policy"] == "real images"
-    with pytest.raises(ValueError, match=r"rank='steps' can't be ranked by; choose one of gain_auc"):
-        leaderboard.ranked_rows(runs, "steps")
+    assert ranked_rows(runs, "frechet_distance")[0]["policy"] == "real images"
+    with pytest.raises(ValueError, match=r"rank='steps' cannot be ranked by; choose one of gain_auc"):
+        ranked_rows(runs, "steps")
 
 
 def test_the_leaderboard_is_written(before: Path, after: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = before.parent / "runs"
-    assert leaderboard.main([str(before), str(after), "--output-dir", str(out)]) == 0
-    (folder,) = (out / "leaderboard").iterdir()
+    assert compare.main([str(before), str(after), "--rank", "gain_auc", "--output-dir", str(out)]) == 0
+    (folder,) = (out / "compare").iterdir()
     assert len(json.loads((folder / "leaderboard.json").read_text())["rows"]) == 6
     assert f"6 rows of 2 runs of one protocol, on {DATA}" in (folder / "leaderboard.html").read_text()
     assert "rank" in capsys.readouterr().out
@@ -197,57 +201,89 @@ def test_the_leaderboard_is_written(before: Path, after: Path, capsys: pytest.Ca
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Protocol]:
+def protocol(tmp_path_factory: pytest.TempPathFactory) -> EvaluationProtocol:
     folder = tmp_path_factory.mktemp("protocol")
     small = ["backbone=digits", "eval.images=20", "eval.lookahead_states=null", "eval.states=8", "eval.real_images=50"]
     config = compose("evaluate", [*small, f"cache_dir={folder / 'cache'}", f"output_dir={folder}"])
-    backbone = load_backbone("digits")
-    return config, backbone, make_protocol(config, backbone)
+    settings = eval_config(section(config, "eval"), "digits")
+    return open_protocol(settings, setup_of(config, load_backbone("digits")))
 
 
-def test_the_identity_tells_protocols_apart_and_nothing_else(made: tuple[Any, Any, Protocol], tmp_path: Path) -> None:
-    config, backbone, protocol = made
-    identity = protocol_identity(config, backbone, protocol)
+def with_settings(protocol: EvaluationProtocol, **changes: Any) -> EvaluationProtocol:
+    return replace(protocol, config=replace(protocol.config, **changes))
+
+
+def test_the_identity_tells_protocols_apart_and_nothing_else(protocol: EvaluationProtocol) -> None:
+    identity = protocol.identity()
     assert json.loads(json.dumps(identity)) == identity  # survives results.json
-    assert protocol_identity(config, backbone, replace(protocol, resamples=5)) == identity
+    assert with_settings(protocol, resamples=5).identity() == identity
     data = load_split("digits", "test")
     fewer = replace(data, tokens=data.tokens[:20].flip(0), labels=data.labels[:20].flip(0))
     changed = {
         "content": replace(protocol, data=fewer),
         "states": replace(protocol, states=None),
-        "sampling": replace(protocol, sampling=replace(protocol.sampling, top_k=3)),
+        "sampling": with_settings(protocol, top_k=3),
         "seed": replace(protocol, seed=1),
-        "samples": replace(protocol, samples=1),
+        "samples": with_settings(protocol, samples=2),
+        "kid_subsets": with_settings(protocol, kid_subsets=2),
+        "reference_images": with_settings(protocol, reference_images=2),
         "recognisability": replace(protocol, recogniser=None),
     }
     for key, other in changed.items():
-        found = protocol_identity(config, backbone, other)
+        found = other.identity()
         assert {name for name in identity if found[name] != identity[name]} == {key}
 
 
-def test_a_reference_is_known_by_its_content(made: tuple[Any, Any, Protocol], tmp_path: Path) -> None:
-    config, backbone, protocol = made
+def test_every_setting_names_its_part_or_chooses_rows(protocol: EvaluationProtocol) -> None:
+    """Those without a part, or with one that has no identity, may change between runs that compare."""
+    parts = {part.key: part for part in PARTS}
+    other = {"sweep": [2], "step_costs": [0.5], "budgets": [2], "token_raster": [], "planners": [], "sampled": []}
+    other |= {"policies": [], "keep_samples": True, "resamples": 5, "distance_resamples": 0, "fid_infinity": True}
+    for field in fields(EvalConfig):
+        if field.name in {sampled.name for sampled in fields(Sampling)}:
+            continue
+        part = field.metadata.get("part")
+        assert part is None or part in parts
+        free = part is None or parts[part].identity is None
+        assert free == (field.name in other), field.name
+        if free:
+            changed = with_settings(protocol, **{field.name: other[field.name]})
+            assert changed.identity() == protocol.identity()
+
+
+def test_the_keys_of_identity_and_wording_are_those_of_stored_runs(protocol: EvaluationProtocol) -> None:
+    assert set(protocol.identity()) == {
+        *("version", "data", "split", "images", "content", "backbone", "blocks", "states", "lookahead"),
+        *("reference_images", "recognisability", "samples", "sampling", "features", "feature_weights", "reference"),
+        *("kid_subsets", "clip_score", "real_images", "seed"),
+    }
+    said = protocol.described()
+    assert said["data"] == "digits/test, 20 images" and said["backbone"].startswith("digits (")
+    assert list(said) == [
+        *("data", "backbone", "block_grid", "calibration", "references", "samples", "features", "clip_score"),
+        *("recognisability", "losses", "sampling", "seconds_per_image", "lookahead_regret", "reliability"),
+        *("intervals", "extrapolation", "comparisons", "seeds", "seed"),
+    ]
+
+
+def test_a_reference_is_known_by_its_content(protocol: EvaluationProtocol, tmp_path: Path) -> None:
     found = []
     for name, content in (("a", b"1"), ("b", b"1"), ("c", b"2")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "0.png").write_bytes(content)
         (tmp_path / f"{name}.npz").write_bytes(content)
         for path in (tmp_path / name, tmp_path / f"{name}.npz"):
-            other = config.copy()
-            other.eval.reference = str(path)
-            found.append(protocol_identity(other, backbone, protocol)["reference"])
+            found.append(with_settings(protocol, reference=str(path)).identity()["reference"])
     assert found[0] == found[2] != found[4] and found[1] == found[3] != found[5]
-    assert protocol_identity(config, backbone, protocol)["reference"] not in found
+    assert protocol.identity()["reference"] not in found
 
 
-def test_a_token_set_is_known_by_its_tokens_and_tokeniser(made: tuple[Any, Any, Protocol], tmp_path: Path) -> None:
-    config, backbone, protocol = made
+def test_a_token_set_is_known_by_its_tokens_and_tokeniser(protocol: EvaluationProtocol, tmp_path: Path) -> None:
     weights = save_tiny_vq(tmp_path / "tokenizer.safetensors")
     found = []
     for name, per_class in (("a", 10), ("b", 10), ("c", 8)):
         images = image_folder(tmp_path / f"images-{name}", per_class=per_class)
         source = FolderConfig(str(images), image_size=8)
-        other = config.copy()
-        other.eval.reference = str(tokenize_folder(tiny_vq(), source, tmp_path / name, weights, shard_size=4))
-        found.append(protocol_identity(other, backbone, protocol)["reference"])
+        tokens = tokenize_folder(tiny_vq(), source, tmp_path / name, weights, shard_size=4)
+        found.append(with_settings(protocol, reference=str(tokens)).identity()["reference"])
     assert found[0] == found[1] != found[2]

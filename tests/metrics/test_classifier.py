@@ -9,7 +9,8 @@ import torch
 from orderrl import compose
 from orderrl.data import load_split
 from orderrl.data.pictures import HIDDEN_GREY, hide_blocks
-from orderrl.evaluate import feature_name, raster_backbones
+from orderrl.evaluation.settings import EvalConfig, eval_config
+from orderrl.evaluation.table import raster_backbones
 from orderrl.geometry import BlockGrid
 from orderrl.metrics.classifier import (
     CLASSIFIERS,
@@ -67,13 +68,11 @@ def test_data_sets_of_one_kind_of_images_share_a_classifier() -> None:
 def test_evaluations_take_what_ships_with_their_data() -> None:
     features = {"digits": "orderrl-digits", "digits_patches": "orderrl-digits", "canvas": "orderrl-canvas"}
     for data, own in features.items():
-        config = compose("evaluate", [f"data={data}"])
-        assert feature_name(config) == own
-        assert raster_backbones(config) == (["digits_raster"] if data == "digits" else [])
-    tokens = ["data=tokens", "data.path=photographs"]
-    assert feature_name(compose("evaluate", [*tokens, "eval.features=null"])) is None
+        assert EvalConfig().feature_name(data) == own
+        assert raster_backbones(["own"], data) == (["digits_raster"] if data == "digits" else [])
+    assert EvalConfig(features=None).feature_name("tokens:photographs") is None
     with pytest.raises(ValueError, match="no feature extractor ships for data 'tokens:photographs'"):
-        feature_name(compose("evaluate", tokens))
+        eval_config({}, compose("evaluate", ["data=tokens", "data.path=photographs"]).data.name)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -19,14 +19,17 @@ from torch import Tensor
 from orderrl.backbones import Sampling, with_block_size
 from orderrl.data import load_split
 from orderrl.evaluation.drawing import balanced_labels, generate_images
-from orderrl.evaluation.protocol import Protocol, evaluate_token_raster
+from orderrl.evaluation.protocol import EvaluationProtocol
+from orderrl.evaluation.rows import evaluate_token_raster
+from orderrl.evaluation.settings import EvalConfig
 from orderrl.metrics import clip_score
-from orderrl.metrics.clip_score import class_captions, clip_scores, load_clip
+from orderrl.metrics.clip_score import ClassCaptions, ClipNetwork, class_captions, load_clip
 from tests.helpers import tiny_backbone
 
 open_clip = pytest.importorskip("open_clip", reason="needs the extra clip: pip install 'orderrl[clip]'")
 
 TINY = "tiny-for-tests"
+
 SIZE = 32
 CONFIG = {
     "embed_dim": 16,
@@ -34,6 +37,12 @@ CONFIG = {
     "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
 }
 CAPTIONS = ["a photo of a cat", "two dogs", "the number seven", "a photo of a cat", "snow", "a red bus", "x", "nothing"]
+
+
+def clip_scores(network: ClipNetwork, images: Tensor, captions: list[str]) -> Tensor:
+    """Score of each image with its own caption."""
+    one_each = ClassCaptions(network, tuple(captions), network.caption_features(captions))
+    return one_each.scores(images, torch.arange(len(images)))
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +135,8 @@ def test_a_row_has_the_mean_over_its_samples_with_an_interval(weights: str) -> N
     data = load_split("digits", "test")
     few, backbone = replace(data, tokens=data.tokens[:8], labels=data.labels[:8]), tiny_backbone(8, 8, 2, 17, 10)
     clip = class_captions(data, TINY, weights)
-    protocol = Protocol(backbone, few, None, None, None, None, 30, 4, Sampling(), 200, 0, clip=clip)
+    config = EvalConfig(samples=30, resamples=200)
+    protocol = EvaluationProtocol(config=config, seed=0, backbone=backbone, backbone_name="tiny", data=few, clip=clip)
     row = evaluate_token_raster(protocol, "token_raster", backbone).row
     assert row["clip_score_ci"][0] <= row["clip_score"] <= row["clip_score_ci"][1]
     assert row["frechet_distance"] is row["features"] is None and row["seconds_per_image"] > 0
@@ -176,7 +186,6 @@ def test_what_can_not_be_scored_is_refused_in_one_line(folder: Path, weights: st
         (lambda: class_captions(data, TINY, weights, "a photo"), "clip_prompt='a photo' must hold {} once"),
         (lambda: class_captions(replace(data, class_names=None), TINY, weights), "data 'digits' has no class names"),
         (lambda: class_captions(replace(data, num_classes=7), TINY, weights), "has 7 classes, but 10 class_names"),
-        (lambda: clip_scores(load_clip(TINY, weights), images, ["one"]), "captions must be as many as images, got 1"),
         (lambda: clip_scores(load_clip(TINY, weights), images.float(), CAPTIONS), "images must be uint8"),
     ):
         with pytest.raises(ValueError, match=message) as error:

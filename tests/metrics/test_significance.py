@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from orderrl import ablate, compare
-from orderrl.evaluation.comparison import by_policy, comparisons, in_order
-from orderrl.evaluation.protocol import EMPTY_ROW, Evaluated
+from orderrl.evaluation.columns import empty_row
+from orderrl.evaluation.comparison import by_policy, compare_runs, comparisons, in_order
+from orderrl.evaluation.rows import Evaluated
 from orderrl.evaluation.runs import Evaluation
 from orderrl.metrics.statistics import RULE, is_significant
-from orderrl.report import write_report
+from orderrl.report import analysis, write_report
 from orderrl.report.markdown import markdown_comparisons
+from orderrl.report.runs_page import write_runs_page
 from orderrl.report.screen import print_comparisons, print_results
 from orderrl.report.summary import summary
 
@@ -26,7 +27,7 @@ def noise(seed: int) -> torch.Tensor:
 
 
 def evaluated(policy: str, gains: torch.Tensor, **values: Any) -> Evaluated:
-    row = EMPTY_ROW | {"policy": policy, "budgets": [1], "gain_auc": float(gains.mean())} | values
+    row = empty_row() | {"policy": policy, "budgets": [1], "gain_auc": float(gains.mean())} | values
     return Evaluated(row, {"gain_auc": gains})
 
 
@@ -91,14 +92,14 @@ def test_comparing_runs_follows_the_same_rule(rows: list[Evaluated], tmp_path: P
     same = [evaluated(name, planner.per_image["gain_auc"]) for name in names]
     others = [row for row in rows if row is not planner]
     runs = [Evaluation(name, tmp_path, {}, {"data": ""}, found) for name, found in (("a", others), ("b", same))]
-    results = compare.compare_runs(runs, tmp_path, ["gain_auc"])
-    assert "1 of 20 differences are significant" in compare.summary(results)
-    page = (tmp_path / "comparison.html").read_text(encoding="utf-8")
+    results = compare_runs(runs, ["gain_auc"])
+    assert "1 of 20 differences are significant" in results["summary"]
+    page = write_runs_page(tmp_path / "comparison.html", results, {}).read_text(encoding="utf-8")
     assert page.count("<b>") == 1 and RULE in html.unescape(page)
 
 
-def test_ablations_mark_a_difference_by_the_same_rule(entries: list[dict[str, Any]]) -> None:
-    stars = [ablate._difference(entry).endswith("*") for entry in entries]
+def test_analyses_mark_a_difference_by_the_same_rule(entries: list[dict[str, Any]]) -> None:
+    stars = [analysis._difference(entry).endswith("*") for entry in entries]
     assert stars == [is_significant(entry) for entry in entries]
 
 
@@ -106,7 +107,7 @@ def test_rows_come_planners_first_and_the_best_of_each_kind_first(rows: list[Eva
     second = evaluated("weaker", rows[-1].per_image["gain_auc"] - 0.01, R=0, objective="context", seed=0)
     other_seed = evaluated("weaker", rows[-1].per_image["gain_auc"] + 0.005, R=0, objective="context", seed=1)
     oracle = evaluated("oracle", rows[-1].per_image["gain_auc"] + 1, rival=False)
-    tokens = Evaluated(EMPTY_ROW | {"policy": "token_raster"}, {})
+    tokens = Evaluated(empty_row() | {"policy": "token_raster"}, {})
     ordered = in_order([tokens, oracle, second, *rows, other_seed])
     names = [row.row["policy"] for row in ordered]
     assert names[:3] == ["planner", "weaker", "weaker"] and names[-2:] == ["oracle", "token_raster"]

@@ -298,8 +298,8 @@ def test_the_page_of_several_runs_sorts_fits_and_asks_nothing_of_the_network(
     browser: Any, tmp_path: Path, width: int
 ) -> None:
     rows = [row | {"run": "before, after" if row["policy"] == "raster" else "after"} for row in RESULTS["rows"]]
-    title, protocol = "Comparison", RESULTS["protocol"]
-    path = write_runs_page(tmp_path / "comparison.html", title, "Runs.", rows, RESULTS["comparisons"], protocol)
+    results = {"summary": "Runs.", "runs": {}, "rows": rows, "comparisons": RESULTS["comparisons"]}
+    path = write_runs_page(tmp_path / "comparison.html", results, RESULTS["protocol"])
     context = browser.new_context(viewport={"width": width, "height": 740})
     page, errors, requests = context.new_page(), [], []
     page.on("console", lambda message: errors.append(message.text))

@@ -313,7 +313,7 @@ def test_every_choice_of_every_group_composes_and_is_explained() -> None:
     for path in sorted(CONFIGS.glob("*/[!_]*.yaml")):
         group, choice = path.parent.name, path.stem
         # all that have a group compose it alike; a grid sets keys of other groups
-        command = "results" if group == "grid" else next(command for command in COMMANDS if group in groups[command])
+        command = "reproduce" if group == "suite" else next(command for command in COMMANDS if group in groups[command])
         keys = documented_keys(command, [f"{group}={choice}"])
         assert [key for key, meaning in keys.items() if not meaning] == [], (command, group, choice)
 

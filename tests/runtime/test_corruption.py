@@ -22,14 +22,14 @@ from orderrl.backbones.registry import weights_fingerprint
 from orderrl.data import load_token_set
 from orderrl.data.folder import SPLITS, FolderConfig
 from orderrl.envs.core import CoreConfig
-from orderrl.evaluation.protocol import Evaluated
+from orderrl.evaluation.rows import Evaluated
 from orderrl.evaluation.runs import open_evaluation, save_results
+from orderrl.evaluation.transitions import record_dataset
 from orderrl.factory import setup_of
 from orderrl.labels import find_or_make_labels
 from orderrl.metrics.classifier import load_classifier, save_classifier
 from orderrl.metrics.references import Gaussian, Reference, open_reference, save_reference
 from orderrl.planner import load_planner
-from orderrl.rollouts import record_dataset
 from orderrl.runtime.cache import Cache
 from orderrl.runtime.job import Job
 from orderrl.runtime.tables import open_table

@@ -93,7 +93,7 @@ def case(name: str, inputs: Path) -> Case:
     tiny = ["backbone=digits", f"backbone.name={inputs / 'tiny.safetensors'}"]
     clone, images = inputs / "clone.safetensors", f"data.root={inputs / 'images'}"
     ppo = [*PPO, f"agent.start={clone}"]
-    results = [
+    suite = [
         *(*tiny, *EVALUATION, OFTEN, "seeds=[0]", f"runs=[{plain(BC)},{plain(ppo)}]"),
         *("eval.policies=[raster,fitted]", "eval.samples=0", "eval.features=null", "eval.token_raster=[]"),
     ]
@@ -116,7 +116,7 @@ def case(name: str, inputs: Path) -> Case:
         "evaluate": Case(
             "evaluate", "orderrl.evaluate:evaluate", [*tiny, *EVALUATION, f"eval.planners=[{clone}]"], table
         ),
-        "results": Case("results", "orderrl.results:results", results, table),
+        "reproduce": Case("reproduce", "orderrl.reproduce:reproduce", suite, table),
     }[name]
 
 
@@ -130,7 +130,7 @@ COMMANDS = [
     "pretrain_tokenizer",
     "tokenize",
     "evaluate",
-    "results",
+    "reproduce",
 ]
 
 

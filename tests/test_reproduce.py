@@ -1,4 +1,4 @@
-"""Grids of planners: what their rows are trained with."""
+"""Suites: what their planners are trained with."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from importlib import resources
 import pytest
 
 from orderrl import compose
-from orderrl.results import training_config
+from orderrl.reproduce import training_config
 
-GRIDS = sorted(
-    part.name.removesuffix(".yaml") for part in resources.files("orderrl.configs").joinpath("grid").iterdir()
+SUITES = sorted(
+    part.name.removesuffix(".yaml") for part in resources.files("orderrl.configs").joinpath("suite").iterdir()
 )
 
 
-@pytest.mark.parametrize("grid", GRIDS)
-def test_every_row_of_a_grid_is_a_training_of_its_backbone_and_labels(grid: str) -> None:
-    config = compose("results", [f"grid={grid}"])
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_planner_of_a_suite_is_trained_with_its_backbone_and_labels(suite: str) -> None:
+    config = compose("reproduce", [f"suite={suite}"])
     for overrides in config.runs:
         wanted = training_config(config, overrides, seed=3)
         assert wanted.seed == 3 and wanted.backbone == config.backbone and wanted.data == config.data
@@ -37,5 +37,5 @@ def test_every_row_of_a_grid_is_a_training_of_its_backbone_and_labels(grid: str)
 def test_a_row_changes_only_the_labels_that_it_names(
     overrides: list[str], kind: str, contexts: int, samples: int
 ) -> None:
-    labels = training_config(compose("results", ["grid=canvas"]), overrides, seed=0).labels
+    labels = training_config(compose("reproduce", ["suite=canvas"]), overrides, seed=0).labels
     assert (labels.kind, labels.contexts, labels.samples) == (kind, contexts, samples)

@@ -1,4 +1,4 @@
-"""A whole table: all planners of a grid, several seeds, all baselines: `python -m orderrl.results grid=canvas`."""
+"""A whole table: the planners of a suite, several seeds, all baselines: `python -m orderrl.reproduce suite=canvas`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHARED = ("backbone", "data", "logger", "output_dir", "cache_dir", "device", "ch
 
 
 @isolated_float32
-def results(config: DictConfig) -> Path:
+def reproduce(config: DictConfig) -> Path:
     """Train what is not in the cache, evaluate everything, and return the run folder of the evaluation."""
     # all composed first: a wrong value in the last one is refused before the first one trains
     trainings = [(seed, row, training_config(config, row, seed)) for seed in config.seeds for row in config.runs]
@@ -30,7 +30,7 @@ def results(config: DictConfig) -> Path:
 
 
 def training_config(config: DictConfig, overrides: list[str], seed: int) -> DictConfig:
-    """The config of `python -m orderrl.train` for a row of the grid: its overrides come after the grid's labels."""
+    """The config of `python -m orderrl.train` for a planner: its overrides come after the labels of the suite."""
     labels = section(config, "labels")
     given = {override.lstrip("+").partition("=")[0] for override in overrides}
     kind = [] if given & {"labels", "labels.kind"} else [f"labels={labels['kind']}"]
@@ -40,4 +40,4 @@ def training_config(config: DictConfig, overrides: list[str], seed: int) -> Dict
 
 
 if __name__ == "__main__":
-    run_application("results", launched(results))
+    run_application("reproduce", launched(reproduce))

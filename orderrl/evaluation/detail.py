@@ -112,7 +112,7 @@ class Examples:
         rows, columns: the block grid.
 
     Raises:
-        ValueError: if images are not of this kind, have not one label each, or can't be cut into the blocks.
+        ValueError: if images have another shape or dtype, not one label each, or cannot be cut into the blocks.
     """
 
     images: Tensor

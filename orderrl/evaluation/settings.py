@@ -1,0 +1,182 @@
+"""The settings of an evaluation.
+
+Each names the part of the protocol that it enters, one of `orderrl.evaluation.protocol.PARTS`; others choose the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from orderrl.backbones import Sampling
+from orderrl.metrics.clip_score import PROMPT
+from orderrl.metrics.features import own_features
+from orderrl.metrics.recognisability import FILLS, OWN
+from orderrl.runtime.values import at_least, one_of, positive, setting, zero_or_at_least
+
+_FEW = at_least(2)  # the fewest images that have an interval
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(Sampling):
+    """Settings of an evaluation, the config group `eval`, besides how tokens are drawn.
+
+    Raises:
+        ValueError: if a value is not allowed, or a reference is given and no features to compare it in.
+    """
+
+    images: int = setting(297, "Test images for planning metrics, at most all", _FEW, part="images")
+    samples: int = setting(300, "Generated images per row; 0 generates none", zero_or_at_least(2), part="samples")
+    states: int = setting(64, "Shared states for calibration against the hindsight oracle", at_least(1), part="states")
+    lookahead_states: int | None = setting(
+        None,
+        "Of these, states in which regret is also measured against lookahead; null measures none",
+        at_least(1),
+        part="lookahead",
+    )
+    lookahead_draws: int = setting(
+        4, "Draws of each block by the backbone, for regret against lookahead", at_least(1), part="lookahead"
+    )
+    reference_images: int = setting(24, "Images for the rows of oracle and lookahead", _FEW, part="reference_images")
+    resamples: int = setting(2000, "Bootstrap resamples", at_least(1), part="intervals")
+    classifier: str | None = setting(
+        OWN,
+        "Classifier of recognisability: own (the shipped one of the data set), timm:MODEL, timm:MODEL:FILE, "
+        "timm:local-dir:FOLDER; null measures none",
+        part="recognisability",
+        file=True,
+    )
+    hidden_fill: str = setting(
+        "grey",
+        "What the classifier sees where blocks are hidden: grey, or completion (drawn by the backbone, without the "
+        "class)",
+        one_of(FILLS),
+        part="recognisability",
+    )
+    real_images: int = setting(10000, "Reference images of each split, at most", _FEW, part="real_images")
+    features: str | None = setting(
+        OWN,
+        "Feature extractor of distances: own (shipped with the data set), inception-v3-compat, timm:MODEL, "
+        "timm:MODEL:FILE, timm:local-dir:FOLDER; null scores no samples",
+        part="features",
+        file=True,
+    )
+    feature_weights: str | None = setting(
+        None,
+        "Weights file of the feature extractor; null takes its own (Inception's are downloaded)",
+        part="feature_weights",
+        file=True,
+    )
+    reference: str | None = setting(
+        None,
+        "What samples are compared with: an image folder, a token set's folder, a .npz of ADM's evaluator or a .pt of "
+        "torch-fidelity; null takes the data's real images",
+        part="reference",
+        file=True,
+    )
+    kid_subsets: int = setting(
+        20,
+        "Random subsets of 1000 images that KID is averaged over; torch-fidelity's default is 100",
+        at_least(1),
+        part="kid_subsets",
+    )
+    distance_resamples: int = setting(
+        100,
+        "Bootstrap resamples of Fréchet distances, for their intervals; 0 gives none (2,048 features take minutes a "
+        "row)",
+        zero_or_at_least(2),
+        part="intervals",
+    )
+    fid_infinity: bool = setting(
+        False, "Whether Fréchet distances are also extrapolated to infinitely many samples", part="extrapolation"
+    )
+    clip_model: str | None = setting(
+        None,
+        "Network of the CLIP score, by its name in open_clip, such as ViT-L-14 (pip install 'orderrl[clip]'); null "
+        "measures none",
+        part="clip_score",
+    )
+    clip_weights: str = setting(
+        "openai",
+        "Weights of the CLIP network: a file, or a tag of open_clip, which downloads them",
+        part="clip_score",
+        file=True,
+    )
+    clip_prompt: str = setting(PROMPT, "Caption of a sample; {} is the name of its class", part="clip_score")
+    keep_samples: bool = setting(
+        False, "Whether the generated images of every row are kept as PNG, samples/POLICY/CLASS/000000.png"
+    )
+    sweep: list[int] = setting(
+        [],
+        "Budgets at which baselines and planners of one block a step are evaluated too; see eval=cost",
+        at_least(1),
+    )
+    step_costs: list[float] | None = setting(
+        None,
+        "Step costs at which planners trained on a range of them act; null takes its ends and its middle",
+        positive(),
+    )
+    budgets: list[int] = setting([1], "Budgets of own policies (module:attribute) without a schedule", at_least(1))
+    token_raster: list[str] = setting(
+        [OWN],
+        "Backbones scored in plain raster token order: self (the evaluated one), own (the shipped raster one of the "
+        "data set), or names of others",
+        file=True,
+    )
+    planners: list[str] = setting(
+        ["newest"], "Planner checkpoints to evaluate; newest finds those of this configuration"
+    )
+    sampled: list[str] = setting(["raster"], "Baselines whose samples are scored")
+    policies: list[str] = setting(
+        ["raster", "diagonal", "staggered", "centre", "multiscale", "halton", "random", "high_entropy", "fitted"],
+        "Baselines and own policies (module:attribute); NAME@k reveals k blocks a step",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.budgets:
+            raise ValueError("budgets must not be empty, got []")
+        if self.reference is not None and self.features is None:
+            raise ValueError(f"reference={self.reference!r} needs features to compare samples in, but features is null")
+
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are drawn."""
+        return Sampling(**{field.name: getattr(self, field.name) for field in fields(Sampling)})
+
+    @property
+    def weights(self) -> Path | None:
+        """The weights file of the feature extractor; None is its own weights."""
+        return None if self.feature_weights is None else Path(self.feature_weights).expanduser()
+
+    def feature_name(self, data: str) -> str | None:
+        """The feature extractor for a data set, "own" by its name; None scores no samples.
+
+        Raises:
+            ValueError: if it is "own" and none ships for the data.
+        """
+        if self.features != OWN:
+            return self.features
+        own = own_features(data)
+        if own is None:
+            raise ValueError(
+                f"eval.features={OWN}: no feature extractor ships for data {data!r}; choose one, such as "
+                "eval.features=inception-v3-compat, or eval.features=null, which scores no samples"
+            )
+        return own
+
+
+def eval_config(values: Mapping[str, Any], data: str) -> EvalConfig:
+    """The settings of the group `eval` from plain values; what can be refused before any work is refused.
+
+    Raises:
+        ValueError: naming the key, its value, and what is allowed.
+    """
+    try:
+        settings = EvalConfig(**values)
+    except ValueError as error:
+        raise ValueError(f"eval.{error}") from error
+    settings.feature_name(data)
+    return settings

@@ -1,0 +1,224 @@
+"""The table of an evaluation: its rows, shared out among processes and kept until all are there, and its results.
+
+An evaluation that was interrupted takes the rows that are there, if nothing that determines them has changed: settings,
+backbone, data, checkpoints, own policies and metrics, and the package's own code. A finished evaluation starts anew.
+"""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from orderrl.agents.play import Rollout
+from orderrl.agents.registry import NamedPolicy, policy_source
+from orderrl.backbones import backbone_fingerprint, backbone_names, load_backbone
+from orderrl.backbones.registry import TrainableBackbone
+from orderrl.data import TokenSet
+from orderrl.evaluation.columns import all_columns, empty_row
+from orderrl.evaluation.comparison import comparisons
+from orderrl.evaluation.detail import Curve, PolicyDetail
+from orderrl.evaluation.protocol import EvaluationProtocol
+from orderrl.evaluation.recording import episodes
+from orderrl.evaluation.rows import Evaluated, evaluate_policy, evaluate_token_raster, free_folder
+from orderrl.evaluation.settings import EvalConfig
+from orderrl.factory import Setup
+from orderrl.geometry import BlockGrid
+from orderrl.metrics.features import timm_source
+from orderrl.metrics.recognisability import OWN
+from orderrl.metrics.statistics import bootstrap_band
+from orderrl.runtime import distributed
+from orderrl.runtime.cache import fingerprint
+from orderrl.runtime.job import Job
+from orderrl.runtime.progress import progress
+from orderrl.runtime.sources import source_identity
+from orderrl.runtime.storage import checksum, damage, manifest
+
+_SAMPLES = "samples"
+_STORED = (Evaluated, Rollout, BlockGrid)  # classes that a row is made of
+
+
+class PendingRow(NamedTuple):
+    """A row that is to be made.
+
+    Attributes:
+        name: of the policy.
+        make: evaluates it under a protocol.
+    """
+
+    name: str
+    make: Callable[[EvaluationProtocol], Evaluated]
+
+
+def pending_rows(config: EvalConfig, setup: Setup, policies: Sequence[tuple[NamedPolicy, bool]]) -> list[PendingRow]:
+    """Every row of the table as something to be made.
+
+    Args:
+        config: names the backbones that draw in plain raster token order.
+        setup: the evaluated backbone and its data.
+        policies: each with whether its samples are scored.
+    """
+    backbone = setup.backbone
+
+    def policy_row(protocol: EvaluationProtocol, named: NamedPolicy, sampled: bool) -> Evaluated:
+        return evaluate_policy(protocol, named, sampled)
+
+    def raster_row(protocol: EvaluationProtocol, name: str) -> Evaluated:
+        own = name == "self"
+        other = backbone if own else load_backbone(name, device=setup.device)
+        if not isinstance(other, TrainableBackbone):
+            raise ValueError(f"token_raster={name!r} must be a causal backbone of this package")
+        return evaluate_token_raster(protocol, "token_raster" if own else name, other)
+
+    raster = raster_backbones(config.token_raster, setup.data) if backbone.order_robust else ["self"]
+    return [
+        *(PendingRow(named.name, partial(policy_row, named=named, sampled=sampled)) for named, sampled in policies),
+        *(PendingRow(name, partial(raster_row, name=name)) for name in raster),
+    ]
+
+
+def raster_backbones(names: Sequence[str], data: str) -> list[str]:
+    """Backbones scored in plain raster token order; "own" is the data set's shipped raster one, if there is one."""
+    own = f"{data}_raster"
+    return [own if name == OWN else name for name in names if name != OWN or own in backbone_names()]
+
+
+def evaluation_key(config: EvalConfig, setup: Setup, data: TokenSet, policies: Sequence[NamedPolicy]) -> str:
+    """Fingerprint of everything that determines the rows of an evaluation on some images."""
+    settings = asdict(config)
+    del settings["planners"]  # they stand among the policies, by their content
+    description = {
+        "backbone": backbone_fingerprint(setup.backbone),
+        "data": data.fingerprint,
+        "eval": settings,
+        "labels": asdict(setup.labels),
+        "seed": setup.seed,
+        "files": [source_identity(timm_source(name) or name) for name in _files(config)],
+        "policies": [
+            [policy.name, _acting(policy), source_identity(policy_source(policy.spec))] for policy in policies
+        ],
+        "metrics": [[name, source_identity(file)] for name, file in _own_metrics()],
+        "code": code_fingerprint(),
+    }
+    return fingerprint(description)
+
+
+def _files(config: EvalConfig) -> list[str]:
+    """The values of all settings that may name files."""
+    values = [getattr(config, field.name) for field in fields(config) if field.metadata.get("file")]
+    return [name for value in values if value for name in (value if isinstance(value, list) else [value])]
+
+
+def _own_metrics() -> Iterator[tuple[str, str | None]]:
+    """Names and source files of all metrics that are functions."""
+    for column in all_columns():
+        for function in (column.per_image, column.per_sample):
+            if function is not None:
+                yield column.name, getattr(getattr(function, "__code__", None), "co_filename", None)
+
+
+def _acting(policy: NamedPolicy) -> str | None:
+    """What acts with a planner's file, wherever it lies, PATH@cost0.5@4, spaced_PATH; other policies by their names."""
+    spec = policy.spec
+    return None if spec is None else str(replace(spec, kind="newest", name="") if spec.path is not None else spec)
+
+
+def code_fingerprint() -> str:
+    """Fingerprint of the package's own source."""
+    folders = [path for name in ("", ".agents", ".envs") for path in importlib.import_module(f"orderrl{name}").__path__]
+    files = sorted(file for folder in folders for file in Path(folder).rglob("*.py"))
+    return fingerprint([checksum(file) for file in files])
+
+
+def make_rows(pending: Sequence[PendingRow], protocol: EvaluationProtocol, work: Job) -> list[Evaluated]:
+    """All rows in their order; processes take the missing ones in turn.
+
+    Args:
+        pending: what is to be made.
+        protocol: shared by all rows.
+        work: keeps finished rows, and their generated images if the settings say so.
+
+    Returns:
+        The rows in the main process, nothing in the others.
+    """
+    names = [f"row-{number:04d}" for number in range(len(pending))]
+    missing = distributed.on_main(lambda: [i for i, name in enumerate(names) if not _is_there(work, name)])
+    mine, keep = distributed.share_of(missing), protocol.config.keep_samples
+    with progress(len(mine), "evaluating", "policies") as advance:
+        for number in mine:
+            folder = work.folder / _SAMPLES / names[number]
+            if folder.exists():  # of a row that was interrupted
+                shutil.rmtree(folder)
+            made = pending[number].make(replace(protocol, samples_folder=folder) if keep else protocol)
+            work.store(f"{_SAMPLES}-{names[number]}", manifest(folder))
+            work.store(names[number], made)
+            advance(note=pending[number].name)
+    distributed.barrier()
+    return [work.load(name, _STORED) for name in names] if distributed.is_main() else []
+
+
+def _is_there(work: Job, name: str) -> bool:
+    """Whether a row was made, with its images."""
+    files = f"{_SAMPLES}-{name}"
+    if not (work.has(name) and work.has(files)):
+        return False
+    wrong = damage(work.folder / _SAMPLES / name, work.load(files))
+    if wrong is not None:
+        print(f"{wrong}; making {name} again", flush=True)
+    return wrong is None
+
+
+def publish_samples(work: Job, folder: Path) -> None:
+    """Copy the generated images of all rows to `folder/POLICY`, in the order of the rows.
+
+    The work keeps its own until all is done: an interruption can come between.
+    """
+    for row in sorted((work.folder / _SAMPLES).glob("row-*")):
+        for policy in sorted(row.iterdir()):
+            shutil.copytree(policy, free_folder(folder, policy.name))
+
+
+def log_values(row: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a row."""
+    return {key: value for key, value in row.items() if isinstance(value, float)}
+
+
+def tabulated(protocol: EvaluationProtocol, rows: Sequence[Evaluated]) -> dict[str, Any]:
+    """What `results.json` holds of rows in the order of the table, planners first: see `in_order`."""
+    reached = protocol.real_row()
+    known = {} if reached is None else {"policy": "real images", "features": protocol.features, **asdict(reached)}
+    return {
+        "protocol": protocol.described(),
+        "identity": protocol.identity(),
+        "rows": [row.row for row in rows] + ([empty_row() | known] if known else []),
+        "comparisons": comparisons(rows, protocol.config.resamples, protocol.seed),
+    }
+
+
+def details(protocol: EvaluationProtocol, rows: Sequence[Evaluated]) -> list[PolicyDetail]:
+    """What the report's pictures show: orders of planners of one seed, and of everything else that has an order."""
+    shown = [row for row in rows if row.rollout is not None and row.row["seed"] in (None, 0)]
+    return [policy_detail(protocol, row) for row in shown]
+
+
+def policy_detail(protocol: EvaluationProtocol, evaluated: Evaluated) -> PolicyDetail:
+    """What the report's pictures show of a policy, apart from its row."""
+    rollout = evaluated.rollout
+    assert rollout is not None
+    geometry = rollout.geometry
+    fractions = torch.linspace(0, 1, geometry.num_blocks + 1, device=rollout.losses.device)
+    band = bootstrap_band(rollout.gain_curve(fractions).cpu(), protocol.config.resamples, seed=protocol.seed)
+    last = (rollout.steps - 1).clamp_min(1)
+    order = (rollout.reveal_step.float() / last[:, None]).mean(0).view(geometry.rows, geometry.columns)
+    return PolicyDetail(
+        evaluated.row["policy"],
+        Curve(fractions.tolist(), *(values.tolist() for values in band)),
+        order.cpu().tolist(),
+        episodes(rollout, evaluated.scores),
+    )

@@ -1,0 +1,51 @@
+"""Pictures of generated images: what was drawn, and in which order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from orderrl.data import TokenSet
+from orderrl.envs.render import order_image, partial_images
+from orderrl.evaluation.drawing import Generated
+from orderrl.geometry import BlockGrid
+
+SMALLEST_SIDE = 64  # of an image in the pictures, pixels
+
+
+def save_pictures(
+    folder: Path, data: TokenSet, geometry: BlockGrid, made: Generated, device: torch.device | None = None
+) -> list[Path]:
+    """Write `images.png`, `order.gif` (the images step by step) and `order.png` (heat maps), and return their paths.
+
+    Args:
+        folder: where they are written.
+        data: decodes tokens.
+        geometry: the block grid of the order.
+        made: what was drawn.
+        device: where tokens are decoded; None is where they lie.
+    """
+    columns = max(1, round(len(made.tokens) ** 0.5))
+    # the images at every step
+    frames = []
+    for step in range(-1, int(made.reveal_step.max()) + 1):
+        images = partial_images(data, geometry, made.tokens, made.reveal_step <= step, device)
+        factor = max(1, SMALLEST_SIDE // images.shape[-1])
+        frames.append(_sheet(images.repeat_interleave(factor, -1).repeat_interleave(factor, -2), columns))
+    # their order, in colours
+    height, width = images.shape[-2] * factor, images.shape[-1] * factor
+    maps = torch.stack([order_image(geometry, steps, height, width) for steps in made.reveal_step])
+    paths = [folder / name for name in ("images.png", "order.gif", "order.png")]
+    frames[-1].save(paths[0])
+    frames[0].save(paths[1], save_all=True, append_images=frames[1:] + [frames[-1]] * 4, duration=250, loop=0)
+    _sheet(maps, columns).save(paths[2])
+    return paths
+
+
+def _sheet(images: Tensor, columns: int) -> Image.Image:
+    """Pictures (n, 3, H, W) uint8 side by side."""
+    return Image.fromarray(make_grid(images, nrow=columns, padding=2, pad_value=255).permute(1, 2, 0).numpy())
