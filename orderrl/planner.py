@@ -16,11 +16,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from tensordict import TensorDict, TensorDictBase
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from orderrl.backbones.protocol import Backbone, backbone_device
@@ -28,6 +26,9 @@ from orderrl.runtime.checkpoint import build_to_fit, load_checkpoint, load_state
 from orderrl.runtime.finite import DIVERGED, require_finite
 from orderrl.runtime.isolation import isolated_float32
 from orderrl.runtime.values import at_least, between, check_fields, require_kind
+
+if TYPE_CHECKING:
+    from tensordict import TensorDictBase
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,8 @@ class OrderHead(nn.Module):
         self.pair_head = PairHead(dim) if config.pairs else None
 
     def _blocks(self, depth: int) -> list[nn.Module]:
+        from timm.models.vision_transformer import Block  # takes long to import
+
         c = self.config
         return [Block(c.dim, c.heads, mlp_ratio=2.0, qkv_bias=True, proj_drop=c.dropout) for _ in range(depth)]
 
@@ -243,6 +246,8 @@ class OrderHead(nn.Module):
         Raises:
             NotFiniteError: if an output is not finite in a state of which nothing is visible.
         """
+        from tensordict import TensorDict
+
         blocks, like = self.config.num_blocks, self.position
         observation = {
             "hidden": like.new_zeros(1, blocks, self.config.hidden_size),

@@ -20,7 +20,6 @@ from orderrl.backbones import (
     published_names,
     save_backbone,
 )
-from orderrl.backbones.loading import load_weights
 from orderrl.backbones.pretraining import PretrainConfig, order_losses, pretrain
 from orderrl.backbones.protocol import check_fits
 from orderrl.backbones.registry import TrainableBackbone, new_backbone
@@ -34,6 +33,7 @@ from orderrl.runtime.distributed import is_main, launched, on_main, print_main
 from orderrl.runtime.isolation import isolated_float32
 from orderrl.runtime.job import Job
 from orderrl.runtime.run import Run
+from orderrl.runtime.weights import load_weights
 from orderrl.tokenize import find_or_make_tokens
 
 

@@ -19,7 +19,6 @@ from typing import NamedTuple, Protocol, cast
 import numpy as np
 import torch
 from einops import rearrange
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -171,6 +170,8 @@ class MAR(nn.Module):
     """
 
     def __init__(self, config: MARConfig) -> None:
+        from timm.models.vision_transformer import Block  # takes long to import
+
         super().__init__()
         c = self.config = config
         self.hidden_size = c.decoder_embed_dim

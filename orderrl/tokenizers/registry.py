@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orderrl.backbones.loading import read_state
 from orderrl.runtime.checkpoint import build_to_fit, load_checkpoint, load_state, save_checkpoint
 from orderrl.runtime.devices import checked_device
 from orderrl.runtime.isolation import isolated_float32
+from orderrl.runtime.weights import missing_weights, read_state
 from orderrl.tokenizers import kl, vq
 from orderrl.tokenizers.kl import KLConfig, KLTokenizer
 from orderrl.tokenizers.layers import StackConfig
@@ -88,7 +88,7 @@ def save_tokenizer(path: Path | str, tokenizer: VQTokenizer, description: Mappin
 
 def _published(name: str, path: str | Path | None) -> VQTokenizer | KLTokenizer:
     if path is None:
-        raise ValueError(f"tokenizer={name} needs tokenizer.path=FILE, the published weights ({_PUBLISHED[name]})")
+        raise missing_weights(f"tokenizer={name}", "tokenizer.path", _PUBLISHED[name])
     tokenizer = build_tokenizer(PRESETS[name], name)
     load_weights(tokenizer, read_state(path), path)
     return tokenizer

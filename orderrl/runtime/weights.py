@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import pathlib
 import pickle
 import pickletools
@@ -14,13 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download, list_repo_files
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from orderrl.runtime import distributed
-from orderrl.runtime.checkpoint import shorten
+from orderrl.runtime.checkpoint import require_fit, shorten
 from orderrl.runtime.jsonfile import read_json
 
 HUB = "hf://"
@@ -43,7 +42,7 @@ def local_path(path: str | Path) -> Path:
         path: a file, or `hf://OWNER/NAME[@REVISION]/FILE`.
 
     Raises:
-        ValueError: if the hub name is malformed or can't be had.
+        ValueError: if the hub name is malformed, or its file cannot be downloaded or found.
         FileNotFoundError: if there is no such file.
     """
     text = str(path)
@@ -55,6 +54,9 @@ def local_path(path: str | Path) -> Path:
     parsed = re.fullmatch(r"hf://([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?", text)
     if parsed is None:
         raise ValueError(f"{text} is no hub name; write {HUB}OWNER/NAME[@REVISION]/FILE")
+    from huggingface_hub import hf_hub_download, list_repo_files
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
     repository, revision, file = parsed.groups()
     try:
         if file is None:
@@ -62,7 +64,7 @@ def local_path(path: str | Path) -> Path:
             raise ValueError(f"{text} names no file; choose one of {', '.join(files)}")
         return Path(hf_hub_download(repository, file, revision=revision))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        raise ValueError(f"{text} can't be had from the hub: {error}") from error
+        raise ValueError(f"{text} cannot be downloaded or found in the hub's cache: {error}") from error
 
 
 def _is_weights(name: str) -> bool:
@@ -204,19 +206,31 @@ def load_weights(module: nn.Module, path: str | Path, weights: str | None = None
         FileNotFoundError: if there is no such file.
     """
     expected = module.state_dict()
-    found: set[str] = set()
-    unexpected, misshaped = [], []
+    shapes: dict[str, torch.Size] = {}
     for shard in read_shards(path, weights):
         for name, value in shard.items():
-            if name not in expected:
-                unexpected.append(name)
-            elif value.shape != expected[name].shape:
-                misshaped.append(f"{name} {tuple(value.shape)} instead of {tuple(expected[name].shape)}")
-            else:
+            shapes[name] = value.shape
+            if name in expected and value.shape == expected[name].shape:
                 expected[name].copy_(value)
-            found.add(name)
-    problems = {"missing": sorted(expected.keys() - found), "unexpected": unexpected, "of another shape": misshaped}
-    listed = "; ".join(f"{what}: {shorten(names)}" for what, names in problems.items() if names)
-    if listed:
-        raise ValueError(f"{path}: does not fit {type(module).__name__} ({listed}); choose the model it was made for")
+    require_fit(module, shapes, path, "choose the model it was made for")
     return module
+
+
+def missing_weights(what: str, key: str, published: str) -> ValueError:
+    """The refusal of a published model that is asked for without its weights.
+
+    Args:
+        what: the model, such as "tokenizer=vq16".
+        key: the setting that names the file.
+        published: where the authors keep it.
+    """
+    return ValueError(f"{what} needs weights: give {key}=FILE or {key}={HUB}OWNER/NAME/FILE; published as {published}")
+
+
+def weights_fingerprint(module: nn.Module) -> str:
+    """Hash of a module's state dict: names and bytes."""
+    digest = hashlib.sha256()
+    for key, value in sorted(module.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

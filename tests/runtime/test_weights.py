@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from orderrl.backbones import load_backbone
-from orderrl.backbones.loading import AVERAGED, NESTINGS, clean_names, load_weights, local_path, read_state
 from orderrl.backbones.registry import new_backbone
+from orderrl.runtime.weights import AVERAGED, NESTINGS, clean_names, load_weights, local_path, read_state
 from tests.backbones.families import CAUSAL, images, tiny
 
 SHAPE = CAUSAL | {"height": 4, "width": 4}
@@ -219,9 +219,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_hub_names(hub: Path) -> None:
     assert equals_state(load_weights(fresh(), "hf://someone/model/w.safetensors"))
     assert local_path("hf://someone/model@v1/w.safetensors").is_file()
-    with pytest.raises(ValueError, match="can't be had from the hub"):
+    with pytest.raises(ValueError, match="cannot be downloaded or found in the hub's cache"):
         local_path("hf://someone/model/other.safetensors")
-    with pytest.raises(ValueError, match="can't be had from the hub"):
+    with pytest.raises(ValueError, match="cannot be downloaded or found in the hub's cache"):
         local_path("hf://someone/model@v2/w.safetensors")
     with pytest.raises(ValueError, match=r"is no hub name; write hf://OWNER/NAME"):
         local_path("hf://someone")
