@@ -51,10 +51,10 @@ def pretrain_backbone(config: DictConfig) -> Path:
         tokens = on_main(lambda: find_or_make_tokens(config))
         config = with_values(config, {"data": {"name": f"tokens:{tokens}"}})
     train, held_out, test = (load_split(config.data.name, split) for split in ("backbone", "planner", "test"))
-    settings = PretrainConfig(**section_of_training(config), seed=config.seed)
+    settings = PretrainConfig(**section(config, "training"), seed=config.seed)
     torch.manual_seed(config.seed)
     backbone = backbone_to_train(config, train)
-    description = {"data": config.data.name, "split": "backbone", "training": section_of_training(config)}
+    description = {"data": config.data.name, "split": "backbone", "training": section(config, "training")}
     key = _key(config, backbone, train)
     with (
         Run("pretrain", config) as run,
@@ -89,7 +89,7 @@ def _key(config: DictConfig, backbone: TrainableBackbone, train: TokenSet) -> st
     description = {
         "start": backbone_fingerprint(backbone),
         "data": train.fingerprint,
-        "training": section_of_training(config),
+        "training": section(config, "training"),
         "seed": config.seed,
         "shard": config.shard,
     }
@@ -128,11 +128,6 @@ def backbone_to_train(config: DictConfig, data: TokenSet) -> TrainableBackbone:
     if isinstance(backbone, RasterTransformer):
         return OrderRobustTransformer.from_raster(backbone, chosen.order_robust_block_size)
     return backbone
-
-
-def section_of_training(config: DictConfig) -> dict[str, Any]:
-    """The values of `backbone.training`."""
-    return dict(section(config, "backbone")["training"])
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ SMALL: dict[str, list[str]] = {
         "eval.policies=[raster,random,oracle]",
     ],
     "generate": ["n=2", "labels.contexts=16", "steps=5"],
-    "pretrain": ["backbone.training.steps=2", "backbone.training.batch_size=2", "backbone.training.warmup=1"],
+    "pretrain": ["training.steps=2", "training.batch_size=2", "training.warmup=1"],
 }  # fmt: skip
 PPO_SMALL = [
     "labels.contexts=16",
@@ -161,8 +161,8 @@ def test_pretrain_goes_from_an_image_folder_to_a_backbone(layout: Path) -> None:
         "backbone=small", "data=folder", "data.root=imagenet/train", "data.test_root=imagenet/val",
         "data.image_size=16", "tokenizer=small", "tokenizer.training.steps=2", "tokenizer.training.batch_size=2",
         "tokenizer.training.warmup=1", "tokenizer.model.codebook_size=16", "backbone.model.dim=16",
-        "backbone.model.heads=2", "backbone.training.steps=2", "backbone.training.batch_size=2",
-        "backbone.training.warmup=1",
+        "backbone.model.heads=2", "training.steps=2", "training.batch_size=2",
+        "training.warmup=1",
     ]  # fmt: skip
     first = pretrain_backbone(compose("pretrain", overrides))
     made = sorted((layout / "cache").rglob("*.npy"))
@@ -175,7 +175,7 @@ def test_pretrain_goes_from_an_image_folder_to_a_backbone(layout: Path) -> None:
 @pytest.mark.slow
 def test_a_masked_model_goes_through_the_main_job(layout: Path) -> None:
     """Pretrained, labelled, cloned, evaluated in DiffLoss units; what needs probabilities is refused first."""
-    train_small = ["backbone.training.steps=2", "backbone.training.batch_size=4", "backbone.training.warmup=1"]
+    train_small = ["training.steps=2", "training.batch_size=4", "training.warmup=1"]
     path = pretrain_backbone(compose("pretrain", ["backbone=digits_mar", "data=digits_patches", *train_small]))
     job = ["backbone=digits_mar", f"backbone.name={path}", "data=digits_patches", "labels.contexts=24"]
     train(compose("train", [*job, "agent=bc", "agent.steps=4"]))

@@ -390,8 +390,8 @@ def test_generate_writes_pictures_that_open(home: Path, improved: Path, policy: 
 
 
 def test_pretrain_writes_a_backbone_that_loads(home: Path) -> None:
-    small = ["backbone.model.dim=32", "backbone.model.layers=1", "backbone.training.steps=4",
-             "backbone.training.evaluate_every=2", "backbone.training.anneal_from=0.5"]  # fmt: skip
+    small = ["backbone.model.dim=32", "backbone.model.layers=1", "training.steps=4",
+             "training.evaluate_every=2", "training.anneal_from=0.5"]  # fmt: skip
     path = pretrain_backbone(configure(home, "pretrain", *small))
     assert (path.parent / "backbone_final.safetensors").exists()
     backbone = load_backbone(path)

@@ -34,8 +34,8 @@ FITTED_Q = [
     *("agent.search.epochs=1", "agent.search.refinements=1", "agent.images=300", "agent.steps=12", OFTEN),
 ]
 PRETRAIN = [
-    *("backbone.model.dim=32", "backbone.model.layers=1", "backbone.model.heads=2", "backbone.training.steps=40"),
-    *("backbone.training.evaluate_every=40", "backbone.training.anneal_from=0.4", OFTEN),
+    *("backbone.model.dim=32", "backbone.model.layers=1", "backbone.model.heads=2", "training.steps=40"),
+    *("training.evaluate_every=40", "training.anneal_from=0.4", OFTEN),
 ]
 TOKENIZER = [
     *("data.image_size=8", "tokenizer.training.steps=30", "tokenizer.training.batch_size=4", OFTEN),

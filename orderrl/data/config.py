@@ -1,0 +1,34 @@
+"""Settings of data sets: what the config group `data` holds."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass
+
+from orderrl.data.folder import FolderConfig
+from orderrl.runtime.values import setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataName:
+    """A data set by name."""
+
+    name: str = setting(
+        MISSING,
+        "Data set: digits (scikit-learn's, 8x8 tokens of 17 grey levels), digits_patches (4x4 continuous tokens, each "
+        "2x2 grey levels), canvas (digits at random places, 12x12 tokens of 17 grey levels) or tokens:FOLDER",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokensData:
+    """A token set on disk."""
+
+    name: str = setting("tokens:${data.path}", "Data set: a token set on disk, written by tokenize")
+    path: str = setting(MISSING, "Folder of the token set")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderData(FolderConfig):
+    """A folder of images."""
+
+    name: str = setting("folder", "Data set: images in one sub-folder for every class")
