@@ -94,15 +94,15 @@ def made(group, values, notes, prefix, build=None):
     return make_dataclass("Legacy", fields, kw_only=True, namespace=space)
 
 
-def legacy_nodes():
-    from orderrl import settings
+def check_eval(values):
+    from orderrl.metrics.recognisability import check_fill
+    from orderrl.backbones.sampling import Sampling
+    check_fill(values["hidden_fill"])
+    Sampling(**{name: values[name] for name in Sampling.__dataclass_fields__})
 
+def legacy_nodes():
     found = {}
-    for path in sorted((HOME / "agent").glob("*.yaml")):
-        text = path.read_text()
-        globals()[f"agent_{path.stem}"] = made("agent", yaml.safe_load(text), comments(text), "", settings._agent)
-        found[f"agent/{path.stem}"] = Node(f"orderrl.configs.legacy:agent_{path.stem}")
     text = (HOME / "eval/main.yaml").read_text()
-    globals()["eval_main"] = made("eval", yaml.safe_load(text), comments(text), "", settings._eval)
+    globals()["eval_main"] = made("eval", yaml.safe_load(text), comments(text), "", check_eval)
     found["eval/main"] = Node("orderrl.configs.legacy:eval_main")
     return found

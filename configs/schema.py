@@ -8,20 +8,31 @@ from __future__ import annotations
 
 from typing import Any
 
+from orderrl.agents.agent import AGENTS
 from orderrl.backbones.presets import PRESETS
 from orderrl.configs.legacy import legacy_nodes
 from orderrl.runtime.schema import Node
 
+ADAPTIVE = ("fitted_q", "schedule", "imitation")  # agents that choose how many blocks a step reveals
+LIKELIHOOD = [{"override /env@_global_.env": "likelihood"}]
 NOTHING = "orderrl.runtime.schema:Nothing"  # no keys
 
 
 def nodes() -> dict[str, Node]:
     """Every dataclass of the configuration by its path."""
-    return COMMANDS | GROUPS | _backbones() | legacy_nodes()
+    return COMMANDS | GROUPS | _backbones() | _agents() | legacy_nodes()
+
+
+def _agents() -> dict[str, Node]:
+    """Agents by name, with those that other packages have registered."""
+    return {
+        f"agent/{name}": Node(f"{module}:Config", name, defaults=LIKELIHOOD if name in ADAPTIVE else ())
+        for name, module in AGENTS.items()
+    }
 
 
 def _command(name: str, *defaults: Any, **values: Any) -> Node:
-    return Node(f"orderrl.configs.commands:{name}", values, defaults)
+    return Node(f"orderrl.configs.commands:{name}", values=values, defaults=defaults)
 
 
 def _planned(data: str = "canvas", backbone: str = "canvas") -> list[Any]:
@@ -64,22 +75,22 @@ COMMANDS = {
 }
 GROUPS = {
     "_sampling": Node("orderrl.backbones.sampling:Sampling"),
-    "data/digits": Node("orderrl.data.config:DataName", {"name": "digits"}),
-    "data/digits_patches": Node("orderrl.data.config:DataName", {"name": "digits_patches"}),
-    "data/canvas": Node("orderrl.data.config:DataName", {"name": "canvas"}),
+    "data/digits": Node("orderrl.data.config:DataName", values={"name": "digits"}),
+    "data/digits_patches": Node("orderrl.data.config:DataName", values={"name": "digits_patches"}),
+    "data/canvas": Node("orderrl.data.config:DataName", values={"name": "canvas"}),
     "data/tokens": Node("orderrl.data.config:TokensData"),
-    "data/folder": Node("orderrl.data.config:FolderData"),
+    "data/folder": Node("orderrl.data.folder:FolderConfig", "folder"),
     "env/_base": Node("orderrl.envs.config:EnvConfig", build="orderrl.envs.config:checked_env"),
     "labels/_base": Node("orderrl.oracle:LabelSetConfig"),
     "planner/_base": Node("orderrl.planner:PlannerConfig", build="orderrl.planner:checked_shape"),
-    "logger/local": Node("orderrl.runtime.run:LocalLogger"),
-    "logger/wandb": Node("orderrl.runtime.run:WandbLogger"),
+    "logger/local": Node("orderrl.runtime.run:LocalLogger", "local"),
+    "logger/wandb": Node("orderrl.runtime.run:WandbLogger", "wandb"),
     "training/_base": Node("orderrl.backbones.pretraining:PretrainConfig"),
-    "tokenizer/none": Node("orderrl.tokenizers.config:NoTokenizer"),
-    "tokenizer/vq16": Node("orderrl.tokenizers.config:PublishedTokenizer", {"name": "vq16"}),
-    "tokenizer/vq8": Node("orderrl.tokenizers.config:PublishedTokenizer", {"name": "vq8"}),
-    "tokenizer/kl16": Node("orderrl.tokenizers.config:ContinuousTokenizer", {"name": "kl16"}),
-    "tokenizer/small": Node("orderrl.tokenizers.config:SmallTokenizer"),
+    "tokenizer/none": Node("orderrl.tokenizers.config:NoTokenizer", "none"),
+    "tokenizer/vq16": Node("orderrl.tokenizers.config:PublishedTokenizer", "vq16"),
+    "tokenizer/vq8": Node("orderrl.tokenizers.config:PublishedTokenizer", "vq8"),
+    "tokenizer/kl16": Node("orderrl.tokenizers.config:ContinuousTokenizer", "kl16"),
+    "tokenizer/small": Node("orderrl.tokenizers.config:SmallTokenizer", "small"),
     "new_tokenizer/_base": Node("orderrl.tokenizers.config:NewTokenizer"),
 }
 
@@ -99,7 +110,7 @@ def _backbones() -> dict[str, Node]:
     found["training/small"] = GROUPS["training/_base"]
     found |= {f"{group}/none": Node(NOTHING) for group in ("model", "training")}
     for name, preset in PRESETS.items():
-        found[f"backbone/{name}"] = Node(f"{module}:PublishedBackbone", {"name": name})
+        found[f"backbone/{name}"] = Node(f"{module}:PublishedBackbone", values={"name": name})
         raster = preset.family == "llamagen"
         found[f"model/{name}"] = Node(f"{module}:OrderRobustStart" if raster else NOTHING)
         found[f"training/{name}"] = Node(NOTHING, defaults=["_published"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import MISSING, dataclass
 
-from orderrl.data.folder import FolderConfig
 from orderrl.runtime.values import setting
 
 
@@ -25,10 +24,3 @@ class TokensData:
 
     name: str = setting("tokens:${data.path}", "Data set: a token set on disk, written by tokenize")
     path: str = setting(MISSING, "Folder of the token set")
-
-
-@dataclass(frozen=True, kw_only=True)
-class FolderData(FolderConfig):
-    """A folder of images."""
-
-    name: str = setting("folder", "Data set: images in one sub-folder for every class")

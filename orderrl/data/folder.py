@@ -27,7 +27,7 @@ _EPS = 1e-9  # shares are decimal fractions: 0.1 * 30 must count as 3
 
 @dataclass(frozen=True)
 class FolderConfig:
-    """Which images, and what is cut out of them."""
+    """Data set: images in one sub-folder for every class, and what is cut out of them."""
 
     root: str = setting(MISSING, "Folder with one sub-folder of images for every class (torchvision's ImageFolder)")
     test_root: str | None = setting(

@@ -31,16 +31,13 @@ _WANDB_MODES = ("online", "offline", "disabled")
 
 @dataclass(frozen=True, kw_only=True)
 class LocalLogger:
-    """Files in the run's folder only."""
-
-    name: str = setting("local", "Logger: local, files in the run's folder only", one_of(("local",)))
+    """Logger: files in the run's folder only."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WandbLogger:
-    """The same metrics to Weights & Biases."""
+    """Logger: the same metrics to Weights & Biases too."""
 
-    name: str = setting("wandb", "Logger: wandb, the same metrics to Weights & Biases too", one_of(("wandb",)))
     project: str | None = setting(None, "Project of Weights & Biases; null takes WANDB_PROJECT, else orderrl")
     mode: str | None = setting(
         None,

@@ -30,12 +30,14 @@ class Node:
 
     Attributes:
         kind: the dataclass as "module:Class", imported when the node is used; its fields made by `setting` are keys.
-        values: what differs from its defaults; parts of other groups too.
+        name: of an option, which stands in the key `name` and cannot be changed there; None for none.
+        values: what differs from the dataclass's defaults; parts of other groups too.
         defaults: Hydra's defaults list, whose entries come before `values` where it does not say "_self_".
         build: makes the dataclass of its keys' values, which checks them together, as "module:function"; None is `kind`.
     """
 
     kind: str
+    name: str | None = None
     values: Mapping[str, Any] = field(default_factory=dict)
     defaults: Sequence[Any] = ()
     build: str | None = None
@@ -48,7 +50,8 @@ class Node:
 
     def contents(self) -> dict[str, Any]:
         """Plain values, as a YAML file at this place would have them."""
-        values = _merged(defaults_of(self.settings), self.values)
+        own = {} if self.name is None else {"name": self.name}
+        values = _merged(own | defaults_of(self.settings), self.values)
         if self.defaults:
             values["defaults"] = [*self.defaults, *(["_self_"] if "_self_" not in self.defaults else [])]
         return values
@@ -162,9 +165,17 @@ def settings_of(parts: Sequence[Part]) -> dict[str, Setting]:
             if nested is not None:
                 add(nested, f"{prefix}{name}.")
 
-    for part in parts:
-        add(part.node.settings, f"{part.place}." if part.place else "")
+    for place, node in parts:
+        if node.name is not None:
+            meaning = (node.settings.__doc__ or "").partition("\n")[0].rstrip(".")
+            found[f"{place}.name"] = Setting(str, (_chosen(node.name, place),), meaning, False)
+        add(node.settings, f"{place}." if place else "")
     return found
+
+
+def _chosen(name: str, group: str) -> Rule:
+    refusal = f" must be {name!r} here, got {{}}; choose another with {group}=..."
+    return Rule((), lambda value: value == name, refusal)
 
 
 def check(parts: Sequence[Part], config: Mapping[str, Any]) -> None:
