@@ -95,10 +95,12 @@ def made(group, values, notes, prefix, build=None):
 
 
 def check_eval(values):
-    from orderrl.metrics.recognisability import check_fill
     from orderrl.backbones.sampling import Sampling
+    from orderrl.metrics.recognisability import check_fill
+
     check_fill(values["hidden_fill"])
     Sampling(**{name: values[name] for name in Sampling.__dataclass_fields__})
+
 
 def legacy_nodes():
     found = {}

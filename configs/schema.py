@@ -1,7 +1,7 @@
 """What the configuration is made of: a dataclass at every place, and the defaults lists of the commands.
 
-YAML files beside this module are presets, which hold what differs from a dataclass, and suites of experiments. A node is
-named by its path and its dataclass by `module:Class`, so that a help page imports no more than it shows.
+YAML files beside this module are presets, which hold what differs from a dataclass, and suites of experiments. A node
+is named by its path, and its dataclass by `module:Class`, so that a help page imports no more than it shows.
 """
 
 from __future__ import annotations

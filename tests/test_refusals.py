@@ -11,7 +11,11 @@ REFUSED = [
     ("label", ["labels.contexts=abc"], "labels.contexts"),
     ("train", ["agent=ppo", "agent.learning_rate=inf"], "agent.learning_rate"),
     ("pretrain", ["training.steps=0"], "training.steps"),
-    ("pretrain_tokenizer", ["data.root=nowhere", "tokenizer.training.ema=2"], "tokenizer.training.ema"),
+    (
+        "pretrain",
+        ["backbone=none", "data=folder", "tokenizer=small", "data.root=nowhere", "tokenizer.training.ema=2"],
+        "tokenizer.training.ema",
+    ),
     ("tokenize", ["data.root=nowhere", "output=set", "tokenizer.path=x", "shard_size=1e3"], "shard_size"),
     ("evaluate", ["eval.samples=1"], "eval.samples"),
     ("generate", ["n=0"], "n must be"),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from orderrl.data.folder import FolderConfig, Images, ImageSplit, crops, list_images, read_views
 from orderrl.data.token_set import stratified_order
-from orderrl.runtime.cache import fingerprint
+from orderrl.runtime.cache import Cache, fingerprint
 from orderrl.runtime.distributed import print_main
-from orderrl.runtime.job import Unfinished
+from orderrl.runtime.job import Job
 from orderrl.runtime.run import Run
 from orderrl.tokenizers import VQConfig, VQTokenizer, save_tokenizer
 from orderrl.tokenizers.training import TokenizerTrainingConfig, reconstruction_quality, train_tokenizer
@@ -74,18 +74,19 @@ class TokenizerRecipe:
             "seed": self.seed,
         }
 
-    def train(self, cache_dir: str, checkpoint_seconds: float, run: Run) -> Path:
+    def train(self, cache_dir: str, checkpoint_seconds: float, new_run: Callable[[], Run]) -> Path:
         """Train on the backbone split and measure on the test split; the run gets checkpoint and `results.json`.
 
         Args:
             cache_dir: where the state of an unfinished training is kept.
             checkpoint_seconds: between two states.
-            run: of the command.
+            new_run: begins the run of the command.
 
         Returns:
             The checkpoint.
         """
         # build
+        print_main(self.images.describe())
         training = TokenizerTrainingConfig(**self.settings["training"], seed=self.seed)
         torch.manual_seed(self.seed)
         tokenizer = VQTokenizer(self.model, self.settings["name"]).to(self.device)
@@ -94,21 +95,32 @@ class TokenizerRecipe:
         held_out = splits["planner" if len(splits["planner"]) else "backbone"]
         watched = partial(_batches, held_out, self.folder, training.held_out_images)
         # train
-        with Unfinished(
-            cache_dir, f"tokenizer-{fingerprint(self.description)}", checkpoint_seconds, run.folder
-        ) as work:
-            follow(train_tokenizer(tokenizer, source.draw, watched, training, work), work, run)
+        key = f"tokenizer-{fingerprint(self.description)}"
+        with new_run() as run, Job(cache_dir, key, checkpoint_seconds, run.folder, run) as job:
+            train_tokenizer(tokenizer, source.draw, watched, training, job)
             # measure and keep
             test = splits["test"] if len(splits["test"]) else held_out
             quality = reconstruction_quality(tokenizer, _batches(test, self.folder, len(test)))
             path = run.folder / "tokenizer.safetensors"
-            save_tokenizer(path, tokenizer, {"split": "backbone", "training": training, "test": quality})
+            description = {"data": {"name": "folder", **asdict(self.folder)}, "split": "backbone"}
+            save_tokenizer(path, tokenizer, description | {"training": self.settings["training"], "test": quality})
             run.write_json("results.json", {"split": test.split, **quality})
         print_main(
             f"{quality['images']} {test.split} images: PSNR {quality['psnr']:.2f} dB, L1 {quality['l1']:.4f}, "
             f"{quality['usage']:.1%} of the codes in use, perplexity {quality['perplexity']:.0f}"
         )
         return path
+
+    def find_or_train(self, cache: Cache, train: Callable[[], Path]) -> Path:
+        """The cached tokeniser of this recipe, or the one that `train` makes, which is kept."""
+        key = fingerprint(self.description)
+        found = cache.find("tokenizers", key)
+        if found is None:
+            made = train()
+            with cache.store("tokenizers", key, self.description) as found:
+                (found / made.name).write_bytes(made.read_bytes())
+            found = cache.folder("tokenizers", key)
+        return found / "tokenizer.safetensors"
 
 
 class _Images:

@@ -6,8 +6,8 @@ A command is a function and one line:
         run_application("train", main)
 
 Its configuration is the node ``train`` of the module ``schema`` in the package ``orderrl.configs``: a dataclass with
-the command's own keys, and a defaults list that names the groups. Options of the groups are further nodes, or YAML files
-that hold what differs from them. Every key has its default, its type, its range and its meaning in one of the dataclasses.
+the command's own keys, and a defaults list that names the groups. Options of the groups are further nodes, or YAML
+files that hold what differs from them. Every key has default, type, range and meaning in one of the dataclasses.
 Nothing about Hydra itself is set there: Hydra neither changes the directory nor writes files, except a sweep's
 ``multirun.yaml`` in ``<output_dir>/multirun/<date>_<time>``.
 """
@@ -86,8 +86,12 @@ def compose(command: str, overrides: Sequence[str] = (), *, config_module: str =
 def parts_of(command: str, overrides: Sequence[str] = (), *, config_module: str = CONFIGS) -> list[Part]:
     """The dataclasses that a command's configuration is made of, under the groups that the overrides choose."""
     with _loader(command, config_module) as loader:
-        choices = [item for item in overrides if _is_group(loader, item.partition("=")[0])]
-        entries = loader.compute_defaults_list(command, choices, RunMode.RUN).defaults
+        return _parts(loader, command, overrides, config_module)
+
+
+def _parts(loader: ConfigLoader, command: str, overrides: Sequence[str], config_module: str) -> list[Part]:
+    choices = [item for item in overrides if _is_group(loader, item.partition("=")[0])]
+    entries = loader.compute_defaults_list(command, choices, RunMode.RUN).defaults
     nodes = _nodes(config_module)
     places = {entry.config_path: (entry.package or "").removeprefix("_global_") for entry in entries}
     return [Part(place, nodes[path]) for path, place in places.items() if path in nodes]
@@ -122,11 +126,20 @@ def _plain(config: DictConfig) -> dict[str, Any]:
 def documented_keys(command: str, overrides: Sequence[str] = (), *, config_module: str = CONFIGS) -> dict[str, str]:
     """The one-line meaning of every key of a command, by dotted names in the order of the configuration."""
     with _loader(command, config_module) as loader:
-        config = _load(loader, command, overrides)
-    settings = schema.settings_of(parts_of(command, overrides, config_module=config_module))
-    # a section without keys says nothing
-    keys = [key for key, value in _leaves(config) if key in settings or value != {}]
-    return {key: settings[key].meaning if key in settings else "" for key in keys}
+        return {key: meaning for key, _, meaning in _rows(loader, command, overrides, config_module)}
+
+
+def _rows(
+    loader: ConfigLoader, command: str, overrides: Sequence[str], config_module: str
+) -> list[tuple[str, Any, str]]:
+    """Every key, its value, not resolved, and its meaning."""
+    config = _load(loader, command, overrides)
+    settings = schema.settings_of(_parts(loader, command, overrides, config_module))
+    return [
+        (key, value, settings[key].meaning if key in settings else "")
+        for key, value in _leaves(config)
+        if key in settings or value != {}  # a section without keys says nothing
+    ]
 
 
 def command_names(*, config_module: str = CONFIGS) -> list[str]:
@@ -137,9 +150,14 @@ def command_names(*, config_module: str = CONFIGS) -> list[str]:
 def group_choices(command: str, overrides: Sequence[str] = (), *, config_module: str = CONFIGS) -> dict[str, list[str]]:
     """What each group of a command offers."""
     with _loader(command, config_module) as loader:
-        chosen = loader.compute_defaults_list(command, list(overrides), RunMode.RUN).overrides.known_choices
-        groups = sorted(group for group in chosen if not group.startswith("hydra/"))
-        return {group: _choices(loader, group.partition("@")[0]) for group in groups}
+        return _group_choices(loader, command, overrides)
+
+
+def _group_choices(loader: ConfigLoader, command: str, overrides: Sequence[str]) -> dict[str, list[str]]:
+    choices = [item for item in overrides if _is_group(loader, item.partition("=")[0])]
+    chosen = loader.compute_defaults_list(command, choices, RunMode.RUN).overrides.known_choices
+    groups = sorted(group for group in chosen if not group.startswith("hydra/"))
+    return {group: _choices(loader, group.partition("@")[0]) for group in groups}
 
 
 def run_application(command: str, main: Callable[[DictConfig], Any], *, config_module: str = CONFIGS) -> None:
@@ -363,10 +381,9 @@ def _line(error: Exception) -> str:
 
 
 def _print_help(command: str, overrides: Sequence[str], config_module: str) -> None:
-    meanings = documented_keys(command, overrides, config_module=config_module)
     with _loader(command, config_module) as loader:
-        config = _load(loader, command, overrides)
-    groups = group_choices(command, overrides, config_module=config_module)
+        rows = _rows(loader, command, overrides, config_module)
+        groups = _group_choices(loader, command, overrides)
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console = Console(highlight=False, markup=False, width=120)
@@ -374,8 +391,8 @@ def _print_help(command: str, overrides: Sequence[str], config_module: str) -> N
     console.print(f"usage: python -m {module} [group=choice ...] [key=value ...] [--multirun] [--cfg job] [--help]\n")
     if groups:
         console.print(_table(("group", "choices"), [(name, ", ".join(names)) for name, names in groups.items()]))
-    rows = [(key, _shown(default), meanings[key]) for key, default in _leaves(config) if key in meanings]
-    console.print(_table(("key", "default", "meaning"), rows))
+    shown = [(key, _shown(default), meaning) for key, default, meaning in rows]
+    console.print(_table(("key", "default", "meaning"), shown))
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -33,7 +33,8 @@ class Node:
         name: of an option, which stands in the key `name` and cannot be changed there; None for none.
         values: what differs from the dataclass's defaults; parts of other groups too.
         defaults: Hydra's defaults list, whose entries come before `values` where it does not say "_self_".
-        build: makes the dataclass of its keys' values, which checks them together, as "module:function"; None is `kind`.
+        build: makes the dataclass of its keys' values, which checks them together, as "module:function"; None is
+            `kind`.
     """
 
     kind: str

@@ -23,7 +23,7 @@ from orderrl.envs.torchrl import NextBlockTorchRLEnv
 from orderrl.evaluate import evaluate
 from orderrl.label import label
 from orderrl.planner import OrderHead, PlannerConfig, load_planner
-from orderrl.pretrain import pretrain_backbone
+from orderrl.pretrain import pretrain
 from orderrl.runtime import distributed
 from orderrl.train import train
 from tests.helpers import tiny_backbone, tiny_images
@@ -31,7 +31,7 @@ from tests.killing import contents, metrics, table
 from tests.processes import run_processes
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = {"label": label, "train": train, "pretrain": pretrain_backbone, "evaluate": evaluate}
+COMMANDS = {"label": label, "train": train, "pretrain": pretrain, "evaluate": evaluate}
 LABELS = ["labels.contexts=120", "labels.shard_size=16", "labels.batch_size=8"]
 BC = [*LABELS, "planner.dim=32", "planner.stem=1", "agent=bc", "agent.steps=12", "agent.evaluate_every=6"]
 PPO_RUN = [

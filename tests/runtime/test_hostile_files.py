@@ -23,6 +23,7 @@ import orderrl
 from orderrl.backbones import backbone_fingerprint, load_backbone
 from orderrl.data import load_token_set
 from orderrl.data.classes import class_ids
+from orderrl.data.encode import tokenize_folder
 from orderrl.data.folder import FolderConfig, read_image
 from orderrl.evaluation.runs import open_evaluation, save_results
 from orderrl.labels import label_columns, open_labels
@@ -39,7 +40,6 @@ from orderrl.runtime.jsonfile import read_json
 from orderrl.runtime.storage import manifest, write_sealed
 from orderrl.runtime.tables import TableWriter, open_table
 from orderrl.runtime.weights import read_state
-from orderrl.tokenize import tokenize_folder
 from orderrl.tokenizers import load_tokenizer
 from orderrl.verification.fixture import load_fixture
 from tests.helpers import tiny_backbone

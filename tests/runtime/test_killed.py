@@ -38,6 +38,7 @@ PRETRAIN = [
     *("training.evaluate_every=40", "training.anneal_from=0.4", OFTEN),
 ]
 TOKENIZER = [
+    *("backbone=none", "data=folder", "tokenizer=small"),
     *("data.image_size=8", "tokenizer.training.steps=30", "tokenizer.training.batch_size=4", OFTEN),
     *("tokenizer.training.evaluate_every=15", "tokenizer.model.codebook_size=16", "tokenizer.model.z_channels=32"),
 ]
@@ -103,10 +104,8 @@ def case(name: str, inputs: Path) -> Case:
         "ppo": Case("train", "orderrl.train:train", [*tiny, *ppo], planner),
         "schedule": Case("train", "orderrl.train:train", [*tiny, *SCHEDULE], planner),
         "fitted_q": Case("train", "orderrl.train:train", [*tiny, *FITTED_Q], planner),
-        "pretrain": Case("pretrain", "orderrl.pretrain:pretrain_backbone", PRETRAIN, backbones),
-        "pretrain_tokenizer": Case(
-            "pretrain_tokenizer", "orderrl.pretrain_tokenizer:pretrain_tokenizer", [images, *TOKENIZER], tokenizer
-        ),
+        "pretrain": Case("pretrain", "orderrl.pretrain:pretrain", PRETRAIN, backbones),
+        "tokenizer": Case("pretrain", "orderrl.pretrain:pretrain", [images, *TOKENIZER], tokenizer),
         "tokenize": Case(
             "tokenize",
             "orderrl.tokenize:tokenize",
@@ -127,7 +126,7 @@ COMMANDS = [
     "schedule",
     "fitted_q",
     "pretrain",
-    "pretrain_tokenizer",
+    "tokenizer",
     "tokenize",
     "evaluate",
     "reproduce",
