@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import MISSING, dataclass
 
-from orderrl.runtime.values import at_least, between, check_fields, one_of, setting
+from orderrl.runtime.values import Settings, at_least, between, one_of, setting
 
 
 @dataclass(frozen=True, kw_only=True)
-class Command:
+class Command(Settings):
     """What commands share."""
 
     output_dir: str = setting("runs", "Folder in which run folders are made")
@@ -17,7 +17,7 @@ class Command:
     def __post_init__(self) -> None:
         from orderrl.runtime.devices import checked_device  # imports PyTorch
 
-        check_fields(self)
+        super().__post_init__()
         checked_device(self.device)
 
 
@@ -114,7 +114,7 @@ class Rollouts(Policy):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecordedEnv:
+class RecordedEnv(Settings):
     """The budgets of a recorded environment, which are a policy's own where nothing else is asked for."""
 
     budgets: tuple[int, ...] | None = setting(
@@ -141,7 +141,7 @@ class Tokenize(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadroomConfig:
+class HeadroomConfig(Settings):
     """How the headroom of the gains is measured."""
 
     steps: int = setting(800, "Optimiser steps of each of the three planners that are cloned for it", at_least(1))

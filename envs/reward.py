@@ -13,7 +13,7 @@ from torch import Tensor
 from orderrl.geometry import BlockGrid
 from orderrl.oracle import WEIGHTS, distance_weights
 from orderrl.runtime.random import Stream, keyed_log_uniform
-from orderrl.runtime.values import at_least, check_fields, one_of, positive, setting
+from orderrl.runtime.values import Settings, at_least, one_of, positive, setting
 
 OBJECTIVES = ("context", "likelihood")
 FORMS = ("future_loss", "charged")
@@ -21,7 +21,7 @@ ILLEGAL_REWARD = -0.1
 
 
 @dataclass(frozen=True)
-class RewardConfig:
+class RewardConfig(Settings):
     """What the environment pays for.
 
     Objective "context" pays U(a|S) * (1 - |S + a| / B) (fact 2), "likelihood" pays U(a|S) under the parallel block
@@ -50,7 +50,7 @@ class RewardConfig:
     )
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         if isinstance(self.step_cost, list | tuple):  # a list in configs
             object.__setattr__(self, "step_cost", _checked_range(self.step_cost))
         if self.form == "charged" and (self.objective != "likelihood" or self.weight != "uniform"):

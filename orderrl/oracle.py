@@ -19,7 +19,7 @@ from orderrl.backbones.sampling import Sampling
 from orderrl.geometry import BlockGrid
 from orderrl.runtime.isolation import isolated
 from orderrl.runtime.random import Stream, keyed_uniform
-from orderrl.runtime.values import at_least, between, check_fields, one_of, setting
+from orderrl.runtime.values import Settings, at_least, between, one_of, setting
 
 KINDS = ("pointwise", "kl", "expected")
 WEIGHTS = ("uniform", "far")
@@ -216,7 +216,7 @@ def target_uniforms(keys: tuple[Tensor | int, ...], hidden: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class LabelConfig:
+class LabelConfig(Settings):
     """Which contexts are labelled and how."""
 
     contexts: int = setting(800, "Random contexts of planner images to label", at_least(1))
@@ -234,9 +234,6 @@ class LabelConfig:
         "Share of the other hidden blocks whose gains are computed for each candidate; 1 is all",
         between("(0, 1]"),
     )
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 @dataclass(frozen=True)

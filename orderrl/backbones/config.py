@@ -9,23 +9,20 @@ from typing import Any
 from orderrl.backbones.llamagen import TransformerConfig
 from orderrl.backbones.mar_backbone import MaskedConfig
 from orderrl.backbones.registry import COMPILE_MODES, as_dtype, backbone_config
-from orderrl.runtime.values import at_least, check_fields, named, one_of, positive, setting
+from orderrl.runtime.values import Settings, at_least, named, one_of, positive, setting
 
 
 @dataclass(frozen=True, kw_only=True)
-class BackboneName:
+class BackboneName(Settings):
     """A backbone by name."""
 
-    name: str | None = setting(
+    name: str = setting(
         MISSING, "Backbone: a registered or published name, or the path of a checkpoint that pretrain wrote"
     )
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-
 
 @dataclass(frozen=True, kw_only=True)
-class UntrainedName:
+class UntrainedName(Settings):
     """A backbone that is still to be trained."""
 
     name: str | None = setting(None, "Checkpoint that pretrain wrote; null where there is none yet")
@@ -46,7 +43,7 @@ class PublishedBackbone(BackboneName):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunningBackbone:
+class RunningBackbone(Settings):
     """How a frozen backbone runs."""
 
     dtype: str | None = setting(
@@ -67,13 +64,13 @@ class RunningBackbone:
     )
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         if self.dtype is not None:
             as_dtype(self.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
-class NewTransformer:
+class NewTransformer(Settings):
     """A transformer that pretrain makes; its grid and its token values are those of the data."""
 
     family: str = setting(
@@ -82,24 +79,24 @@ class NewTransformer:
     model: TransformerConfig = setting({"block_size": 2, "dropout": 0.1}, "Shape of the backbone")
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         _check_shape(self.family, self.model, {"vocab_size": 1, "num_classes": 1})
 
 
 @dataclass(frozen=True, kw_only=True)
-class NewMasked:
+class NewMasked(Settings):
     """A masked model of continuous tokens that pretrain makes; its grid and its tokens are those of the data."""
 
     family: str = setting("mar", "Family: mar, a masked model of continuous tokens", one_of(("mar",)))
     model: MaskedConfig = setting({}, "Shape of the backbone")
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         _check_shape(self.family, self.model, {"vae_embed_dim": 1})
 
 
 @dataclass(frozen=True, kw_only=True)
-class OrderRobustStart:
+class OrderRobustStart(Settings):
     """What pretrain makes of a raster model."""
 
     order_robust_block_size: int = setting(

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from orderrl.runtime.values import at_least, between, check_fields, one_of, setting
+from orderrl.runtime.values import Settings, at_least, between, one_of, setting
 
 SCHEDULES = ("constant", "linear")
 LOWEST_TEMPERATURE = 1e-3  # below, logits divided by it overflow
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Sampling(Settings):
     """How tokens are drawn.
 
     Temperature 0 takes the most likely token, of equal ones the first; for continuous tokens the temperature scales the
@@ -43,7 +43,7 @@ class Sampling:
     )
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         if 0 < self.temperature < LOWEST_TEMPERATURE:
             raise ValueError(
                 f"temperature must be 0 (the most likely token) or at least {LOWEST_TEMPERATURE}, "

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import MISSING, dataclass
 
-from orderrl.runtime.values import setting
+from orderrl.runtime.values import Settings, setting
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataName:
+class DataName(Settings):
     """A data set by name."""
 
     name: str = setting(
@@ -19,7 +19,7 @@ class DataName:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokensData:
+class TokensData(Settings):
     """A token set on disk."""
 
     name: str = setting("tokens:${data.path}", "Data set: a token set on disk, written by tokenize")

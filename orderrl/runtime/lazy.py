@@ -13,15 +13,14 @@ def lazily(package: str, modules: Mapping[str, Sequence[str]]) -> tuple[Callable
 
     Args:
         package: its `__name__`.
-        modules: public names, by the module that defines them; one may be "NAME as OTHER".
+        modules: public names, by the module that defines them.
     """
-    homes = {name.split(" ")[-1]: (module, name.split(" ")[0]) for module, names in modules.items() for name in names}
+    homes = {name: module for module, names in modules.items() for name in names}
 
     def getattribute(name: str) -> Any:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        module, attribute = homes[name]
-        value = getattr(import_module(module), attribute)
+        value = getattr(import_module(homes[name]), name)
         setattr(sys.modules[package], name, value)
         return value
 

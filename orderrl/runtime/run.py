@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 
 from orderrl.runtime import distributed
 from orderrl.runtime.storage import finite_or_none, write_json
-from orderrl.runtime.values import one_of, setting
+from orderrl.runtime.values import Settings, one_of, setting
 
 _PACKAGES = (
     *("orderrl", "torch", "torchvision", "torchrl", "tensordict", "gymnasium", "timm", "torch-fidelity"),
@@ -35,7 +35,7 @@ class LocalLogger:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WandbLogger:
+class WandbLogger(Settings):
     """Logger: the same metrics to Weights & Biases too."""
 
     project: str | None = setting(None, "Project of Weights & Biases; null takes WANDB_PROJECT, else orderrl")

@@ -1,8 +1,8 @@
 """Dataclasses of settings as the nodes of a Hydra configuration: their defaults, meanings and checks.
 
-A package of configuration has a module `schema` with `NODES`: paths in it, such as `planner/_base` or `train`, and the
-dataclass that stands there. Each is registered with Hydra's ConfigStore, so YAML files hold what differs and nothing
-else. They are registered as plain values: OmegaConf's typed nodes would turn 7 into "7" and "yes" into true without a
+A package of configuration has a module `schema` with a function `nodes()`: paths in it, such as `planner/_base` or
+`train`, and the dataclass that stands there. Each is registered with Hydra's ConfigStore, so YAML files hold what differs
+and nothing else. They are registered as plain values: OmegaConf's typed nodes would turn 7 into "7" and "yes" into true without a
 word, and refuse in several lines. `check` compares with the annotations instead.
 """
 
