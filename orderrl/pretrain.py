@@ -13,7 +13,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from orderrl.backbones.recipe import BackboneRecipe
-from orderrl.data.encode import tokenize_folder
+from orderrl.data.encode import tokenize_with
 from orderrl.data.folder import folder_config
 from orderrl.data.tokenizer_recipe import TokenizerRecipe
 from orderrl.factory import section
@@ -22,7 +22,6 @@ from orderrl.runtime.config import run_application
 from orderrl.runtime.distributed import launched, on_main, print_main
 from orderrl.runtime.isolation import isolated_float32
 from orderrl.runtime.run import Run
-from orderrl.tokenizers import load_tokenizer
 
 
 @isolated_float32
@@ -66,15 +65,11 @@ def find_or_make_tokens(config: DictConfig) -> Path:
     A tokeniser that is still to be trained is trained first and kept, too. Both are found by the images, whatever
     folder they lie in: where files are new, gone or changed, others are made.
     """
-    cache, path, chosen = Cache(config.cache_dir), config.tokenizer.get("path"), section(config, "tokenizer")
-    if path is None and "training" in chosen:
+    cache, chosen = Cache(config.cache_dir), section(config, "tokenizer")
+    if chosen.get("path") is None and "training" in chosen:
         recipe = tokenizer_recipe(config)
-        path = recipe.find_or_train(cache, lambda: _trained(config, recipe))
-    tokenizer = load_tokenizer(chosen["name"], path, config.device)
-    drawn = {"sample_seed": chosen.get("sample_seed") if chosen.get("sample") else None}
-    return tokenize_folder(
-        tokenizer, folder_config(section(config, "data")), cache, path, **drawn, half=chosen.get("half", False)
-    )
+        chosen["path"] = recipe.find_or_train(cache, lambda: _trained(config, recipe))
+    return tokenize_with(chosen, folder_config(section(config, "data")), cache, config.device)
 
 
 if __name__ == "__main__":

@@ -38,8 +38,8 @@ class TransformerConfig:
     height: int
     width: int
     block_size: int = setting(MISSING, "Tokens along a side of a block", between("[1, 256]"))
-    vocab_size: int
-    num_classes: int
+    vocab_size: int  # type: ignore[misc]  # block_size has no default either
+    num_classes: int  # type: ignore[misc]
     dim: int = setting(128, "Width", at_least(1))
     layers: int = setting(4, "Transformer blocks", between("[1, 1000]"))
     heads: int = setting(4, "Attention heads", at_least(1))

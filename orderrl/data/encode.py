@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,23 @@ from orderrl.runtime.finite import OVERFLOW, require_finite
 from orderrl.runtime.progress import Advance, progress
 from orderrl.runtime.random import Stream, keyed_index
 from orderrl.runtime.sources import printable
-from orderrl.tokenizers import KLTokenizer, Tokenizer
+from orderrl.tokenizers import KLTokenizer, Tokenizer, load_tokenizer
 from orderrl.tokenizers.layers import latent_grid
 
 BATCH_SIZE, SHARD_SIZE = 32, 5000  # images
 _SPLIT_KEYS = {"backbone": 0, "planner": 1, "test": 2}
+
+
+def tokenize_with(
+    chosen: Mapping[str, Any], folder: FolderConfig, output: Path | Cache, device: str, **sizes: int
+) -> Path:
+    """`tokenize_folder` with the tokeniser of the config group `tokenizer`, given as plain values."""
+    path = chosen.get("path")
+    tokenizer = load_tokenizer(chosen["name"], path, device)
+    assert path is not None  # every tokeniser comes from a file
+    sample_seed = chosen["sample_seed"] if chosen.get("sample") else None
+    half = chosen.get("half", False)
+    return tokenize_folder(tokenizer, folder, output, path, sample_seed=sample_seed, half=half, **sizes)
 
 
 def tokenize_folder(

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
-def parameter_groups(
-    module: nn.Module, weight_decay: float, undecayed: Sequence[nn.Parameter] = ()
-) -> list[dict[str, Any]]:
+def parameter_groups(module: nn.Module, weight_decay: float, undecayed: Sequence[Tensor] = ()) -> list[dict[str, Any]]:
     """Groups for an optimiser: matrices with weight decay; vectors, and what is named `undecayed`, without."""
     apart = {id(parameter) for parameter in undecayed}
     matrices = [p for p in module.parameters() if p.ndim > 1 and id(p) not in apart]

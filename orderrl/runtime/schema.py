@@ -1,9 +1,9 @@
 """Dataclasses of settings as the nodes of a Hydra configuration: their defaults, meanings and checks.
 
 A package of configuration has a module `schema` with a function `nodes()`: paths in it, such as `planner/_base` or
-`train`, and the dataclass that stands there. Each is registered with Hydra's ConfigStore, so YAML files hold what differs
-and nothing else. They are registered as plain values: OmegaConf's typed nodes would turn 7 into "7" and "yes" into true without a
-word, and refuse in several lines. `check` compares with the annotations instead.
+`train`, and the dataclass that stands there. Each is registered with Hydra's ConfigStore, so YAML files hold what
+differs and nothing else. They are registered as plain values: OmegaConf's typed nodes would turn 7 into "7" and "yes"
+into true without a word, and refuse in several lines. `check` compares with the annotations instead.
 """
 
 from __future__ import annotations
@@ -76,11 +76,11 @@ class _StoredNode(ConfigNode):
 
     def __init__(self, name: str, group: str | None, made: Node) -> None:
         self.made = made
-        super().__init__(name=name, node=None, group=group, package=None, provider="orderrl")
+        super().__init__(name=name, node=OmegaConf.create(), group=group, package=None, provider="orderrl")
 
     @property
     def node(self) -> Any:
-        if self.__dict__.get("own") is None:
+        if not self.own:
             self.own = OmegaConf.create(self.made.contents())
         return self.own
 
@@ -137,12 +137,13 @@ def defaults_of(kind: type[Any]) -> dict[str, Any]:
     """Defaults of a dataclass's settings as plain values, "???" for what must be given."""
     values: dict[str, Any] = {}
     for name, item, _, nested in _settings(kind):
-        default = MISSING if item.default is NO_DEFAULT else item.default
+        default: Any = MISSING if item.default is NO_DEFAULT else item.default
         if item.default_factory is not NO_DEFAULT:
             default = item.default_factory()
         if nested is not None and default is not None:
-            given = {key: getattr(default, key) for key in defaults_of(nested)} if is_dataclass(default) else default
-            default = _merged(defaults_of(nested), given)
+            below = defaults_of(nested)
+            given = {key: getattr(default, key) for key in below} if is_dataclass(default) else default
+            default = _merged(below, given)
         values[name] = default
     return values
 

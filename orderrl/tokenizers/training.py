@@ -154,7 +154,7 @@ def train_tokenizer(
     """
     device = tokenizer.quant_conv.weight.device
     generator = torch.Generator().manual_seed(config.seed)
-    groups = parameter_groups(tokenizer, config.weight_decay, [tokenizer.quantize.embedding.weight])
+    groups = parameter_groups(tokenizer, config.weight_decay, (tokenizer.quantize.embedding.weight,))
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.99))
     schedule = warmed_cosine(optimizer, config.steps, config.warmup)
     averaged = AveragedModel(tokenizer, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
