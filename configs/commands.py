@@ -141,34 +141,8 @@ class Tokenize(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadroomConfig(Settings):
-    """How the headroom of the gains is measured."""
-
-    steps: int = setting(800, "Optimiser steps of each of the three planners that are cloned for it", at_least(1))
-    draws: list[int] = setting([1, 4, 16], "Draws of each block by lookahead; [] is none", at_least(1))
-    lookahead_states: int = setting(64, "Shared states in which it looks ahead", at_least(1))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ablate(Cached):
-    """Measure what the gains and a planner's choices rest on."""
-
-    injected: list[int] = setting(
-        [1, 2, 4], "Numbers of best-scored blocks whose true tokens are revealed at once", at_least(1)
-    )
-    room: HeadroomConfig | None = setting(
-        {}, "How much of the gains places, class, content and lookahead explain; null leaves it out"
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.injected:
-            raise ValueError("injected must not be empty, got []")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Results(Resumable):
-    """Train and evaluate all planners of a grid over several seeds."""
+class Reproduce(Resumable):
+    """Train and evaluate all planners of a suite over several seeds."""
 
     seeds: list[int] = setting(MISSING, "Training seeds of every planner", at_least(0))
     runs: list[list[str]] = setting(MISSING, "Overrides of `python -m orderrl.train`, one trained planner each")

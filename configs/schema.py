@@ -10,7 +10,6 @@ from typing import Any
 
 from orderrl.agents.agent import AGENTS
 from orderrl.backbones.presets import PRESETS
-from orderrl.configs.legacy import legacy_nodes
 from orderrl.runtime.schema import Node
 
 ADAPTIVE = ("fitted_q", "schedule", "imitation")  # agents that choose how many blocks a step reveals
@@ -20,7 +19,7 @@ NOTHING = "orderrl.runtime.schema:Nothing"  # no keys
 
 def nodes() -> dict[str, Node]:
     """Every dataclass of the configuration by its path."""
-    return COMMANDS | GROUPS | _backbones() | _agents() | legacy_nodes()
+    return COMMANDS | GROUPS | _backbones() | _agents()
 
 
 def _agents() -> dict[str, Node]:
@@ -31,8 +30,8 @@ def _agents() -> dict[str, Node]:
     }
 
 
-def _command(name: str, *defaults: Any, **values: Any) -> Node:
-    return Node(f"orderrl.configs.commands:{name}", values=values, defaults=defaults)
+def _command(name: str, *defaults: Any) -> Node:
+    return Node(f"orderrl.configs.commands:{name}", defaults=defaults)
 
 
 def _planned(data: str = "canvas", backbone: str = "canvas") -> list[Any]:
@@ -49,17 +48,16 @@ COMMANDS = {
     "evaluate": _command("Evaluate", *_planned(), _LABELS, {"eval": "main"}, _LOGGER),
     "generate": _command("Generate", "_sampling@_global_", *_planned(), {"tokenizer": "none"}, _LABELS, _LOGGER),
     "rollouts": _command("Rollouts", *_planned(), {"env": "context"}, _LABELS, _LOGGER),
-    "ablate": _command(
-        "Ablate",
-        *_planned(),
-        _LABELS,
-        {"eval": "planning"},
-        _LOGGER,
-        labels={"contexts": 3000},
-        eval={"policies": ["raster", "random", "multiscale", "centre", "high_entropy", "fitted", "oracle"]},
+    "analyze": Node(
+        "orderrl.configs.analysis:Analyze",
+        defaults=[*_planned(), _LABELS, {"eval": "planning"}, _LOGGER],
+        values={
+            "labels": {"contexts": 3000},
+            "eval": {"policies": ["raster", "random", "multiscale", "centre", "high_entropy", "fitted", "oracle"]},
+        },
     ),
-    "results": _command(
-        "Results", *_planned("digits", "digits"), _LABELS, {"eval": "full"}, _LOGGER, "_self_", {"grid": "digits"}
+    "reproduce": _command(
+        "Reproduce", *_planned("digits", "digits"), _LABELS, {"eval": "full"}, _LOGGER, "_self_", {"suite": "digits"}
     ),
     "pretrain": _command(
         "Pretrain",
@@ -80,6 +78,7 @@ GROUPS = {
     "data/canvas": Node("orderrl.data.config:DataName", values={"name": "canvas"}),
     "data/tokens": Node("orderrl.data.config:TokensData"),
     "data/folder": Node("orderrl.data.folder:FolderConfig", "folder"),
+    "eval/main": Node("orderrl.evaluation.settings:EvalConfig"),
     "env/_base": Node("orderrl.envs.config:EnvConfig", build="orderrl.envs.config:checked_env"),
     "labels/_base": Node("orderrl.oracle:LabelSetConfig"),
     "planner/_base": Node("orderrl.planner:PlannerConfig", build="orderrl.planner:checked_shape"),

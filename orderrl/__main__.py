@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from orderrl import __version__
+from orderrl.runtime import renamed
 
 COMMANDS = (
-    *("train", "evaluate", "generate", "label", "pretrain", "tokenize", "compare", "leaderboard", "ablate", "results"),
-    *("rollouts", "verify"),
+    *("train", "evaluate", "generate", "label", "pretrain", "tokenize", "compare", "verify", "analyze", "reproduce"),
+    "rollouts",
 )
 
 
@@ -28,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif command not in COMMANDS:
         close = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(COMMANDS)}"
+        if command in renamed.COMMANDS:
+            hint = f"it is called {renamed.COMMANDS[command]} now"
         sys.exit(f"error: there is no command {command!r}; {hint}")
     elif {"-h", "--help"} & set(given) and not _parses_itself(command):
         from orderrl.runtime.config import run_application

@@ -1,7 +1,7 @@
 """From a command's config to what it works with: `DictConfig` ends here, everything below gets typed, frozen values.
 
-`open_backbone` loads the backbone of a config, `backbone_and_data` what draws images, and `setup_of` collects all that an
-agent, a label set, an evaluation or a search for the newest planner depends on.
+`open_backbone` loads the backbone of a config, `backbone_and_data` what draws images, and `setup_of` collects all that
+an agent, a label set, an evaluation or a search for the newest planner depends on.
 """
 
 from __future__ import annotations
