@@ -93,7 +93,7 @@ def test_every_key_refuses_wrong_values(choice: str) -> None:
     check(parts, config)
     tried = 0
     for key, default in leaves(config):
-        if key in ("backbone.shape", "data.name"):  # a mapping of anything; made of another key
+        if key not in meanings or key in ("backbone.shape", "data.name"):  # no key; anything; made of another key
             continue
         for wrong in wrong_values(key, default, meanings[key]):
             changed = copy.deepcopy(config)
@@ -126,6 +126,8 @@ def test_null_is_allowed_exactly_where_the_help_says_what_it_means(choice: str) 
     [
         ("label", "labels.contexts=abc", "labels.contexts must be a whole number, got 'abc'"),
         ("label", "labels.contexts=1e3", "labels.contexts must be a whole number, got 1000.0; write 1000"),
+        ("train", "planner.dim=abc", "planner.dim must be a whole number, got 'abc'"),
+        ("train", "agent.name=ppo", "agent.name must be 'bc' here, got 'ppo'; choose another with agent=..."),
         ("label", "seed=1.5", "seed must be a whole number, got 1.5"),
         ("label", "seed=-1", "seed must be at least 0, got -1"),
         ("evaluate", "eval.samples=1", "eval.samples must be 0 or at least 2, got 1"),
@@ -147,6 +149,21 @@ def test_a_refusal_says_what_is_allowed(command: str, override: str, expected: s
     with pytest.raises(ValueError) as caught:
         compose(command, [override])
     assert str(caught.value).startswith(expected)
+
+
+def test_commands_that_use_a_frozen_backbone_have_no_keys_of_its_making() -> None:
+    of_pretrain = {key for key in documented_keys("pretrain") if key.startswith(("training.", "backbone.model."))}
+    assert len(of_pretrain) > 15
+    for command in ("train", "label", "evaluate", "generate", "rollouts", "analyze", "reproduce"):
+        assert not {*of_pretrain, "backbone.family"} & documented_keys(command).keys()
+    assert not {"backbone.dtype", "backbone.memory_gb", "backbone.compile"} & documented_keys("pretrain").keys()
+    alone = documented_keys("pretrain", ["backbone=none", "data=folder", "tokenizer=small"])
+    assert not of_pretrain & alone.keys() and "tokenizer.training.steps" in alone
+
+
+def test_the_old_name_of_a_key_is_answered_with_the_new_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert compose("pretrain", ["backbone.training.steps=7"]).training.steps == 7
+    assert capsys.readouterr().err == "backbone.training is called training now\n"
 
 
 @pytest.mark.parametrize("device", ["gpu", "mps", "CPU", "meta", "", "cuda:99", "cpu:1", "cuda:-1", "cuda:1e9"])

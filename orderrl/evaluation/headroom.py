@@ -30,8 +30,8 @@ from orderrl.backbones import Backbone
 from orderrl.data import TokenSet
 from orderrl.evaluation.ablations import moments_by_image, pooled_r2
 from orderrl.evaluation.protocol import EvaluationProtocol
-from orderrl.evaluation.settings import HeadroomConfig
 from orderrl.evaluation.row_entries import state_mean
+from orderrl.evaluation.settings import HeadroomConfig
 from orderrl.geometry import BlockGrid
 from orderrl.metrics.calibration import rank_correlation, regret, state_observation
 from orderrl.metrics.statistics import bootstrap_sums

@@ -74,6 +74,8 @@ def _imported(name: str) -> Any:
 class _StoredNode(ConfigNode):
     """A node in Hydra's store; its values are made when they are asked for."""
 
+    own: Any = None
+
     def __init__(self, name: str, group: str | None, made: Node) -> None:
         self.made = made
         super().__init__(name=name, node=OmegaConf.create(), group=group, package=None, provider="orderrl")
@@ -123,7 +125,7 @@ def registered(nodes: Nodes) -> Iterator[None]:
         store.repo = before
 
 
-def _settings(kind: type[Any]) -> Iterator[tuple[str, Any, Any, Any]]:
+def _settings(kind: Any) -> Iterator[tuple[str, Any, Any, Any]]:
     """Name, field, annotated type and nested dataclass (or None) of every setting of a dataclass."""
     annotated = kinds(kind)
     for item in fields(kind):
