@@ -19,10 +19,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -40,6 +39,9 @@ from orderrl.runtime.isolation import isolated_float32
 from orderrl.runtime.job import Job
 from orderrl.runtime.learning_rate import one_cycle
 from orderrl.runtime.values import Settings, at_least, between, one_of, positive, setting
+
+if TYPE_CHECKING:
+    from tensordict import TensorDict
 
 TARGETS = ("label", "soft", "utility", "charged", "pairs")
 REGRESSED = ("utility", "charged", "pairs")  # a mean over candidates, not over states

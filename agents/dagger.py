@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from tensordict import TensorDictBase
 from torch import Tensor
 
 from orderrl.agents.play import play
@@ -29,6 +28,9 @@ from orderrl.planner import load_planner
 from orderrl.runtime import distributed
 from orderrl.runtime.distributed import print_main
 from orderrl.runtime.random import Stream, keyed_uniform
+
+if TYPE_CHECKING:
+    from tensordict import TensorDictBase
 
 
 def label_sets(setup: Setup, config: Any, train: Callable[[Setup, Any], Path]) -> tuple[Path, ...]:

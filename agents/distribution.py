@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from tensordict import TensorDictBase
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from orderrl.planner import PlannerOutput
 from orderrl.runtime.random import drawn_uniform
+
+if TYPE_CHECKING:
+    from tensordict import TensorDictBase
 
 _LOWEST = -1e9  # finite, so that gradients of masked entries are zero and not NaN
 

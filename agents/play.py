@@ -9,15 +9,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from tensordict import TensorDictBase
 from torch import Tensor
 
 from orderrl.agents.policies import Policy, ReferencePolicy
 from orderrl.envs.core import NextBlockCore, Transition
 from orderrl.geometry import BlockGrid
 from orderrl.runtime.isolation import isolated
+
+if TYPE_CHECKING:
+    from tensordict import TensorDictBase
 
 Record = Callable[[Tensor, Transition], None]
 """(actions, what they led to), called after every step; the core holds the state after it."""

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from tensordict import TensorDictBase
 from torch import Tensor
 
 from orderrl.agents.distribution import planner_actions
@@ -26,7 +25,10 @@ from orderrl.planner import OrderHead
 from orderrl.runtime.isolation import isolated
 from orderrl.runtime.random import drawn_uniform
 
-Policy = Callable[[TensorDictBase, torch.Generator], Tensor]
+if TYPE_CHECKING:
+    from tensordict import TensorDictBase
+
+Policy = Callable[["TensorDictBase", torch.Generator], Tensor]
 _LOWEST = -1e9
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from tensordict import TensorDictBase
 from torch import Tensor
 
-Schedule = Callable[[TensorDictBase, Tensor], Tensor]
+if TYPE_CHECKING:
+    from tensordict import TensorDictBase
+
+Schedule = Callable[["TensorDictBase", Tensor], Tensor]
 """(observation, ranked blocks (M, K) int64) -> place in the list of budgets (M,) int64."""
 
 T = TypeVar("T", bound=Callable[..., Any])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from orderrl.backbones.sampling import Sampling
 from orderrl.envs.reward import RewardConfig
-from orderrl.runtime.values import at_least, check_fields, one_of
+from orderrl.runtime.values import at_least, check_fields, one_of, setting
 
 MODES = ("teacher", "generate")
 
@@ -46,6 +46,22 @@ class CoreConfig:
             raise ValueError(
                 f"budgets={self.budgets} exceed the {blocks} blocks of the image; use budgets up to {blocks}"
             )
+
+
+@dataclass(frozen=True)
+class EnvConfig(RewardConfig):
+    """The config group `env`: what planners learn in."""
+
+    budgets: tuple[int, ...] = setting((1,), "Numbers of blocks that a step may reveal", at_least(1))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        CoreConfig(budgets=self.budgets)
+
+
+def checked_env(budgets: Any, **reward: Any) -> EnvConfig:
+    """The environment of the config group `env`; budgets of a policy that is still to come (null) are left open."""
+    return EnvConfig(budgets=(1,) if budgets is None else budgets, **reward)
 
 
 class Transition(NamedTuple):

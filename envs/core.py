@@ -12,11 +12,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from tensordict import TensorDict
 from torch import Tensor
 
 from orderrl.backbones.protocol import Backbone, backbone_device, check_fits
@@ -27,6 +26,9 @@ from orderrl.envs.reward import ILLEGAL_REWARD, Reward, RewardConfig, chosen_ste
 from orderrl.runtime.integers import as_choices, as_int64, as_seed
 from orderrl.runtime.isolation import isolated
 from orderrl.runtime.random import Stream, drawn_seed, keyed_index, keyed_uniform
+
+if TYPE_CHECKING:
+    from tensordict import TensorDict
 
 __all__ = ["CoreConfig", "NextBlockCore", "Transition", "replay_return"]
 
@@ -160,6 +162,8 @@ class NextBlockCore:
         fraction (1,) float32, action_mask (B,) bool; with several budgets budget_mask (n,) bool; if the cost of a step
         is drawn anew for every episode, step_cost (1,) float32, nats per image.
         """
+        from tensordict import TensorDict  # takes long to import
+
         parts = {
             "hidden": self.hidden,
             "entropy": self.entropy,

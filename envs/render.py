@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from matplotlib import colormaps
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -35,6 +34,8 @@ def partial_images(
 
 def order_image(geometry: BlockGrid, reveal_step: Tensor, height: int, width: int) -> Tensor:
     """Heat map of the reveal step of each block, hidden blocks grey: reveal_step (B,) -> (3, height, width) uint8."""
+    from matplotlib import colormaps  # takes long to import
+
     steps = reveal_step.cpu().float()
     colours = torch.from_numpy(colormaps["viridis"]((steps / max(float(steps.max()), 1.0)).clamp(0, 1).numpy()))
     colours = (colours[:, :3] * 255).round().to(torch.uint8)

@@ -13,7 +13,7 @@ from torch import Tensor
 from orderrl.geometry import BlockGrid
 from orderrl.oracle import WEIGHTS, distance_weights
 from orderrl.runtime.random import Stream, keyed_log_uniform
-from orderrl.runtime.values import at_least, check_fields, one_of, positive
+from orderrl.runtime.values import Settings, at_least, one_of, positive, setting
 
 OBJECTIVES = ("context", "likelihood")
 FORMS = ("future_loss", "charged")
@@ -21,35 +21,36 @@ ILLEGAL_REWARD = -0.1
 
 
 @dataclass(frozen=True)
-class RewardConfig:
+class RewardConfig(Settings):
     """What the environment pays for.
 
-    Attributes:
-        objective: "context" pays U(a|S) * (1 - |S + a| / B): useful context first (fact 2);
-            "likelihood" pays U(a|S): short code length under the parallel block sampler (fact 1).
-        form: "future_loss" pays U itself; "charged" pays -1/N times the losses of the revealed blocks,
-            which differs from U by a potential and needs only their chains (likelihood, uniform weight).
-        weight: "uniform" or "far" (Algorithm 2 of the plan).
-        sigma: reach of "far", in blocks.
-        step_cost: cost of a planner step, nats per image; of a range (low, high) every episode draws its own,
-            log-uniformly, and the observation tells it.
+    Objective "context" pays U(a|S) * (1 - |S + a| / B) (fact 2), "likelihood" pays U(a|S) under the parallel block
+    sampler (fact 1). Form "future_loss" pays U itself; "charged" pays -1/N times the losses of the revealed blocks,
+    which differs from U by a potential and needs only their chains. Weight "far" is Algorithm 2 of the plan.
     """
 
-    objective: str = "context"
-    form: str = "future_loss"
-    weight: str = "uniform"
-    sigma: float = 1.5
-    step_cost: float | tuple[float, float] = 0.0
+    objective: str = setting(
+        "context",
+        "What is rewarded: context (useful context first) or likelihood (short code length)",
+        one_of(OBJECTIVES),
+    )
+    form: str = setting(
+        "future_loss",
+        "Form of the reward: future_loss, or charged (the same policies are optimal; objective likelihood and weight "
+        "uniform only)",
+        one_of(FORMS),
+    )
+    weight: str = setting("uniform", "Weight of the reward: uniform, or far (far structure counts)", one_of(WEIGHTS))
+    sigma: float = setting(1.5, "Reach of weight far, in blocks", positive())
+    step_cost: float | tuple[float, float] = setting(
+        0.0,
+        "Cost of a planner step, nats per image; [LOW,HIGH] draws one for every episode, log-uniformly, and the "
+        "planner sees it",
+        at_least(0),
+    )
 
     def __post_init__(self) -> None:
-        check_fields(
-            self,
-            one_of(OBJECTIVES, "objective"),
-            one_of(FORMS, "form"),
-            one_of(WEIGHTS, "weight"),
-            positive("sigma"),  # in blocks
-            at_least(0, "step_cost"),  # nats per image
-        )
+        super().__post_init__()
         if isinstance(self.step_cost, list | tuple):  # a list in configs
             object.__setattr__(self, "step_cost", _checked_range(self.step_cost))
         if self.form == "charged" and (self.objective != "likelihood" or self.weight != "uniform"):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from gymnasium import spaces
-from tensordict import TensorDictBase
 from torch import Tensor
 
 from orderrl.backbones.protocol import Backbone
+
+if TYPE_CHECKING:
+    from tensordict import TensorDictBase
 
 _SLACK = 1e-3  # relative, for rounding
 

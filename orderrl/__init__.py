@@ -7,12 +7,12 @@ does not load PyTorch; the names below are imported when they are first used.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import gymnasium
 
 from orderrl.runtime import renamed
+from orderrl.runtime.lazy import lazily
 
 if TYPE_CHECKING:
     from orderrl.backbones import check_backbone, load_backbone
@@ -21,26 +21,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["__version__", "check_backbone", "compose", "load_backbone"]
 
-_LAZY = {
-    "check_backbone": "orderrl.backbones",
-    "compose": "orderrl.runtime.config",
-    "load_backbone": "orderrl.backbones",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name from its module at its first use."""
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_LAZY[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
-
-
+__getattr__, __dir__ = lazily(
+    __name__,
+    {"orderrl.backbones": ("check_backbone", "load_backbone"), "orderrl.runtime.config": ("compose",)},
+)
 renamed.install()
 gymnasium.register(
     id="orderrl/NextBlock-v0",

@@ -17,12 +17,12 @@ from orderrl.evaluation.ablations import (
     order_entries,
     quality_curves,
 )
-from orderrl.evaluation.headroom import HeadroomConfig, measure_headroom
+from orderrl.evaluation.headroom import measure_headroom
 from orderrl.evaluation.latents import latent_entries
 from orderrl.evaluation.policies import chosen_policies, gain_labels, seeds_named
 from orderrl.evaluation.protocol import open_protocol
 from orderrl.evaluation.rows import evaluate_policy, first_choices
-from orderrl.evaluation.settings import eval_config
+from orderrl.evaluation.settings import HeadroomConfig, eval_config
 from orderrl.factory import open_backbone, section, setup_of
 from orderrl.report.analysis import print_analysis
 from orderrl.runtime.config import run_application

@@ -11,10 +11,9 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor
 
 from orderrl.backbones import Backbone, backbone_fingerprint
@@ -30,6 +29,9 @@ from orderrl.runtime.progress import Advance, progress
 from orderrl.runtime.run import Run
 from orderrl.runtime.storage import read_sealed
 from orderrl.runtime.tables import Column, TableWriter, floats, open_table
+
+if TYPE_CHECKING:
+    from tensordict import TensorDict
 
 LABELS = "labels"  # in the cache
 _ROWS = 256  # of a label set, held in memory at a time

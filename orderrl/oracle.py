@@ -19,7 +19,7 @@ from orderrl.backbones.sampling import Sampling
 from orderrl.geometry import BlockGrid
 from orderrl.runtime.isolation import isolated
 from orderrl.runtime.random import Stream, keyed_uniform
-from orderrl.runtime.values import at_least, between, check_fields, one_of
+from orderrl.runtime.values import Settings, at_least, between, one_of, setting
 
 KINDS = ("pointwise", "kl", "expected")
 WEIGHTS = ("uniform", "far")
@@ -216,33 +216,35 @@ def target_uniforms(keys: tuple[Tensor | int, ...], hidden: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class LabelConfig:
-    """Which contexts are labelled and how.
+class LabelConfig(Settings):
+    """Which contexts are labelled and how."""
 
-    Attributes:
-        contexts: number of random contexts; images take turns.
-        kind: see `block_gains`.
-        samples: draws per context for kinds "kl" and "expected".
-        seed: of the contexts and draws.
-        batch_size: contexts per call; fewer if memory is short.
-        target_fraction: share of the other hidden blocks whose gains are computed, see `sampled_targets`; 1 is all.
-    """
+    contexts: int = setting(800, "Random contexts of planner images to label", at_least(1))
+    kind: str = setting(
+        "pointwise",
+        "Kind of gains: pointwise (true block, true rest), kl (true block, expectation over the rest under the "
+        "backbone) or expected (block and rest drawn from the backbone: no hindsight)",
+        one_of(KINDS),
+    )
+    samples: int = setting(1, "Draws per context, for kinds kl and expected", at_least(1))
+    seed: int = setting(0, "Seed of the contexts and draws", at_least(0))
+    batch_size: int = setting(64, "Contexts per call; fewer if memory is short", at_least(1))
+    target_fraction: float = setting(
+        1.0,
+        "Share of the other hidden blocks whose gains are computed for each candidate; 1 is all",
+        between("(0, 1]"),
+    )
 
-    contexts: int = 4000
-    kind: str = "pointwise"
-    samples: int = 1
-    seed: int = 0
-    batch_size: int = 64
-    target_fraction: float = 1.0
 
-    def __post_init__(self) -> None:
-        check_fields(
-            self,
-            one_of(KINDS, "kind"),
-            at_least(1, "contexts", "samples", "batch_size"),
-            at_least(0, "seed"),
-            between("(0, 1]", "target_fraction"),
-        )
+@dataclass(frozen=True)
+class LabelSetConfig(LabelConfig):
+    """The config group `labels`: which contexts are labelled and how they are kept."""
+
+    shard_size: int = setting(
+        256,
+        "Contexts per file while labelling; what an interruption loses at most, in each process",
+        at_least(1),
+    )
 
 
 class Contexts(NamedTuple):

@@ -16,18 +16,19 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from tensordict import TensorDict, TensorDictBase
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from orderrl.backbones.protocol import Backbone, backbone_device
 from orderrl.runtime.checkpoint import build_to_fit, load_checkpoint, load_state, save_checkpoint
 from orderrl.runtime.finite import DIVERGED, require_finite
 from orderrl.runtime.isolation import isolated_float32
-from orderrl.runtime.values import at_least, between, check_fields, require_kind
+from orderrl.runtime.values import at_least, between, check_fields, require_kind, setting
+
+if TYPE_CHECKING:
+    from tensordict import TensorDictBase
 
 
 @dataclass(frozen=True)
@@ -39,17 +40,7 @@ class PlannerConfig:
         hidden_size: D, width of the backbone's hidden states.
         num_classes: class labels.
         num_budgets: budgets to choose from.
-        dim: width.
-        stem: timm blocks before the core.
-        core: timm blocks of the weight-shared core.
-        heads: attention heads.
-        latents: scratchpad latents.
-        reasoning_steps: R, passes of the core.
-        content: read hidden states and entropies; without, the planner sees places, what is visible and the class.
         privileged: also read context losses (a critic in training).
-        dropout: dropout rate in the blocks.
-        pairs: predict the dependence of every two blocks; without, those listed together repel each other by their
-            places alone.
         step_cost_range: lowest and highest cost of a step, nats per image, that the observation tells; None tells none.
     """
 
@@ -57,26 +48,25 @@ class PlannerConfig:
     hidden_size: int
     num_classes: int
     num_budgets: int = 1
-    dim: int = 64
-    stem: int = 2
-    core: int = 1
-    heads: int = 4
-    latents: int = 4
-    reasoning_steps: int = 0
-    content: bool = True
+    dim: int = setting(64, "Width", at_least(1))
+    stem: int = setting(2, "Transformer blocks before the core", at_least(0))
+    core: int = setting(1, "Transformer blocks of the weight-shared core", at_least(1))
+    heads: int = setting(4, "Attention heads", at_least(1))
+    latents: int = setting(4, "Scratchpad latents", at_least(1))
+    reasoning_steps: int = setting(0, "R, passes of the core; 0 is the one-shot planner", between("[0, 1000]"))
+    content: bool = setting(
+        True, "Read hidden states and entropies; false sees places, what is visible and the class alone"
+    )
     privileged: bool = False
-    dropout: float = 0.0
-    pairs: bool = False
+    dropout: float = setting(0.1, "Dropout rate in cloning and fitted Q iteration", between("[0, 1)"))
+    pairs: bool = setting(
+        False,
+        "Predict the dependence of every two blocks, by which those of one step keep apart; false uses places alone",
+    )
     step_cost_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        check_fields(
-            self,
-            at_least(1, "num_blocks", "hidden_size", "num_classes", "num_budgets", "dim", "core", "heads", "latents"),
-            at_least(0, "stem"),
-            between("[0, 1000]", "reasoning_steps"),
-            between("[0, 1)", "dropout"),
-        )
+        check_fields(self, at_least(1, "num_blocks", "hidden_size", "num_classes", "num_budgets"))
         if self.dim % self.heads:
             raise ValueError(f"heads={self.heads} must divide dim={self.dim}")
         if self.step_cost_range is not None:  # a list in checkpoints
@@ -101,6 +91,11 @@ class PlannerConfig:
     def for_backbone(cls, backbone: Backbone, **shape: Any) -> PlannerConfig:
         """The config that fits a backbone."""
         return cls(backbone.geometry.num_blocks, backbone.hidden_size, backbone.num_classes, **shape)
+
+
+def checked_shape(**shape: Any) -> PlannerConfig:
+    """A shape from the config group `planner`, for a backbone that is still to come."""
+    return PlannerConfig(num_blocks=1, hidden_size=1, num_classes=1, **shape)
 
 
 class PlannerOutput(NamedTuple):
@@ -183,6 +178,8 @@ class OrderHead(nn.Module):
         self.pair_head = PairHead(dim) if config.pairs else None
 
     def _blocks(self, depth: int) -> list[nn.Module]:
+        from timm.models.vision_transformer import Block  # takes long to import
+
         c = self.config
         return [Block(c.dim, c.heads, mlp_ratio=2.0, qkv_bias=True, proj_drop=c.dropout) for _ in range(depth)]
 
@@ -243,6 +240,8 @@ class OrderHead(nn.Module):
         Raises:
             NotFiniteError: if an output is not finite in a state of which nothing is visible.
         """
+        from tensordict import TensorDict
+
         blocks, like = self.config.num_blocks, self.position
         observation = {
             "hidden": like.new_zeros(1, blocks, self.config.hidden_size),

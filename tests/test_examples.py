@@ -25,7 +25,7 @@ from orderrl.evaluate import evaluate
 from orderrl.generate import generate
 from orderrl.label import label
 from orderrl.oracle import LabelConfig, label_contexts, random_contexts
-from orderrl.pretrain import pretrain_backbone
+from orderrl.pretrain import pretrain
 from orderrl.runtime.config import compose
 from orderrl.tokenize import tokenize
 from orderrl.tokenizers import PRESETS, build_tokenizer
@@ -35,7 +35,6 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 SYNSETS = ("n01440764", "n02099601", "n02123045")  # ImageNet's classes 0, 207 and 281
 SIDE = 4
 SHAPE = {"height": SIDE, "width": SIDE, "num_classes": 1000, "dim": 16, "layers": 2, "heads": 2, "multiple_of": 16}
-FUNCTIONS = {"pretrain": "pretrain_backbone"}  # where the function is not called like the command
 
 # What makes every command small; the rest is as on the page.
 SMALL: dict[str, list[str]] = {
@@ -47,7 +46,7 @@ SMALL: dict[str, list[str]] = {
         "eval.policies=[raster,random,oracle]",
     ],
     "generate": ["n=2", "labels.contexts=16", "steps=5"],
-    "pretrain": ["backbone.training.steps=2", "backbone.training.batch_size=2", "backbone.training.warmup=1"],
+    "pretrain": ["training.steps=2", "training.batch_size=2", "training.warmup=1"],
 }  # fmt: skip
 PPO_SMALL = [
     "labels.contexts=16",
@@ -111,7 +110,7 @@ def test_imagenet_with_randar_xl(layout: Path) -> None:
         if "agent=ppo" in arguments:  # from the small clone, not from one of the page's size
             arguments.append(f"agent.start={result}")
         config = compose(command, arguments)
-        result = getattr(import_module(f"orderrl.{command}"), FUNCTIONS.get(command, command))(config)
+        result = getattr(import_module(f"orderrl.{command}"), command)(config)
         assert Path(result).exists()
         ran.append(command)
     assert ran == ["generate", "tokenize", "label", "train", "train", "evaluate", "generate", "generate", "pretrain"]
@@ -161,22 +160,22 @@ def test_pretrain_goes_from_an_image_folder_to_a_backbone(layout: Path) -> None:
         "backbone=small", "data=folder", "data.root=imagenet/train", "data.test_root=imagenet/val",
         "data.image_size=16", "tokenizer=small", "tokenizer.training.steps=2", "tokenizer.training.batch_size=2",
         "tokenizer.training.warmup=1", "tokenizer.model.codebook_size=16", "backbone.model.dim=16",
-        "backbone.model.heads=2", "backbone.training.steps=2", "backbone.training.batch_size=2",
-        "backbone.training.warmup=1",
+        "backbone.model.heads=2", "training.steps=2", "training.batch_size=2",
+        "training.warmup=1",
     ]  # fmt: skip
-    first = pretrain_backbone(compose("pretrain", overrides))
+    first = pretrain(compose("pretrain", overrides))
     made = sorted((layout / "cache").rglob("*.npy"))
     assert made and load_backbone(first).geometry.num_tokens == 16
     stamps = [path.stat().st_mtime_ns for path in made]
-    pretrain_backbone(compose("pretrain", overrides))
+    pretrain(compose("pretrain", overrides))
     assert [path.stat().st_mtime_ns for path in sorted((layout / "cache").rglob("*.npy"))] == stamps
 
 
 @pytest.mark.slow
 def test_a_masked_model_goes_through_the_main_job(layout: Path) -> None:
     """Pretrained, labelled, cloned, evaluated in DiffLoss units; what needs probabilities is refused first."""
-    train_small = ["backbone.training.steps=2", "backbone.training.batch_size=4", "backbone.training.warmup=1"]
-    path = pretrain_backbone(compose("pretrain", ["backbone=digits_mar", "data=digits_patches", *train_small]))
+    train_small = ["training.steps=2", "training.batch_size=4", "training.warmup=1"]
+    path = pretrain(compose("pretrain", ["backbone=digits_mar", "data=digits_patches", *train_small]))
     job = ["backbone=digits_mar", f"backbone.name={path}", "data=digits_patches", "labels.contexts=24"]
     train(compose("train", [*job, "agent=bc", "agent.steps=4"]))
     policies = "eval.policies=[raster,random,oracle]"

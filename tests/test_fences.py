@@ -23,11 +23,11 @@ from orderrl.backbones import load_backbone
 from orderrl.metrics.images import save_images
 from orderrl.reproduce import training_config
 from orderrl.rollouts import rollouts
-from orderrl.runtime.config import compose
+from orderrl.runtime.config import command_names, compose
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("examples/*.md"))]
-COMMANDS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
+COMMANDS = command_names()
 CHOSEN_BY_COMMANDS = ("newest", "published", "token_raster")  # policies that a command knows, no name in the registry
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from orderrl.backbones import Backbone, backbone_fingerprint, load_backbone, save_backbone
 from orderrl.backbones.registry import new_backbone
+from orderrl.data.encode import tokenize_folder
 from orderrl.data.folder import FolderConfig
 from orderrl.evaluate import evaluate
 from orderrl.factory import FORMAT, set_without_images
@@ -21,7 +22,6 @@ from orderrl.labels import open_labels
 from orderrl.planner import OrderHead, PlannerConfig, save_planner
 from orderrl.runtime.cache import Cache, fingerprint
 from orderrl.runtime.config import compose
-from orderrl.tokenize import tokenize_folder
 from tests.backbones.families import MASKED
 from tests.tokenizers.helpers import image_folder, save_tiny_vq, tiny_kl, tiny_vq
 

@@ -21,7 +21,7 @@ from importlib import resources
 names = {[*PACKAGES, "envs", "agents"]}
 found = {{name: importlib.import_module(name).__file__ for name in names}}
 found["marker"] = [importlib.import_module(name).MARKER for name in ("envs", "agents")]
-found["yaml"] = resources.files("orderrl.configs").joinpath("train.yaml").is_file()
+found["yaml"] = resources.files("orderrl.configs").joinpath("planner", "latent.yaml").is_file()
 found["prefix"] = sys.prefix
 print(json.dumps(found))
 """

@@ -10,8 +10,12 @@ from hydra.core.singleton import Singleton
 REFUSED = [
     ("label", ["labels.contexts=abc"], "labels.contexts"),
     ("train", ["agent=ppo", "agent.learning_rate=inf"], "agent.learning_rate"),
-    ("pretrain", ["backbone.training.steps=0"], "backbone.training.steps"),
-    ("pretrain_tokenizer", ["data.root=nowhere", "tokenizer.training.ema=2"], "tokenizer.training.ema"),
+    ("pretrain", ["training.steps=0"], "training.steps"),
+    (
+        "pretrain",
+        ["backbone=none", "data=folder", "tokenizer=small", "data.root=nowhere", "tokenizer.training.ema=2"],
+        "tokenizer.training.ema",
+    ),
     ("tokenize", ["data.root=nowhere", "output=set", "tokenizer.path=x", "shard_size=1e3"], "shard_size"),
     ("evaluate", ["eval.samples=1"], "eval.samples"),
     ("generate", ["n=0"], "n must be"),

@@ -3,18 +3,17 @@
 import copy
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
-from orderrl.runtime.config import compose, documented_keys
+from orderrl.runtime.config import compose, documented_keys, group_choices, parts_of
 from orderrl.runtime.devices import checked_device
-from orderrl.settings import check_settings, select
+from orderrl.runtime.schema import check, select
 
-AGENTS = [path.stem for path in sorted(Path("configs/agent").glob("*.yaml"))]
+AGENTS = group_choices("train")["agent"]
 CHOICES: dict[str, tuple[str, list[str]]] = {
     "label": ("label", []),
     "evaluate": ("evaluate", []),
@@ -25,7 +24,7 @@ CHOICES: dict[str, tuple[str, list[str]]] = {
     "pretrain": ("pretrain", []),
     "pretrain mar": ("pretrain", ["backbone=digits_mar", "data=digits_patches"]),
     "pretrain llamagen": ("pretrain", ["backbone=llamagen_b", "data=folder", "tokenizer=small", "data.root=images"]),
-    "pretrain_tokenizer": ("pretrain_tokenizer", ["data.root=images"]),
+    "pretrain tokenizer": ("pretrain", ["backbone=none", "data=folder", "tokenizer=small", "data.root=images"]),
     "tokenize": ("tokenize", ["tokenizer=kl16", "data.root=images", "output=set", "tokenizer.path=kl16.ckpt"]),
     **{f"train {agent}": ("train", [f"agent={agent}"]) for agent in AGENTS},
 }
@@ -42,7 +41,7 @@ SIGNED = "guidance_interval"
 NO_ZERO = ("agent.temperature", "agent.search.temperature", "labels.samples")  # others of these names may
 CLOSED = {
     *("agent.name", "agent.target", "agent.weight", "env.objective", "env.form", "env.weight", "labels.kind", "split"),
-    *("data.crop", "backbone.family", "backbone.dtype", "backbone.compile", "backbone.training.order", "device"),
+    *("data.crop", "backbone.family", "backbone.dtype", "backbone.compile", "training.order", "device"),
     *("tokenizer.training.reconstruction", "logger.name", "logger.mode", "guidance_schedule", "eval.guidance_schedule"),
     "eval.hidden_fill",
 }
@@ -90,20 +89,18 @@ def test_every_key_refuses_wrong_values(choice: str) -> None:
     command, overrides = CHOICES[choice]
     meanings = documented_keys(command, overrides)
     config: Any = OmegaConf.to_container(compose(command, overrides))
-    defaults = copy.deepcopy(config)
-    if command == "tokenize":  # what must be given may not be null
-        defaults["output"] = defaults["tokenizer"]["path"] = "???"
-    check_settings(config, defaults)
+    parts = parts_of(command, overrides)
+    check(parts, config)
     tried = 0
     for key, default in leaves(config):
-        if key in ("backbone.shape", "data.name"):  # a mapping of anything; made of another key
+        if key not in meanings or key in ("backbone.shape", "data.name"):  # no key; anything; made of another key
             continue
         for wrong in wrong_values(key, default, meanings[key]):
             changed = copy.deepcopy(config)
             group, _, name = key.rpartition(".")
             (select(changed, group) if group else changed)[name] = wrong
             with pytest.raises(ValueError) as caught:
-                check_settings(changed, defaults)
+                check(parts, changed)
                 pytest.fail(f"{key}={wrong!r} was accepted")
             message = str(caught.value)
             assert name in message and "\n" not in message and len(message) < 400, message
@@ -115,12 +112,13 @@ def test_every_key_refuses_wrong_values(choice: str) -> None:
 def test_null_is_allowed_exactly_where_the_help_says_what_it_means(choice: str) -> None:
     command, overrides = CHOICES[choice]
     config: Any = OmegaConf.to_container(compose(command, overrides))
+    parts = parts_of(command, overrides)
     for key, meaning in documented_keys(command, overrides).items():
         if "null" in meaning:
             changed = copy.deepcopy(config)
             group, _, name = key.rpartition(".")
             (select(changed, group) if group else changed)[name] = None
-            check_settings(changed, config)
+            check(parts, changed)
 
 
 @pytest.mark.parametrize(
@@ -128,6 +126,8 @@ def test_null_is_allowed_exactly_where_the_help_says_what_it_means(choice: str) 
     [
         ("label", "labels.contexts=abc", "labels.contexts must be a whole number, got 'abc'"),
         ("label", "labels.contexts=1e3", "labels.contexts must be a whole number, got 1000.0; write 1000"),
+        ("train", "planner.dim=abc", "planner.dim must be a whole number, got 'abc'"),
+        ("train", "agent.name=ppo", "agent.name must be 'bc' here, got 'ppo'; choose another with agent=..."),
         ("label", "seed=1.5", "seed must be a whole number, got 1.5"),
         ("label", "seed=-1", "seed must be at least 0, got -1"),
         ("evaluate", "eval.samples=1", "eval.samples must be 0 or at least 2, got 1"),
@@ -149,6 +149,21 @@ def test_a_refusal_says_what_is_allowed(command: str, override: str, expected: s
     with pytest.raises(ValueError) as caught:
         compose(command, [override])
     assert str(caught.value).startswith(expected)
+
+
+def test_commands_that_use_a_frozen_backbone_have_no_keys_of_its_making() -> None:
+    of_pretrain = {key for key in documented_keys("pretrain") if key.startswith(("training.", "backbone.model."))}
+    assert len(of_pretrain) > 15
+    for command in ("train", "label", "evaluate", "generate", "rollouts", "analyze", "reproduce"):
+        assert not {*of_pretrain, "backbone.family"} & documented_keys(command).keys()
+    assert not {"backbone.dtype", "backbone.memory_gb", "backbone.compile"} & documented_keys("pretrain").keys()
+    alone = documented_keys("pretrain", ["backbone=none", "data=folder", "tokenizer=small"])
+    assert not of_pretrain & alone.keys() and "tokenizer.training.steps" in alone
+
+
+def test_the_old_name_of_a_key_is_answered_with_the_new_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert compose("pretrain", ["backbone.training.steps=7"]).training.steps == 7
+    assert capsys.readouterr().err == "backbone.training is called training now\n"
 
 
 @pytest.mark.parametrize("device", ["gpu", "mps", "CPU", "meta", "", "cuda:99", "cpu:1", "cuda:-1", "cuda:1e9"])

@@ -37,7 +37,7 @@ from orderrl.metrics.features import DIGITS
 from orderrl.metrics.images import save_images
 from orderrl.metrics.references import reference_of, save_reference
 from orderrl.planner import load_planner
-from orderrl.pretrain import pretrain_backbone
+from orderrl.pretrain import pretrain
 from orderrl.train import train
 from orderrl.training import newest_planner
 from tests.helpers import tiny_backbone
@@ -390,9 +390,9 @@ def test_generate_writes_pictures_that_open(home: Path, improved: Path, policy: 
 
 
 def test_pretrain_writes_a_backbone_that_loads(home: Path) -> None:
-    small = ["backbone.model.dim=32", "backbone.model.layers=1", "backbone.training.steps=4",
-             "backbone.training.evaluate_every=2", "backbone.training.anneal_from=0.5"]  # fmt: skip
-    path = pretrain_backbone(configure(home, "pretrain", *small))
+    small = ["backbone.model.dim=32", "backbone.model.layers=1", "training.steps=4",
+             "training.evaluate_every=2", "training.anneal_from=0.5"]  # fmt: skip
+    path = pretrain(configure(home, "pretrain", *small))
     assert (path.parent / "backbone_final.safetensors").exists()
     backbone = load_backbone(path)
     assert backbone.hidden_size == 32 and backbone.geometry.num_blocks == 16
@@ -469,13 +469,13 @@ def test_a_poor_schedule_does_not_weaken_its_order() -> None:
         (generate, ["n=0"], r"n must be at least 1"),
         (generate, ["temperature=-1"], r"temperature must be "),
         (label, ["labels.kind=guess"], r"kind='guess' is unknown"),
-        (pretrain_backbone, ["backbone.model.block_size=3"], r"block_size=3 must divide the token grid 8x8"),
+        (pretrain, ["backbone.model.block_size=3"], r"block_size=3 must divide the token grid 8x8"),
     ],
 )
 def test_bad_values_are_refused_in_one_line(
     home: Path, cloned: Path, command: Any, overrides: list[str], message: str
 ) -> None:
-    names = {train: "train", evaluate: "evaluate", generate: "generate", label: "label", pretrain_backbone: "pretrain"}
+    names = {train: "train", evaluate: "evaluate", generate: "generate", label: "label", pretrain: "pretrain"}
     small = SMALL_EVAL if command is evaluate else []
     with pytest.raises(ValueError, match=message) as caught:
         command(configure(home, names[command], *small, *overrides))

@@ -9,7 +9,7 @@ Notable:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass
 from typing import Any, cast
 
 import torch
@@ -22,7 +22,7 @@ from orderrl.backbones.layers import Level, TransformerBlock, rope_table
 from orderrl.backbones.protocol import BlockLosses, Drawing
 from orderrl.backbones.sampling import Sampling, guide, sample_tokens
 from orderrl.geometry import BlockGrid
-from orderrl.runtime.values import at_least, between, check_fields
+from orderrl.runtime.values import at_least, between, check_fields, setting
 
 
 @dataclass(frozen=True)
@@ -31,32 +31,23 @@ class TransformerConfig:
 
     Attributes:
         height, width: token grid.
-        block_size: tokens along a side of a block.
         vocab_size: token values.
         num_classes: class labels; one more row is the dropped label.
-        dim, layers, heads: width, depth and attention heads.
-        multiple_of: the feed-forward width is rounded up to a multiple of this.
-        dropout: dropout rate in training.
     """
 
     height: int
     width: int
-    block_size: int
-    vocab_size: int
-    num_classes: int
-    dim: int = 128
-    layers: int = 4
-    heads: int = 4
-    multiple_of: int = 32
-    dropout: float = 0.0
+    block_size: int = setting(MISSING, "Tokens along a side of a block", between("[1, 256]"))
+    vocab_size: int  # type: ignore[misc]  # block_size has no default either
+    num_classes: int  # type: ignore[misc]
+    dim: int = setting(128, "Width", at_least(1))
+    layers: int = setting(4, "Transformer blocks", between("[1, 1000]"))
+    heads: int = setting(4, "Attention heads", at_least(1))
+    multiple_of: int = setting(32, "Divisor of the feed-forward width, which is rounded up", at_least(1))
+    dropout: float = setting(0.0, "Dropout rate in training", between("[0, 1)"))
 
     def __post_init__(self) -> None:
-        check_fields(
-            self,
-            at_least(1, "vocab_size", "num_classes", "dim", "heads", "multiple_of"),
-            between("[1, 1000]", "layers"),
-            between("[0, 1)", "dropout"),
-        )
+        check_fields(self, at_least(1, "vocab_size", "num_classes"))
         BlockGrid(self.height, self.width, self.block_size)
         if self.dim % self.heads:
             raise ValueError(f"heads={self.heads} must divide dim={self.dim}")

@@ -19,13 +19,12 @@ from typing import NamedTuple, Protocol, cast
 import numpy as np
 import torch
 from einops import rearrange
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from orderrl.backbones.cpu_linear import Linear
 from orderrl.backbones.diffloss import DiffLoss, respaced_timesteps
-from orderrl.runtime.values import at_least, between, check_fields, positive
+from orderrl.runtime.values import at_least, between, check_fields, positive, setting
 
 
 @dataclass(frozen=True)
@@ -37,13 +36,7 @@ class MARConfig:
         vae_embed_dim: channels of the latent image.
         patch_size: latent pixels along a side of a token; a token has vae_embed_dim * patch_size**2 channels.
         class_num: class labels; label class_num means no class.
-        encoder_embed_dim, encoder_depth, encoder_num_heads: width, blocks and attention heads of the encoder.
-        decoder_embed_dim, decoder_depth, decoder_num_heads: the same of the decoder.
         mlp_ratio: feed-forward width as a multiple of the block's width.
-        buffer_size: leading entries that carry the class.
-        diffloss_d, diffloss_w: residual blocks and width of the denoising network.
-        num_sampling_steps: steps of the diffusion sampler, 2..1000.
-        attn_dropout, proj_dropout: dropout rates in training.
         norm_eps: epsilon of the layer norms of the transformer.
     """
 
@@ -52,29 +45,26 @@ class MARConfig:
     vae_embed_dim: int
     patch_size: int = 1
     class_num: int = 1000
-    encoder_embed_dim: int = 1024
-    encoder_depth: int = 16
-    encoder_num_heads: int = 16
-    decoder_embed_dim: int = 1024
-    decoder_depth: int = 16
-    decoder_num_heads: int = 16
+    encoder_embed_dim: int = setting(1024, "Width of the encoder", at_least(1))
+    encoder_depth: int = setting(16, "Transformer blocks of the encoder", between("[1, 1000]"))
+    encoder_num_heads: int = setting(16, "Attention heads of the encoder", at_least(1))
+    decoder_embed_dim: int = setting(1024, "Width of the decoder", at_least(1))
+    decoder_depth: int = setting(16, "Transformer blocks of the decoder", between("[1, 1000]"))
+    decoder_num_heads: int = setting(16, "Attention heads of the decoder", at_least(1))
     mlp_ratio: float = 4.0
-    buffer_size: int = 64
-    diffloss_d: int = 3
-    diffloss_w: int = 1024
-    num_sampling_steps: int = 100
-    attn_dropout: float = 0.1
-    proj_dropout: float = 0.1
+    buffer_size: int = setting(64, "Leading entries that carry the class", at_least(1))
+    diffloss_d: int = setting(3, "Residual blocks of the denoising network", between("[1, 1000]"))
+    diffloss_w: int = setting(1024, "Width of the denoising network", at_least(1))
+    num_sampling_steps: int = setting(100, "Steps of the diffusion sampler, 2 to 1000", at_least(1))
+    attn_dropout: float = setting(0.1, "Dropout rate of the attention, in training", between("[0, 1)"))
+    proj_dropout: float = setting(0.1, "Dropout rate of the projections, in training", between("[0, 1)"))
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        counts = [name for name in self.__dataclass_fields__ if isinstance(getattr(self, name), int)]
         check_fields(
             self,
-            at_least(1, *counts),
-            between("[1, 1000]", "encoder_depth", "decoder_depth", "diffloss_d"),
+            at_least(1, "height", "width", "vae_embed_dim", "patch_size", "class_num"),
             positive("mlp_ratio", "norm_eps"),
-            between("[0, 1)", "attn_dropout", "proj_dropout"),
         )
         for part in ("encoder", "decoder"):
             heads, dim = getattr(self, f"{part}_num_heads"), getattr(self, f"{part}_embed_dim")
@@ -95,30 +85,6 @@ class MARConfig:
     def to_dict(self) -> dict[str, int | float]:
         """Plain values, as stored in checkpoints."""
         return asdict(self)
-
-
-def _published(dim: int, depth: int, heads: int, diffloss_d: int, diffloss_w: int) -> MARConfig:
-    """A published model for 256 x 256 pixels: 16 x 16 tokens of 16 channels (KL-16)."""
-    return MARConfig(
-        height=16,
-        width=16,
-        vae_embed_dim=16,
-        encoder_embed_dim=dim,
-        encoder_depth=depth,
-        encoder_num_heads=heads,
-        decoder_embed_dim=dim,
-        decoder_depth=depth,
-        decoder_num_heads=heads,
-        diffloss_d=diffloss_d,
-        diffloss_w=diffloss_w,
-    )
-
-
-MAR_CONFIGS = {
-    "MAR-B": _published(768, 12, 12, 6, 1024),
-    "MAR-L": _published(1024, 16, 16, 8, 1280),
-    "MAR-H": _published(1280, 20, 16, 12, 1536),
-}
 
 
 class NoiseSource(Protocol):
@@ -171,6 +137,8 @@ class MAR(nn.Module):
     """
 
     def __init__(self, config: MARConfig) -> None:
+        from timm.models.vision_transformer import Block  # takes long to import
+
         super().__init__()
         c = self.config = config
         self.hidden_size = c.decoder_embed_dim

@@ -24,7 +24,7 @@ from orderrl.backbones.protocol import BlockLosses, Drawing
 from orderrl.backbones.sampling import Sampling
 from orderrl.geometry import BlockGrid
 from orderrl.runtime.random import Stream, keyed_normal, mix_content
-from orderrl.runtime.values import between, check_fields
+from orderrl.runtime.values import between, check_fields, setting
 
 TRAINING_DRAWS = 4  # times and noises of a token in a training step, the published diffusion_batch_mul
 LOWEST_LOG_VARIANCE, HIGHEST_LOG_VARIANCE = -14.0, 14.0
@@ -35,20 +35,22 @@ class MaskedConfig(MARConfig):
     """Shape of a `MaskedTransformer`: the published model's, and how it serves as a backbone.
 
     Attributes:
-        block_size: tokens along a side of a block.
-        loss_draws: noises that a token's loss is averaged over; its times are the middles of as many equal intervals.
         entropy_samples: tokens drawn for the entropy channel.
         entropy_steps: reverse steps of those draws.
     """
 
-    block_size: int = 1
-    loss_draws: int = 8
+    block_size: int = setting(1, "Tokens along a side of a block", between("[1, 256]"))
+    loss_draws: int = setting(
+        8,
+        "Noises that a token's loss is averaged over; its times are the middles of as many equal intervals",
+        between("[1, 1000]"),
+    )
     entropy_samples: int = 4
     entropy_steps: int = 8
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_fields(self, between("[1, 1000]", "loss_draws", "entropy_samples", "entropy_steps"))
+        check_fields(self, between("[1, 1000]", "entropy_samples", "entropy_steps"))
         BlockGrid(self.height, self.width, self.block_size)
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from orderrl.backbones.mar import MAR_CONFIGS
-
 
 @dataclass(frozen=True)
 class Preset:
@@ -54,9 +52,12 @@ def _arpg(size: str, parameters: str, file: str) -> Preset:
     return Preset("arpg", _SIZES[size] | _IMAGENET | _grid(16, 4), parameters, f"hf://hp-l33/ARPG/{file}")
 
 
-def _mar(name: str, parameters: str) -> Preset:
-    shape = MAR_CONFIGS[name].to_dict() | {"block_size": 4}
-    return Preset("mar", shape, parameters, f"the links of github.com/LTH14/mar ({name}, checkpoint-last.pth)")
+def _mar(size: str, width: int, depth: int, heads: int, diffloss: tuple[int, int], parameters: str) -> Preset:
+    """For 256 x 256 pixels: tokens of 16 channels (KL-16)."""
+    shape = _grid(16, 4) | {"vae_embed_dim": 16, "diffloss_d": diffloss[0], "diffloss_w": diffloss[1]}
+    for part in ("encoder", "decoder"):
+        shape |= {f"{part}_embed_dim": width, f"{part}_depth": depth, f"{part}_num_heads": heads}
+    return Preset("mar", shape, parameters, f"the links of github.com/LTH14/mar (MAR-{size}, checkpoint-last.pth)")
 
 
 _LLAMAGEN_PARAMETERS = {"b": "111M", "l": "343M", "xl": "775M", "xxl": "1.4B", "3b": "3.1B"}
@@ -68,7 +69,7 @@ PRESETS: dict[str, Preset] = {
     "arpg_l": _arpg("l", "320M", "arpg_300m.pt"),
     "arpg_xl": _arpg("xl", "719M", "arpg_700m.pt"),
     "arpg_xxl": _arpg("xxl", "1.3B", "arpg_1b.pt"),
-    "mar_b": _mar("MAR-B", "208M"),
-    "mar_l": _mar("MAR-L", "479M"),
-    "mar_h": _mar("MAR-H", "943M"),
+    "mar_b": _mar("B", 768, 12, 12, (6, 1024), "208M"),
+    "mar_l": _mar("L", 1024, 16, 16, (8, 1280), "479M"),
+    "mar_h": _mar("H", 1280, 20, 16, (12, 1536), "943M"),
 }

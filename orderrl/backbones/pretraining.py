@@ -25,57 +25,38 @@ from orderrl.runtime import distributed
 from orderrl.runtime.isolation import isolated, isolated_float32
 from orderrl.runtime.job import Job, Part
 from orderrl.runtime.learning_rate import warmed_cosine
-from orderrl.runtime.values import at_least, between, check_fields, one_of, positive
+from orderrl.runtime.optimisation import parameter_groups
+from orderrl.runtime.values import at_least, between, check_fields, one_of, positive, setting
 
 ORDERS = ("random", "raster")
 MAX_LOGITS = 2**26  # in one evaluation forward
 _PROCESS_SEEDS = 1_000_000_007  # between the random numbers of processes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """How a backbone is trained.
+    """How a backbone is trained."""
 
-    Attributes:
-        steps: optimiser steps.
-        batch_size: images per step.
-        learning_rate: peak of the cosine schedule.
-        warmup: steps of linear warm-up.
-        weight_decay: of AdamW, on matrices only.
-        label_dropout: share of labels replaced by the dropped label, for guidance.
-        augmentation: strength of the data set's mild augmentation; 0 is none.
-        order: "random" block orders (order-robust) or "raster" alone.
-        anneal_from: fraction of training after which the share of random orders falls linearly to 0
-            at the end; 1 never anneals.
-        ema: decay of the exponential moving average of the weights that is saved.
-        evaluate_every: steps between evaluations.
-        bf16: compute in bfloat16 where the device has it.
-        seed: of initialisation, batches, orders and augmentation.
-    """
-
-    steps: int = 2000
-    batch_size: int = 64
-    learning_rate: float = 2e-3
-    warmup: int = 100
-    weight_decay: float = 0.05
-    label_dropout: float = 0.1
-    augmentation: float = 1.0
-    order: str = "random"
-    anneal_from: float = 1.0
-    ema: float = 0.995
-    evaluate_every: int = 200
-    bf16: bool = True
-    seed: int = 0
+    order: str = setting(
+        "random", "Order of training: random (random block order, raster inside) or raster", one_of(ORDERS)
+    )
+    anneal_from: float = setting(
+        1.0, "Share of the training after which random orders fade out; 1 never fades them", between("[0, 1]")
+    )
+    steps: int = setting(1500, "Optimiser steps", at_least(1))
+    batch_size: int = setting(64, "Images of a step", at_least(1))
+    learning_rate: float = setting(1e-3, "Peak learning rate", positive())
+    warmup: int = setting(100, "Steps of linear warm-up", at_least(0))
+    weight_decay: float = setting(0.05, "Weight decay of AdamW on matrices", at_least(0))
+    label_dropout: float = setting(0.1, "Share of labels that are dropped, for guidance", between("[0, 1]"))
+    augmentation: float = setting(0.0, "Strength of the data set's mild augmentation; 0 is none", at_least(0))
+    ema: float = setting(0.998, "Decay of the averaged weights that are saved", between("[0, 1]"))
+    evaluate_every: int = setting(500, "Steps between evaluations", at_least(1))
+    bf16: bool = setting(True, "Compute in bfloat16 where the device has it")
+    seed: int = 0  # of initialisation, batches, orders and augmentation
 
     def __post_init__(self) -> None:
-        check_fields(
-            self,
-            one_of(ORDERS, "order"),
-            at_least(1, "steps", "batch_size", "evaluate_every"),
-            at_least(0, "warmup", "weight_decay", "augmentation", "seed"),
-            positive("learning_rate"),
-            between("[0, 1]", "label_dropout", "anneal_from", "ema"),
-        )
+        check_fields(self, at_least(0, "seed"))
 
 
 def random_share(step: int, config: PretrainConfig) -> float:
@@ -147,12 +128,6 @@ def training_loss(
     return cross_entropy(backbone.teacher_forced(tokens, labels, token_order), tokens, token_order).mean()
 
 
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-
-
 @isolated_float32
 def pretrain(
     backbone: TrainableBackbone,
@@ -189,7 +164,7 @@ def pretrain(
         shard_backbone(mean, shard_on)
     device = next(backbone.parameters()).device
     optimizer = torch.optim.AdamW(
-        _parameter_groups(backbone, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.95)
+        parameter_groups(backbone, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.95)
     )
     schedule = warmed_cosine(optimizer, config.steps, config.warmup)
     phase = {"kept_random": False}

@@ -14,7 +14,6 @@ from orderrl.backbones.arpg import ARPG
 from orderrl.backbones.cpu_linear import pack_weights as set_packing
 from orderrl.backbones.layers import TransformerBlock
 from orderrl.backbones.llamagen import RasterTransformer, TransformerConfig
-from orderrl.backbones.loading import load_weights
 from orderrl.backbones.mar_backbone import MaskedConfig, MaskedTransformer
 from orderrl.backbones.memory import Packing
 from orderrl.backbones.presets import PRESETS
@@ -24,6 +23,8 @@ from orderrl.runtime.checkpoint import build_to_fit, load_checkpoint, load_state
 from orderrl.runtime.devices import checked_device
 from orderrl.runtime.finite import OVERFLOW, require_finite
 from orderrl.runtime.isolation import isolated_float32
+from orderrl.runtime.weights import load_weights, missing_weights
+from orderrl.runtime.weights import weights_fingerprint as weights_fingerprint
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 TrainableBackbone = OrderRobustTransformer | RasterTransformer | ARPG | MaskedTransformer
@@ -91,10 +92,7 @@ def load_backbone(
     where = None if device is None else checked_device(device)
     if name in PRESETS:
         if path is None:
-            raise ValueError(
-                f"backbone {name!r} needs weights: give path=FILE or path=hf://OWNER/NAME/FILE; the authors' are at "
-                f"{PRESETS[name].weights}"
-            )
+            raise missing_weights(f"backbone {name!r}", "path", PRESETS[name].weights)
         backbone: Backbone = build_backbone(name, dtype=dtype or torch.float32, shape=shape)
         load_weights(_module(backbone), path)
     elif path is not None or shape:
@@ -197,15 +195,6 @@ def with_block_size(backbone: Model, block_size: int) -> Model:
     other.to(parameter.device)
     frozen: Model = other.eval().requires_grad_(False)
     return frozen
-
-
-def weights_fingerprint(module: torch.nn.Module) -> str:
-    """Hash of a module's state dict: names and bytes."""
-    digest = hashlib.sha256()
-    for key, value in sorted(module.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def backbone_fingerprint(backbone: Backbone) -> str:

@@ -7,45 +7,43 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from orderrl.runtime.values import at_least, between, check_fields, one_of
+from orderrl.runtime.values import Settings, at_least, between, one_of, setting
 
 SCHEDULES = ("constant", "linear")
 LOWEST_TEMPERATURE = 1e-3  # below, logits divided by it overflow
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Sampling(Settings):
     """How tokens are drawn.
 
-    Attributes:
-        temperature: divides the logits; 1 leaves them, 0 takes the most likely token (of equal ones the first). For
-            continuous tokens it scales the noise of the reverse steps, not the starting noise.
-        top_k: keep the k most likely tokens; 0 keeps all.
-        top_p: keep the smallest set of tokens whose probability reaches p; 1 keeps all.
-        guidance: classifier-free guidance scale: unconditional + guidance * (conditional - unconditional);
-            1 needs no unconditional pass.
-        guidance_schedule: "constant", or "linear": the scale rises from 1 with the share of visible tokens
-            (RandAR, ARPG, MAR).
-        guidance_interval: tokens with more than this many + 1 before them are drawn without guidance (LlamaGen);
-            -1 guides all.
+    Temperature 0 takes the most likely token, of equal ones the first; for continuous tokens the temperature scales the
+    noise of the reverse steps, not the starting noise. Guidance is unconditional + guidance * (conditional -
+    unconditional) and needs no unconditional pass where it is 1. The linear schedule is of RandAR, ARPG and MAR, the
+    interval of LlamaGen.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    guidance: float = 1.0
-    guidance_schedule: str = "constant"
-    guidance_interval: int = -1
+    temperature: float = setting(
+        1.0, "Temperature of generated tokens; 0 takes the most likely one (greedy)", at_least(0)
+    )
+    top_k: int = setting(0, "Number of most likely tokens that are kept; 0 keeps all", at_least(0))
+    top_p: float = setting(
+        1.0, "Probability of the smallest set of tokens that is kept; 1 keeps all", between("(0, 1]")
+    )
+    guidance: float = setting(1.0, "Scale of classifier-free guidance; 1 is none", between("[0, 1000]"))
+    guidance_schedule: str = setting(
+        "constant",
+        "Guidance schedule: constant, or linear (rises from 1 with the share of visible tokens)",
+        one_of(SCHEDULES),
+    )
+    guidance_interval: int = setting(
+        -1,
+        "Guidance interval: tokens with more than this many + 1 before them are drawn without guidance; -1 guides all",
+        at_least(-1),
+    )
 
     def __post_init__(self) -> None:
-        check_fields(
-            self,
-            at_least(0, "temperature", "top_k"),
-            between("(0, 1]", "top_p"),
-            between("[0, 1000]", "guidance"),
-            one_of(SCHEDULES, "guidance_schedule"),
-            at_least(-1, "guidance_interval"),
-        )
+        super().__post_init__()
         if 0 < self.temperature < LOWEST_TEMPERATURE:
             raise ValueError(
                 f"temperature must be 0 (the most likely token) or at least {LOWEST_TEMPERATURE}, "

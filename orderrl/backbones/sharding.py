@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.optim.swa_utils import AveragedModel
 
 from orderrl.backbones.cpu_linear import pack_weights
@@ -26,7 +18,6 @@ from orderrl.runtime import distributed
 if TYPE_CHECKING:
     from orderrl.backbones.registry import TrainableBackbone
 
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 # What is called on a backbone and uses its own weights; FSDP gathers weights for `forward` alone unless it is told.
 _BACKBONE_METHODS = ("start", "context_loss", "observe", "extend", "decode", "expected_gain", "teacher_forced")
 _LAYER_METHODS = ("chain",)
@@ -45,12 +36,15 @@ def shard_backbone(backbone: Backbone, device: str) -> None:
     Raises:
         ValueError: if there is one process only, or the backbone has no layers to split.
     """
+    from torch.distributed.device_mesh import init_device_mesh  # these take long to import
+    from torch.distributed.fsdp import fully_shard
+
     layers = _layers(backbone)
     if not isinstance(backbone, nn.Module) or not layers:
         raise ValueError("shard=true needs a backbone of the LlamaGen family: RandAR or LlamaGen")
     if distributed.size() == 1:
         raise ValueError("shard=true splits a backbone over processes; start several with torchrun --nproc-per-node=K")
-    if isinstance(backbone, FSDPModule):
+    if is_sharded(backbone):
         return
     pack_weights(backbone, False)  # packed copies would be whole again
     mesh = init_device_mesh(torch.device(device).type, (distributed.size(),))
@@ -77,6 +71,8 @@ def _layers(backbone: Any) -> list[nn.Module]:
 
 
 def _register(module: nn.Module, methods: tuple[str, ...]) -> None:
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
     for method in methods:
         if hasattr(module, method):
             register_fsdp_forward_method(module, method)
@@ -84,6 +80,10 @@ def _register(module: nn.Module, methods: tuple[str, ...]) -> None:
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether its weights are split over processes."""
+    if "torch.distributed.fsdp" not in sys.modules:  # nobody has split any
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
     return isinstance(module, FSDPModule)
 
 
@@ -92,7 +92,11 @@ def whole_copy(backbone: TrainableBackbone) -> TrainableBackbone:
 
     All processes must call it; only the main one gets the weights.
     """
-    weights = get_model_state_dict(cast(nn.Module, backbone), options=_WHOLE)
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import FSDPModule
+
+    whole_options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(cast(nn.Module, backbone), options=whole_options)
     family: Any = next(kind for kind in type(backbone).__mro__ if not issubclass(kind, FSDPModule))
     whole: TrainableBackbone = family(backbone.config)
     if weights:
@@ -108,17 +112,22 @@ class WholeTraining:
 
     def state_dict(self) -> dict[str, Any]:
         """Whole tensors, in the main process alone."""
+        from torch.distributed.checkpoint import state_dict as states
+
+        whole = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
         return {
-            "model": get_model_state_dict(self.model, options=_WHOLE),
-            "mean": get_model_state_dict(self.averaged.module, options=_WHOLE),
+            "model": states.get_model_state_dict(self.model, options=whole),
+            "mean": states.get_model_state_dict(self.averaged.module, options=whole),
             "averaged": self.averaged.n_averaged.cpu(),
-            "optimizer": get_optimizer_state_dict(self.model, self.optimizer, options=_WHOLE),
+            "optimizer": states.get_optimizer_state_dict(self.model, self.optimizer, options=whole),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take whole tensors, which every process has read."""
-        options = StateDictOptions(full_state_dict=True)
-        set_model_state_dict(self.model, state["model"], options=options)
-        set_model_state_dict(self.averaged.module, state["mean"], options=options)
+        from torch.distributed.checkpoint import state_dict as states
+
+        options = states.StateDictOptions(full_state_dict=True)
+        states.set_model_state_dict(self.model, state["model"], options=options)
+        states.set_model_state_dict(self.averaged.module, state["mean"], options=options)
         self.averaged.n_averaged.copy_(state["averaged"])
-        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=options)
+        states.set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=options)

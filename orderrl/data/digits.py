@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import torch
 from einops import rearrange
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,6 +23,9 @@ SPLITS = {"backbone": 1000, "planner": 500, "test": 297}
 
 def _split_indices() -> dict[str, list[int]]:
     """Stratified, fixed and disjoint: every image belongs to exactly one split."""
+    from sklearn.datasets import load_digits  # takes long to import
+    from sklearn.model_selection import train_test_split
+
     labels = load_digits().target
     rest, test = train_test_split(range(len(labels)), test_size=SPLITS["test"], stratify=labels, random_state=0)
     backbone, planner = train_test_split(rest, test_size=SPLITS["planner"], stratify=labels[rest], random_state=0)
@@ -45,6 +46,8 @@ def load_digits_split(split: str) -> TokenSet:
 
 def digits_as_collected(split: str) -> TokenSet:
     """`load_digits_split` in scikit-learn's own order, writer by writer."""
+    from sklearn.datasets import load_digits
+
     indices = _split_indices()
     if split not in indices:
         raise ValueError(f"split={split!r} is unknown; choose one of {', '.join(indices)}")

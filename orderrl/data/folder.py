@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from orderrl.data.classes import IMAGENET, class_ids, look_like_synsets
 from orderrl.data.images import describe_left_out, find_images, read_image
 from orderrl.runtime.sources import file_versions, printable
-from orderrl.runtime.values import at_least, between, check_fields, one_of
+from orderrl.runtime.values import at_least, between, check_fields, one_of, setting
 
 SPLITS = ("backbone", "planner", "test")
 CROPS = ("centre", "ten")
@@ -27,47 +27,40 @@ _EPS = 1e-9  # shares are decimal fractions: 0.1 * 30 must count as 3
 
 @dataclass(frozen=True)
 class FolderConfig:
-    """Which images, and what is cut out of them.
+    """Data set: images in one sub-folder for every class, and what is cut out of them."""
 
-    Attributes:
-        root: folder with one sub-folder of images for every class (torchvision's ImageFolder).
-        test_root: the same with images of the test split; None takes `test_share` of `root`.
-        classes: class ids of a model for the sub-folders, of which some may be missing or empty: "imagenet", or a file,
-            see `orderrl.data.classes`. None numbers the sub-folders by name.
-        num_classes: of the model that the ids of a file belong to; None is the largest id and one.
-        image_size: side of the square crops, pixels.
-        crop: "centre", or "ten" (the four corners, the centre, and their mirror images).
-        crop_ranges: of ten crops: the image is first cut to `range · image_size`; every range gives ten crops.
-        flips: adds the mirror image of a centre crop.
-        test_share: share of `root` in the test split.
-        planner_share: share of `root` in the planner split; the rest is the backbone's.
-        split_seed: which images go where.
-        skip_broken: leave out images that can't be read instead of stopping.
-        workers: processes that read images; 0 reads in this one.
-    """
-
-    root: str
-    test_root: str | None = None
-    classes: str | None = None
-    num_classes: int | None = None
-    image_size: int = 256
-    crop: str = "centre"
-    crop_ranges: tuple[float, ...] = (1.1,)
-    flips: bool = False
-    test_share: float = 0.1
-    planner_share: float = 0.2
-    split_seed: int = 0
-    skip_broken: bool = False
-    workers: int = 0
+    root: str = setting(MISSING, "Folder with one sub-folder of images for every class (torchvision's ImageFolder)")
+    test_root: str | None = setting(
+        None, "Folder of the same classes with the test images; null takes test_share of root"
+    )
+    classes: str | None = setting(
+        None,
+        "Class ids of a model for the folders, of which some may be missing: imagenet (WordNet ids), or a file of "
+        'lines "FOLDER ID" or .json; null numbers the folders by name',
+    )
+    num_classes: int | None = setting(
+        None, "Number of classes of the model, for classes=FILE; null is the largest id + 1", at_least(1)
+    )
+    image_size: int = setting(256, "Side of the square crops, pixels", at_least(1))
+    crop: str = setting(
+        "centre", "Crop: centre, or ten (corners, centre and mirror images; for the backbone split)", one_of(CROPS)
+    )
+    crop_ranges: tuple[float, ...] = setting(
+        (1.1,),
+        "Sides that ten crops are cut from, in image sizes; each gives ten crops (LlamaGen: 1.1 and 1.05)",
+        at_least(1),
+    )
+    flips: bool = setting(False, "Mirror images of centre crops too, for the backbone split")
+    test_share: float = setting(0.1, "Share of root in the test split, by class", between("[0, 1)"))
+    planner_share: float = setting(
+        0.2, "Share of root in the planner split, by class; the rest is the backbone's", between("[0, 1)")
+    )
+    split_seed: int = setting(0, "Seed of which images go into which split", at_least(0))
+    skip_broken: bool = setting(False, "Leave out images that cannot be read, and list them")
+    workers: int = setting(0, "Processes that read images; 0 reads in this one", at_least(0))
 
     def __post_init__(self) -> None:
-        check_fields(
-            self,
-            one_of(CROPS, "crop"),
-            at_least(1, "image_size", "crop_ranges", "num_classes"),
-            at_least(0, "workers", "split_seed"),
-            between("[0, 1)", "test_share", "planner_share"),
-        )
+        check_fields(self)
         object.__setattr__(self, "crop_ranges", tuple(float(value) for value in self.crop_ranges))
         if self.crop == "ten" and self.flips:
             raise ValueError("flips=true is for crop=centre; crop=ten holds its mirror images already")

@@ -14,7 +14,7 @@ as far as the backbone is calibrated.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,34 +31,16 @@ from orderrl.data import TokenSet
 from orderrl.evaluation.ablations import moments_by_image, pooled_r2
 from orderrl.evaluation.protocol import EvaluationProtocol
 from orderrl.evaluation.row_entries import state_mean
+from orderrl.evaluation.settings import HeadroomConfig
 from orderrl.geometry import BlockGrid
 from orderrl.metrics.calibration import rank_correlation, regret, state_observation
 from orderrl.metrics.statistics import bootstrap_sums
 from orderrl.oracle import Contexts, LabelConfig, label_contexts, utilities
 from orderrl.planner import OrderHead, PlannerConfig
 from orderrl.runtime.progress import progress
-from orderrl.runtime.values import at_least, check_fields, setting
 
 LEVELS = ("positions", "class", "content")
 """What a planner sees: which blocks are visible, and where; the class label too; hidden states and entropies too."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeadroomConfig:
-    """Settings of `measure_headroom`.
-
-    Raises:
-        ValueError: if a value is not allowed.
-    """
-
-    steps: int = setting(800, "Optimiser steps of each of the three planners that are cloned", at_least(1))
-    draws: list[int] = setting([1, 4, 16], "Draws of each block by lookahead; [] is none", at_least(1))
-    lookahead_states: int = setting(
-        64, "Shared states, evenly spread over the lengths, that lookahead sees", at_least(1)
-    )
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 class Prediction(NamedTuple):

@@ -14,7 +14,7 @@ from orderrl.backbones import Sampling
 from orderrl.metrics.clip_score import PROMPT
 from orderrl.metrics.features import own_features
 from orderrl.metrics.recognisability import FILLS, OWN
-from orderrl.runtime.values import at_least, one_of, positive, setting, zero_or_at_least
+from orderrl.runtime.values import Settings, at_least, one_of, positive, setting, zero_or_at_least
 
 _FEW = at_least(2)  # the fewest images that have an interval
 
@@ -166,6 +166,17 @@ class EvalConfig(Sampling):
                 "eval.features=inception-v3-compat, or eval.features=null, which scores no samples"
             )
         return own
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadroomConfig(Settings):
+    """Settings of `orderrl.evaluation.headroom.measure_headroom`."""
+
+    steps: int = setting(800, "Optimiser steps of each of the three planners that are cloned", at_least(1))
+    draws: list[int] = setting([1, 4, 16], "Draws of each block by lookahead; [] is none", at_least(1))
+    lookahead_states: int = setting(
+        64, "Shared states, evenly spread over the lengths, that lookahead sees", at_least(1)
+    )
 
 
 def eval_config(values: Mapping[str, Any], data: str) -> EvalConfig:

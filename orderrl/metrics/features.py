@@ -30,12 +30,12 @@ from torch_fidelity.feature_extractor_clip import MODEL_METADATA as CLIP_METADAT
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
 
-from orderrl.backbones.loading import SCRIPT_ARGUMENTS
 from orderrl.metrics.classifier import CLASSIFIERS, load_classifier, own_classifier
 from orderrl.metrics.images import TensorImages, check_images
 from orderrl.runtime.devices import current_device
 from orderrl.runtime.sources import source_identity
 from orderrl.runtime.storage import checksum
+from orderrl.runtime.weights import SCRIPT_ARGUMENTS
 
 SHIPPED = "orderrl-"
 DIGITS = SHIPPED + "digits"

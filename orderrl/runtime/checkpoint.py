@@ -23,6 +23,7 @@ FORMAT = 1
 MOST_CONFIG_BYTES = 2**20
 _DIGEST = "sha256"
 _REPEATED = re.compile(r"(?:^|[._])(?:layers|depth|stem|core|num_res_blocks|diffloss_d)$")  # keys that count parts
+_MISFIT = "use the checkpoint's own configuration, or a checkpoint made for this one"
 _PICKLE_SUFFIXES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 _PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
@@ -102,7 +103,7 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor], path: Path | st
         ValueError: if keys are missing, unexpected or of another shape, all of them in one line; or if a tensor is not
             finite.
     """
-    _require_fit(module, tensors, path)
+    require_fit(module, {name: value.shape for name, value in tensors.items()}, path, _MISFIT)
     require_finite(path, tensors, "the training that made it diverged, or the file is damaged; use another one")
     module.load_state_dict(dict(tensors))
 
@@ -130,27 +131,35 @@ def build_to_fit(
             module = build()
     except (RuntimeError, ValueError, TypeError) as error:  # sizes whose product overflows, widths that do not divide
         raise ValueError(f"{path}: its configuration can't be built ({error}); make the checkpoint anew") from error
-    _require_fit(module, tensors, path)
+    require_fit(module, {name: value.shape for name, value in tensors.items()}, path, _MISFIT)
     return build()
 
 
-def _require_fit(module: nn.Module, tensors: Mapping[str, Tensor], path: Path | str) -> None:
+def require_fit(module: nn.Module, shapes: Mapping[str, torch.Size], path: Path | str, advice: str) -> None:
+    """Refuse a file whose tensors are not exactly those of a module.
+
+    Args:
+        module: what shall be filled.
+        shapes: of the file's tensors.
+        path: the file, for the message.
+        advice: what to do about it, for the message.
+
+    Raises:
+        ValueError: if keys are missing, unexpected or of another shape, all of them in one line.
+    """
     expected = module.state_dict()
     problems = {
-        "missing": sorted(expected.keys() - tensors.keys()),
-        "unexpected": sorted(tensors.keys() - expected.keys()),
+        "missing": sorted(expected.keys() - shapes.keys()),
+        "unexpected": sorted(shapes.keys() - expected.keys()),
         "of another shape": [
-            f"{name} {tuple(tensors[name].shape)} instead of {tuple(expected[name].shape)}"
-            for name in sorted(expected.keys() & tensors.keys())
-            if tensors[name].shape != expected[name].shape
+            f"{name} {tuple(shapes[name])} instead of {tuple(expected[name].shape)}"
+            for name in sorted(expected.keys() & shapes.keys())
+            if shapes[name] != expected[name].shape
         ],
     }
     found = "; ".join(f"{what}: {shorten(names)}" for what, names in problems.items() if names)
     if found:
-        raise ValueError(
-            f"{path}: does not fit {type(module).__name__} ({found}); use the checkpoint's own configuration, "
-            "or a checkpoint made for this one"
-        )
+        raise ValueError(f"{path}: does not fit {type(module).__name__} ({found}); {advice}")
 
 
 def numbers_in(value: Any, name: str = "") -> dict[str, float]:

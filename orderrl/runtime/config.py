@@ -1,14 +1,15 @@
-"""The machinery shared by the entry points: Hydra applications with a help page and one-line errors.
+"""The machinery shared by the commands: Hydra applications with a help page and one-line errors.
 
-An entry point is a function and one line:
+A command is a function and one line:
 
     if __name__ == "__main__":
         run_application("train", main)
 
-Its configuration is ``<command>.yaml`` in the package ``orderrl.configs``. That file must contain a ``defaults`` list
-that names the groups and ends in ``_self_``, and an ``output_dir``; in it and in the files of the groups every key has
-its meaning behind it, ``key: value  # meaning in a line``. Nothing about Hydra itself is set there: Hydra neither
-changes the directory nor writes files, except a sweep's ``multirun.yaml`` in ``<output_dir>/multirun/<date>_<time>``.
+Its configuration is the node ``train`` of the module ``schema`` in the package ``orderrl.configs``: a dataclass with
+the command's own keys, and a defaults list that names the groups. Options of the groups are further nodes, or YAML
+files that hold what differs from them. Every key has default, type, range and meaning in one of the dataclasses.
+Nothing about Hydra itself is set there: Hydra neither changes the directory nor writes files, except a sweep's
+``multirun.yaml`` in ``<output_dir>/multirun/<date>_<time>``.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
-from importlib import resources
+from functools import partial
+from importlib import import_module
 from typing import Any, NoReturn
 
 import hydra
@@ -42,7 +43,9 @@ from omegaconf.errors import (
 from rich.console import Console
 from rich.table import Table
 
+from orderrl.runtime import schema
 from orderrl.runtime.renamed import with_new_names
+from orderrl.runtime.schema import Nodes, Part
 
 CONFIGS = "orderrl.configs"
 _FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -80,22 +83,28 @@ def compose(command: str, overrides: Sequence[str] = (), *, config_module: str =
     return config
 
 
+def parts_of(command: str, overrides: Sequence[str] = (), *, config_module: str = CONFIGS) -> list[Part]:
+    """The dataclasses that a command's configuration is made of, under the groups that the overrides choose."""
+    with _loader(command, config_module) as loader:
+        return _parts(loader, command, overrides, config_module)
+
+
+def _parts(loader: ConfigLoader, command: str, overrides: Sequence[str], config_module: str) -> list[Part]:
+    choices = [item for item in overrides if _is_group(loader, item.partition("=")[0])]
+    entries = loader.compute_defaults_list(command, choices, RunMode.RUN).defaults
+    nodes = _nodes(config_module)
+    places = {entry.config_path: (entry.package or "").removeprefix("_global_") for entry in entries}
+    return [Part(place, nodes[path]) for path, place in places.items() if path in nodes]
+
+
 def _check(command: str, config: DictConfig, overrides: Sequence[str], config_module: str) -> None:
-    """Refuse wrong values, measured by the defaults under the same choices of groups."""
-    with _loader(command, config_module) as loader:
-        choices = tuple(item for item in overrides if _is_group(loader, item.partition("=")[0]))
-    if len(choices) == len(overrides):  # nothing but what the files say
-        return
-    from orderrl.settings import check_settings  # imports what --help does not need
-
-    check_settings(_plain(config), _defaults(command, choices, config_module), config_module == CONFIGS)
+    schema.check(parts_of(command, overrides, config_module=config_module), _plain(config))
 
 
-@cache
-def _defaults(command: str, choices: tuple[str, ...], config_module: str) -> dict[str, Any]:
-    """What a configuration holds if only groups are chosen."""
-    with _loader(command, config_module) as loader:
-        return _plain(_load(loader, command, choices))
+def _nodes(config_module: str) -> Nodes:
+    """What a package of configuration has as dataclasses."""
+    nodes: Nodes = import_module(f"{config_module}.schema").nodes()
+    return nodes
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:
@@ -115,24 +124,40 @@ def _plain(config: DictConfig) -> dict[str, Any]:
 
 
 def documented_keys(command: str, overrides: Sequence[str] = (), *, config_module: str = CONFIGS) -> dict[str, str]:
-    """The one-line meaning of every key of a command.
-
-    Meanings are the comments behind ``key: value`` in the YAML files that make up the configuration.
-
-    Returns:
-        Dotted keys in the order of the configuration; the meaning is empty where a file gives none.
-    """
+    """The one-line meaning of every key of a command, by dotted names in the order of the configuration."""
     with _loader(command, config_module) as loader:
-        config = _load(loader, command, overrides)
-        meanings: dict[str, str] = {}
-        defaults = loader.compute_defaults_list(command, list(overrides), RunMode.RUN)
-        for part in defaults.defaults:
-            if part.config_path is None or part.config_path == "hydra" or part.config_path.startswith("hydra/"):
-                continue
-            text = resources.files(config_module).joinpath(f"{part.config_path}.yaml").read_text(encoding="utf-8")
-            prefix = f"{part.package}." if part.package else ""
-            meanings |= {prefix + key: meaning for key, meaning in _comments(text).items() if meaning}
-    return {key: meanings.get(key, "") for key, _ in _leaves(config)}
+        return {key: meaning for key, _, meaning in _rows(loader, command, overrides, config_module)}
+
+
+def _rows(
+    loader: ConfigLoader, command: str, overrides: Sequence[str], config_module: str
+) -> list[tuple[str, Any, str]]:
+    """Every key, its value, not resolved, and its meaning."""
+    config = _load(loader, command, overrides)
+    settings = schema.settings_of(_parts(loader, command, overrides, config_module))
+    return [
+        (key, value, settings[key].meaning if key in settings else "")
+        for key, value in _leaves(config)
+        if key in settings or value != {}  # a section without keys says nothing
+    ]
+
+
+def command_names(*, config_module: str = CONFIGS) -> list[str]:
+    """All commands that have a configuration."""
+    return sorted(path for path in _nodes(config_module) if "/" not in path and not path.startswith("_"))
+
+
+def group_choices(command: str, overrides: Sequence[str] = (), *, config_module: str = CONFIGS) -> dict[str, list[str]]:
+    """What each group of a command offers."""
+    with _loader(command, config_module) as loader:
+        return _group_choices(loader, command, overrides)
+
+
+def _group_choices(loader: ConfigLoader, command: str, overrides: Sequence[str]) -> dict[str, list[str]]:
+    choices = [item for item in overrides if _is_group(loader, item.partition("=")[0])]
+    chosen = loader.compute_defaults_list(command, choices, RunMode.RUN).overrides.known_choices
+    groups = sorted(group for group in chosen if not group.startswith("hydra/"))
+    return {group: _choices(loader, group.partition("@")[0]) for group in groups}
 
 
 def run_application(command: str, main: Callable[[DictConfig], Any], *, config_module: str = CONFIGS) -> None:
@@ -179,7 +204,8 @@ def _run_hydra(command: str, job: Callable[[DictConfig], Any], arguments: list[s
     overrides = list(filter(_is_override, arguments))
     sys.argv = [argv[0], *(item for item in arguments if not _is_override(item)), *ours, *overrides]
     try:
-        application()
+        with schema.registered(_nodes(config_module)):
+            application()
     finally:
         sys.argv = argv
         if setting is None:
@@ -237,7 +263,10 @@ def _loader(command: str, config_module: str) -> Iterator[ConfigLoader]:
     outer = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
-        with hydra.initialize_config_module(config_module, job_name=command, version_base="1.3"):
+        with (
+            schema.registered(_nodes(config_module)),
+            hydra.initialize_config_module(config_module, job_name=command, version_base="1.3"),
+        ):
             yield GlobalHydra.instance().config_loader()
     finally:
         GlobalHydra.instance().hydra = outer
@@ -331,10 +360,6 @@ def _commands(loader: ConfigLoader) -> list[str]:
     return [name for name in loader.get_group_options("") if not name.startswith("_")]
 
 
-def _groups(loader: ConfigLoader) -> list[str]:
-    return [name for name in loader.list_groups("") if name != "hydra" and loader.get_group_options(name)]
-
-
 def _closest(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
     return f" (did you mean {' or '.join(close)}?)" if close else ""
@@ -356,11 +381,9 @@ def _line(error: Exception) -> str:
 
 
 def _print_help(command: str, overrides: Sequence[str], config_module: str) -> None:
-    meanings = documented_keys(command, overrides, config_module=config_module)
     with _loader(command, config_module) as loader:
-        config = _load(loader, command, overrides)
-        used = [group for group in _groups(loader) if group in config]
-        groups = {group: _choices(loader, group) for group in used}
+        rows = _rows(loader, command, overrides, config_module)
+        groups = _group_choices(loader, command, overrides)
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console = Console(highlight=False, markup=False, width=120)
@@ -368,8 +391,8 @@ def _print_help(command: str, overrides: Sequence[str], config_module: str) -> N
     console.print(f"usage: python -m {module} [group=choice ...] [key=value ...] [--multirun] [--cfg job] [--help]\n")
     if groups:
         console.print(_table(("group", "choices"), [(name, ", ".join(names)) for name, names in groups.items()]))
-    rows = [(key, _shown(default), meanings[key]) for key, default in _leaves(config)]
-    console.print(_table(("key", "default", "meaning"), rows))
+    shown = [(key, _shown(default), meaning) for key, default, meaning in rows]
+    console.print(_table(("key", "default", "meaning"), shown))
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -397,25 +420,3 @@ def _leaves(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _shown(value: Any) -> str:
     text = yaml.safe_dump(value, default_flow_style=True, width=10_000).strip()
     return text.removesuffix("...").strip()
-
-
-def _comments(text: str) -> dict[str, str]:
-    """Trailing comments of a YAML file by dotted key; empty where there is none."""
-    lines = text.splitlines()
-    found: dict[str, str] = {}
-
-    def visit(node: yaml.Node | None, prefix: str) -> None:
-        if not isinstance(node, yaml.MappingNode):
-            return
-        for key, value in node.value:
-            name = f"{prefix}{key.value}"
-            row = key.start_mark.line
-            # The comment stands behind the value, or behind the key when the value begins on a later line.
-            end = value.end_mark if value.end_mark.line == row else key.end_mark
-            comment = re.search(r"(?:^|\s)#\s*(.*)$", lines[row][end.column :])
-            found[name] = comment.group(1).strip() if comment else ""
-            visit(value, f"{name}.")
-
-    visit(yaml.compose(text), "")
-    found.pop("defaults", None)
-    return found

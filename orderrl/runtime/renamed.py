@@ -8,8 +8,13 @@ from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from typing import Any
 
-COMMANDS = {"ablate": "analyze", "results": "reproduce", "leaderboard": "compare --rank gain_auc"}
-KEYS = {"grid": "suite", "room": "headroom"}
+COMMANDS = {
+    "ablate": "analyze",
+    "results": "reproduce",
+    "leaderboard": "compare --rank gain_auc",
+    "pretrain_tokenizer": "pretrain backbone=none",
+}
+KEYS = {"grid": "suite", "room": "headroom", "backbone.training": "training"}
 
 
 class RenamedModules(MetaPathFinder):
@@ -36,8 +41,9 @@ def with_new_names(overrides: Sequence[str]) -> list[str]:
     """Overrides of a command line, old keys by their new names, which are printed."""
     found = []
     for override in overrides:
-        key = re.match(r"[+~]*(\w+)(?=[=.]|$)", override)
-        if key is not None and (new := KEYS.get(key[1])) is not None:
+        key = re.match(rf"[+~]*({'|'.join(map(re.escape, KEYS))})(?=[=.]|$)", override)
+        if key is not None:
+            new = KEYS[key[1]]
             print(f"{key[1]} is called {new} now", file=sys.stderr, flush=True)
             override = f"{override[: key.start(1)]}{new}{override[key.end(1) :]}"
         found.append(override)

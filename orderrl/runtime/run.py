@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,12 +20,31 @@ from omegaconf import OmegaConf
 
 from orderrl.runtime import distributed
 from orderrl.runtime.storage import finite_or_none, write_json
+from orderrl.runtime.values import Settings, one_of, setting
 
 _PACKAGES = (
     *("orderrl", "torch", "torchvision", "torchrl", "tensordict", "gymnasium", "timm", "torch-fidelity"),
     *("hydra-core", "numpy", "scikit-learn", "safetensors"),
 )
 _WANDB_MODES = ("online", "offline", "disabled")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalLogger:
+    """Logger: files in the run's folder only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbLogger(Settings):
+    """Logger: the same metrics to Weights & Biases too."""
+
+    project: str | None = setting(None, "Project of Weights & Biases; null takes WANDB_PROJECT, else orderrl")
+    mode: str | None = setting(
+        None,
+        "Mode of Weights & Biases: online, offline (no network) or disabled; null takes WANDB_MODE or WANDB_DISABLED, "
+        "else online",
+        one_of(_WANDB_MODES),
+    )
 
 
 def git_revision() -> dict[str, Any] | None:

@@ -12,15 +12,17 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, NamedTuple, Self
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import torch
-from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from orderrl.runtime.jsonfile import read_json
 from orderrl.runtime.storage import damage, flush, manifest, read_sealed, write_json, write_sealed
+
+if TYPE_CHECKING:
+    from tensordict import TensorDict, TensorDictBase
 
 CHECKSUMS = "checksums.json"
 _META = "meta.json"
@@ -141,6 +143,8 @@ def open_table(folder: Path | str, columns: Mapping[str, Column] | None = None, 
         ValueError: if a file is missing, damaged or of another size, by its path, or the columns are others.
         FileNotFoundError: if there is no table.
     """
+    from tensordict import TensorDict  # takes long to import
+
     folder = Path(folder)
     if not (folder / _META).is_file():
         raise FileNotFoundError(f"{folder}: holds no table ({_META})")
@@ -220,7 +224,7 @@ def _map(path: Path, shape: list[int], dtype: torch.dtype) -> Tensor:
 def _leaves(rows: TensorDictBase | Mapping[str, Tensor], at: Name = ()) -> list[tuple[Name, Tensor]]:
     leaves: list[tuple[Name, Tensor]] = []
     for key, value in rows.items():
-        leaves += _leaves(value, (*at, key)) if isinstance(value, TensorDictBase) else [((*at, key), value)]
+        leaves += [((*at, key), value)] if isinstance(value, Tensor) else _leaves(value, (*at, key))
     return leaves
 
 

@@ -15,7 +15,8 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import cache
 from numbers import Integral, Real
@@ -114,7 +115,7 @@ def check_fields(settings: Any, *rules: Rule) -> None:
     Raises:
         ValueError: naming the field, its value and what is allowed.
     """
-    for name, kind in _kinds(settings.__class__).items():
+    for name, kind in kinds(settings.__class__).items():
         require_kind(name, getattr(settings, name), kind)
     for item in fields(settings):
         for rule in item.metadata.get("rules", ()):
@@ -124,8 +125,20 @@ def check_fields(settings: Any, *rules: Rule) -> None:
             require(rule, name, getattr(settings, name))
 
 
+@contextmanager
+def named(group: str) -> Iterator[None]:
+    """Put a group's name before the key with which a refusal begins."""
+    try:
+        yield
+    except ValueError as error:
+        if group:
+            raise ValueError(f"{group}.{error}") from error
+        raise
+
+
 @cache
-def _kinds(settings: Any) -> dict[str, Any]:
+def kinds(settings: Any) -> dict[str, Any]:
+    """The annotated type of every field of a dataclass."""
     hints = get_type_hints(settings)
     return {field.name: hints[field.name] for field in fields(settings)}
 

@@ -9,153 +9,47 @@ applied in `encode` and undone in `decode`. State-dict keys are the published on
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from itertools import pairwise
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from orderrl.backbones.registry import weights_fingerprint
 from orderrl.runtime.cache import fingerprint
-from orderrl.runtime.values import at_least, check_fields, positive
+from orderrl.runtime.values import at_least, check_fields, positive, setting
+from orderrl.runtime.weights import weights_fingerprint
 from orderrl.tokenizers.layers import (
-    AttnBlock,
-    Downsample,
-    ResnetBlock,
+    Decoder,
+    Encoder,
+    Names,
     StackConfig,
-    Upsample,
-    conv,
-    group_norm,
+    TwoStacks,
     latent_grid,
-    stack_config,
     to_pixels,
     to_unit_range,
 )
 
 SCALE = 0.2325  # of the published KL-16: makes the tokens' standard deviation about 1
+NAMES = Names("block", "down", "up", ("block_1", "attn_1", "block_2"), up_from_top=True)
 LOGVAR_RANGE = (-30.0, 20.0)
 
 
 @dataclass(frozen=True)
-class KLConfig:
-    """Shape of a KL autoencoder; the defaults are MAR's KL-16.
+class KLConfig(TwoStacks):
+    """Shape of a KL autoencoder; the defaults are MAR's KL-16."""
 
-    Attributes:
-        embed_dim: channels of a token, C.
-        use_variational: whether the encoder gives variances; otherwise every log-variance is 1.
-        scale: factor from posterior to tokens.
-        encoder, decoder: their shapes; both must have the same number of resolutions.
-    """
-
-    embed_dim: int = 16
-    use_variational: bool = True
-    scale: float = SCALE
-    encoder: StackConfig = field(default_factory=lambda: StackConfig(attn_resolutions=(16,)))
-    decoder: StackConfig = field(default_factory=StackConfig)
+    embed_dim: int = setting(16, "Channels of a token", at_least(1))
+    use_variational: bool = setting(True, "Let the encoder give variances; without, every log-variance is 1")
+    scale: float = setting(SCALE, "Factor from the posterior to tokens", positive())
+    encoder: StackConfig = setting(StackConfig(attn_resolutions=(16,)), "Shape of the encoder")
+    decoder: StackConfig = setting(StackConfig(), "Shape of the decoder, of as many resolutions")
 
     def __post_init__(self) -> None:
-        check_fields(self, at_least(1, "embed_dim"), positive("scale"))
-        for name in ("encoder", "decoder"):
-            object.__setattr__(self, name, stack_config(getattr(self, name)))
-        if self.encoder.factor != self.decoder.factor:
-            raise ValueError(
-                f"encoder.ch_mult={list(self.encoder.ch_mult)} and decoder.ch_mult={list(self.decoder.ch_mult)} "
-                "must have the same length"
-            )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values that `KLConfig(**values)` takes."""
-        return asdict(self)
+        check_fields(self)
+        self.check_stacks()
 
 
-class _Stage(nn.Module):
-    """ResNet blocks of one resolution, with attention after each where wanted, then resampling."""
-
-    def __init__(self, widths: list[int], attention: bool, config: StackConfig) -> None:
-        super().__init__()
-        pairs = list(pairwise(widths))
-        self.block = nn.ModuleList(ResnetBlock(before, after, config.dropout) for before, after in pairs)
-        self.attn = nn.ModuleList(AttnBlock(after) for _, after in pairs if attention)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for i, block in enumerate(self.block):
-            x = block(x)
-            if len(self.attn):
-                x = self.attn[i](x)
-        for resample in ("downsample", "upsample"):
-            if hasattr(self, resample):
-                x = getattr(self, resample)(x)
-        return x
-
-
-class _Middle(nn.Module):
-    """ResNet block, attention, ResNet block."""
-
-    def __init__(self, channels: int, config: StackConfig) -> None:
-        super().__init__()
-        self.block_1 = ResnetBlock(channels, channels, config.dropout)
-        self.attn_1 = AttnBlock(channels)
-        self.block_2 = ResnetBlock(channels, channels, config.dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
-
-
-def _has_attention(config: StackConfig, level: int) -> bool:
-    return config.resolution // 2**level in config.attn_resolutions
-
-
-class KLEncoder(nn.Module):
-    """(n, 3, H, W) -> (n, 2 z_channels, H/f, W/f)."""
-
-    def __init__(self, config: StackConfig, z_channels: int) -> None:
-        super().__init__()
-        widths = config.widths
-        self.conv_in = conv(3, config.ch)
-        self.down = nn.ModuleList()
-        for level, width in enumerate(widths):
-            before = widths[level - 1] if level else config.ch
-            stage = _Stage([before] + [width] * config.num_res_blocks, _has_attention(config, level), config)
-            if level < len(widths) - 1:
-                stage.downsample = Downsample(width, config.resamp_with_conv)
-            self.down.append(stage)
-        self.mid = _Middle(widths[-1], config)
-        self.norm_out = group_norm(widths[-1])
-        self.conv_out = conv(widths[-1], 2 * z_channels)
-
-    def forward(self, images: Tensor) -> Tensor:
-        h = self.conv_in(images)
-        for stage in self.down:
-            h = stage(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
-
-
-class KLDecoder(nn.Module):
-    """(n, z_channels, h, w) -> (n, 3, h·f, w·f)."""
-
-    def __init__(self, config: StackConfig, z_channels: int) -> None:
-        super().__init__()
-        widths = config.widths
-        self.conv_in = conv(z_channels, widths[-1])
-        self.mid = _Middle(widths[-1], config)
-        stages = []
-        for level, width in enumerate(widths):
-            before = widths[min(level + 1, len(widths) - 1)]
-            stage = _Stage([before] + [width] * (config.num_res_blocks + 1), _has_attention(config, level), config)
-            if level:
-                stage.upsample = Upsample(width, config.resamp_with_conv)
-            stages.append(stage)
-        self.up = nn.ModuleList(stages)  # from high to low resolution, run backwards
-        self.norm_out = group_norm(widths[0])
-        self.conv_out = conv(widths[0], 3)
-
-    def forward(self, latents: Tensor) -> Tensor:
-        h = self.mid(self.conv_in(latents))
-        for stage in reversed(self.up):
-            h = stage(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+def _attention(config: StackConfig) -> list[bool]:
+    return [config.resolution // 2**level in config.attn_resolutions for level in range(len(config.ch_mult))]
 
 
 @dataclass(frozen=True)
@@ -206,8 +100,8 @@ class KLTokenizer(nn.Module):
         self.downsampling = config.encoder.factor
         self.vocab_size: int | None = None
         self.token_dim = e = config.embed_dim
-        self.encoder = KLEncoder(config.encoder, e)
-        self.decoder = KLDecoder(config.decoder, e)
+        self.encoder = Encoder(config.encoder, 2 * e, _attention(config.encoder), NAMES)
+        self.decoder = Decoder(config.decoder, e, _attention(config.decoder), NAMES)
         self.quant_conv = nn.Conv2d(2 * e, 2 * e if config.use_variational else e, 1)
         self.post_quant_conv = nn.Conv2d(e, e, 1)
 
@@ -239,7 +133,7 @@ class KLTokenizer(nn.Module):
             (n, N, C) floating point, raster order, N = H·W / downsampling².
 
         Raises:
-            ValueError: if height or width is no multiple of the downsampling, values lie outside [-1, 1], or the
+            ValueError: if height or width is not a multiple of the downsampling, values lie outside [-1, 1], or the
                 noise has another shape.
         """
         images = to_unit_range(images).to(self.quant_conv.weight)

@@ -1,4 +1,4 @@
-"""Parts that the convolutional autoencoders share: ResNet block, attention, resampling, and how pixels are scaled.
+"""What the convolutional autoencoders share: encoder and decoder, their parts, and how pixels are scaled.
 
 The autoencoders of VQGAN (Esser et al., 2021), latent diffusion (Rombach et al., 2022) and their descendants LlamaGen
 and MAR are built from these parts; attribute names are those of the published weights. Notable: GroupNorm with 32
@@ -7,14 +7,16 @@ groups and eps 1e-6, swish, downsampling that pads right and bottom only, neares
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections import OrderedDict
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from orderrl.runtime.values import at_least, between, check_fields
+from orderrl.runtime.values import at_least, between, check_fields, setting
 
 GROUPS = 32
 MOST_RESOLUTIONS = 10  # 512 pixels along a side of a token
@@ -23,34 +25,21 @@ EPS = 1e-6
 
 @dataclass(frozen=True)
 class StackConfig:
-    """Shape of an encoder or a decoder; the defaults are those of the published 16-fold models.
+    """Shape of an encoder or a decoder; the defaults are those of the published 16-fold models."""
 
-    Attributes:
-        ch: channels at full resolution; a multiple of 32.
-        ch_mult: factor on `ch` at every resolution, from full to lowest; each further one halves height and width.
-        num_res_blocks: ResNet blocks at a resolution, at least 1 in an encoder; a decoder has one more.
-        dropout: dropout rate in training.
-        resamp_with_conv: resample with a learnt convolution; false averages down and repeats up.
-        resolution: nominal image side that `attn_resolutions` refers to, whatever images are fed (KL only).
-        attn_resolutions: nominal sides at which every ResNet block is followed by attention (KL only; VQ has attention
-            at its lowest resolution).
-    """
-
-    ch: int = 128
-    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
-    num_res_blocks: int = 2
-    dropout: float = 0.0
-    resamp_with_conv: bool = True
-    resolution: int = 256
-    attn_resolutions: tuple[int, ...] = ()
+    ch: int = setting(128, "Channels at full resolution, a multiple of 32", at_least(1))
+    ch_mult: tuple[int, ...] = setting(
+        (1, 1, 2, 2, 4), "Factor on `ch` at every resolution; each further one halves height and width", at_least(1)
+    )
+    num_res_blocks: int = setting(2, "ResNet blocks at a resolution; a decoder has one more", at_least(0))
+    # shapes of the published models alone, no settings
+    dropout: float = 0.0  # rate in training
+    resamp_with_conv: bool = True  # resample with a learnt convolution; false averages down and repeats up
+    resolution: int = 256  # nominal image side that `attn_resolutions` refers to, whatever images are fed
+    attn_resolutions: tuple[int, ...] = ()  # nominal sides at which every ResNet block is followed by attention (KL)
 
     def __post_init__(self) -> None:
-        check_fields(
-            self,
-            at_least(1, "ch", "ch_mult", "resolution", "attn_resolutions"),
-            at_least(0, "num_res_blocks"),
-            between("[0, 1)", "dropout"),
-        )
+        check_fields(self, at_least(1, "resolution", "attn_resolutions"), between("[0, 1)", "dropout"))
         for name in ("ch_mult", "attn_resolutions"):  # lists in configs
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.ch % GROUPS:
@@ -67,6 +56,27 @@ class StackConfig:
     def widths(self) -> list[int]:
         """Channels at every resolution, from full to lowest."""
         return [self.ch * factor for factor in self.ch_mult]
+
+
+class TwoStacks:
+    """What the configurations of both autoencoders share: an encoder and a decoder of equally many resolutions."""
+
+    encoder: StackConfig
+    decoder: StackConfig
+
+    def check_stacks(self) -> None:
+        """Make `StackConfig`s of plain values, which come from files, and refuse a pair that does not fit."""
+        for name in ("encoder", "decoder"):
+            object.__setattr__(self, name, stack_config(getattr(self, name)))
+        if self.encoder.factor != self.decoder.factor:
+            raise ValueError(
+                f"encoder.ch_mult={list(self.encoder.ch_mult)} and decoder.ch_mult={list(self.decoder.ch_mult)} "
+                "must have the same length"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that the constructor takes."""
+        return asdict(self)  # type: ignore[call-overload]  # of the dataclasses that inherit this
 
 
 def stack_config(values: StackConfig | dict[str, Any]) -> StackConfig:
@@ -160,6 +170,113 @@ class Upsample(nn.Module):
         return self.conv(x) if hasattr(self, "conv") else x
 
 
+class Names(NamedTuple):
+    """What published weights call the parts of an encoder and a decoder.
+
+    Attributes:
+        blocks: the ResNet blocks of a stage.
+        down, up: the stages of the encoder and of the decoder.
+        middle: the first ResNet block, the attention and the second ResNet block at the lowest resolution.
+        up_from_top: whether the decoder's stages are stored from high to low resolution, against their order of use.
+    """
+
+    blocks: str
+    down: str
+    up: str
+    middle: tuple[str, str, str]
+    up_from_top: bool
+
+
+class Stage(nn.Module):
+    """ResNet blocks of one resolution, with attention after each where wanted, then resampling."""
+
+    def __init__(self, widths: list[int], attention: bool, dropout: float, blocks: str) -> None:
+        super().__init__()
+        pairs = list(pairwise(widths))
+        self.blocks = blocks
+        self.add_module(blocks, nn.ModuleList(ResnetBlock(before, after, dropout) for before, after in pairs))
+        self.attn = nn.ModuleList(AttnBlock(after) for _, after in pairs if attention)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(getattr(self, self.blocks)):
+            x = block(x)
+            if len(self.attn):
+                x = self.attn[i](x)
+        for resample in ("downsample", "upsample"):
+            if hasattr(self, resample):
+                x = getattr(self, resample)(x)
+        return x
+
+
+def _middle(channels: int, config: StackConfig, names: Names) -> nn.Sequential:
+    first, second = (ResnetBlock(channels, channels, config.dropout) for _ in range(2))
+    return nn.Sequential(OrderedDict(zip(names.middle, (first, AttnBlock(channels), second), strict=True)))
+
+
+class Encoder(nn.Module):
+    """(n, 3, H, W) -> (n, out_channels, H/f, W/f).
+
+    Args:
+        config: its shape.
+        out_channels: of the latents.
+        attention: for every resolution, from full to lowest, whether its stage has attention.
+        names: of its parts.
+    """
+
+    def __init__(self, config: StackConfig, out_channels: int, attention: list[bool], names: Names) -> None:
+        super().__init__()
+        widths = config.widths
+        self.names = names
+        self.conv_in = conv(3, config.ch)
+        stages = nn.ModuleList()  # from high to low resolution
+        for level, width in enumerate(widths):
+            before = widths[level - 1] if level else config.ch
+            stage = Stage([before] + [width] * config.num_res_blocks, attention[level], config.dropout, names.blocks)
+            if level < len(widths) - 1:
+                stage.downsample = Downsample(width, config.resamp_with_conv)
+            stages.append(stage)
+        self.add_module(names.down, stages)
+        self.mid = _middle(widths[-1], config, names)
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = conv(widths[-1], out_channels)
+
+    def forward(self, images: Tensor) -> Tensor:
+        h = self.conv_in(images)
+        for stage in getattr(self, self.names.down):
+            h = stage(h)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+
+
+class Decoder(nn.Module):
+    """(n, in_channels, h, w) -> (n, 3, h·f, w·f); arguments as of `Encoder`."""
+
+    def __init__(self, config: StackConfig, in_channels: int, attention: list[bool], names: Names) -> None:
+        super().__init__()
+        widths = config.widths
+        self.names = names
+        self.conv_in = conv(in_channels, widths[-1])
+        self.mid = _middle(widths[-1], config, names)
+        stages = []  # from low to high resolution
+        before = widths[-1]
+        for level, width in reversed(list(enumerate(widths))):
+            blocks = config.num_res_blocks + 1
+            stage = Stage([before] + [width] * blocks, attention[level], config.dropout, names.blocks)
+            if level:
+                stage.upsample = Upsample(width, config.resamp_with_conv)
+            stages.append(stage)
+            before = width
+        self.add_module(names.up, nn.ModuleList(reversed(stages) if names.up_from_top else stages))
+        self.norm_out = group_norm(widths[0])
+        self.conv_out = conv(widths[0], 3)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        h = self.mid(self.conv_in(latents))
+        stages = getattr(self, self.names.up)
+        for stage in reversed(stages) if self.names.up_from_top else stages:
+            h = stage(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
 def to_unit_range(images: Tensor) -> Tensor:
     """Pixels as the encoders want them: (n, 3, H, W) uint8, or floating point in [-1, 1] -> the latter.
 
@@ -187,7 +304,7 @@ def latent_grid(height: int, width: int, factor: int) -> tuple[int, int]:
     """Rows and columns of latent positions of an image.
 
     Raises:
-        ValueError: if the factor divides the height or width not.
+        ValueError: if height or width is not a multiple of the factor.
     """
     if height % factor or width % factor or not height or not width:
         raise ValueError(f"images of {height}x{width} pixels can't be encoded; both must be multiples of {factor}")

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orderrl.backbones.loading import read_state
 from orderrl.runtime.checkpoint import build_to_fit, load_checkpoint, load_state, save_checkpoint
 from orderrl.runtime.devices import checked_device
 from orderrl.runtime.isolation import isolated_float32
+from orderrl.runtime.weights import missing_weights, read_state
 from orderrl.tokenizers import kl, vq
 from orderrl.tokenizers.kl import KLConfig, KLTokenizer
 from orderrl.tokenizers.layers import StackConfig
@@ -50,7 +50,7 @@ def load_tokenizer(
 
     Args:
         name: vq16, vq8 or kl16, with the path of the published weights; small, with the path of a tokeniser written by
-            `python -m orderrl.pretrain_tokenizer`; or that path alone.
+            `python -m orderrl.pretrain backbone=none tokenizer=small`; or that path alone.
         path: the weights: .safetensors, .pt, .pth or .ckpt, or a hub name for published ones (`hf://OWNER/NAME/FILE`).
         device: where it runs; None is the CPU.
 
@@ -68,13 +68,13 @@ def load_tokenizer(
         if path is None:
             raise ValueError(
                 "tokenizer=small needs tokenizer.path=FILE.safetensors; make one with "
-                "`python -m orderrl.pretrain_tokenizer data=folder data.root=...`"
+                "`python -m orderrl.pretrain backbone=none tokenizer=small data=folder data.root=...`"
             )
         tokenizer = _own(Path(path))
     else:
         raise ValueError(
             f"tokenizer={name!r} is unknown; choose one of {', '.join(PRESETS)}, small, or give the path of a "
-            ".safetensors file written by pretrain_tokenizer"
+            ".safetensors file written by pretrain"
         )
     tokenizer.eval().requires_grad_(False)
     return tokenizer if where is None else tokenizer.to(where)
@@ -88,7 +88,7 @@ def save_tokenizer(path: Path | str, tokenizer: VQTokenizer, description: Mappin
 
 def _published(name: str, path: str | Path | None) -> VQTokenizer | KLTokenizer:
     if path is None:
-        raise ValueError(f"tokenizer={name} needs tokenizer.path=FILE, the published weights ({_PUBLISHED[name]})")
+        raise missing_weights(f"tokenizer={name}", "tokenizer.path", _PUBLISHED[name])
     tokenizer = build_tokenizer(PRESETS[name], name)
     load_weights(tokenizer, read_state(path), path)
     return tokenizer
@@ -102,7 +102,7 @@ def _own(path: Path) -> VQTokenizer:
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: does not describe a VQ tokeniser ({error}); make it anew with "
-            "`python -m orderrl.pretrain_tokenizer`"
+            "`python -m orderrl.pretrain backbone=none tokenizer=small`"
         ) from error
     tokenizer = build_to_fit(lambda: VQTokenizer(config, name), shape, tensors, path)
     load_state(tokenizer, tensors, path)

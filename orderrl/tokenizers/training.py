@@ -19,60 +19,38 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from orderrl.runtime.isolation import isolated_float32
 from orderrl.runtime.job import Job
 from orderrl.runtime.learning_rate import warmed_cosine
-from orderrl.runtime.values import at_least, between, check_fields, one_of, positive
+from orderrl.runtime.optimisation import parameter_groups
+from orderrl.runtime.values import at_least, between, check_fields, one_of, positive, setting
 from orderrl.tokenizers.layers import to_unit_range
 from orderrl.tokenizers.vq import VQTokenizer
 
 RECONSTRUCTIONS = ("l1", "l2")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TokenizerTrainingConfig:
-    """How a tokeniser is trained.
+    """How a tokeniser is trained."""
 
-    Attributes:
-        steps: optimiser steps.
-        batch_size: images per step.
-        learning_rate: peak of the cosine schedule.
-        warmup: steps of linear warm-up.
-        weight_decay: of AdamW, on matrices except the codebook.
-        reconstruction: "l1" or "l2", per pixel and channel in [-1, 1].
-        codebook: weight of the codebook loss, which moves codes to their latents.
-        commitment: weight of the commitment loss, which moves latents to their codes.
-        flips: mirror half of the images.
-        restart_every: steps after which codes that were not chosen since start anew.
-        restart_until: fraction of training after which codes are left alone.
-        ema: decay of the exponential moving average of the weights that is saved.
-        evaluate_every: steps between evaluations.
-        held_out_images: images of an evaluation during training, at most.
-        seed: of initialisation, batches and restarts.
-    """
-
-    steps: int = 2000
-    batch_size: int = 32
-    learning_rate: float = 1e-3
-    warmup: int = 100
-    weight_decay: float = 1e-4
-    reconstruction: str = "l2"
-    codebook: float = 1.0
-    commitment: float = 0.25
-    flips: bool = True
-    restart_every: int = 50
-    restart_until: float = 0.7
-    ema: float = 0.99
-    evaluate_every: int = 500
-    held_out_images: int = 500
-    seed: int = 0
+    steps: int = setting(1800, "Optimiser steps", at_least(1))
+    batch_size: int = setting(16, "Images of a step", at_least(1))
+    learning_rate: float = setting(1e-3, "Peak learning rate", positive())
+    warmup: int = setting(100, "Steps of linear warm-up", at_least(0))
+    weight_decay: float = setting(1e-4, "Weight decay of AdamW on matrices, except the codebook", at_least(0))
+    reconstruction: str = setting(
+        "l2", "Reconstruction loss of a pixel and channel in [-1, 1]: l1 or l2", one_of(RECONSTRUCTIONS)
+    )
+    codebook: float = setting(1.0, "Weight of the codebook loss, which moves codes to their latents", at_least(0))
+    commitment: float = setting(0.25, "Weight of the commitment loss, which moves latents to codes", at_least(0))
+    flips: bool = setting(True, "Mirror half of the images")
+    restart_every: int = setting(50, "Steps after which codes that were not chosen start anew", at_least(1))
+    restart_until: float = setting(0.7, "Share of the training after which codes are left alone", between("[0, 1]"))
+    ema: float = setting(0.99, "Decay of the averaged weights that are saved", between("[0, 1]"))
+    evaluate_every: int = setting(600, "Steps between evaluations", at_least(1))
+    held_out_images: int = setting(500, "Images of an evaluation during training, at most", at_least(1))
+    seed: int = 0  # of initialisation, batches and restarts
 
     def __post_init__(self) -> None:
-        check_fields(
-            self,
-            one_of(RECONSTRUCTIONS, "reconstruction"),
-            at_least(1, "steps", "batch_size", "restart_every", "evaluate_every", "held_out_images"),
-            at_least(0, "codebook", "commitment", "weight_decay", "warmup", "seed"),
-            positive("learning_rate"),
-            between("[0, 1]", "restart_until", "ema"),
-        )
+        check_fields(self, at_least(0, "seed"))
 
 
 def tokenizer_losses(tokenizer: VQTokenizer, images: Tensor, reconstruction: str) -> tuple[dict[str, Tensor], Tensor]:
@@ -176,7 +154,8 @@ def train_tokenizer(
     """
     device = tokenizer.quant_conv.weight.device
     generator = torch.Generator().manual_seed(config.seed)
-    optimizer = torch.optim.AdamW(_groups(tokenizer, config), lr=config.learning_rate, betas=(0.9, 0.99))
+    groups = parameter_groups(tokenizer, config.weight_decay, (tokenizer.quantize.embedding.weight,))
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.99))
     schedule = warmed_cosine(optimizer, config.steps, config.warmup)
     averaged = AveragedModel(tokenizer, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
     mean = cast(VQTokenizer, averaged.module).eval()
@@ -220,13 +199,3 @@ def train_tokenizer(
         job.log(**row)
     tokenizer.load_state_dict(mean.state_dict())
     tokenizer.eval()
-
-
-def _groups(tokenizer: VQTokenizer, config: TokenizerTrainingConfig) -> list[dict[str, object]]:
-    codes = tokenizer.quantize.embedding.weight
-    matrices = [p for p in tokenizer.parameters() if p.ndim > 1 and p is not codes]
-    vectors = [p for p in tokenizer.parameters() if p.ndim <= 1]
-    return [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": [*vectors, codes], "weight_decay": 0.0},
-    ]

@@ -9,143 +9,50 @@ stages are stored from low to high resolution. State-dict keys are the published
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from itertools import pairwise
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from orderrl.backbones.registry import weights_fingerprint
 from orderrl.runtime.cache import fingerprint
-from orderrl.runtime.values import at_least, check_fields
+from orderrl.runtime.values import at_least, check_fields, setting
+from orderrl.runtime.weights import weights_fingerprint
 from orderrl.tokenizers.layers import (
-    AttnBlock,
-    Downsample,
-    ResnetBlock,
+    Decoder,
+    Encoder,
+    Names,
     StackConfig,
-    Upsample,
-    conv,
-    group_norm,
+    TwoStacks,
     latent_grid,
-    stack_config,
     to_pixels,
     to_unit_range,
 )
 
+NAMES = Names("res", "conv_blocks", "conv_blocks", ("0", "1", "2"), up_from_top=False)
 UNUSED_KEYS = ("quantize.codebook_used",)  # a training statistic that published files carry
 _SEARCH_ROWS = 4096  # positions compared with the whole codebook at once
 
 
 @dataclass(frozen=True)
-class VQConfig:
-    """Shape of a VQ tokeniser; the defaults are LlamaGen's VQ-16.
+class VQConfig(TwoStacks):
+    """Shape of a VQ tokeniser; the defaults are LlamaGen's VQ-16."""
 
-    Attributes:
-        codebook_size: number of codes, V.
-        codebook_embed_dim: length of a code vector, e.
-        codebook_l2_norm: normalise codes and latents to unit length.
-        z_channels: channels between encoder and decoder.
-        encoder, decoder: their shapes; both must have the same number of resolutions.
-    """
-
-    codebook_size: int = 16384
-    codebook_embed_dim: int = 8
-    codebook_l2_norm: bool = True
-    z_channels: int = 256
-    encoder: StackConfig = field(default_factory=StackConfig)
-    decoder: StackConfig = field(default_factory=StackConfig)
+    codebook_size: int = setting(16384, "Number of codes", at_least(1))
+    codebook_embed_dim: int = setting(8, "Length of a code vector", at_least(1))
+    codebook_l2_norm: bool = setting(True, "Compare and look up codes of unit length")
+    z_channels: int = setting(256, "Channels between encoder and decoder", at_least(1))
+    encoder: StackConfig = setting(StackConfig(), "Shape of the encoder")
+    decoder: StackConfig = setting(StackConfig(), "Shape of the decoder, of as many resolutions")
 
     def __post_init__(self) -> None:
-        check_fields(self, at_least(1, "codebook_size", "codebook_embed_dim", "z_channels"))
-        for name in ("encoder", "decoder"):
-            object.__setattr__(self, name, stack_config(getattr(self, name)))
-        if self.encoder.factor != self.decoder.factor:
-            raise ValueError(
-                f"encoder.ch_mult={list(self.encoder.ch_mult)} and decoder.ch_mult={list(self.decoder.ch_mult)} "
-                "must have the same length"
-            )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values that `VQConfig(**values)` takes."""
-        return asdict(self)
+        check_fields(self)
+        self.check_stacks()
 
 
-class _Stage(nn.Module):
-    """ResNet blocks of one resolution, with attention after each where wanted, then resampling."""
-
-    def __init__(self, widths: list[int], attention: bool, config: StackConfig) -> None:
-        super().__init__()
-        pairs = list(pairwise(widths))
-        self.res = nn.ModuleList(ResnetBlock(before, after, config.dropout) for before, after in pairs)
-        self.attn = nn.ModuleList(AttnBlock(after) for _, after in pairs if attention)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for i, block in enumerate(self.res):
-            x = block(x)
-            if len(self.attn):
-                x = self.attn[i](x)
-        for resample in ("downsample", "upsample"):
-            if hasattr(self, resample):
-                x = getattr(self, resample)(x)
-        return x
-
-
-def _middle(channels: int, config: StackConfig) -> nn.ModuleList:
-    block = ResnetBlock(channels, channels, config.dropout)
-    return nn.ModuleList([block, AttnBlock(channels), ResnetBlock(channels, channels, config.dropout)])
-
-
-class VQEncoder(nn.Module):
-    """(n, 3, H, W) -> (n, z_channels, H/f, W/f)."""
-
-    def __init__(self, config: StackConfig, z_channels: int) -> None:
-        super().__init__()
-        widths = config.widths
-        self.conv_in = conv(3, config.ch)
-        self.conv_blocks = nn.ModuleList()  # from high to low resolution
-        for level, width in enumerate(widths):
-            before = widths[level - 1] if level else config.ch
-            stage = _Stage([before] + [width] * config.num_res_blocks, level == len(widths) - 1, config)
-            if level < len(widths) - 1:
-                stage.downsample = Downsample(width, config.resamp_with_conv)
-            self.conv_blocks.append(stage)
-        self.mid = _middle(widths[-1], config)
-        self.norm_out = group_norm(widths[-1])
-        self.conv_out = conv(widths[-1], z_channels)
-
-    def forward(self, images: Tensor) -> Tensor:
-        h = self.conv_in(images)
-        for layer in (*self.conv_blocks, *self.mid):
-            h = layer(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
-
-
-class VQDecoder(nn.Module):
-    """(n, z_channels, h, w) -> (n, 3, h·f, w·f)."""
-
-    def __init__(self, config: StackConfig, z_channels: int) -> None:
-        super().__init__()
-        widths = config.widths
-        self.conv_in = conv(z_channels, widths[-1])
-        self.mid = _middle(widths[-1], config)
-        self.conv_blocks = nn.ModuleList()  # from low to high resolution
-        before = widths[-1]
-        for level, width in reversed(list(enumerate(widths))):
-            stage = _Stage([before] + [width] * (config.num_res_blocks + 1), level == len(widths) - 1, config)
-            if level:
-                stage.upsample = Upsample(width, config.resamp_with_conv)
-            self.conv_blocks.append(stage)
-            before = width
-        self.norm_out = group_norm(widths[0])
-        self.conv_out = conv(widths[0], 3)
-
-    def forward(self, latents: Tensor) -> Tensor:
-        h = self.conv_in(latents)
-        for layer in (*self.mid, *self.conv_blocks):
-            h = layer(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+def _attention(config: StackConfig) -> list[bool]:
+    """At the lowest resolution alone."""
+    return [level == len(config.ch_mult) - 1 for level in range(len(config.ch_mult))]
 
 
 class Codebook(nn.Module):
@@ -200,8 +107,8 @@ class VQTokenizer(nn.Module):
         self.downsampling = config.encoder.factor
         self.vocab_size = config.codebook_size
         self.token_dim = config.codebook_embed_dim
-        self.encoder = VQEncoder(config.encoder, config.z_channels)
-        self.decoder = VQDecoder(config.decoder, config.z_channels)
+        self.encoder = Encoder(config.encoder, config.z_channels, _attention(config.encoder), NAMES)
+        self.decoder = Decoder(config.decoder, config.z_channels, _attention(config.decoder), NAMES)
         self.quantize = Codebook(config.codebook_size, config.codebook_embed_dim, config.codebook_l2_norm)
         self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.codebook_embed_dim, config.z_channels, 1)
@@ -244,7 +151,7 @@ class VQTokenizer(nn.Module):
             (n, N) int64 in [0, vocab_size), raster order, N = H·W / downsampling².
 
         Raises:
-            ValueError: if height or width is no multiple of the downsampling, or values lie outside [-1, 1].
+            ValueError: if height or width is not a multiple of the downsampling, or values lie outside [-1, 1].
         """
         images = to_unit_range(images).to(self.quant_conv.weight)
         latent_grid(images.shape[2], images.shape[3], self.downsampling)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from orderrl.backbones.mar import MAR, MAR_CONFIGS, MARConfig, guidance_scale, hidden_after
+from orderrl.backbones import build_backbone
+from orderrl.backbones.mar import MAR, MARConfig, guidance_scale, hidden_after
 from orderrl.verification.fixture import load_fixture
 from orderrl.verification.mar import replay, tolerances
 
@@ -94,10 +95,10 @@ def test_tolerances_in_words_reach_the_rows_they_speak_of() -> None:
     assert stated["step_log_variance"] == stated["diff_vb"] == stated["diff_loss"] == 1e-4
 
 
-@pytest.mark.parametrize(("name", "millions"), [("MAR-B", 208), ("MAR-L", 479), ("MAR-H", 943)])
+@pytest.mark.parametrize(("name", "millions"), [("mar_b", 208), ("mar_l", 479), ("mar_h", 943)])
 def test_published_sizes(name: str, millions: int) -> None:
     with torch.device("meta"):
-        model = MAR(MAR_CONFIGS[name])
+        model = build_backbone(name)
     assert math.ceil(sum(parameter.numel() for parameter in model.parameters()) / 1e6) == millions
 
 

@@ -10,8 +10,8 @@ import torch
 
 from orderrl.data import load_token_set
 from orderrl.data.classes import class_ids
+from orderrl.data.encode import tokenize_folder
 from orderrl.data.folder import FolderConfig, list_images
-from orderrl.tokenize import tokenize_folder
 from tests.tokenizers.helpers import image_folder, save_tiny_vq, tiny_vq
 
 

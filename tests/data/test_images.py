@@ -13,10 +13,10 @@ import pytest
 import torchvision
 from PIL import Image, TiffImagePlugin
 
+from orderrl.data.encode import tokenize_folder
 from orderrl.data.folder import FolderConfig, centre_crop, list_images
 from orderrl.data.images import describe_left_out, find_images, image_size, read_image
 from orderrl.metrics.images import ImageFolder
-from orderrl.tokenize import tokenize_folder
 from tests.tokenizers.helpers import image_folder, save_tiny_vq, tiny_vq
 
 RAMP = np.tile(np.linspace(0, 1, 32), (32, 1))

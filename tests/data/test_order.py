@@ -13,6 +13,7 @@ from orderrl.agents.dagger import own_contexts
 from orderrl.agents.policies import ReferencePolicy
 from orderrl.agents.registry import make_policy
 from orderrl.data import TokenSet, load_split, load_token_set
+from orderrl.data.encode import tokenize_folder
 from orderrl.data.folder import FolderConfig, list_images
 from orderrl.data.token_set import random_window, stratified_order
 from orderrl.envs.core import CoreConfig, NextBlockCore
@@ -23,7 +24,6 @@ from orderrl.factory import section, setup_of
 from orderrl.geometry import BlockGrid
 from orderrl.oracle import LabelConfig, random_contexts
 from orderrl.runtime.config import compose
-from orderrl.tokenize import tokenize_folder
 from tests.helpers import tiny_backbone
 from tests.tokenizers.helpers import image_folder, save_tiny_vq, tiny_vq
 

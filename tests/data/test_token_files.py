@@ -12,11 +12,11 @@ from torch import Tensor
 
 from orderrl.data import load_split, load_token_set
 from orderrl.data import token_files as shards
+from orderrl.data.encode import tokenize_folder
 from orderrl.data.folder import SPLITS, FolderConfig, centre_crop, list_images, read_image
 from orderrl.data.mapped import MappedTokens
 from orderrl.data.token_files import class_names, plan_shards, token_dtype
 from orderrl.data.token_set import stratified_order
-from orderrl.tokenize import tokenize_folder
 from orderrl.tokenizers import VQTokenizer
 from tests.tokenizers.helpers import image_folder, save_tiny_vq, tiny_kl, tiny_vq
 

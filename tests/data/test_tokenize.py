@@ -10,14 +10,16 @@ import pytest
 import torch
 
 from orderrl.data import load_split
+from orderrl.data.encode import tokenize_folder
 from orderrl.data.folder import FolderConfig, list_images
-from orderrl.pretrain_tokenizer import pretrain_tokenizer
+from orderrl.pretrain import find_or_make_tokens, pretrain
 from orderrl.runtime.config import compose
-from orderrl.tokenize import find_or_make_tokens, tokenize, tokenize_folder
+from orderrl.tokenize import tokenize
 from orderrl.tokenizers import load_tokenizer
 from tests.tokenizers.helpers import image_folder, save_tiny_vq, tiny_vq
 
 ROOT = Path(__file__).resolve().parents[2]
+ALONE = ["backbone=none", "data=folder", "tokenizer=small"]  # trains the tokeniser and no backbone
 TRAINING = [
     *("tokenizer.training.steps=2", "tokenizer.training.batch_size=4", "tokenizer.training.evaluate_every=1"),
     *("tokenizer.model.codebook_size=16", "tokenizer.model.z_channels=32"),
@@ -33,10 +35,16 @@ def data(tmp_path: Path) -> list[str]:
 @pytest.fixture
 def trained(tmp_path: Path, data: list[str]) -> Path:
     """A tokeniser trained for two steps."""
-    return pretrain_tokenizer(
+    return pretrain(
         compose(
-            "pretrain_tokenizer",
-            [*data, *TRAINING, f"output_dir={tmp_path / 'runs'}", f"cache_dir={tmp_path / 'cache'}"],
+            "pretrain",
+            [
+                *ALONE,
+                *data,
+                *TRAINING,
+                f"output_dir={tmp_path / 'runs'}",
+                f"cache_dir={tmp_path / 'cache'}",
+            ],
         )
     )
 
@@ -57,11 +65,11 @@ def test_the_commands_lead_from_images_to_a_token_set(tmp_path: Path, data: list
 
 def test_tokens_of_a_config_are_made_once_with_their_tokeniser(tmp_path: Path, data: list[str]) -> None:
     where = [f"cache_dir={tmp_path / 'cache'}", f"output_dir={tmp_path / 'runs'}"]
-    config = compose("pretrain_tokenizer", [*data, *TRAINING, *where])
+    config = compose("pretrain", [*ALONE[1:], *data, *TRAINING, *where])
     folder = find_or_make_tokens(config)
-    runs = list((tmp_path / "runs" / "pretrain_tokenizer").iterdir())
+    runs = list((tmp_path / "runs" / "pretrain").iterdir())
     assert find_or_make_tokens(config) == folder and len(load_split(f"tokens:{folder}", "backbone")) == 14
-    assert list((tmp_path / "runs" / "pretrain_tokenizer").iterdir()) == runs and len(runs) == 1
+    assert list((tmp_path / "runs" / "pretrain").iterdir()) == runs and len(runs) == 1
 
 
 @pytest.mark.parametrize(
@@ -82,7 +90,12 @@ def test_what_cannot_be_tokenised_is_refused(tmp_path: Path, changes: list[str],
 
 def test_published_tokenisers_are_not_trained(data: list[str]) -> None:
     with pytest.raises(ValueError, match="train tokenizer=small"):
-        pretrain_tokenizer(compose("pretrain_tokenizer", [*data, "tokenizer=vq16", "tokenizer.path=x.pt"]))
+        pretrain(
+            compose(
+                "pretrain",
+                [*ALONE, *data, "tokenizer=vq16", "tokenizer.path=x.pt"],
+            )
+        )
 
 
 def test_a_folder_of_broken_files_is_refused(tmp_path: Path, data: list[str]) -> None:
@@ -90,14 +103,14 @@ def test_a_folder_of_broken_files_is_refused(tmp_path: Path, data: list[str]) ->
         path.write_text("broken")
     overrides = [*data, *TRAINING, f"output_dir={tmp_path / 'runs'}"]
     with pytest.raises(ValueError, match="cannot be read as an image"):
-        pretrain_tokenizer(compose("pretrain_tokenizer", overrides))
+        pretrain(compose("pretrain", [*ALONE, *overrides]))
     with pytest.raises(ValueError, match="hardly any file can be read"):
-        pretrain_tokenizer(compose("pretrain_tokenizer", [*overrides, "data.skip_broken=true"]))
+        pretrain(compose("pretrain", [*ALONE, *overrides, "data.skip_broken=true"]))
 
 
 def test_an_image_size_that_the_tokeniser_cannot_halve_is_refused(tmp_path: Path, data: list[str]) -> None:
     with pytest.raises(ValueError, match=r"data\.image_size=9 must be a multiple of 4"):
-        pretrain_tokenizer(compose("pretrain_tokenizer", [*data, *TRAINING, "data.image_size=9"]))
+        pretrain(compose("pretrain", [*ALONE, *data, *TRAINING, "data.image_size=9"]))
 
 
 # -- images that change -----------------------------------------------------------------------------------------------
@@ -151,7 +164,7 @@ def test_the_same_images_elsewhere_or_touched_are_the_same(tmp_path: Path) -> No
 
 def test_changed_images_get_new_tokens_and_a_new_tokeniser_in_the_cache(tmp_path: Path, data: list[str]) -> None:
     where = [f"cache_dir={tmp_path / 'cache'}", f"output_dir={tmp_path / 'runs'}"]
-    config = compose("pretrain_tokenizer", [*data, *TRAINING, *where])
+    config = compose("pretrain", [*ALONE[1:], *data, *TRAINING, *where])
     folders = [find_or_make_tokens(config)]
     for change_images in (lambda path: path.write_bytes((path.parent / "01.png").read_bytes()), Path.unlink):
         change_images(tmp_path / "images" / "cat" / "00.png")
@@ -183,5 +196,5 @@ def test_the_commands_say_how_many_classes_there_are(
     tokenize(compose("tokenize", [*arguments, f"tokenizer.path={path}", f"output={tmp_path / 'set'}"]))
     assert "classes: 2 (cat, dog)" in (printed := capsys.readouterr().out) and "1 hidden: .cache/" in printed
     where = [f"output_dir={tmp_path / 'runs'}", f"cache_dir={tmp_path / 'cache'}"]
-    pretrain_tokenizer(compose("pretrain_tokenizer", [*data, *TRAINING, *where]))
+    pretrain(compose("pretrain", [*ALONE, *data, *TRAINING, *where]))
     assert "classes: 2 (cat, dog)" in (printed := capsys.readouterr().out) and "1 hidden: .cache/" in printed

@@ -15,6 +15,7 @@ import torch
 from orderrl import compare, compose
 from orderrl.backbones import Sampling, load_backbone
 from orderrl.data import load_split
+from orderrl.data.encode import tokenize_folder
 from orderrl.data.folder import FolderConfig
 from orderrl.evaluation.comparison import compare as compare_pairs
 from orderrl.evaluation.comparison import run_pairs
@@ -32,7 +33,6 @@ from orderrl.evaluation.settings import EvalConfig, eval_config
 from orderrl.factory import section, setup_of
 from orderrl.metrics.statistics import holm, paired_bootstrap
 from orderrl.runtime.storage import read_sealed, write_sealed
-from orderrl.tokenize import tokenize_folder
 from tests.report.test_report import Page
 from tests.report_data import row
 from tests.tokenizers.helpers import image_folder, save_tiny_vq, tiny_vq

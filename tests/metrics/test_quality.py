@@ -20,6 +20,7 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from orderrl.data import load_split
+from orderrl.data.encode import tokenize_folder
 from orderrl.data.folder import FolderConfig
 from orderrl.data.token_files import token_set_splits
 from orderrl.metrics import features
@@ -45,7 +46,6 @@ from orderrl.metrics.quality import (
     sample_quality,
 )
 from orderrl.metrics.references import Gaussian, Reference, fit_gaussian, open_reference, reference_of, save_reference
-from orderrl.tokenize import tokenize_folder
 from tests.tokenizers.helpers import image_folder, save_tiny_vq, tiny_vq
 
 

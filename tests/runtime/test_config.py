@@ -9,33 +9,67 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.config_store import ConfigStore
 from hydra.core.singleton import Singleton
 from omegaconf import DictConfig
 
-from orderrl.runtime.config import compose, documented_keys, run_application
+from orderrl.runtime.config import command_names, compose, documented_keys, group_choices, run_application
 
 FILES = {
     "__init__.py": "",
-    "train.yaml": """
-defaults:
-  - agent: bc
-  - data: digits
-  - _self_
+    "schema.py": """from __future__ import annotations
+from dataclasses import dataclass
+from typing import Any
+from orderrl.runtime.schema import MISSING, Node
+from orderrl.runtime.values import at_least, one_of, setting
 
-output_dir: runs  # folder of the runs
-seed: 0  # seed of everything
-twice: ${seed}  # the seed again
-reward:  # how it is rewarded
-  form: full  # full or cheap
-  budgets: [1, 2, 4]  # blocks a step, # included
-  mark: "a # b"  # a text with a hash
-extra: {}  # anything
-silent: 1
+@dataclass
+class Reward:
+    form: str = setting("full", "how, full or cheap", one_of(("full", "cheap")))
+    budgets: tuple[int, ...] = setting((1, 2, 4), "blocks a step, # included")
+    mark: str = setting("a # b", "a text with a hash")
+
+@dataclass
+class Label:
+    output_dir: str = setting("runs", "folder of the runs")
+
+@dataclass
+class Train(Label):
+    seed: int = setting(0, "seed of everything")
+    twice: int = setting("${seed}", "the seed again")
+    reward: Reward = setting({}, "how it is rewarded")
+    critic: Reward | None = setting(None, "how a critic is, null is none")
+    extra: dict[str, Any] = setting({}, "anything")
+
+@dataclass
+class BC:
+    name: str = setting("bc", "which agent")
+    learning_rate: float = setting(1e-3, "step size")
+
+@dataclass
+class PPO:
+    name: str = setting("ppo", "which agent")
+    clip: float = setting(0.2, "clipping range")
+    start: str = setting(MISSING, "where it starts")
+    low: int = setting(1, "lower bound")
+    high: int = setting(2, "upper bound")
+
+    def __post_init__(self):
+        if self.low > self.high:
+            raise ValueError(f"low={self.low} must not exceed high={self.high}")
+
+@dataclass
+class Data:
+    name: str = setting(MISSING, "which data")
+    list: tuple[int, ...] = setting([1], "values")
+
+def nodes():
+    kinds = {"label": "Label", "train": "Train", "agent/bc": "BC", "agent/ppo": "PPO", "data/_base": "Data"}
+    defaults = {"label": [{"data": "digits"}], "train": [{"agent": "bc"}, {"data": "digits"}]}
+    return {path: Node(f"{__name__}:{kind}", defaults=defaults.get(path, ())) for path, kind in kinds.items()}
 """,
-    "label.yaml": "defaults:\n  - data: digits\n  - _self_\noutput_dir: runs  # folder of the runs\n",
-    "agent/bc.yaml": "name: bc  # which agent\nlearning_rate: 1e-3  # step size\n",
-    "agent/ppo.yaml": "name: ppo  # which agent\nclip: 0.2  # clipping range\nstart: ???  # where it starts\n",
-    "data/digits.yaml": "name: digits  # which data\nlist:  # values over several lines\n  - 1\n  - 2\n",
+    "agent/fast.yaml": "defaults: [bc, _self_]\nlearning_rate: 0.1\n",
+    "data/digits.yaml": "defaults: [_base, _self_]\nname: digits\nlist:\n  - 1\n  - 2\n",
 }
 
 
@@ -102,7 +136,7 @@ def _refusal(run: Callable[..., Any], capsys: pytest.CaptureFixture[str], *argum
 
 def test_compose_resolves_and_follows_overrides(package: str) -> None:
     config = compose("train", ["agent=ppo", "seed=7", "agent.start=x"], config_module=package)
-    assert config.agent == {"name": "ppo", "clip": 0.2, "start": "x"}
+    assert config.agent == {"name": "ppo", "clip": 0.2, "start": "x", "low": 1, "high": 2}
     assert config.twice == 7 and "hydra" not in config
 
 
@@ -113,7 +147,7 @@ def test_compose_resolves_and_follows_overrides(package: str) -> None:
         (["agent.learning=1"], ["agent.learning", "learning_rate", "name"]),
         (["agent=ppo", "agent.clp=1"], ["agent.clp", "did you mean clip", "start"]),
         (["nothing.at.all=1"], ["nothing", "seed"]),
-        (["agent=pppo"], ["agent=pppo", "did you mean ppo", "bc, ppo"]),
+        (["agent=pppo"], ["agent=pppo", "did you mean ppo", "bc, fast, ppo"]),
         (["data=imagenet"], ["data=imagenet", "digits"]),
         (["seed"], ["cannot read 'seed'", "key=value"]),
         (["seed=1,2"], ["--multirun", "seed=[1,2]"]),
@@ -161,8 +195,8 @@ def written_out(seed: int) -> dict[str, Any]:
         "seed": seed,
         "twice": seed,
         "reward": {"form": "full", "budgets": [1, 2, 4], "mark": "a # b"},
+        "critic": None,
         "extra": {},
-        "silent": 1,
     }
 
 
@@ -177,7 +211,7 @@ def test_multirun(run: Callable[..., list[DictConfig]], arguments: list[str]) ->
 def test_multirun_refuses_what_is_unknown(run: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run("-m", "agent=bc,pppo")
-    assert capsys.readouterr().err == "error: agent=pppo is unknown (did you mean ppo?); choose one of bc, ppo\n"
+    assert capsys.readouterr().err == "error: agent=pppo is unknown (did you mean ppo?); choose one of bc, fast, ppo\n"
 
 
 def test_cfg_job_prints_the_configuration(run: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -256,20 +290,20 @@ def test_as_a_module_from_the_shell(package: str, tmp_path: Path) -> None:
 # -- help -------------------------------------------------------------------------------------------------------------
 
 
-def test_documented_keys_are_the_leaves_with_their_comments(package: str) -> None:
+def test_documented_keys_are_the_leaves_with_the_meanings_of_their_fields(package: str) -> None:
     assert documented_keys("train", config_module=package) == {
         "agent.name": "which agent",
         "agent.learning_rate": "step size",
         "data.name": "which data",
-        "data.list": "values over several lines",
+        "data.list": "values",
         "output_dir": "folder of the runs",
         "seed": "seed of everything",
         "twice": "the seed again",
-        "reward.form": "full or cheap",
+        "reward.form": "how, full or cheap",
         "reward.budgets": "blocks a step, # included",
         "reward.mark": "a text with a hash",
+        "critic": "how a critic is, null is none",
         "extra": "anything",
-        "silent": "",
     }
     assert "agent.clip" in documented_keys("train", ["agent=ppo"], config_module=package)
 
@@ -280,7 +314,7 @@ def test_help_explains_groups_and_every_key(run: Callable[..., Any], capsys: pyt
     rows = [" ".join(line.split()) for line in text.splitlines()]
     assert rows[0].startswith("usage: python -m ")
     for row in (
-        "agent bc, ppo",
+        "agent bc, fast, ppo",
         "data digits",
         "agent.clip 0.2 clipping range",
         "agent.start ??? where it starts",
@@ -293,13 +327,12 @@ def test_help_explains_groups_and_every_key(run: Callable[..., Any], capsys: pyt
 
 
 def test_help_refuses_unknown_choices(run: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
-    assert "bc, ppo" in _refusal(run, capsys, "--help", "agent=pppo")
+    assert "bc, fast, ppo" in _refusal(run, capsys, "--help", "agent=pppo")
 
 
 # -- the package's own configuration ----------------------------------------------------------------------------------
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-COMMANDS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+COMMANDS = command_names()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -309,13 +342,44 @@ def test_every_command_composes_and_every_key_has_a_meaning(command: str) -> Non
 
 
 def test_every_choice_of_every_group_composes_and_is_explained() -> None:
-    groups = {command: set(compose(command)) for command in COMMANDS}
-    for path in sorted(CONFIGS.glob("*/[!_]*.yaml")):
-        group, choice = path.parent.name, path.stem
-        # all that have a group compose it alike; a grid sets keys of other groups
-        command = "reproduce" if group == "suite" else next(command for command in COMMANDS if group in groups[command])
-        keys = documented_keys(command, [f"{group}={choice}"])
-        assert [key for key, meaning in keys.items() if not meaning] == [], (command, group, choice)
+    seen = set()
+    for command in COMMANDS:
+        for group, choices in group_choices(command).items():
+            alone = command == "pretrain"  # others that have a group compose it alike
+            for choice in choices:
+                if (group, choice, alone) in seen:
+                    continue
+                seen.add((group, choice, alone))
+                keys = documented_keys(command, [f"{group}={choice}"])
+                assert [key for key, meaning in keys.items() if not meaning] == [], (command, group, choice)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["+agent.rate=1"], "there is no key agent.rate; keys here: learning_rate, name"),
+        (["~reward.form"], "reward.form is missing: it can be changed, not removed"),
+        (["agent=ppo", "agent.start=x", "agent.low=3"], "agent.low=3 must not exceed high=2"),
+        (["reward.form=dear"], "reward.form='dear' is unknown; choose one of full, cheap"),
+        (["critic={form:full,budgets:[1]}"], "critic.mark is missing"),
+        (["+extra.a=1", "seed=x"], "seed must be a whole number, got 'x'"),
+    ],
+)
+def test_values_are_checked_by_their_dataclass(package: str, overrides: list[str], line: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        compose("train", overrides, config_module=package)
+    assert str(caught.value).startswith(line)
+
+
+def test_a_preset_holds_what_differs(package: str) -> None:
+    config = compose("train", ["agent=fast", "+extra.a=1"], config_module=package)
+    assert config.agent == {"name": "bc", "learning_rate": 0.1} and config.extra == {"a": 1}
+
+
+def test_the_store_of_nodes_is_left_as_it_was(package: str) -> None:
+    before = ConfigStore.instance().repo
+    compose("train", config_module=package)
+    assert ConfigStore.instance().repo is before and "train.yaml" not in before
 
 
 @pytest.mark.parametrize(

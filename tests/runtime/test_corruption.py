@@ -20,6 +20,7 @@ from orderrl import compose
 from orderrl.backbones import backbone_fingerprint, load_backbone, save_backbone
 from orderrl.backbones.registry import weights_fingerprint
 from orderrl.data import load_token_set
+from orderrl.data.encode import tokenize_folder
 from orderrl.data.folder import SPLITS, FolderConfig
 from orderrl.envs.core import CoreConfig
 from orderrl.evaluation.rows import Evaluated
@@ -33,7 +34,6 @@ from orderrl.planner import load_planner
 from orderrl.runtime.cache import Cache
 from orderrl.runtime.job import Job
 from orderrl.runtime.tables import open_table
-from orderrl.tokenize import tokenize_folder
 from orderrl.tokenizers import load_tokenizer
 from orderrl.training import newest_planner
 from tests.helpers import tiny_backbone, tiny_images

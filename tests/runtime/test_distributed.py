@@ -23,7 +23,7 @@ from orderrl.envs.torchrl import NextBlockTorchRLEnv
 from orderrl.evaluate import evaluate
 from orderrl.label import label
 from orderrl.planner import OrderHead, PlannerConfig, load_planner
-from orderrl.pretrain import pretrain_backbone
+from orderrl.pretrain import pretrain
 from orderrl.runtime import distributed
 from orderrl.train import train
 from tests.helpers import tiny_backbone, tiny_images
@@ -31,7 +31,7 @@ from tests.killing import contents, metrics, table
 from tests.processes import run_processes
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = {"label": label, "train": train, "pretrain": pretrain_backbone, "evaluate": evaluate}
+COMMANDS = {"label": label, "train": train, "pretrain": pretrain, "evaluate": evaluate}
 LABELS = ["labels.contexts=120", "labels.shard_size=16", "labels.batch_size=8"]
 BC = [*LABELS, "planner.dim=32", "planner.stem=1", "agent=bc", "agent.steps=12", "agent.evaluate_every=6"]
 PPO_RUN = [
@@ -40,8 +40,8 @@ PPO_RUN = [
 ]
 PRETRAIN = [
     *("backbone.model.dim=32", "backbone.model.layers=2", "backbone.model.heads=2", "backbone.model.dropout=0"),
-    *("backbone.training.steps=6", "backbone.training.evaluate_every=6", "backbone.training.batch_size=15"),
-    *("backbone.training.bf16=false", "backbone.training.anneal_from=0.5", "checkpoint_seconds=0"),
+    *("training.steps=6", "training.evaluate_every=6", "training.batch_size=15"),
+    *("training.bf16=false", "training.anneal_from=0.5", "checkpoint_seconds=0"),
 ]
 EVALUATION = [
     *("labels.contexts=32", "labels.shard_size=16", "eval.images=10", "eval.samples=20", "eval.states=16"),
@@ -219,7 +219,7 @@ def test_a_backbone_split_over_processes_gives_the_same_labels(home: Path) -> No
 
 def test_a_split_backbone_is_trained_and_saved_whole(home: Path) -> None:
     one = run(home, "trained-whole", 1, "pretrain", *PRETRAIN)
-    two = run(home, "trained-split", 2, "pretrain", *PRETRAIN, "shard=true", "backbone.training.batch_size=16")
+    two = run(home, "trained-split", 2, "pretrain", *PRETRAIN, "shard=true", "training.batch_size=16")
     assert [row["step"] for row in metrics(two.parent)] == [row["step"] for row in metrics(one.parent)]
     results = [json.loads((path.parent / "results.json").read_text()) for path in (one, two)]
     assert results[1]["loss_random"] == pytest.approx(results[0]["loss_random"], rel=0.05)

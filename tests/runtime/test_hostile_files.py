@@ -21,9 +21,9 @@ from omegaconf import OmegaConf
 
 import orderrl
 from orderrl.backbones import backbone_fingerprint, load_backbone
-from orderrl.backbones.loading import read_state
 from orderrl.data import load_token_set
 from orderrl.data.classes import class_ids
+from orderrl.data.encode import tokenize_folder
 from orderrl.data.folder import FolderConfig, read_image
 from orderrl.evaluation.runs import open_evaluation, save_results
 from orderrl.labels import label_columns, open_labels
@@ -39,7 +39,7 @@ from orderrl.runtime.job import Job
 from orderrl.runtime.jsonfile import read_json
 from orderrl.runtime.storage import manifest, write_sealed
 from orderrl.runtime.tables import TableWriter, open_table
-from orderrl.tokenize import tokenize_folder
+from orderrl.runtime.weights import read_state
 from orderrl.tokenizers import load_tokenizer
 from orderrl.verification.fixture import load_fixture
 from tests.helpers import tiny_backbone
@@ -295,7 +295,7 @@ READERS = {
 }  # fmt: skip
 """Functions of libraries that read files."""
 KNOWN = {
-    "backbones/loading.py", "data/classes.py", "data/images.py", "data/token_files.py", "evaluation/runs.py",
+    "runtime/weights.py", "data/classes.py", "data/images.py", "data/token_files.py", "evaluation/runs.py",
     "metrics/clip_score.py", "metrics/features.py", "metrics/recognisability.py", "metrics/references.py",
     "rollouts.py", "runtime/cache.py", "runtime/checkpoint.py", "runtime/job.py", "runtime/jsonfile.py",
     "runtime/run.py", "runtime/storage.py", "runtime/tables.py", "verification/fixture.py",

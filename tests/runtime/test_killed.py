@@ -34,10 +34,11 @@ FITTED_Q = [
     *("agent.search.epochs=1", "agent.search.refinements=1", "agent.images=300", "agent.steps=12", OFTEN),
 ]
 PRETRAIN = [
-    *("backbone.model.dim=32", "backbone.model.layers=1", "backbone.model.heads=2", "backbone.training.steps=40"),
-    *("backbone.training.evaluate_every=40", "backbone.training.anneal_from=0.4", OFTEN),
+    *("backbone.model.dim=32", "backbone.model.layers=1", "backbone.model.heads=2", "training.steps=40"),
+    *("training.evaluate_every=40", "training.anneal_from=0.4", OFTEN),
 ]
 TOKENIZER = [
+    *("backbone=none", "data=folder", "tokenizer=small"),
     *("data.image_size=8", "tokenizer.training.steps=30", "tokenizer.training.batch_size=4", OFTEN),
     *("tokenizer.training.evaluate_every=15", "tokenizer.model.codebook_size=16", "tokenizer.model.z_channels=32"),
 ]
@@ -103,10 +104,8 @@ def case(name: str, inputs: Path) -> Case:
         "ppo": Case("train", "orderrl.train:train", [*tiny, *ppo], planner),
         "schedule": Case("train", "orderrl.train:train", [*tiny, *SCHEDULE], planner),
         "fitted_q": Case("train", "orderrl.train:train", [*tiny, *FITTED_Q], planner),
-        "pretrain": Case("pretrain", "orderrl.pretrain:pretrain_backbone", PRETRAIN, backbones),
-        "pretrain_tokenizer": Case(
-            "pretrain_tokenizer", "orderrl.pretrain_tokenizer:pretrain_tokenizer", [images, *TOKENIZER], tokenizer
-        ),
+        "pretrain": Case("pretrain", "orderrl.pretrain:pretrain", PRETRAIN, backbones),
+        "tokenizer": Case("pretrain", "orderrl.pretrain:pretrain", [images, *TOKENIZER], tokenizer),
         "tokenize": Case(
             "tokenize",
             "orderrl.tokenize:tokenize",
@@ -127,7 +126,7 @@ COMMANDS = [
     "schedule",
     "fitted_q",
     "pretrain",
-    "pretrain_tokenizer",
+    "tokenizer",
     "tokenize",
     "evaluate",
     "reproduce",

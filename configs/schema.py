@@ -1,0 +1,116 @@
+"""What the configuration is made of: a dataclass at every place, and the defaults lists of the commands.
+
+YAML files beside this module are presets, which hold what differs from a dataclass, and suites of experiments. A node
+is named by its path, and its dataclass by `module:Class`, so that a help page imports no more than it shows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from orderrl.agents.agent import AGENTS
+from orderrl.backbones.presets import PRESETS
+from orderrl.runtime.schema import Node
+
+ADAPTIVE = ("fitted_q", "schedule", "imitation")  # agents that choose how many blocks a step reveals
+LIKELIHOOD = [{"override /env@_global_.env": "likelihood"}]
+NOTHING = "orderrl.runtime.schema:Nothing"  # no keys
+
+
+def nodes() -> dict[str, Node]:
+    """Every dataclass of the configuration by its path."""
+    return COMMANDS | GROUPS | _backbones() | _agents()
+
+
+def _agents() -> dict[str, Node]:
+    """Agents by name, with those that other packages have registered."""
+    return {
+        f"agent/{name}": Node(f"{module}:Config", name, defaults=LIKELIHOOD if name in ADAPTIVE else ())
+        for name, module in AGENTS.items()
+    }
+
+
+def _command(name: str, *defaults: Any) -> Node:
+    return Node(f"orderrl.configs.commands:{name}", defaults=defaults)
+
+
+def _planned(data: str = "canvas", backbone: str = "canvas") -> list[Any]:
+    """What commands need that work with a frozen backbone."""
+    return ["backbone/_running@backbone", {"data": data}, {"backbone": backbone}]
+
+
+_LABELS, _LOGGER = {"labels": "pointwise"}, {"logger": "local"}
+COMMANDS = {
+    "label": _command("Label", *_planned(), _LABELS, _LOGGER),
+    "train": _command(
+        "Train", *_planned(), {"env": "context"}, _LABELS, {"planner": "latent"}, {"agent": "bc"}, _LOGGER
+    ),
+    "evaluate": _command("Evaluate", *_planned(), _LABELS, {"eval": "main"}, _LOGGER),
+    "generate": _command("Generate", "_sampling@_global_", *_planned(), {"tokenizer": "none"}, _LABELS, _LOGGER),
+    "rollouts": _command("Rollouts", *_planned(), {"env": "context"}, _LABELS, _LOGGER),
+    "analyze": Node(
+        "orderrl.configs.analysis:Analyze",
+        defaults=[*_planned(), _LABELS, {"eval": "planning"}, _LOGGER],
+        values={
+            "labels": {"contexts": 3000},
+            "eval": {"policies": ["raster", "random", "multiscale", "centre", "high_entropy", "fitted", "oracle"]},
+        },
+    ),
+    "reproduce": _command(
+        "Reproduce", *_planned("digits", "digits"), _LABELS, {"eval": "full"}, _LOGGER, "_self_", {"suite": "digits"}
+    ),
+    "pretrain": _command(
+        "Pretrain",
+        {"data": "digits"},
+        {"backbone": "digits"},
+        {"model@backbone": "${backbone}"},
+        {"training": "${backbone}"},
+        {"tokenizer": "none"},
+        {"optional new_tokenizer@tokenizer": "${tokenizer}"},
+        _LOGGER,
+    ),
+    "tokenize": _command("Tokenize", {"data": "folder"}, {"tokenizer": "vq16"}),
+}
+GROUPS = {
+    "_sampling": Node("orderrl.backbones.sampling:Sampling"),
+    "data/digits": Node("orderrl.data.config:DataName", values={"name": "digits"}),
+    "data/digits_patches": Node("orderrl.data.config:DataName", values={"name": "digits_patches"}),
+    "data/canvas": Node("orderrl.data.config:DataName", values={"name": "canvas"}),
+    "data/tokens": Node("orderrl.data.config:TokensData"),
+    "data/folder": Node("orderrl.data.folder:FolderConfig", "folder"),
+    "eval/main": Node("orderrl.evaluation.settings:EvalConfig"),
+    "env/_base": Node("orderrl.envs.config:EnvConfig", build="orderrl.envs.config:checked_env"),
+    "labels/_base": Node("orderrl.oracle:LabelSetConfig"),
+    "planner/_base": Node("orderrl.planner:PlannerConfig", build="orderrl.planner:checked_shape"),
+    "logger/local": Node("orderrl.runtime.run:LocalLogger", "local"),
+    "logger/wandb": Node("orderrl.runtime.run:WandbLogger", "wandb"),
+    "training/_base": Node("orderrl.backbones.pretraining:PretrainConfig"),
+    "tokenizer/none": Node("orderrl.tokenizers.config:NoTokenizer", "none"),
+    "tokenizer/vq16": Node("orderrl.tokenizers.config:PublishedTokenizer", "vq16"),
+    "tokenizer/vq8": Node("orderrl.tokenizers.config:PublishedTokenizer", "vq8"),
+    "tokenizer/kl16": Node("orderrl.tokenizers.config:ContinuousTokenizer", "kl16"),
+    "tokenizer/small": Node("orderrl.tokenizers.config:SmallTokenizer", "small"),
+    "new_tokenizer/_base": Node("orderrl.tokenizers.config:NewTokenizer"),
+}
+
+
+def _backbones() -> dict[str, Node]:
+    """Backbones by name; for pretrain also what is made of each, and its training."""
+    module = "orderrl.backbones.config"
+    found = {
+        "backbone/_running": Node(f"{module}:RunningBackbone"),
+        "backbone/_own": Node(f"{module}:BackboneName"),
+        **{f"backbone/{name}": Node(f"{module}:UntrainedName") for name in ("_untrained", "small", "none")},
+        "model/_transformer": Node(f"{module}:NewTransformer"),
+        "model/_masked": Node(f"{module}:NewMasked"),
+    }
+    for name in ("digits", "digits_raster", "small"):
+        found[f"model/{name}"] = found["model/_transformer"]
+    found["training/small"] = GROUPS["training/_base"]
+    found |= {f"{group}/none": Node(NOTHING) for group in ("model", "training")}
+    for name, preset in PRESETS.items():
+        found[f"backbone/{name}"] = Node(f"{module}:PublishedBackbone", values={"name": name})
+        raster = preset.family == "llamagen"
+        found[f"model/{name}"] = Node(f"{module}:OrderRobustStart" if raster else NOTHING)
+        found[f"training/{name}"] = Node(NOTHING, defaults=["_published"])
+    return found
