@@ -18,15 +18,15 @@ from orderrl.evaluation.columns import (
 )
 from orderrl.metrics.statistics import RULE, is_significant
 
-_COMPARISONS = {
-    "pair": ("pair", ""),
-    "metric": ("metric", ""),
-    "mean": ("mean difference", ""),
-    "interval": ("95 % interval", "Of this comparison alone. Sorted by its lower end."),
-    "effect_size": ("effect size", "Paired Cohen's d: mean difference over the standard deviation over images."),
-    "p_holm": ("p (Holm)", "Two-sided bootstrap p-value, corrected for the number of comparisons."),
-}
-"""Headers and explanations of the paired comparisons."""
+_COMPARISONS = (
+    ("pair", "", "ascending", True),
+    ("metric", "", "ascending", True),
+    ("mean difference", "", "descending", False),
+    ("95 % interval", "Of this comparison alone. Sorted by its lower end.", "descending", False),
+    ("effect size", "Paired Cohen's d: mean difference over the standard deviation over images.", "descending", False),
+    ("p (Holm)", "Two-sided bootstrap p-value, corrected for the number of comparisons.", "ascending", False),
+)
+"""Columns of the paired comparisons: header, explanation, order of the first sort, whether values are words."""
 
 
 def results_values(
@@ -49,10 +49,12 @@ def results_values(
 
 def comparison_values(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What `comparisons.html.jinja` shows of paired comparisons."""
-    columns = _comparison_columns()
     return {
-        "comparison_columns": columns,
-        "comparisons": [_comparison_cells(entry, columns) for entry in entries],
+        "comparison_columns": [
+            {"header": header, "meaning": meaning, "order": order, "text": text}
+            for header, meaning, order, text in _COMPARISONS
+        ],
+        "comparisons": [_comparison_cells(entry) for entry in entries],
         "rule": RULE,
     }
 
@@ -65,21 +67,6 @@ def protocol_values(protocol: Mapping[str, Any]) -> dict[str, Any]:
 def loss_unit(rows: Sequence[dict[str, Any]]) -> str:
     """The unit of losses and gains: masked models have no nats."""
     return "DiffLoss per token" if any(row.get("decode_loss") is not None for row in rows) else "nats per token"
-
-
-def _comparison_columns() -> list[dict[str, Any]]:
-    """The columns of the paired comparisons."""
-    ascending = ("pair", "metric", "p_holm")
-    return [
-        {
-            "key": key,
-            "header": header,
-            "meaning": meaning,
-            "text": key in ("pair", "metric"),
-            "order": "ascending" if key in ascending else "descending",
-        }
-        for key, (header, meaning) in _COMPARISONS.items()
-    ]
 
 
 def _header_cell(column: Column, rows: Sequence[dict[str, Any]], groups: dict[str, list[Column]]) -> dict[str, Any]:
@@ -103,28 +90,23 @@ def _line_cells(row: dict[str, Any], learned: Sequence[str], columns: Sequence[C
     return {"kind": kind, "cells": {column.name: cell_of(row, column) for column in columns}}
 
 
-def _comparison_cells(entry: dict[str, Any], columns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The cells of a paired comparison."""
+def _comparison_cells(entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """The cells of a paired comparison, in the order of the columns."""
     column = column_of(entry["metric"])
     name = entry["name"].replace(" - ", f" {MINUS} ")
-    cells = {
-        "pair": (name, name),
-        "metric": (column.header, column.header),
-        "mean": (show_difference(entry["metric"], entry["mean"]), entry["mean"]),
-        "interval": (show_interval(entry), entry["low"]),
-        "effect_size": (f"{entry['effect_size']:+.2f}".replace("-", MINUS), entry["effect_size"]),
-        "p_holm": (show_p(entry["p_holm"]), entry["p_holm"]),
-    }
-    return [
+    cells: list[dict[str, Any]] = [
+        {"shown": name, "sort": name, "text": True},
+        {"shown": column.header, "sort": column.header, "text": True, "unit": column.unit},
         {
-            "shown": cells[shown["key"]][0],
-            "sort": cells[shown["key"]][1],
-            "text": shown["text"],
-            "bold": shown["key"] == "mean" and is_significant(entry),
-            "unit": column.unit if shown["key"] == "metric" else "",
-        }
-        for shown in columns
+            "shown": show_difference(entry["metric"], entry["mean"]),
+            "sort": entry["mean"],
+            "bold": is_significant(entry),
+        },
+        {"shown": show_interval(entry), "sort": entry["low"]},
+        {"shown": f"{entry['effect_size']:+.2f}".replace("-", MINUS), "sort": entry["effect_size"]},
+        {"shown": show_p(entry["p_holm"]), "sort": entry["p_holm"]},
     ]
+    return [{"text": False, "bold": False, "unit": ""} | cell for cell in cells]
 
 
 def _protocol_value(value: Any) -> str:
