@@ -39,8 +39,7 @@ from orderrl.generate import generate
 from orderrl.label import label
 from orderrl.metrics.recognisability import complete
 from orderrl.planner import OrderHead, PlannerConfig
-from orderrl.pretrain import pretrain_backbone
-from orderrl.pretrain_tokenizer import pretrain_tokenizer
+from orderrl.pretrain import pretrain as pretrain_command
 from orderrl.rollouts import rollouts
 from orderrl.runtime.job import Job
 from orderrl.tokenize import tokenize
@@ -270,7 +269,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def configure(home: Path, command: str, *overrides: str, device: str = "cuda") -> DictConfig:
     own = ["backbone=digits", "data=digits", f"backbone.name={home / 'tiny.safetensors'}"]
-    own = [] if command in ("pretrain", "pretrain_tokenizer", "tokenize") else own
+    own = [] if command in ("pretrain", "tokenize") else own
     cache = [] if command == "tokenize" else [f"cache_dir={home / device}"]
     return compose(command, [*own, *overrides, f"device={device}", f"output_dir={home / 'runs'}", *cache])
 
@@ -371,17 +370,19 @@ def test_pretraining_continues_after_an_interruption(family: str, tmp_path: Path
 
 
 def test_backbones_are_pretrained(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orderrl.pretrain.load_split", lambda name, split: load_split(name, split).first(8))
-    small = ["backbone.model.dim=32", "backbone.model.layers=1", "backbone.training.steps=2",
-             "backbone.training.evaluate_every=2", "backbone.training.batch_size=4"]  # fmt: skip
-    assert load_backbone(pretrain_backbone(configure(home, "pretrain", *small))).hidden_size == 32
+    monkeypatch.setattr("orderrl.backbones.recipe.load_split", lambda name, split: load_split(name, split).first(8))
+    small = ["backbone.model.dim=32", "backbone.model.layers=1", "training.steps=2", "training.evaluate_every=2",
+             "training.batch_size=4"]  # fmt: skip
+    assert load_backbone(pretrain_command(configure(home, "pretrain", *small))).hidden_size == 32
 
 
 def test_images_become_tokens_and_tokens_pixels_on_the_device(home: Path, tmp_path: Path) -> None:
     data = [f"data.root={image_folder(tmp_path / 'images', per_class=10)}", "data.image_size=8"]
     training = ["tokenizer.training.steps=2", "tokenizer.training.batch_size=4", "tokenizer.training.evaluate_every=1"]
     small = ["tokenizer.model.codebook_size=16", "tokenizer.model.z_channels=32"]
-    trained = pretrain_tokenizer(configure(home, "pretrain_tokenizer", *data, *training, *small))
+    trained = pretrain_command(
+        configure(home, "pretrain", "backbone=none", "data=folder", "tokenizer=small", *data, *training, *small)
+    )
     made = [f"tokenizer.path={trained}", f"output={tmp_path / 'set'}"]
     tokenize(configure(home, "tokenize", *data, "tokenizer=small", *made))
     test = load_split(f"tokens:{tmp_path / 'set'}", "test")
