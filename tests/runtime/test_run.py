@@ -37,7 +37,7 @@ def test_fingerprint_ignores_the_order_of_keys_and_the_kind_of_container() -> No
 
 
 def test_fingerprint_is_the_same_in_another_process() -> None:
-    code = "from orderrl.runtime.run import fingerprint; print(fingerprint({'a': {'x', }.pop(), 'b': 0.1}))"
+    code = "from orderrl.runtime.cache import fingerprint; print(fingerprint({'a': {'x', }.pop(), 'b': 0.1}))"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == fingerprint({"b": 0.1, "a": "x"})
 
