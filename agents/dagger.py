@@ -16,7 +16,6 @@ from torch import Tensor
 
 from orderrl.agents.play import play
 from orderrl.agents.policies import PlannerPolicy, Policy
-from orderrl.backbones.registry import weights_fingerprint
 from orderrl.data import load_split
 from orderrl.data.token_set import random_window
 from orderrl.envs.core import CoreConfig, NextBlockCore
@@ -28,6 +27,7 @@ from orderrl.planner import load_planner
 from orderrl.runtime import distributed
 from orderrl.runtime.distributed import print_main
 from orderrl.runtime.random import Stream, keyed_uniform
+from orderrl.runtime.weights import weights_fingerprint
 
 if TYPE_CHECKING:
     from tensordict import TensorDictBase

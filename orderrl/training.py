@@ -18,7 +18,6 @@ from orderrl.agents.agent import Agent, Trained, find_agent
 from orderrl.agents.registry import differing_settings
 from orderrl.agents.spec import NEWEST
 from orderrl.backbones import backbone_fingerprint, save_backbone
-from orderrl.backbones.registry import weights_fingerprint
 from orderrl.factory import FORMAT, NO_DATA, Setup
 from orderrl.labels import LABELS, label_settings
 from orderrl.planner import load_planner, require_described, save_planner
@@ -29,6 +28,7 @@ from orderrl.runtime.job import Job, finish
 from orderrl.runtime.jsonfile import read_json
 from orderrl.runtime.run import Run
 from orderrl.runtime.storage import write_json
+from orderrl.runtime.weights import weights_fingerprint
 
 PLANNERS = "planners"  # in the cache
 KEPT = ("planner.safetensors", "backbone.safetensors", "results.json")  # of a planner; the last two not of all

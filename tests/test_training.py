@@ -22,7 +22,6 @@ from orderrl.backbones import (
     load_backbone,
     save_backbone,
 )
-from orderrl.backbones.registry import weights_fingerprint
 from orderrl.data import load_split
 from orderrl.evaluate import evaluate
 from orderrl.evaluation.columns import empty_row
@@ -38,6 +37,7 @@ from orderrl.metrics.images import save_images
 from orderrl.metrics.references import reference_of, save_reference
 from orderrl.planner import load_planner
 from orderrl.pretrain import pretrain
+from orderrl.runtime.weights import weights_fingerprint
 from orderrl.train import train
 from orderrl.training import newest_planner
 from tests.helpers import tiny_backbone

@@ -23,8 +23,7 @@ from orderrl.runtime.checkpoint import build_to_fit, load_checkpoint, load_state
 from orderrl.runtime.devices import checked_device
 from orderrl.runtime.finite import OVERFLOW, require_finite
 from orderrl.runtime.isolation import isolated_float32
-from orderrl.runtime.weights import load_weights, missing_weights
-from orderrl.runtime.weights import weights_fingerprint as weights_fingerprint
+from orderrl.runtime.weights import load_weights, missing_weights, weights_fingerprint
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 TrainableBackbone = OrderRobustTransformer | RasterTransformer | ARPG | MaskedTransformer

@@ -21,12 +21,13 @@ from orderrl.agents.registry import make_policy
 from orderrl.backbones import OrderRobustTransformer, backbone_fingerprint, load_backbone, save_backbone
 from orderrl.backbones.pretraining import block_orders
 from orderrl.backbones.randar import cross_entropy
-from orderrl.backbones.registry import new_backbone, weights_fingerprint
+from orderrl.backbones.registry import new_backbone
 from orderrl.data import TokenSet
 from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.factory import Setup
 from orderrl.oracle import LabelConfig, label_contexts, random_contexts
 from orderrl.planner import OrderHead, load_planner
+from orderrl.runtime.weights import weights_fingerprint
 from orderrl.train import train
 from tests.agents.helpers import tiny_planner
 from tests.helpers import block_loss, tiny_backbone, tiny_images

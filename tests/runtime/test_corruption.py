@@ -18,7 +18,6 @@ import torch
 
 from orderrl import compose
 from orderrl.backbones import backbone_fingerprint, load_backbone, save_backbone
-from orderrl.backbones.registry import weights_fingerprint
 from orderrl.data import load_token_set
 from orderrl.data.encode import tokenize_folder
 from orderrl.data.folder import SPLITS, FolderConfig
@@ -34,6 +33,7 @@ from orderrl.planner import load_planner
 from orderrl.runtime.cache import Cache
 from orderrl.runtime.job import Job
 from orderrl.runtime.tables import open_table
+from orderrl.runtime.weights import weights_fingerprint
 from orderrl.tokenizers import load_tokenizer
 from orderrl.training import newest_planner
 from tests.helpers import tiny_backbone, tiny_images

@@ -20,7 +20,6 @@ from orderrl.agents.bc import clone
 from orderrl.agents.play import act
 from orderrl.agents.registry import make_policy, policy_names
 from orderrl.backbones import check_backbone, load_backbone
-from orderrl.backbones.registry import weights_fingerprint
 from orderrl.data import AUGMENTATIONS, load_split
 from orderrl.envs import NextBlockTorchRLEnv, NextBlockVectorEnv
 from orderrl.evaluate import evaluate
@@ -30,6 +29,7 @@ from orderrl.oracle import LabelConfig, label_contexts, random_contexts
 from orderrl.planner import OrderHead, PlannerConfig, load_planner, save_planner
 from orderrl.runtime.config import compose
 from orderrl.runtime.isolation import isolated, isolated_float32
+from orderrl.runtime.weights import weights_fingerprint
 from orderrl.train import train
 from tests.jobs import logged
 
