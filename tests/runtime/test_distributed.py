@@ -261,7 +261,7 @@ def test_torchrun_starts_a_command(home: Path) -> None:
 def test_an_error_in_one_process_ends_all_with_its_message(tmp_path: Path) -> None:
     """The others would wait for a day."""
     (tmp_path / "failing.py").write_text(
-        "from orderrl import distributed\n"
+        "from orderrl.runtime import distributed\n"
         "def main(config):\n"
         "    if distributed.rank() == 1:\n"
         "        raise ValueError('the second process has had enough')\n"
