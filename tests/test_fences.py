@@ -210,12 +210,12 @@ def test_the_readmes_own_policy_plays() -> None:
         assert not bool(state["illegal"].any())
 
 
-def test_masks_are_where_the_readme_says() -> None:
-    """Every expression in code marks that begins with `env.` or `info[` works on the README's environment."""
+def test_masks_are_where_the_pages_say() -> None:
+    """Every expression in code marks that begins with `env.` or `info[` works on the pages' environment."""
     gym = importlib.import_module("gymnasium")
     env = gym.make("orderrl:orderrl/NextBlock-v0", objective="context")
     _, info = env.reset(seed=0)
-    for text in ((ROOT / "README.md").read_text(), env.unwrapped.__doc__):
+    for text in ((ROOT / "docs" / "environment.md").read_text(), env.unwrapped.__doc__):
         said = {expression for expression in re.findall(r"`((?:env\.|info\[)[^`]*)`", text) if "mask" in expression}
         assert len(said) >= 2
         for expression in said:
