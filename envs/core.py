@@ -382,7 +382,8 @@ class NextBlockCore:
     def _mark(self, blocks: Tensor, count: Tensor) -> Tensor:
         """(M, B) bool: the first `count` of the listed blocks."""
         counted = torch.arange(blocks.shape[1]) < count[:, None]
-        return torch.zeros(blocks.shape[0], self.geometry.num_blocks).scatter_add(1, blocks, counted.float()) > 0
+        none = torch.zeros(blocks.shape[0], self.geometry.num_blocks, dtype=torch.int64)
+        return none.scatter_add(1, blocks, counted.long()) > 0
 
     def _together(self, blocks: Tensor, count: Tensor) -> Iterator[tuple[Rows, Tensor]]:
         """Episodes that reveal equally many blocks, and these, (m, k) on the device; nothing is padded."""

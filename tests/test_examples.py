@@ -71,7 +71,7 @@ def small(command: str, arguments: list[str]) -> list[str]:
     if model is not None:
         block = SIDE if model.startswith("llamagen") else 2
         changes = [*changes, f"backbone.shape={SHAPE | {'block_size': block}}".replace("'", "")]
-    if model is not None and model.startswith("llamagen"):
+    if model is not None and model.startswith("llamagen") and command == "pretrain":
         changes = [*changes, "backbone.order_robust_block_size=2"]
     changes = [*changes, "device=cpu"]
     kept = [item for item in arguments if item.split("=")[0] not in {change.split("=")[0] for change in changes}]

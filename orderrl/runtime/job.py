@@ -151,12 +151,16 @@ class Job:
         number = 1
         while self._lock is None:
             folder = root / (self.key if number == 1 else f"{self.key}-{number}")
-            folder.mkdir(parents=True, exist_ok=True)
-            with suppress(FileNotFoundError):  # the job was done just now, and its folder went
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
                 self._lock = claim(folder / LOCK)
-                if self._lock is None:
-                    print(f"{folder}: in use by another process or user; this one does the job on its own", flush=True)
-                    number += 1
+            except (FileNotFoundError, FileExistsError):  # the job was done just now, and its folder went
+                if folder.is_file():
+                    raise
+                continue
+            if self._lock is None:
+                print(f"{folder}: in use by another process or user; this one does the job on its own", flush=True)
+                number += 1
         for path in folder.glob(".*.partial"):  # what an interruption left half written
             path.unlink()
         return folder

@@ -44,7 +44,7 @@ def tiny_planner(
     backbone: OrderRobustTransformer | None = None, seed: int = 0, noisy: bool = True, **shape: Any
 ) -> OrderHead:
     """A small planner; `noisy` draws its heads too, which start at zero, so that its choices depend on what it sees."""
-    shape = {"dim": 16, "stem": 1, "heads": 2, "latents": 2} | shape
+    shape = {"dim": 16, "stem": 1, "heads": 2, "latents": 2, "dropout": 0.0} | shape
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         planner = OrderHead(PlannerConfig.for_backbone(backbone or tiny_backbone(), **shape))
