@@ -16,14 +16,14 @@ returns the planner, and says in an `AGENT` what it learns from:
 
     AGENT = Agent(Config, train)
 
-`register_agent` adds a module of one's own; nothing else of the package has to know it.
+`register_agent("mine", AGENT)` adds it, an entry point of the group "orderrl.agents" adds it for every process, and
+`agent=my_module:AGENT` takes it as it is; nothing else of the package has to know it.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,12 +31,7 @@ from orderrl.backbones.registry import TrainableBackbone
 from orderrl.factory import Setup
 from orderrl.planner import OrderHead
 from orderrl.runtime.job import Job
-
-AGENTS = {
-    name: f"orderrl.agents.{name}" for name in ("bc", "ppo", "grpo", "fitted_q", "schedule", "imitation", "joint")
-}
-"""Modules by the names of their agents."""
-
+from orderrl.runtime.registry import Registry
 
 class Trained(NamedTuple):
     """A planner and what else was made with it.
@@ -81,18 +76,18 @@ class Agent:
     alone: bool = False
 
 
-def register_agent(name: str, module: str) -> None:
-    """Let `train` know an agent.
+def _check(name: str, agent: Any) -> None:
+    if not isinstance(agent, Agent) or not is_dataclass(agent.config):
+        raise ValueError(
+            f"agent {name!r} must be an Agent(Config, train) with a dataclass Config, got {type(agent).__name__}"
+        )
 
-    Args:
-        name: as `agent.name` has it.
-        module: dotted name of the module that holds its `AGENT`.
 
-    Raises:
-        ValueError: if another module has the name.
-    """
-    if AGENTS.setdefault(name, module) != module:
-        raise ValueError(f"agent {name!r} is {AGENTS[name]} already; choose another name than {name!r}")
+_SHIPPED = ("bc", "ppo", "grpo", "fitted_q", "schedule", "imitation", "joint")
+AGENTS: Registry[Agent] = Registry(
+    "agent", "orderrl.agents", {name: f"orderrl.agents.{name}:AGENT" for name in _SHIPPED}, _check
+)
+register_agent = AGENTS.register
 
 
 def find_agent(name: str) -> Agent:
@@ -101,8 +96,4 @@ def find_agent(name: str) -> Agent:
     Raises:
         ValueError: if there is none.
     """
-    if name not in AGENTS:
-        raise ValueError(f"agent.name={name!r} is unknown; choose one of {', '.join(AGENTS)}")
-    agent = importlib.import_module(AGENTS[name]).AGENT
-    assert isinstance(agent, Agent)
-    return agent
+    return AGENTS.find(name, "agent.name")

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from orderrl.agents.agent import Agent
 from orderrl.agents.distribution import RankedBlocks
-from orderrl.agents.orders import ORDERS
+from orderrl.agents.orders import block_order
 from orderrl.agents.play import play, scripted
 from orderrl.agents.search import SearchConfig, require_code_length, searched
 from orderrl.backbones import Backbone
@@ -73,10 +73,10 @@ def train(setup: Setup, config: Config, job: Job) -> OrderHead:
     """Play the order on planner images, then fit the budgets along it."""
     data, budgets, reward = load_split(setup.data, "planner"), setup.environment.budgets, setup.environment.reward
     # play the order
-    if config.order in ORDERS:
-        order = ORDERS[config.order](setup.backbone.geometry)
-    else:
+    if config.order == "schedule":
         order = searched(setup, config.search, job).order
+    else:
+        order = block_order(config.order, setup.backbone.geometry)
     images = min(config.images, len(data))
     with progress(images, f"playing {config.order} order on {data.name}/{data.split}", "images") as advance:
         played = record_order(setup.backbone, data, order, images, setup.planner.content, advance, job=job)
@@ -361,8 +361,8 @@ def _drawn(step_cost: float | tuple[float, float], count: int, generator: torch.
 
 def _check(setup: Setup, config: Config) -> None:
     require_code_length(setup, "agent=fitted_q learns budgets")
-    if config.order != "schedule" and config.order not in ORDERS:
-        raise ValueError(f"agent.order={config.order!r} is unknown; choose schedule or one of {', '.join(ORDERS)}")
+    if config.order != "schedule":
+        block_order(config.order, setup.backbone.geometry, "agent.order")
     require_choice(setup.environment.budgets, setup.backbone.geometry.num_blocks)
 
 

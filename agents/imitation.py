@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from orderrl.agents.agent import Agent
 from orderrl.agents.distribution import planner_actions
-from orderrl.agents.play import play, scripted
+from orderrl.agents.play import act, play, scripted
 from orderrl.agents.policies import AmongBudgets, Policy, ReferencePolicy
 from orderrl.agents.registry import make_policy, policy_source
 from orderrl.agents.spec import PolicySpec
@@ -138,7 +138,7 @@ def imitate(
         played = len(chosen)
         # a gradient step on the current states
         observation = core.observation()
-        shown = policy(observation, generator).to(core.device)
+        shown = act(policy, core, generator).to(core.device)
         distribution = planner_actions(planner(observation), observation, budgets)
         playing = ~core.visible.all(-1)
         entropy = distribution.entropy()[playing].mean()

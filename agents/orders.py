@@ -6,11 +6,16 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from scipy.stats import qmc
 from torch import Tensor
 
 from orderrl.geometry import BlockGrid
+from orderrl.runtime.registry import Registry
 
+OTHER_POLICIES = (
+    *("random", "low_entropy", "high_entropy", "fitted", "confidence", "lookahead", "oracle"),
+    *("newest", "published", "token_raster", "self", "own"),
+)
+"""Names that tables and commands have for what is no order."""
 FIXED_SEED = 0  # of orders that are random but the same for every image
 
 
@@ -116,6 +121,8 @@ def multiscale(geometry: BlockGrid) -> Tensor:
 
 def halton(geometry: BlockGrid) -> Tensor:
     """Blocks as a Halton sequence (bases 2 and 3) visits them (Besnier et al., 2025)."""
+    from scipy.stats import qmc  # takes long to import
+
     order: dict[int, None] = {}
     sequence = qmc.Halton(d=2, scramble=False)
     while len(order) < geometry.num_blocks:
@@ -124,20 +131,29 @@ def halton(geometry: BlockGrid) -> Tensor:
     return torch.tensor(list(order))
 
 
-ORDERS: dict[str, Callable[[BlockGrid], Tensor]] = {
-    "raster": raster,
-    "mirrored_raster": mirrored_raster,
-    "flipped_raster": flipped_raster,
-    "reversed_raster": reversed_raster,
-    "column_major": column_major,
-    "zigzag": zigzag,
-    "diagonal": diagonal,
-    "staggered": staggered,
-    "spiral_in": spiral_in,
-    "spiral_out": spiral_out,
-    "stride2": stride2,
-    "centre": centre,
-    "fixed_random": fixed_random,
-    "multiscale": multiscale,
-    "halton": halton,
-}
+_SHIPPED = (
+    *(raster, mirrored_raster, flipped_raster, reversed_raster, column_major, zigzag, diagonal, staggered, spiral_in),
+    *(spiral_out, stride2, centre, fixed_random, multiscale, halton),
+)
+ORDERS: Registry[Callable[[BlockGrid], Tensor]] = Registry(
+    "order", "orderrl.orders", {order.__name__: order for order in _SHIPPED}, taken=OTHER_POLICIES
+)
+register_order = ORDERS.register
+
+
+def block_order(name: str, geometry: BlockGrid, key: str = "") -> Tensor:
+    """The order of a name, (B,) int64.
+
+    Args:
+        name: of `ORDERS`, or module:attribute.
+        geometry: the block grid.
+        key: of the setting that holds the name, for messages.
+
+    Raises:
+        ValueError: if there is none, or it does not hold every block once.
+    """
+    order = ORDERS.find(name, key)(geometry)
+    blocks = geometry.num_blocks
+    if not isinstance(order, Tensor) or order.dtype != torch.int64 or order.sort().values.tolist() != [*range(blocks)]:
+        raise ValueError(f"order {name!r} must give every block of 0..{blocks - 1} once, as an int64 tensor ({blocks},)")
+    return order

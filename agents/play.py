@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from orderrl.agents.policies import Policy, ReferencePolicy
+from orderrl.agents.policies import Policy, ReferencePolicy, check_policy
 from orderrl.envs.core import NextBlockCore, Transition
 from orderrl.geometry import BlockGrid
 from orderrl.runtime.isolation import isolated
@@ -116,13 +116,26 @@ class Rollout:
 
 @isolated
 def act(policy: Policy | ReferencePolicy, core: NextBlockCore, generator: torch.Generator) -> Tensor:
-    """Actions of a policy for a core's current states."""
+    """Actions of a policy for a core's current states; a policy is told of episodes that begin, see there."""
+    if hasattr(policy, "reset") and bool((starting := core.step_count == 0).any()):
+        policy.reset(starting)
     if isinstance(policy, ReferencePolicy):
         return policy.act(core)
-    actions = policy(core.observation(), generator)
+    observation = core.observation()
+    if getattr(policy, "reads_tokens", False):
+        observation["tokens"] = visible_tokens(core)
+    actions = policy(observation, generator)
     if not isinstance(actions, Tensor):
         raise ValueError(f"policy must return a torch.Tensor of int64 actions, got {type(actions).__name__}")
     return actions
+
+
+def visible_tokens(core: NextBlockCore) -> Tensor:
+    """Tokens of a core's states: (M, N) int64 with -1 where hidden, or continuous ones (M, N, C) with 0 there."""
+    visible = core.visible[:, core.geometry.token_block.to(core.device)]
+    if core.tokens.is_floating_point():
+        return core.tokens.where(visible[..., None], 0.0)
+    return core.tokens.where(visible, -1)
 
 
 @isolated
@@ -147,8 +160,9 @@ def play(
         record: called after every step.
 
     Raises:
-        ValueError: if the policy returns anything but actions, or an illegal one on a strict core.
+        ValueError: if it is no policy, returns anything but actions, or an illegal one on a strict core.
     """
+    check_policy(getattr(policy, "__name__", type(policy).__name__), policy)
     generator = torch.Generator() if generator is None else generator
     left = 2 * core.geometry.num_blocks if steps is None else steps
     while left and (restart or not bool(core.finished.all())):

@@ -5,18 +5,24 @@ on the device; actions may lie on either.
 
 Baselines rank the hidden blocks by an order or by a score and let a schedule choose the budget; planners choose
 both. Only references (oracle, lookahead, confidence) look at the state behind the observation.
+
+A policy may have two attributes. `reset(starting)` is called before it acts in states of which some begin an episode,
+those of starting (batch,) bool: one that remembers something forgets it there. `reads_tokens = True` adds the key
+`tokens` to its observation: (batch, N) int64 in raster order, -1 where hidden; continuous ones (batch, N, C) are 0.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from orderrl.agents.distribution import planner_actions
+from orderrl.agents.orders import ORDERS, OTHER_POLICIES
 from orderrl.agents.schedules import Schedule, fixed, legal_place, places_only, reads_content
 from orderrl.envs.core import NextBlockCore
 from orderrl.geometry import BlockGrid
@@ -24,6 +30,7 @@ from orderrl.oracle import block_gains, gain_uniforms, utilities
 from orderrl.planner import OrderHead
 from orderrl.runtime.isolation import isolated
 from orderrl.runtime.random import drawn_uniform
+from orderrl.runtime.registry import Registry
 
 if TYPE_CHECKING:
     from tensordict import TensorDictBase
@@ -240,7 +247,7 @@ class AmongBudgets:
     def __init__(self, policy: Policy, own: tuple[int, ...], offered: tuple[int, ...]) -> None:
         self.policy, self.own, self.offered = policy, tuple(own), tuple(offered)
         self.place = _places(self.own, self.offered)
-        self.reads_content = reads_content(policy)
+        _take_attributes(self, policy)
 
     def __call__(self, observation: TensorDictBase, generator: torch.Generator) -> Tensor:
         if self.own == self.offered:
@@ -286,7 +293,8 @@ class _Scheduled:
 
     def __init__(self, policy: Policy, budgets: tuple[int, ...], schedule: Schedule, name: str) -> None:
         self.policy, self.budgets, self.schedule, self.name = policy, budgets, schedule, name
-        self.reads_content = reads_content(policy) or reads_content(schedule)
+        _take_attributes(self, policy)
+        self.reads_content = self.reads_content or reads_content(schedule)
 
     def __call__(self, observation: TensorDictBase, generator: torch.Generator) -> Tensor:
         action, most = self.policy(observation, generator), self.budgets[-1]
@@ -302,6 +310,14 @@ class _Scheduled:
         if self.budgets == (1,):
             return ranked[:, 0]
         return torch.cat([ranked, legal_place(self.schedule, observation, ranked)[:, None]], dim=-1)
+
+
+def _take_attributes(wrapper: Any, policy: Policy) -> None:
+    """Give a policy that asks another one the attributes of that."""
+    wrapper.reads_content = reads_content(policy)
+    for name in ("reset", "reads_tokens"):
+        if hasattr(policy, name):
+            setattr(wrapper, name, getattr(policy, name))
 
 
 def among_budgets(
@@ -424,3 +440,36 @@ class Confidence(ReferencePolicy):
         tokens = geometry.write(core.tokens[rows], hidden, drawn)
         losses, _ = core.backbone.context_loss(prefix, tokens, hidden)
         return torch.zeros_like(core.losses[rows]).scatter(1, hidden, -losses.loss)
+
+
+# ---------------------------------------------------------------------- policies of users
+
+
+def check_policy(name: str, policy: Any) -> None:
+    """Refuse what is no policy.
+
+    Raises:
+        ValueError: in one line that says what a policy is.
+    """
+    if isinstance(policy, ReferencePolicy):
+        return
+    got = f"the class {policy.__name__}: give an instance" if isinstance(policy, type) else type(policy).__name__
+    fits = callable(policy) and not isinstance(policy, type)
+    if fits:
+        try:
+            inspect.signature(policy).bind(None, None)
+        except TypeError:
+            fits, got = False, f"{getattr(policy, '__name__', got)}{inspect.signature(policy)}"
+        except ValueError:  # a built-in function does not say what it takes
+            pass
+    if not fits:
+        raise ValueError(
+            f"policy '{name}' must be callable as policy(observation, generator), which gives int64 actions (batch,) or "
+            f"(batch, K + 1); got {got}"
+        )
+
+
+POLICIES: Registry[Policy | ReferencePolicy] = Registry(
+    "policy", "orderrl.policies", check=check_policy, taken=(*ORDERS.shipped, *OTHER_POLICIES)
+)
+register_policy = POLICIES.register

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
-import inspect
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,8 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from orderrl.agents.orders import ORDERS
+from orderrl.agents.orders import ORDERS, block_order
 from orderrl.agents.policies import (
+    POLICIES,
     SCORERS,
     Confidence,
     Lookahead,
@@ -32,6 +31,7 @@ from orderrl.agents.policies import (
 from orderrl.agents.schedules import Schedule, entropy_threshold, fixed, growing, information_threshold
 from orderrl.agents.spec import PAIRED, REFERENCES, SPACED, THRESHOLD, PolicySpec, written_cost
 from orderrl.backbones.protocol import Backbone
+from orderrl.envs.reward import OBJECTIVES
 from orderrl.planner import load_planner, require_described
 from orderrl.runtime.isolation import isolated_float32
 
@@ -82,8 +82,8 @@ class NamedPolicy:
 
 
 def policy_names() -> list[str]:
-    """Names of all baselines and references."""
-    return [*ORDERS, *SCORERS, SPACED + "random", "fitted", *REFERENCES]
+    """Names of all baselines, registered policies and references."""
+    return [*ORDERS, *SCORERS, SPACED + "random", "fitted", *REFERENCES, *POLICIES]
 
 
 @isolated_float32
@@ -99,7 +99,7 @@ def make_policy(
         spec: see the module's text.
         backbone: gives the block grid; planners must fit it.
         fitted: gives the fixed order (B,) fitted on planner labels; called for "fitted" alone.
-        budgets: of own policies (module:attribute) without a schedule.
+        budgets: of own policies (module:attribute, or registered) without a schedule.
 
     Raises:
         ValueError: if the name is unknown, or its schedule or checkpoint does not fit.
@@ -134,7 +134,7 @@ def _named(
 
 def _scorer(spec: PolicySpec, backbone: Backbone, fitted: Callable[[], Tensor] | None) -> Scorer:
     if spec.name in ORDERS:
-        return fixed_order(ORDERS[spec.name](backbone.geometry))
+        return fixed_order(block_order(spec.name, backbone.geometry))
     if spec.name in SCORERS:
         return SCORERS[spec.name]
     if spec.name == "fitted":
@@ -199,6 +199,8 @@ def _planner_policy(spec: PolicySpec, backbone: Backbone) -> NamedPolicy:
     require_described(spec.path, planner, description)
     if spec.prefix == PAIRED:
         planner.config.require_pairs(f"policy '{spec}'")
+    if OBJECTIVES.given(description["objective"]) is not None:  # of a user: its return becomes a metric
+        OBJECTIVES.find(description["objective"])
     costs, cost = planner.config.step_cost_range, description.get("env", {}).get("step_cost")
     family = spec.prefix + _planner_name(description, planner.config.reasoning_steps, costs is not None)
     step_cost = None if isinstance(cost, list) else cost  # a range: it is told, or what it imitates knows no costs
@@ -245,12 +247,9 @@ def _planner_name(description: Mapping[str, Any], reasoning_steps: int, conditio
 
 def policy_source(spec: PolicySpec | None) -> Path | None:
     """The file that a policy is made of: a planner's checkpoint, or the user's module; None where there is none."""
-    if spec is None or spec.kind != "own":
+    if spec is None or spec.path is not None:
         return spec.path if spec is not None else None
-    try:
-        return Path(inspect.getfile(importlib.import_module(spec.module_and_attribute[0])))
-    except (ImportError, TypeError):  # no module, or one without a file
-        return None
+    return (POLICIES if spec.kind == "own" else ORDERS).source(spec.name)
 
 
 def check_planner_name(name: str | None) -> None:
@@ -321,15 +320,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _own_policy(spec: PolicySpec, backbone: Backbone, budgets: tuple[int, ...]) -> NamedPolicy:
-    module, attribute = spec.module_and_attribute
-    try:
-        policy = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"policy '{spec}' cannot be imported: {error}; write module:attribute") from None
-    if not callable(policy) and not isinstance(policy, ReferencePolicy):
-        raise ValueError(
-            f"policy '{spec}' must be callable as policy(observation, generator), got {type(policy).__name__}"
-        )
+    policy = POLICIES.find(spec.name)
     if not spec.schedule:
         return _named(spec, policy, tuple(budgets))
     budgets, schedule = _schedule(spec, backbone)

@@ -4,7 +4,7 @@
     NAME[:DRAWS][@SCHEDULE]             a reference: oracle, confidence, lookahead:4
     PATH.safetensors[@costC][@SCHEDULE] a planner; spaced_PATH and paired_PATH choose the blocks of a step in other ways
     newest[@costC][@SCHEDULE]           the newest planner in the cache, where a command knows which that is
-    MODULE:ATTRIBUTE[@SCHEDULE]         a user's own policy
+    MODULE:ATTRIBUTE[@SCHEDULE]         a user's own policy, or the NAME under which it is registered
 
 A path may hold any character: what follows its last ".safetensors" alone is a step cost or a schedule. A relative path
 that begins like a prefix is taken whole if there is such a file, and can be written `./spaced_...`.
@@ -16,6 +16,8 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
+
+from orderrl.agents.policies import POLICIES
 
 REFERENCES = ("confidence", "lookahead", "oracle")
 SPACED = "spaced_"
@@ -37,7 +39,7 @@ class PolicySpec:
 
     Attributes:
         kind: baseline, reference, planner (of a file), newest (planner in the cache) or own (of a user's module).
-        name: of a baseline or reference; a planner's path; MODULE:ATTRIBUTE.
+        name: of a baseline, reference or registered policy; a planner's path; MODULE:ATTRIBUTE.
         prefix: `SPACED`, `PAIRED` (planners alone) or "".
         draws: of lookahead; None takes one.
         step_cost: nats per image that a planner is told; None tells it nothing.
@@ -83,7 +85,7 @@ class PolicySpec:
         name, colon, argument = base.partition(":")
         if name in REFERENCES:
             return cls("reference", name, draws=_draws(text, name, argument) if colon else None, schedule=schedule)
-        if colon:
+        if colon or base in POLICIES:
             return cls("own", base, schedule=schedule)
         prefix = SPACED if base.startswith(SPACED) else ""
         return cls("baseline", base.removeprefix(prefix), prefix, schedule=schedule)
@@ -119,12 +121,6 @@ class PolicySpec:
     def path(self) -> Path | None:
         """The checkpoint of a planner; None of other policies."""
         return Path(self.name) if self.kind == "planner" else None
-
-    @property
-    def module_and_attribute(self) -> tuple[str, str]:
-        """Where a user's own policy stands; ("", "") of other policies."""
-        module, _, attribute = self.name.partition(":") if self.kind == "own" else ("", "", "")
-        return module, attribute
 
     def at(self, path: Path | str) -> PolicySpec:
         """The same with a planner's file, for `newest`."""

@@ -6,28 +6,45 @@ is named by its path, and its dataclass by `module:Class`, so that a help page i
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from orderrl.agents.agent import AGENTS
+from orderrl.agents.agent import AGENTS, find_agent
 from orderrl.backbones.presets import PRESETS
+from orderrl.backbones.registry import BACKBONES
+from orderrl.data import DATA
+from orderrl.runtime.registry import Registry, is_reference
 from orderrl.runtime.schema import Node
+from orderrl.tokenizers.registry import TOKENIZERS
 
 ADAPTIVE = ("fitted_q", "schedule", "imitation")  # agents that choose how many blocks a step reveals
 LIKELIHOOD = [{"override /env@_global_.env": "likelihood"}]
 NOTHING = "orderrl.runtime.schema:Nothing"  # no keys
 
 
-def nodes() -> dict[str, Node]:
-    """Every dataclass of the configuration by its path."""
-    return COMMANDS | GROUPS | _backbones() | _agents()
+def nodes(overrides: Sequence[str] = ()) -> dict[str, Node]:
+    """Every dataclass of the configuration by its path, with what users have registered or name in the overrides."""
+    found = COMMANDS | GROUPS | _backbones() | {f"agent/{name}": _agent(name) for name in AGENTS.shipped}
+    chosen = dict(item.split("=", 1) for item in overrides if "=" in item)
+    for group, (registry, node) in _REGISTRIES.items():
+        named = filter(is_reference, chosen.get(group, "").split(","))  # several in a sweep
+        found |= {f"{group}/{name}": node(name) for name in (*registry.own(), *named)}
+    return found
 
 
-def _agents() -> dict[str, Node]:
-    """Agents by name, with those that other packages have registered."""
-    return {
-        f"agent/{name}": Node(f"{module}:Config", name, defaults=LIKELIHOOD if name in ADAPTIVE else ())
-        for name, module in AGENTS.items()
-    }
+def _agent(name: str) -> Node:
+    """An agent's settings; it is imported when they are looked at."""
+    given = AGENTS.given(name)
+    kind = f"{given}.config" if isinstance(given, str) else find_agent(name).config
+    return Node(kind, name, defaults=LIKELIHOOD if name in ADAPTIVE else ())
+
+
+_REGISTRIES: dict[str, tuple[Registry[Any], Callable[[str], Node]]] = {
+    "agent": (AGENTS, _agent),
+    "backbone": (BACKBONES, lambda name: Node("orderrl.backbones.config:BackboneName", values={"name": name})),
+    "data": (DATA, lambda name: Node("orderrl.data.config:DataName", values={"name": name})),
+    "tokenizer": (TOKENIZERS, lambda name: Node("orderrl.tokenizers.config:OwnTokenizer", name)),
+}
 
 
 def _command(name: str, *defaults: Any) -> Node:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,11 +14,41 @@ from torch import Tensor
 from orderrl.geometry import BlockGrid
 from orderrl.oracle import WEIGHTS, distance_weights
 from orderrl.runtime.random import Stream, keyed_log_uniform
-from orderrl.runtime.values import Settings, at_least, one_of, positive, setting
+from orderrl.runtime.registry import Registry
+from orderrl.runtime.values import Settings, at_least, member_of, one_of, positive, setting
 
-OBJECTIVES = ("context", "likelihood")
 FORMS = ("future_loss", "charged")
 ILLEGAL_REWARD = -0.1
+
+
+class Step(NamedTuple):
+    """A step of M episodes, as an objective sees it.
+
+    Attributes:
+        utility: (M,) U(a|S) times N: what the reveal lowers the losses of the blocks that stay hidden by, weighted.
+        before, after: (M, B) block losses given S_t and S_{t+1}, nats; `after` is zero where visible.
+        revealed, visible: (M, B) bool, the blocks of this step, and those visible after it.
+        geometry: the block grid.
+    """
+
+    utility: Tensor
+    before: Tensor
+    after: Tensor
+    revealed: Tensor
+    visible: Tensor
+    geometry: BlockGrid
+
+
+OBJECTIVES: Registry[Callable[[Step], Tensor]] = Registry(
+    "objective",
+    "orderrl.objectives",
+    {
+        "context": lambda step: step.utility * (1 - step.visible.float().mean(-1)),
+        "likelihood": lambda step: step.utility,
+    },
+)
+"""What a step is worth before its cost, (M,) nats per image."""
+register_objective = OBJECTIVES.register
 
 
 @dataclass(frozen=True)
@@ -26,13 +57,14 @@ class RewardConfig(Settings):
 
     Objective "context" pays U(a|S) * (1 - |S + a| / B) (fact 2), "likelihood" pays U(a|S) under the parallel block
     sampler (fact 1). Form "future_loss" pays U itself; "charged" pays -1/N times the losses of the revealed blocks,
-    which differs from U by a potential and needs only their chains. Weight "far" is Algorithm 2 of the plan.
+    which differs from U by a potential and needs only their chains. Weight "far" is Algorithm 2 of the plan. Other
+    objectives and weights are those that users register.
     """
 
     objective: str = setting(
         "context",
-        "What is rewarded: context (useful context first) or likelihood (short code length)",
-        one_of(OBJECTIVES),
+        "What is rewarded: context (useful context first), likelihood (short code length) or an own objective",
+        member_of(OBJECTIVES),
     )
     form: str = setting(
         "future_loss",
@@ -40,7 +72,7 @@ class RewardConfig(Settings):
         "uniform only)",
         one_of(FORMS),
     )
-    weight: str = setting("uniform", "Weight of the reward: uniform, or far (far structure counts)", one_of(WEIGHTS))
+    weight: str = setting("uniform", "Weight of the reward: uniform, far (far structure counts) or an own one", member_of(WEIGHTS))
     sigma: float = setting(1.5, "Reach of weight far, in blocks", positive())
     step_cost: float | tuple[float, float] = setting(
         0.0,
@@ -185,9 +217,13 @@ class Reward:
         else:
             assert after is not None
             weights = None if self.config.weight == "uniform" else set_weights(self.pair_weights, revealed)
-            value = future_loss_reduction(before, after, ~visible, weights)
-            if self.config.objective == "context":
-                value = value * (1 - visible.float().mean(-1))
+            utility = future_loss_reduction(before, after, ~visible, weights)
+            value = OBJECTIVES.find(self.config.objective)(Step(utility, before, after, revealed, visible, self.geometry))
+            if not isinstance(value, Tensor) or value.shape != utility.shape:
+                raise ValueError(
+                    f"objective {self.config.objective!r} must give a tensor of shape {tuple(utility.shape)}, nats per "
+                    f"image, got {tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__}"
+                )
         cost = self.config.step_cost if step_cost is None else step_cost
         if isinstance(cost, tuple):
             raise ValueError(f"step_cost must be given for every episode: the config's is the range {cost}")

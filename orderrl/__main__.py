@@ -21,6 +21,8 @@ COMMANDS = (
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `orderrl COMMAND ...` as `python -m orderrl.COMMAND ...`; `--help` lists the commands."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if "" not in sys.path:  # as with `python -m`: a user's own modules lie in the current folder
+        sys.path.insert(0, "")
     command = given[0] if given else "--help"
     if command in ("-h", "--help"):
         print(overview())

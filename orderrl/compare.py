@@ -19,15 +19,14 @@ from orderrl.report.runs_page import write_runs_page
 from orderrl.report.screen import print_comparisons, print_leaderboard
 from orderrl.runtime.run import Run
 
-METRICS = [column.name for column in all_columns("compare")]
-
 
 def parser() -> argparse.ArgumentParser:
     """Arguments of the command line."""
     made = argparse.ArgumentParser(prog="python -m orderrl.compare", description=__doc__)
+    usual = [column.name for column in all_columns("compare")]
     made.add_argument("runs", nargs="+", metavar="RUN", help="runs/evaluate/DATE, or NAME=FOLDER to call it NAME")
     made.add_argument("--rank", metavar="KEY", help="rank all rows by this metric, such as gain_auc, and test nothing")
-    made.add_argument("--metrics", nargs="+", default=METRICS, metavar="KEY", help=f"default: {' '.join(METRICS)}")
+    made.add_argument("--metrics", nargs="+", default=usual, metavar="KEY", help=f"default: {' '.join(usual)}")
     made.add_argument("--resamples", type=int, default=RESAMPLES, help="bootstrap resamples (default: %(default)s)")
     made.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: %(default)s)")
     made.add_argument("--output-dir", default="runs", help="where run folders are made (default: %(default)s)")

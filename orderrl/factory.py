@@ -97,7 +97,7 @@ class Setup:
             raise ValueError(
                 f"{what} needs an order-robust backbone, and {self.backbone_name!r} draws in raster order only; make "
                 f"it order-robust with `python -m orderrl.pretrain backbone={self.backbone_name} "
-                f"backbone.path={self.backbone_path} data={self.data.partition(':')[0]}` and use the checkpoint as "
+                f"backbone.path={self.backbone_path} data={'tokens' if self.data.startswith('tokens:') else self.data}` and use the checkpoint as "
                 "backbone.name"
             )
 

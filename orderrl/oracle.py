@@ -7,7 +7,7 @@ block b by, and U(a | S) = 1/N sum_b w(b, a) G[a, b] (design, section 3; Algorit
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,10 +19,20 @@ from orderrl.backbones.sampling import Sampling
 from orderrl.geometry import BlockGrid
 from orderrl.runtime.isolation import isolated
 from orderrl.runtime.random import Stream, keyed_uniform
+from orderrl.runtime.registry import Registry
 from orderrl.runtime.values import Settings, at_least, between, one_of, setting
 
 KINDS = ("pointwise", "kl", "expected")
-WEIGHTS = ("uniform", "far")
+WEIGHTS: Registry[Callable[[BlockGrid, float], Tensor]] = Registry(
+    "weight",
+    "orderrl.weights",
+    {
+        "uniform": lambda geometry, sigma: torch.ones_like(geometry.distances),
+        "far": lambda geometry, sigma: 1 - torch.exp(-((geometry.distances / sigma) ** 2)),
+    },
+)
+"""w(b, a): (geometry, sigma in blocks) -> (B, B) float32, growing with the distance of b from a."""
+register_weight = WEIGHTS.register
 LEAST_LOSS = 0.1  # nats; blocks of less loss are drawn as if they had it, so that no weight grows without bound
 
 
@@ -31,7 +41,7 @@ def distance_weights(geometry: BlockGrid, weight: str, sigma: float) -> Tensor:
 
     Args:
         geometry: the block grid.
-        weight: "uniform" (Algorithm 1: all ones) or "far" (Algorithm 2: 1 - exp(-(d / sigma)^2)).
+        weight: "uniform" (Algorithm 1: all ones), "far" (Algorithm 2: 1 - exp(-(d / sigma)^2)), or one of a user.
         sigma: in blocks; how far "near" reaches.
 
     Returns:
@@ -40,13 +50,13 @@ def distance_weights(geometry: BlockGrid, weight: str, sigma: float) -> Tensor:
     Raises:
         ValueError: if weight is unknown or sigma is not positive and finite.
     """
-    if weight not in WEIGHTS:
-        raise ValueError(f"weight={weight!r} is unknown; choose one of {', '.join(WEIGHTS)}")
+    weights = WEIGHTS.find(weight)
     if not 0 < sigma < math.inf:
         raise ValueError(f"sigma must be positive and finite (in blocks), got {sigma}")
-    if weight == "uniform":
-        return torch.ones_like(geometry.distances)
-    return 1 - torch.exp(-((geometry.distances / sigma) ** 2))
+    found, blocks = weights(geometry, sigma), geometry.num_blocks
+    if not isinstance(found, Tensor) or found.shape != (blocks, blocks):
+        raise ValueError(f"weight {weight!r} must give a tensor of shape {(blocks, blocks)}, indexed [a, b]")
+    return found
 
 
 def utilities(gains: Tensor, geometry: BlockGrid, weights: Tensor | None = None) -> Tensor:

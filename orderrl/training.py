@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from orderrl.agents import bc, imitation
-from orderrl.agents.agent import Agent, Trained, find_agent
+from orderrl.agents.agent import AGENTS, Agent, Trained, find_agent
+from orderrl.agents.orders import ORDERS
 from orderrl.agents.registry import differing_settings
 from orderrl.agents.spec import NEWEST
 from orderrl.backbones import backbone_fingerprint, save_backbone
+from orderrl.envs.reward import OBJECTIVES
 from orderrl.factory import FORMAT, NO_DATA, Setup
 from orderrl.labels import LABELS, label_settings
+from orderrl.oracle import WEIGHTS
 from orderrl.planner import load_planner, require_described, save_planner
 from orderrl.runtime import distributed
 from orderrl.runtime.cache import Cache, fingerprint
@@ -121,6 +124,15 @@ def describe(setup: Setup, name: str, agent: Agent, config: Any) -> dict[str, An
         description["images"] = setup.images
     if setup.name is not None:
         description["name"] = setup.name
+    reward = setup.environment.reward
+    own = {
+        "agent": AGENTS.version(name),
+        "objective": OBJECTIVES.version(reward.objective) if agent.environment else None,
+        "weight": WEIGHTS.version(getattr(config, "weight", reward.weight)),
+        "order": ORDERS.version(getattr(config, "order", "raster")),
+    }
+    if any(own.values()):  # of users: their code determines it too
+        description["own"] = {kind: version for kind, version in own.items() if version}
     return description | agent.describe(setup, config)
 
 

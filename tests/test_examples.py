@@ -130,7 +130,7 @@ def test_raster_only_backbones_are_refused_with_the_command(layout: Path) -> Non
 
 def test_an_own_backbone_keeps_the_promises_and_trains_a_planner(monkeypatch: pytest.MonkeyPatch) -> None:
     """The worked example: checked, registered, labelled and played in the environment."""
-    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    monkeypatch.setattr(registry.BACKBONES, "members", dict(registry.BACKBONES.members))
     spec = importlib.util.spec_from_file_location("own_backbone", EXAMPLES / "own_backbone.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

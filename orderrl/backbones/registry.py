@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from orderrl.runtime.checkpoint import build_to_fit, load_checkpoint, load_state
 from orderrl.runtime.devices import checked_device
 from orderrl.runtime.finite import OVERFLOW, require_finite
 from orderrl.runtime.isolation import isolated_float32
+from orderrl.runtime.registry import Registry
 from orderrl.runtime.weights import load_weights, missing_weights, weights_fingerprint
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
@@ -35,23 +37,22 @@ _FAMILIES: dict[str, tuple[type[Any], type[Any]]] = {
     "arpg": (ARPG, TransformerConfig),
     "mar": (MaskedTransformer, MaskedConfig),
 }
-_REGISTRY: dict[str, Callable[[], Backbone]] = {}
+def _shipped(name: str) -> Backbone:
+    return _from_file(WEIGHTS / f"{name}.safetensors")
 
 
-def register_backbone(name: str, build: Callable[[], Backbone]) -> None:
-    """Make `load_backbone(name)` call `build`.
-
-    Raises:
-        ValueError: if the name is taken.
-    """
-    if name in _REGISTRY:
-        raise ValueError(f"a backbone named {name!r} is registered already; choose another name")
-    _REGISTRY[name] = build
+BACKBONES: Registry[Callable[[], Backbone]] = Registry(
+    "backbone",
+    "orderrl.backbones",
+    {name: partial(_shipped, name) for name in ("digits", "digits_raster", "canvas")},
+    taken=(*PRESETS, "small", "none", "digits_mar"),
+)
+register_backbone = BACKBONES.register
 
 
 def backbone_names() -> list[str]:
     """Registered names."""
-    return sorted(_REGISTRY)
+    return sorted(BACKBONES)
 
 
 @isolated_float32
@@ -69,8 +70,8 @@ def load_backbone(
     """A frozen backbone: eval mode, no gradients.
 
     Args:
-        name_or_path: a registered name, a checkpoint that `python -m orderrl.pretrain` wrote, or a published model
-            (`published_names`), which needs `path`.
+        name_or_path: a registered name, the module:attribute of a function that makes a backbone, a checkpoint that
+            `python -m orderrl.pretrain` wrote, or a published model (`published_names`), which needs `path`.
         path: weights of a published model: .safetensors (also the index of shards), .pt, .pth, or
             `hf://OWNER/NAME[@REVISION]/FILE`.
         device: where it runs; None is the CPU.
@@ -96,14 +97,17 @@ def load_backbone(
         load_weights(_module(backbone), path)
     elif path is not None or shape:
         raise ValueError(f"path and shape belong to published models, {name!r} is none of {', '.join(PRESETS)}")
-    elif name in _REGISTRY:
-        backbone = _REGISTRY[name]()
-    elif name.endswith(".safetensors") or Path(name).exists():
+    elif name not in BACKBONES and (name.endswith(".safetensors") or Path(name).exists()):
         backbone = _from_file(Path(name))
+    elif BACKBONES.given(name) is not None:
+        build: Any = BACKBONES.find(name)
+        backbone = build if hasattr(build, "context_loss") and not isinstance(build, type) else build()
+        if not hasattr(backbone, "context_loss"):
+            raise ValueError(f"backbone {name!r} must be a function that gives a backbone, it gives {backbone!r:.60}")
     else:
         raise ValueError(
-            f"backbone={name!r} is unknown; choose one of {', '.join(backbone_names() + published_names())} or give "
-            "the path of a .safetensors checkpoint"
+            f"backbone={name!r} is unknown; choose one of {', '.join(backbone_names() + published_names())}, "
+            "module:attribute, or give the path of a .safetensors checkpoint"
         )
     if isinstance(backbone, torch.nn.Module):
         backbone.eval().requires_grad_(False)
@@ -254,6 +258,3 @@ def _cast(module: torch.nn.Module, dtype: torch.dtype) -> None:
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
 
-
-for _name in ("digits", "digits_raster", "canvas"):
-    register_backbone(_name, lambda name=_name: _from_file(WEIGHTS / f"{name}.safetensors"))  # type: ignore[misc]

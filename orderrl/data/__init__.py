@@ -1,6 +1,8 @@
 """Data sets as token images, by name."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
 
 from torch import Generator, Tensor
 
@@ -9,9 +11,11 @@ from orderrl.data.digits import augment_digits, augment_patches, load_digits_spl
 from orderrl.data.token_files import load_token_set
 from orderrl.data.token_set import TokenSet
 from orderrl.runtime.isolation import isolated_float32
+from orderrl.runtime.registry import Registry
 
 __all__ = [
     "AUGMENTATIONS",
+    "DATA",
     "TokenSet",
     "augment_canvas",
     "augment_digits",
@@ -21,9 +25,17 @@ __all__ = [
     "load_patches_split",
     "load_split",
     "load_token_set",
+    "register_data",
 ]
 
-_LOADERS = {"digits": load_digits_split, "digits_patches": load_patches_split, "canvas": load_canvas_split}
+DATA: Registry[Callable[[str], TokenSet]] = Registry(
+    "data set",
+    "orderrl.data",
+    {"digits": load_digits_split, "digits_patches": load_patches_split, "canvas": load_canvas_split},
+    taken=("folder", "tokens", "none"),
+)
+"""Loaders: a split, "backbone", "planner" or "test" -> its images."""
+register_data = DATA.register
 AUGMENTATIONS: dict[str, Callable[[Tensor, Generator, float], Tensor]] = {
     "digits": augment_digits,
     "digits_patches": augment_patches,
@@ -38,8 +50,8 @@ def load_split(name: str, split: str) -> TokenSet:
     """Load one split of a data set by name.
 
     Args:
-        name: "digits", "digits_patches", "canvas", or "tokens:FOLDER" for a token set that `python -m orderrl.tokenize`
-            wrote.
+        name: "digits", "digits_patches", "canvas", a registered data set, the module:attribute of one, or
+            "tokens:FOLDER" for a token set that `python -m orderrl.tokenize` wrote.
         split: "backbone", "planner" or "test".
 
     Raises:
@@ -53,6 +65,16 @@ def load_split(name: str, split: str) -> TokenSet:
             "data=folder holds images, not tokens; make tokens with `python -m orderrl.tokenize data=folder "
             "data.root=... output=FOLDER` and use data=tokens data.path=FOLDER"
         )
-    if name not in _LOADERS:
-        raise ValueError(f"data.name={name!r} is unknown; choose one of {', '.join(_LOADERS)}, {_ON_DISK}FOLDER")
-    return _LOADERS[name](split)
+    if DATA.given(name) is None:
+        known = ", ".join(DATA)
+        raise ValueError(f"data.name={name!r} is unknown; choose one of {known}, module:attribute, {_ON_DISK}FOLDER")
+    return DATA[name](split) if name in DATA.shipped else _own_split(DATA.find(name), name, split)
+
+
+@lru_cache(maxsize=8)
+def _own_split(load: Callable[[str], TokenSet], name: str, split: str) -> TokenSet:
+    """A split of a user's data set, under its name."""
+    found = load(split)
+    if not isinstance(found, TokenSet):
+        raise ValueError(f"data set {name!r} must give a TokenSet for a split, got {type(found).__name__}")
+    return replace(found, name=name, split=split)

@@ -31,7 +31,6 @@ def tokenize_with(
     """`tokenize_folder` with the tokeniser of the config group `tokenizer`, given as plain values."""
     path = chosen.get("path")
     tokenizer = load_tokenizer(chosen["name"], path, device)
-    assert path is not None  # every tokeniser comes from a file
     sample_seed = chosen["sample_seed"] if chosen.get("sample") else None
     half = chosen.get("half", False)
     return tokenize_folder(tokenizer, folder, output, path, sample_seed=sample_seed, half=half, **sizes)
@@ -41,7 +40,7 @@ def tokenize_folder(
     tokenizer: Tokenizer,
     folder: FolderConfig,
     output: Path | str | Cache,
-    tokenizer_path: str | Path,
+    tokenizer_path: str | Path | None,
     batch_size: int = BATCH_SIZE,
     shard_size: int = SHARD_SIZE,
     sample_seed: int | None = None,
@@ -54,7 +53,7 @@ def tokenize_folder(
         folder: images and crops.
         output: the token set's folder, or a cache, where other images or crops have another one and what is damaged
             is made again.
-        tokenizer_path: file or hub name that the tokeniser came from, remembered for decoding.
+        tokenizer_path: file or hub name that the tokeniser came from, remembered for decoding; None if from none.
         batch_size: images a call; all their views go together.
         shard_size: images a shard.
         sample_seed: of the noise of posterior samples, keyed by image and view; None takes posterior means.

@@ -91,7 +91,8 @@ class TokenSetWriter:
             many every split has, and `files`, their version.
         images: what is tokenised.
         tokenizer_path: file or hub name of the tokeniser's weights, for decoding. A file in OrderRL's own format is
-            copied into the folder (`own=True`), published weights are remembered by where they are.
+            copied into the folder (`own=True`), published weights are remembered by where they are. None if there is no
+            such file.
         own: see `tokenizer_path`.
         remake: make again what is damaged, with a line that says so, instead of refusing it; for folders that nobody
             but this package writes to.
@@ -106,7 +107,7 @@ class TokenSetWriter:
         folder: Path | str,
         identity: Mapping[str, Any],
         images: Images,
-        tokenizer_path: str | Path,
+        tokenizer_path: str | Path | None,
         own: bool = False,
         remake: bool = False,
     ) -> None:
@@ -122,10 +123,10 @@ class TokenSetWriter:
         elif any(self.folder.iterdir()):
             raise ValueError(f"{self.folder}: is not empty and holds no token set; choose another output")
         else:
-            where = TOKENIZER if own else _lasting(tokenizer_path)
+            where = TOKENIZER if own else None if tokenizer_path is None else _lasting(tokenizer_path)
             self._described = {"format": FORMAT, "identity": self.identity, "tokenizer_path": where, "shards": {}}
             write_sealed(self._path, self._described)
-        copies = {IMAGES: images.table.encode()} | ({TOKENIZER: Path(tokenizer_path).read_bytes()} if own else {})
+        copies = {IMAGES: images.table.encode()} | ({TOKENIZER: Path(tokenizer_path).read_bytes()} if own and tokenizer_path else {})
         for name, content in copies.items():
             path, there = self.folder / name, (self.folder / name).is_file()
             if there and remake and path.read_bytes() != content:
@@ -352,8 +353,8 @@ class SetDecoder:
     def _load(self) -> Any:
         from orderrl.tokenizers import load_tokenizer
 
-        identity, where = self.described["identity"]["tokenizer"], str(self.described["tokenizer_path"])
-        path = where if where.startswith(_HUB) else self.folder / where  # an absolute path stays as it is
+        identity, where = self.described["identity"]["tokenizer"], self.described["tokenizer_path"]
+        path = where if where is None or where.startswith(_HUB) else self.folder / where  # absolute ones stay as they are
         if isinstance(path, Path) and not path.is_file():
             raise FileNotFoundError(
                 f"{path}: the weights of tokenizer {identity['name']} that {self.folder} was made with are not there; "
@@ -362,7 +363,7 @@ class SetDecoder:
         tokenizer = load_tokenizer(identity["name"], path)
         if tokenizer.fingerprint != identity["fingerprint"]:
             raise ValueError(
-                f"{path}: is not the tokenizer that {self.folder} was made with (fingerprint {tokenizer.fingerprint} "
+                f"{path or identity['name']}: is not the tokenizer that {self.folder} was made with (fingerprint {tokenizer.fingerprint} "
                 f"instead of {identity['fingerprint']})"
             )
         return tokenizer

@@ -4,6 +4,9 @@ A metric of your own is one call: its column, with the values of a policy's roll
 
     register_metric(Column("first_loss", "loss after a step", "nats", 3, "Loss left after the first step.", LOWER,
                            per_image=lambda rollout, backbone: rollout.losses[1].sum(-1)), "planning")
+
+Every process knows it by an entry point of the group "orderrl.metrics", whose name is the column's. Of an objective
+that a user has registered, the sum of its rewards is a metric.
 """
 
 from __future__ import annotations
@@ -12,12 +15,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from orderrl.agents.play import Rollout
 from orderrl.backbones import Backbone
+from orderrl.envs.reward import OBJECTIVES, Step, future_loss_reduction
 from orderrl.metrics.order import consecutive_distance, visible_neighbours
 from orderrl.metrics.quality import INCEPTION, distance_name
+from orderrl.runtime.registry import Registry
 
 DASH = "–"
 MINUS = "−"
@@ -48,6 +54,7 @@ class Column:
         per_image: gives the values of a rollout's images, (n,) float, whose mean it is; None if it is measured in
             another way.
         per_sample: gives the values of generated images (n, 3, H, W) uint8 of classes (n,) int64, (n,) float; likewise.
+        group: of a metric of a user, where it stands, one of `GROUPS`.
     """
 
     name: str
@@ -64,6 +71,7 @@ class Column:
     inception: str = ""
     per_image: PerImage | None = None
     per_sample: PerSample | None = None
+    group: str = ""
 
     def __post_init__(self) -> None:
         unknown = [place for place in self.places.split() if place not in PLACES]
@@ -221,28 +229,81 @@ _WITHOUT_COLUMN = (
 oracle and lookahead, which know or try out hidden tokens and are evaluated on the first images only."""
 
 
-def register_metric(column: Column, group: str) -> None:
+def _check(name: str, column: Any) -> None:
+    if not isinstance(column, Column) or column.name != name:
+        raise ValueError(f"metric {name!r} must be a Column of this name, got {column!r:.60}")
+    if _group(column) not in GROUPS:
+        raise ValueError(f"group={column.group!r} is unknown; choose one of {', '.join(GROUPS)}")
+    if (column.per_image is None) == (column.per_sample is None):
+        raise ValueError(f"metric {name!r} must have either per_image or per_sample")
+
+
+_SHIPPED = [column for columns in GROUPS.values() for column in columns]
+METRICS: Registry[Column] = Registry(
+    "metric",
+    "orderrl.metrics",
+    check=_check,
+    taken=(*_WITHOUT_COLUMN, *(f"{column.name}{end}" for column in _SHIPPED for end in ("", "_ci"))),
+)
+"""The metrics of users."""
+
+
+def register_metric(column: Column, group: str = "", *, overwrite: bool = False) -> Column:
     """Add a metric, which every table then shows where a row has a value: the mean with its interval.
 
     Args:
         column: with a function `per_image` or `per_sample`.
-        group: one of `GROUPS`.
+        group: one of `GROUPS`; "" takes the column's own, or else that of its function, "planning" or "samples".
+        overwrite: replace the metric of this name, as when a notebook's cell runs again.
 
     Raises:
         ValueError: if the name is taken, there is no such group, or the column has not one of the two functions.
     """
-    if column.name in empty_row():
-        raise ValueError(f"a metric {column.name!r} exists already; choose another name")
-    if group not in GROUPS:
-        raise ValueError(f"group={group!r} is unknown; choose one of {', '.join(GROUPS)}")
-    if (column.per_image is None) == (column.per_sample is None):
-        raise ValueError(f"metric {column.name!r} must have either per_image or per_sample")
-    GROUPS[group].append(column)
+    column = replace(column, group=group or column.group)
+    METRICS.register(column.name, column, overwrite=overwrite)
+    return column
+
+
+def _group(column: Column) -> str:
+    return column.group or ("planning" if column.per_sample is None else "samples")
+
+
+def _grouped() -> dict[str, list[Column]]:
+    """The columns by group, those of users last."""
+    own = [*METRICS.values(), *map(_return_of, OBJECTIVES.own())]
+    return {name: columns + [column for column in own if _group(column) == name] for name, columns in GROUPS.items()}
+
+
+def _return_of(objective: str) -> Column:
+    """The sum of rewards of a user's objective, uniformly weighted and without the cost of steps."""
+
+    def per_image(rollout: Rollout, backbone: Backbone) -> Tensor:
+        total = torch.zeros_like(rollout.start_loss)
+        for before, after, seen, visible in zip(
+            rollout.losses, rollout.losses[1:], rollout.visible, rollout.visible[1:], strict=False
+        ):
+            revealed = visible & ~seen
+            utility = future_loss_reduction(before, after, ~visible)
+            value = OBJECTIVES.find(objective)(Step(utility, before, after, revealed, visible, rollout.geometry))
+            total += value.where(revealed.any(-1), 0.0)
+        return total / rollout.geometry.num_tokens
+
+    return Column(
+        metric_of(objective), f"{objective} return", "nats per token", 4, f"Sum of rewards of the objective {objective}.",
+        HIGHER, places="screen markdown compare", per_image=per_image,
+    )  # fmt: skip
+
+
+def metric_of(objective: str | None) -> str:
+    """The metric that a planner for an objective is compared in."""
+    if objective is None or objective in OBJECTIVES.shipped:
+        return "decode_nll" if objective == "likelihood" else "gain_auc"
+    return f"{objective}_return"
 
 
 def all_columns(place: str | None = None) -> list[Column]:
     """All columns in the order of the table, or those of one of `PLACES`."""
-    found = [column for columns in GROUPS.values() for column in columns]
+    found = [column for columns in _grouped().values() for column in columns]
     return found if place is None else [column for column in found if place in column.places.split()]
 
 
@@ -275,7 +336,7 @@ def measured(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> li
 
 def shown_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Column]]:
     """The columns of the table by group: the policy, and all others that have a value in some row."""
-    groups = {group: columns if group == "policy" else measured(columns, rows) for group, columns in GROUPS.items()}
+    groups = {group: columns if group == "policy" else measured(columns, rows) for group, columns in _grouped().items()}
     return {group: list(columns) for group, columns in groups.items() if columns}
 
 

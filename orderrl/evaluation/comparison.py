@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from orderrl.evaluation.columns import is_rival
+from orderrl.evaluation.columns import column_of, is_rival, metric_of
 from orderrl.evaluation.rows import Evaluated
 from orderrl.evaluation.runs import Evaluation, collected
 from orderrl.metrics.statistics import RESAMPLES, holm, is_significant, paired_bootstrap
@@ -45,19 +45,19 @@ def in_order(rows: Sequence[Evaluated]) -> list[Evaluated]:
     """Rows as a table shows them: learned planners, other orders, references that see hidden tokens, and the rest.
 
     Inside these, the best policy first, by the mean of its rows: planners for "likelihood" by code length behind those
-    for "context", all others by information-gain AUC.
+    for "context", then those for objectives of users by their returns; all others by information-gain AUC.
     """
     groups = by_policy(rows)
 
     def place(row: Evaluated) -> tuple[int, int, float]:
         members = groups[row.row["policy"]]
-        coding = row.row["objective"] == "likelihood"
-        values = stacked(members, "decode_nll" if coding else "gain_auc")
+        metric = metric_of(row.row["objective"])
+        values = stacked(members, metric)
         if values is None:
             return 3, 0, 0.0
         kind = 0 if row.row["R"] is not None else 1 if is_rival(row.row) else 2
         mean = float(values.mean())
-        return kind, int(coding), mean if coding else -mean
+        return kind, ("gain_auc", "decode_nll", metric).index(metric), -column_of(metric).direction * mean
 
     return sorted(rows, key=place)
 
@@ -138,7 +138,7 @@ def comparisons(rows: Sequence[Evaluated], resamples: int, seed: int) -> list[di
     Planners for "context" are compared in information-gain AUC with the baselines that reveal one block a step, and
     with each other once, the one that stands first less the other. Planners for "likelihood" are compared in code
     length with raster at one block a step, and with every order at equal mean steps (interpolated between its best
-    schedules).
+    schedules). Planners for a user's objective are compared in its return, as those for "context" in theirs.
 
     Returns:
         As `compare`.
@@ -153,21 +153,25 @@ def comparisons(rows: Sequence[Evaluated], resamples: int, seed: int) -> list[di
     done: set[str] = set()
     for name, group in learned.items():
         done.add(name)
-        if group[0].row["objective"] == "context":
-            pairs += _gain_pairs(name, group, {other: rows for other, rows in groups.items() if other not in done})
-        if group[0].row["objective"] == "likelihood":
+        objective = group[0].row["objective"]
+        if objective == "likelihood":
             pairs += _code_length_pairs(name, group, groups, families)
+        elif objective is not None:
+            rivals = {other: rows for other, rows in groups.items() if other not in done}
+            pairs += _return_pairs(name, group, rivals, objective)
     return compare(pairs, resamples, seed)
 
 
-def _gain_pairs(name: str, group: list[Evaluated], rivals: dict[str, list[Evaluated]]) -> list[Pair]:
-    mine = stacked(group, "gain_auc")
-    assert mine is not None
+def _return_pairs(
+    name: str, group: list[Evaluated], rivals: dict[str, list[Evaluated]], objective: str
+) -> list[Pair]:
+    metric = metric_of(objective)
+    mine = stacked(group, metric)
     found = []
     for other, rival in rivals.items():
-        theirs, first = stacked(rival, "gain_auc"), rival[0].row
-        if theirs is not None and first["objective"] in (None, "context") and first["budgets"] == [1]:
-            found.append(_pair(name, other, "gain_auc", mine, theirs))
+        theirs, first = stacked(rival, metric), rival[0].row
+        if mine is not None and theirs is not None and first["objective"] in (None, objective) and first["budgets"] == [1]:
+            found.append(_pair(name, other, metric, mine, theirs))
     return found
 
 

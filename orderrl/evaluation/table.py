@@ -21,6 +21,7 @@ from orderrl.agents.registry import NamedPolicy, policy_source
 from orderrl.backbones import backbone_fingerprint, backbone_names, load_backbone
 from orderrl.backbones.registry import TrainableBackbone
 from orderrl.data import TokenSet
+from orderrl.envs.reward import OBJECTIVES
 from orderrl.evaluation.columns import all_columns, empty_row
 from orderrl.evaluation.comparison import comparisons
 from orderrl.evaluation.detail import Curve, PolicyDetail
@@ -30,7 +31,7 @@ from orderrl.evaluation.rows import Evaluated, evaluate_policy, evaluate_token_r
 from orderrl.evaluation.settings import EvalConfig
 from orderrl.factory import Setup
 from orderrl.geometry import BlockGrid
-from orderrl.metrics.features import timm_source
+from orderrl.metrics.features import EXTRACTORS, timm_source
 from orderrl.metrics.recognisability import OWN
 from orderrl.metrics.statistics import bootstrap_band
 from orderrl.runtime import distributed
@@ -100,9 +101,11 @@ def evaluation_key(config: EvalConfig, setup: Setup, data: TokenSet, policies: S
         "labels": asdict(setup.labels),
         "seed": setup.seed,
         "files": [source_identity(timm_source(name) or name) for name in _files(config)],
+        "features": EXTRACTORS.version(config.features or OWN),
         "policies": [
             [policy.name, _acting(policy), source_identity(policy_source(policy.spec))] for policy in policies
         ],
+        "objectives": [[name, OBJECTIVES.version(name)] for name in OBJECTIVES.own()],
         "metrics": [[name, source_identity(file)] for name, file in _own_metrics()],
         "code": code_fingerprint(),
     }

@@ -2,7 +2,8 @@
 
 Names are those of torch-fidelity's registry (its Inception-v3, CLIP, DINOv2 and VGG networks), "orderrl-digits" and
 "orderrl-canvas", the shipped classifiers, and "timm:MODEL" or "timm:MODEL:CHECKPOINT_FILE" for any model of timm, or
-"timm:local-dir:FOLDER" for one that timm saved with its settings. All are feature extractors of torch-fidelity:
+"timm:local-dir:FOLDER" for one that timm saved with its settings; users add functions of images with
+`register_extractor`, or name them as module:attribute. All are feature extractors of torch-fidelity:
 `register_features` gives the name that its own functions know them by. One pass over the images gives everything that
 the metrics of `orderrl.metrics.quality` need.
 """
@@ -13,7 +14,7 @@ import difflib
 import hashlib
 import pickle
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -33,6 +34,7 @@ from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from
 from orderrl.metrics.classifier import CLASSIFIERS, load_classifier, own_classifier
 from orderrl.metrics.images import TensorImages, check_images
 from orderrl.runtime.devices import current_device
+from orderrl.runtime.registry import Registry
 from orderrl.runtime.sources import source_identity
 from orderrl.runtime.storage import checksum
 from orderrl.runtime.weights import SCRIPT_ARGUMENTS
@@ -134,12 +136,14 @@ def register_features(features: str) -> str:
     """
     if features in FEATURE_EXTRACTORS_REGISTRY:
         return features
+    if EXTRACTORS.given(features) is not None:
+        return _register_own(features, EXTRACTORS.find(features))
     if not features.startswith(TIMM):
         others = (name for name in FEATURE_EXTRACTORS_REGISTRY if not name.startswith((SHIPPED, TIMM)))
-        known = ", ".join([*(SHIPPED + name for name in CLASSIFIERS), *others])
+        known = ", ".join([*(SHIPPED + name for name in CLASSIFIERS), *others, *EXTRACTORS])
         raise ValueError(
-            f"features={features!r} is unknown; choose one of {known}, timm:MODEL, timm:MODEL:CHECKPOINT_FILE "
-            f"or timm:{LOCAL_DIR}:FOLDER"
+            f"features={features!r} is unknown; choose one of {known}, module:attribute, timm:MODEL, "
+            f"timm:MODEL:CHECKPOINT_FILE or timm:{LOCAL_DIR}:FOLDER"
         )
     import timm  # takes long to import, and only some users need it
 
@@ -181,7 +185,9 @@ def timm_source(name: str) -> Path | None:
 
 
 def name_by_content(name: str) -> str:
-    """The name of a feature extractor with the content of a checkpoint in place of its path."""
+    """The name of a feature extractor with the content of a checkpoint in place of its path, or of a user's file."""
+    if not name.startswith(TIMM):
+        return name if (version := EXTRACTORS.version(name)) is None else f"{name}:{version}"
     source = timm_source(name)
     return name if source is None else f"{TIMM}{timm_parts(name)[0]}:{source_identity(source, in_full=True)}"
 
@@ -245,6 +251,66 @@ class ShippedFeatureExtractor(FeatureExtractorBase):
             "spatial": _first_channels(maps[0]),
         }
         return tuple(offered[name].double() for name in self.features_list)
+
+
+class OwnFeatureExtractor(FeatureExtractorBase):
+    """A user's function for torch-fidelity: images (n, 3, H, W) uint8 to features (n, d); offers "features", float64.
+
+    Attributes:
+        function: the function.
+    """
+
+    function: ClassVar[Callable[[Tensor], Tensor]]
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        """The only name."""
+        return ("features",)
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        """The same for every metric."""
+        return "features"
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        """Nobody knows."""
+        return False
+
+    def forward(self, input: Tensor) -> tuple[Tensor, ...]:
+        """The features, checked."""
+        found = type(self).function(input)
+        if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(input):
+            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(f"features={self.name!r} must give a tensor ({len(input)}, d) for as many images, got {shape}")
+        return (found.double(),)
+
+
+def _check_extractor(name: str, extractor: Any) -> None:
+    if not callable(extractor) or (isinstance(extractor, type) and not issubclass(extractor, FeatureExtractorBase)):
+        raise ValueError(
+            f"features {name!r} must be a function of images (n, 3, H, W) uint8 that gives features (n, d), or a "
+            f"feature extractor class of torch-fidelity; got {extractor!r:.60}"
+        )
+
+
+EXTRACTORS: Registry[Any] = Registry(
+    "features",
+    "orderrl.features",
+    check=_check_extractor,
+    taken=("own", *FEATURE_EXTRACTORS_REGISTRY, *(SHIPPED + name for name in CLASSIFIERS)),
+)
+register_extractor = EXTRACTORS.register
+
+
+def _register_own(name: str, extractor: Any) -> str:
+    """Let torch-fidelity know a user's extractor; another one under its name, in a notebook, gets another name there."""
+    registered = f"{name}-{id(extractor):x}"
+    if registered not in FEATURE_EXTRACTORS_REGISTRY:
+        if not isinstance(extractor, type):
+            extractor = type("NamedOwnFeatureExtractor", (OwnFeatureExtractor,), {"function": staticmethod(extractor)})
+        register_feature_extractor(registered, extractor)
+    return registered
 
 
 class TimmInput(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from orderrl.evaluation.columns import column_of, is_rival, learned_policies, show_difference, show_interval
+from orderrl.evaluation.columns import column_of, is_rival, learned_policies, metric_of, show_difference, show_interval
 from orderrl.metrics.statistics import is_significant
 
 
@@ -20,9 +20,12 @@ def summary(results: dict[str, Any]) -> str:
     if not learned:
         return " ".join([*sentences, "No learned planner was evaluated."])
     objectives = {row["policy"]: row.get("objective") for row in results["rows"]}
-    context = [name for name in learned if objectives[name] != "likelihood"]
-    likelihood = [name for name in learned if objectives[name] == "likelihood"]
-    sentences += _gain_sentences(results, context) + _code_length_sentences(results, likelihood)
+    by_metric: dict[str, list[str]] = {}
+    for name in learned:
+        by_metric.setdefault(metric_of(objectives[name]), []).append(name)
+    for metric, names in sorted(by_metric.items(), key=lambda item: item[0] != "gain_auc"):
+        of_code_length = metric == "decode_nll"
+        sentences += _code_length_sentences(results, names) if of_code_length else _gain_sentences(results, names, metric)
     return " ".join(sentences)
 
 
@@ -40,33 +43,35 @@ def _count(number: int, noun: str, plural: str = "s") -> str:
     return f"{number} {noun}{plural if number != 1 else ''}"
 
 
-def _gain_sentences(results: dict[str, Any], learned: Sequence[str]) -> list[str]:
-    means = _means(results["rows"], "gain_auc")
+def _gain_sentences(results: dict[str, Any], learned: Sequence[str], metric: str) -> list[str]:
+    """The best planner in information-gain AUC, or in the return of a user's objective."""
+    means = _means(results["rows"], metric)
     known = [name for name in learned if name in means]
     if not known:
         return []
     best = max(known, key=lambda name: means[name])
     others = {row["policy"] for row in results["rows"] if is_rival(row)} - {*learned, "raster"}
     rivals = [name for name in means if name in others]
-    rivals = [name for name in rivals if _paired(results, best, name, "gain_auc")]
+    rivals = [name for name in rivals if _paired(results, best, name, metric)]
     strongest = max(rivals, key=lambda name: means[name], default=None)
-    found = [_against_raster(results, best, means)]
+    found = [_against_raster(results, best, means, metric)]
     if strongest is not None:
-        paired = _paired(results, best, strongest, "gain_auc")
+        paired = _paired(results, best, strongest, metric)
         assert paired is not None
         relation = {1: "It is ahead of", 0: "It does not differ significantly from", -1: "It is behind"}[_sign(paired)]
         found.append(f"{relation} the strongest other order, {strongest} ({_difference(paired)}).")
     return found
 
 
-def _against_raster(results: dict[str, Any], best: str, means: dict[str, float]) -> str:
+def _against_raster(results: dict[str, Any], best: str, means: dict[str, float], metric: str) -> str:
     gain, raster = means[best], means.get("raster")
+    quantity = "information-gain AUC" if metric == "gain_auc" else column_of(metric).heading
     if raster is None:
-        return f"The best learned planner, {best}, reaches an information-gain AUC of {gain:.4f}; raster was not run."
-    values = f"information-gain AUC {gain:.4f} against {raster:.4f}"
+        return f"The best learned planner, {best}, has {quantity} {gain:.4f}; raster was not run."
+    values = f"{quantity} {gain:.4f} against {raster:.4f}"
     if raster > 0:
         values += f", {gain / raster:.2f} times raster's"
-    paired = _paired(results, best, "raster", "gain_auc")
+    paired = _paired(results, best, "raster", metric)
     if paired is None:
         relation = "is above" if gain > raster else "is not above"
         return f"The best learned planner, {best}, {relation} raster ({values}); no paired interval was computed."

@@ -73,7 +73,7 @@ def compose(command: str, overrides: Sequence[str] = (), *, config_module: str =
         ValueError: in one line, for an unknown key or choice or a wrong value; it names what is allowed.
     """
     overrides = with_new_names(overrides)
-    with _loader(command, config_module) as loader:
+    with _loader(command, config_module, overrides) as loader:
         config = _load(loader, command, overrides)
     try:
         OmegaConf.resolve(config)
@@ -85,14 +85,14 @@ def compose(command: str, overrides: Sequence[str] = (), *, config_module: str =
 
 def parts_of(command: str, overrides: Sequence[str] = (), *, config_module: str = CONFIGS) -> list[Part]:
     """The dataclasses that a command's configuration is made of, under the groups that the overrides choose."""
-    with _loader(command, config_module) as loader:
+    with _loader(command, config_module, overrides) as loader:
         return _parts(loader, command, overrides, config_module)
 
 
 def _parts(loader: ConfigLoader, command: str, overrides: Sequence[str], config_module: str) -> list[Part]:
     choices = [item for item in overrides if _is_group(loader, item.partition("=")[0])]
     entries = loader.compute_defaults_list(command, choices, RunMode.RUN).defaults
-    nodes = _nodes(config_module)
+    nodes = _nodes(config_module, overrides)
     places = {entry.config_path: (entry.package or "").removeprefix("_global_") for entry in entries}
     return [Part(place, nodes[path]) for path, place in places.items() if path in nodes]
 
@@ -101,9 +101,9 @@ def _check(command: str, config: DictConfig, overrides: Sequence[str], config_mo
     schema.check(parts_of(command, overrides, config_module=config_module), _plain(config))
 
 
-def _nodes(config_module: str) -> Nodes:
-    """What a package of configuration has as dataclasses."""
-    nodes: Nodes = import_module(f"{config_module}.schema").nodes()
+def _nodes(config_module: str, overrides: Sequence[str]) -> Nodes:
+    """What a package of configuration has as dataclasses, with those that overrides name by module:attribute."""
+    nodes: Nodes = import_module(f"{config_module}.schema").nodes(overrides)
     return nodes
 
 
@@ -125,7 +125,7 @@ def _plain(config: DictConfig) -> dict[str, Any]:
 
 def documented_keys(command: str, overrides: Sequence[str] = (), *, config_module: str = CONFIGS) -> dict[str, str]:
     """The one-line meaning of every key of a command, by dotted names in the order of the configuration."""
-    with _loader(command, config_module) as loader:
+    with _loader(command, config_module, overrides) as loader:
         return {key: meaning for key, _, meaning in _rows(loader, command, overrides, config_module)}
 
 
@@ -144,12 +144,12 @@ def _rows(
 
 def command_names(*, config_module: str = CONFIGS) -> list[str]:
     """All commands that have a configuration."""
-    return sorted(path for path in _nodes(config_module) if "/" not in path and not path.startswith("_"))
+    return sorted(path for path in _nodes(config_module, ()) if "/" not in path and not path.startswith("_"))
 
 
 def group_choices(command: str, overrides: Sequence[str] = (), *, config_module: str = CONFIGS) -> dict[str, list[str]]:
     """What each group of a command offers."""
-    with _loader(command, config_module) as loader:
+    with _loader(command, config_module, overrides) as loader:
         return _group_choices(loader, command, overrides)
 
 
@@ -204,7 +204,7 @@ def _run_hydra(command: str, job: Callable[[DictConfig], Any], arguments: list[s
     overrides = list(filter(_is_override, arguments))
     sys.argv = [argv[0], *(item for item in arguments if not _is_override(item)), *ours, *overrides]
     try:
-        with schema.registered(_nodes(config_module)):
+        with schema.registered(_nodes(config_module, arguments)):
             application()
     finally:
         sys.argv = argv
@@ -258,13 +258,13 @@ def _refuse(message: str) -> NoReturn:
 
 
 @contextmanager
-def _loader(command: str, config_module: str) -> Iterator[ConfigLoader]:
+def _loader(command: str, config_module: str, overrides: Sequence[str]) -> Iterator[ConfigLoader]:
     """Hydra's config loader; usable inside a running Hydra application too."""
     outer = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
         with (
-            schema.registered(_nodes(config_module)),
+            schema.registered(_nodes(config_module, overrides)),
             hydra.initialize_config_module(config_module, job_name=command, version_base="1.3"),
         ):
             yield GlobalHydra.instance().config_loader()
@@ -286,8 +286,9 @@ def _load(loader: ConfigLoader, command: str, overrides: Sequence[str]) -> DictC
 def _explain_anew(error: Exception, command: str, arguments: Sequence[str], config_module: str) -> str:
     if not isinstance(error, HydraException):
         return _line(error)
-    with _loader(command, config_module) as loader:
-        return _explain(error, loader, command, list(filter(_is_override, arguments)))
+    overrides = list(filter(_is_override, arguments))
+    with _loader(command, config_module, overrides) as loader:
+        return _explain(error, loader, command, overrides)
 
 
 def _explain(error: Exception, loader: ConfigLoader, command: str, overrides: Sequence[str]) -> str:
@@ -381,7 +382,7 @@ def _line(error: Exception) -> str:
 
 
 def _print_help(command: str, overrides: Sequence[str], config_module: str) -> None:
-    with _loader(command, config_module) as loader:
+    with _loader(command, config_module, overrides) as loader:
         rows = _rows(loader, command, overrides, config_module)
         groups = _group_choices(loader, command, overrides)
     console = Console(highlight=False, markup=False)

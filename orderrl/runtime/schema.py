@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import dataclass, field, fields, is_dataclass
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any, NamedTuple, get_args
 
 from hydra.core.config_store import ConfigNode, ConfigStore
@@ -29,7 +29,7 @@ class Node:
     """A dataclass at a place of the configuration.
 
     Attributes:
-        kind: the dataclass as "module:Class", imported when the node is used; its fields made by `setting` are keys.
+        kind: the dataclass, or "module:Class", imported when the node is used; its fields made by `setting` are keys.
         name: of an option, which stands in the key `name` and cannot be changed there; None for none.
         values: what differs from the dataclass's defaults; parts of other groups too.
         defaults: Hydra's defaults list, whose entries come before `values` where it does not say "_self_".
@@ -37,7 +37,7 @@ class Node:
             `kind`.
     """
 
-    kind: str
+    kind: str | type[Any]
     name: str | None = None
     values: Mapping[str, Any] = field(default_factory=dict)
     defaults: Sequence[Any] = ()
@@ -66,9 +66,8 @@ class Nothing:
     """No keys."""
 
 
-def _imported(name: str) -> Any:
-    module, _, attribute = name.partition(":")
-    return getattr(import_module(module), attribute)
+def _imported(name: str | type[Any]) -> Any:
+    return resolve_name(name) if isinstance(name, str) else name
 
 
 class _StoredNode(ConfigNode):

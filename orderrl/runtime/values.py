@@ -23,6 +23,8 @@ from numbers import Integral, Real
 from types import UnionType
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+from orderrl.runtime.registry import Registry
+
 LARGEST_INTEGER = 2**32 - 1  # counts and seeds; products of a few of them still fit into 64 bits
 LARGEST_NUMBER = 3.4e38  # of float32
 _SHOWN = 60  # characters of a wrong value
@@ -34,12 +36,12 @@ class Rule(NamedTuple):
     Attributes:
         names: of the settings; None fulfils every rule, and of a list each element must fulfil it.
         holds: whether a value does.
-        refusal: what is said of one that does not, behind its name; {} stands for the value.
+        refusal: what is said of one that does not, behind its name; {} stands for the value. A function gives it later.
     """
 
     names: tuple[str, ...]
     holds: Callable[[Any], bool]
-    refusal: str
+    refusal: str | Callable[[], str]
 
 
 def setting(default: Any, meaning: str, *rules: Rule, **more: Any) -> Any:
@@ -109,6 +111,17 @@ def one_of(choices: Iterable[str], *names: str) -> Rule:
     return Rule(names, lambda value: value in known, f"={{}} is unknown; choose one of {', '.join(known)}")
 
 
+def member_of(registry: Registry[Any], *names: str) -> Rule:
+    """Names of a registry, later ones included, and module:attribute, which is imported."""
+
+    def holds(value: str) -> bool:
+        return registry.given(value) is not None and registry.find(value) is not None
+
+    return Rule(
+        names, holds, lambda: f"={{}} is unknown; choose one of {', '.join(registry)}, or module:attribute"
+    )
+
+
 def check_fields(settings: Any, *rules: Rule) -> None:
     """Refuse wrong values of a dataclass, by the annotations of its fields, their own rules and those given here.
 
@@ -147,7 +160,8 @@ def require(rule: Rule, name: str, value: Any) -> None:
     """Refuse a value that does not fulfil a rule, which need not name it."""
     for part in value if isinstance(value, list | tuple) else [value]:
         if part is not None and not rule.holds(part):
-            raise ValueError(name + rule.refusal.format(shown(value)))
+            refusal = rule.refusal if isinstance(rule.refusal, str) else rule.refusal()
+            raise ValueError(name + refusal.format(shown(value)))
 
 
 def require_kind(name: str, value: Any, kind: Any) -> None:

@@ -39,6 +39,13 @@ class SmallTokenizer(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class OwnTokenizer(Settings):
+    """Tokeniser: one that a user has registered, or module:attribute."""
+
+    path: str | None = setting(None, "Its weights; null if it needs none")
+
+
+@dataclass(frozen=True, kw_only=True)
 class NewTokenizer(Settings):
     """A tokeniser that pretrain makes."""
 

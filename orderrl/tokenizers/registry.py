@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from orderrl.runtime.checkpoint import build_to_fit, load_checkpoint, load_state, save_checkpoint
 from orderrl.runtime.devices import checked_device
 from orderrl.runtime.isolation import isolated_float32
+from orderrl.runtime.registry import Registry
 from orderrl.runtime.weights import missing_weights, read_state
 from orderrl.tokenizers import kl, vq
 from orderrl.tokenizers.kl import KLConfig, KLTokenizer
@@ -50,7 +52,8 @@ def load_tokenizer(
 
     Args:
         name: vq16, vq8 or kl16, with the path of the published weights; small, with the path of a tokeniser written by
-            `python -m orderrl.pretrain backbone=none tokenizer=small`; or that path alone.
+            `python -m orderrl.pretrain backbone=none tokenizer=small`; that path alone; a registered name, or the
+            module:attribute of a function of the path that makes a tokeniser.
         path: the weights: .safetensors, .pt, .pth or .ckpt, or a hub name for published ones (`hf://OWNER/NAME/FILE`).
         device: where it runs; None is the CPU.
 
@@ -60,22 +63,19 @@ def load_tokenizer(
     """
     name = str(name)
     where = None if device is None else checked_device(device)
-    if name in PRESETS:
-        tokenizer = _published(name, path)
-    elif path is None and (name.endswith(".safetensors") or Path(name).exists()):
-        tokenizer = _own(Path(name))
-    elif name == "small":
-        if path is None:
-            raise ValueError(
-                "tokenizer=small needs tokenizer.path=FILE.safetensors; make one with "
-                "`python -m orderrl.pretrain backbone=none tokenizer=small data=folder data.root=...`"
-            )
-        tokenizer = _own(Path(path))
+    if name not in TOKENIZERS and path is None and (name.endswith(".safetensors") or Path(name).exists()):
+        tokenizer: Any = _own(Path(name))
+    elif TOKENIZERS.given(name) is not None:
+        tokenizer = TOKENIZERS.find(name)(path)
     else:
         raise ValueError(
-            f"tokenizer={name!r} is unknown; choose one of {', '.join(PRESETS)}, small, or give the path of a "
-            ".safetensors file written by pretrain"
+            f"tokenizer={name!r} is unknown; choose one of {', '.join(TOKENIZERS)}, module:attribute, or give the path "
+            "of a .safetensors file written by pretrain"
         )
+    if not (isinstance(tokenizer, torch.nn.Module) and hasattr(tokenizer, "encode") and hasattr(tokenizer, "decode")):
+        raise ValueError(f"tokenizer {name!r} must give a torch.nn.Module with encode and decode, see `Tokenizer`")
+    if name not in TOKENIZERS.shipped and TOKENIZERS.given(name) is not None:
+        tokenizer.name = name  # token sets remember it
     tokenizer.eval().requires_grad_(False)
     return tokenizer if where is None else tokenizer.to(where)
 
@@ -107,3 +107,22 @@ def _own(path: Path) -> VQTokenizer:
     tokenizer = build_to_fit(lambda: VQTokenizer(config, name), shape, tensors, path)
     load_state(tokenizer, tensors, path)
     return tokenizer
+
+
+def _small(path: str | Path | None) -> VQTokenizer:
+    if path is None:
+        raise ValueError(
+            "tokenizer=small needs tokenizer.path=FILE.safetensors; make one with "
+            "`python -m orderrl.pretrain backbone=none tokenizer=small data=folder data.root=...`"
+        )
+    return _own(Path(path))
+
+
+TOKENIZERS: Registry[Callable[[str | Path | None], Any]] = Registry(
+    "tokenizer",
+    "orderrl.tokenizers",
+    {**{name: partial(_published, name) for name in PRESETS}, "small": _small},
+    taken=("none",),
+)
+"""Functions of the weights' path, or None, that make a tokeniser: a module that is a `Tokenizer`."""
+register_tokenizer = TOKENIZERS.register

@@ -23,8 +23,8 @@ from tests.jobs import Enough
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orderrl.agents.agent.AGENTS", dict(AGENTS))
-    register_agent("toy", "tests.agents.toy_agent")
+    monkeypatch.setattr(AGENTS, "members", dict(AGENTS.members))
+    register_agent("toy", "tests.agents.toy_agent:AGENT")
 
 
 def configure(home: Path, **agent: Any) -> DictConfig:
@@ -84,9 +84,9 @@ def test_wrong_settings_and_names_are_refused(toy: None, tmp_path: Path) -> None
         train(configure(tmp_path, steps=0))
     with pytest.raises(ValueError, match=r"agent\.name='nobody' is unknown; choose one of bc, .*, toy"):
         train(configure(tmp_path, name="nobody"))
-    register_agent("toy", "tests.agents.toy_agent")  # the same again is the same agent
-    with pytest.raises(ValueError, match=r"agent 'bc' is orderrl\.agents\.bc already; choose another name"):
-        register_agent("bc", "tests.agents.toy_agent")
+    register_agent("toy", AGENTS["toy"])  # the same again is the same agent
+    with pytest.raises(ValueError, match="agent 'bc': the package has a meaning for the name; choose another name"):
+        register_agent("bc", "tests.agents.toy_agent:AGENT")
 
 
 @pytest.mark.parametrize("name", AGENTS)

@@ -283,7 +283,7 @@ def test_masked_times_and_fingerprint() -> None:
 
 def test_a_registered_backbone_keeps_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     half: Any = new_backbone("randar", {"height": 4, "width": 4, "block_size": 2} | CAUSAL).to(torch.bfloat16)
-    monkeypatch.setitem(registry._REGISTRY, "half", lambda: half)
+    monkeypatch.setitem(registry.BACKBONES.members, "half", lambda: half)
     loaded: Any = load_backbone("half")
     assert loaded.norm.weight.dtype == torch.bfloat16
     assert load_backbone("half", dtype="float32").norm.weight.dtype == torch.float32  # type: ignore[attr-defined]

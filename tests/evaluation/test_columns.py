@@ -15,9 +15,9 @@ from orderrl import compare, compose
 from orderrl.agents.play import Rollout
 from orderrl.backbones import Backbone, save_backbone
 from orderrl.evaluate import evaluate
-from orderrl.evaluation import columns
 from orderrl.evaluation.columns import (
     HIGHER,
+    METRICS,
     LOWER,
     Column,
     all_columns,
@@ -47,10 +47,9 @@ BRIGHTNESS = Column("brightness", "brightness", "of 255", 1, "Mean pixel.", HIGH
 
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(columns, "GROUPS", {group: list(members) for group, members in columns.GROUPS.items()})
+    monkeypatch.setattr(METRICS, "members", {})
     register_metric(LOSS, "planning")
     register_metric(BRIGHTNESS, "samples")
-    monkeypatch.setattr(compare, "METRICS", [column.name for column in all_columns("compare")])
     yield
 
 
@@ -84,7 +83,7 @@ def test_a_registered_metric_is_in_every_table(
 @pytest.mark.parametrize(
     ("column", "group", "said"),
     [
-        (column_of("gain_auc"), "planning", "'gain_auc' exists already"),
+        (column_of("gain_auc"), "planning", "'gain_auc': the package has a meaning for the name"),
         (LOSS, "beauty", "group='beauty' is unknown; choose one of policy, planning"),
         (Column("empty", "empty", "", 1, "Nothing."), "planning", "either per_image or per_sample"),
     ],

@@ -63,7 +63,7 @@ class Data:
     name: str = setting(MISSING, "which data")
     list: tuple[int, ...] = setting([1], "values")
 
-def nodes():
+def nodes(overrides=()):
     kinds = {"label": "Label", "train": "Train", "agent/bc": "BC", "agent/ppo": "PPO", "data/_base": "Data"}
     defaults = {"label": [{"data": "digits"}], "train": [{"agent": "bc"}, {"data": "digits"}]}
     return {path: Node(f"{__name__}:{kind}", defaults=defaults.get(path, ())) for path, kind in kinds.items()}
