@@ -33,6 +33,7 @@ from orderrl.planner import OrderHead
 from orderrl.runtime.job import Job
 from orderrl.runtime.registry import Registry
 
+
 class Trained(NamedTuple):
     """A planner and what else was made with it.
 

@@ -65,7 +65,9 @@ class Config(Settings):
     learning_rate: float = setting(1e-3, "Peak learning rate", positive())
     weight_decay: float = setting(0.05, "Weight decay of AdamW", at_least(0))
     temperature: float = setting(0.5, "Temperature of target soft, in standard deviations of U", positive())
-    weight: str = setting("uniform", "Weight of the utility: uniform, far (far structure counts) or an own one", member_of(WEIGHTS))
+    weight: str = setting(
+        "uniform", "Weight of the utility: uniform, far (far structure counts) or an own one", member_of(WEIGHTS)
+    )
     sigma: float = setting(1.5, "Reach of weight far, in blocks", positive())
     held_out: float = setting(0.1, "Share of images kept back for choosing the best checkpoint", between("(0, 1)"))
     evaluate_every: int = setting(50, "Steps between evaluations on the images kept back", at_least(1))

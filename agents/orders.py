@@ -155,5 +155,7 @@ def block_order(name: str, geometry: BlockGrid, key: str = "") -> Tensor:
     order = ORDERS.find(name, key)(geometry)
     blocks = geometry.num_blocks
     if not isinstance(order, Tensor) or order.dtype != torch.int64 or order.sort().values.tolist() != [*range(blocks)]:
-        raise ValueError(f"order {name!r} must give every block of 0..{blocks - 1} once, as an int64 tensor ({blocks},)")
+        raise ValueError(
+            f"order {name!r} must give every block of 0..{blocks - 1} once, as an int64 tensor ({blocks},)"
+        )
     return order

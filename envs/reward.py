@@ -72,7 +72,9 @@ class RewardConfig(Settings):
         "uniform only)",
         one_of(FORMS),
     )
-    weight: str = setting("uniform", "Weight of the reward: uniform, far (far structure counts) or an own one", member_of(WEIGHTS))
+    weight: str = setting(
+        "uniform", "Weight of the reward: uniform, far (far structure counts) or an own one", member_of(WEIGHTS)
+    )
     sigma: float = setting(1.5, "Reach of weight far, in blocks", positive())
     step_cost: float | tuple[float, float] = setting(
         0.0,
@@ -218,7 +220,9 @@ class Reward:
             assert after is not None
             weights = None if self.config.weight == "uniform" else set_weights(self.pair_weights, revealed)
             utility = future_loss_reduction(before, after, ~visible, weights)
-            value = OBJECTIVES.find(self.config.objective)(Step(utility, before, after, revealed, visible, self.geometry))
+            value = OBJECTIVES.find(self.config.objective)(
+                Step(utility, before, after, revealed, visible, self.geometry)
+            )
             if not isinstance(value, Tensor) or value.shape != utility.shape:
                 raise ValueError(
                     f"objective {self.config.objective!r} must give a tensor of shape {tuple(utility.shape)}, nats per "

@@ -24,6 +24,7 @@ from orderrl.metrics.images import save_images
 from orderrl.reproduce import training_config
 from orderrl.rollouts import rollouts
 from orderrl.runtime.config import command_names, compose
+from tests.registries import keep_registries
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("examples/*.md"))]
@@ -57,7 +58,7 @@ FENCES = [fence for page in PAGES for fence in fences(page)]
 
 
 def test_every_block_says_what_it_is() -> None:
-    assert {fence.language for fence in FENCES} == {"sh", "python"} and len(FENCES) > 40
+    assert {fence.language for fence in FENCES} == {"sh", "python", "toml"} and len(FENCES) > 40
 
 
 # ---------------------------------------------------------------------- commands
@@ -98,12 +99,14 @@ def reads(main: Callable[[], Any], program: str, arguments: list[str], monkeypat
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with what the pages' names stand for: the README's own policy."""
-    (own,) = (fence.text for fence in FENCES if fence.text.startswith("# my_policy.py"))
-    (tmp_path / "my_policy.py").write_text(own)
+    """A folder with what the pages' names stand for: the files whose names stand in the first line of a block."""
+    for fence in FENCES:
+        if named := re.match(r"# (my_\w+)\.py$", fence.text, re.MULTILINE):
+            (tmp_path / f"{named[1]}.py").write_text(fence.text)
+            monkeypatch.delitem(sys.modules, named[1], raising=False)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "my_policy", raising=False)
+    keep_registries(monkeypatch)
     return tmp_path
 
 

@@ -37,6 +37,8 @@ _FAMILIES: dict[str, tuple[type[Any], type[Any]]] = {
     "arpg": (ARPG, TransformerConfig),
     "mar": (MaskedTransformer, MaskedConfig),
 }
+
+
 def _shipped(name: str) -> Backbone:
     return _from_file(WEIGHTS / f"{name}.safetensors")
 
@@ -257,4 +259,3 @@ def _cast(module: torch.nn.Module, dtype: torch.dtype) -> None:
     """Parameters alone: rotary tables stay in float32."""
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
-

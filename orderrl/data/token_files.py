@@ -126,7 +126,9 @@ class TokenSetWriter:
             where = TOKENIZER if own else None if tokenizer_path is None else _lasting(tokenizer_path)
             self._described = {"format": FORMAT, "identity": self.identity, "tokenizer_path": where, "shards": {}}
             write_sealed(self._path, self._described)
-        copies = {IMAGES: images.table.encode()} | ({TOKENIZER: Path(tokenizer_path).read_bytes()} if own and tokenizer_path else {})
+        copies = {IMAGES: images.table.encode()} | (
+            {TOKENIZER: Path(tokenizer_path).read_bytes()} if own and tokenizer_path else {}
+        )
         for name, content in copies.items():
             path, there = self.folder / name, (self.folder / name).is_file()
             if there and remake and path.read_bytes() != content:
@@ -354,7 +356,9 @@ class SetDecoder:
         from orderrl.tokenizers import load_tokenizer
 
         identity, where = self.described["identity"]["tokenizer"], self.described["tokenizer_path"]
-        path = where if where is None or where.startswith(_HUB) else self.folder / where  # absolute ones stay as they are
+        path = (
+            where if where is None or where.startswith(_HUB) else self.folder / where
+        )  # absolute ones stay as they are
         if isinstance(path, Path) and not path.is_file():
             raise FileNotFoundError(
                 f"{path}: the weights of tokenizer {identity['name']} that {self.folder} was made with are not there; "

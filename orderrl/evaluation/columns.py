@@ -23,7 +23,7 @@ from orderrl.backbones import Backbone
 from orderrl.envs.reward import OBJECTIVES, Step, future_loss_reduction
 from orderrl.metrics.order import consecutive_distance, visible_neighbours
 from orderrl.metrics.quality import INCEPTION, distance_name
-from orderrl.runtime.registry import Registry
+from orderrl.runtime.registry import Registry, is_reference
 
 DASH = "–"
 MINUS = "−"
@@ -230,8 +230,10 @@ oracle and lookahead, which know or try out hidden tokens and are evaluated on t
 
 
 def _check(name: str, column: Any) -> None:
-    if not isinstance(column, Column) or column.name != name:
+    if not isinstance(column, Column) or (column.name != name and not is_reference(name)):
         raise ValueError(f"metric {name!r} must be a Column of this name, got {column!r:.60}")
+    if column.name in METRICS.taken:
+        raise ValueError(f"metric {column.name!r}: the package has a meaning for the name; choose another name")
     if _group(column) not in GROUPS:
         raise ValueError(f"group={column.group!r} is unknown; choose one of {', '.join(GROUPS)}")
     if (column.per_image is None) == (column.per_sample is None):
@@ -270,7 +272,7 @@ def _group(column: Column) -> str:
 
 def _grouped() -> dict[str, list[Column]]:
     """The columns by group, those of users last."""
-    own = [*METRICS.values(), *map(_return_of, OBJECTIVES.own())]
+    own = {column.name: column for column in (*METRICS.values(), *map(_return_of, OBJECTIVES.own()))}.values()
     return {name: columns + [column for column in own if _group(column) == name] for name, columns in GROUPS.items()}
 
 

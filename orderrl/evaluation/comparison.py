@@ -162,15 +162,18 @@ def comparisons(rows: Sequence[Evaluated], resamples: int, seed: int) -> list[di
     return compare(pairs, resamples, seed)
 
 
-def _return_pairs(
-    name: str, group: list[Evaluated], rivals: dict[str, list[Evaluated]], objective: str
-) -> list[Pair]:
+def _return_pairs(name: str, group: list[Evaluated], rivals: dict[str, list[Evaluated]], objective: str) -> list[Pair]:
     metric = metric_of(objective)
     mine = stacked(group, metric)
     found = []
     for other, rival in rivals.items():
         theirs, first = stacked(rival, metric), rival[0].row
-        if mine is not None and theirs is not None and first["objective"] in (None, objective) and first["budgets"] == [1]:
+        if (
+            mine is not None
+            and theirs is not None
+            and first["objective"] in (None, objective)
+            and first["budgets"] == [1]
+        ):
             found.append(_pair(name, other, metric, mine, theirs))
     return found
 

@@ -12,7 +12,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from orderrl.agents.play import Rollout, roll_out
+from orderrl.agents.play import Rollout, act, roll_out
 from orderrl.agents.policies import Policy, ReferencePolicy, all_scores
 from orderrl.agents.registry import NamedPolicy
 from orderrl.backbones import Backbone, with_block_size
@@ -241,17 +241,20 @@ def first_choices(p: EvaluationProtocol, named: NamedPolicy) -> tuple[Tensor, Te
     states = p.states
     assert states is not None
     generator = torch.Generator().manual_seed(p.seed)
-    if isinstance(named.policy, ReferencePolicy):
+    policy = named.policy
+    if isinstance(policy, ReferencePolicy) or hasattr(policy, "reset") or getattr(policy, "reads_tokens", False):
         core = NextBlockCore(p.backbone, p.data, len(states), CoreConfig(budgets=named.budgets, strict=True), p.seed)
         core.reset(index=states["image"])
         core.show(states["order"], states["length"])
-        scores = all_scores(named.policy, core)
+        scores = all_scores(policy, core) if isinstance(policy, ReferencePolicy) else None
+        action = act(policy, core, generator) if scores is None else None
     else:
         observation = state_observation(states, named.budgets).to(p.device)
-        if named.scorer is None:
-            action = named.policy(observation, generator)
-            return (action if action.ndim == 1 else action[:, 0]).cpu(), None
-        scores = named.scorer(observation, generator)
+        scores = None if named.scorer is None else named.scorer(observation, generator)
+        action = policy(observation, generator) if scores is None else None
+    if scores is None:
+        assert action is not None
+        return (action if action.ndim == 1 else action[:, 0]).cpu(), None
     scores = scores.cpu().float()
     return scores.masked_fill(states["visible"], -torch.inf).argmax(-1), scores
 

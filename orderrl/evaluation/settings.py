@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from orderrl.backbones import Sampling
+from orderrl.evaluation.columns import METRICS
 from orderrl.metrics.clip_score import PROMPT
 from orderrl.metrics.features import own_features
 from orderrl.metrics.recognisability import FILLS, OWN
-from orderrl.runtime.values import Settings, at_least, one_of, positive, setting, zero_or_at_least
+from orderrl.runtime.values import Settings, at_least, member_of, one_of, positive, setting, zero_or_at_least
 
 _FEW = at_least(2)  # the fewest images that have an interval
 
@@ -59,7 +60,7 @@ class EvalConfig(Sampling):
     features: str | None = setting(
         OWN,
         "Feature extractor of distances: own (shipped with the data set), inception-v3-compat, timm:MODEL, "
-        "timm:MODEL:FILE, timm:local-dir:FOLDER; null scores no samples",
+        "timm:MODEL:FILE, timm:local-dir:FOLDER or module:attribute; null scores no samples",
         part="features",
         file=True,
     )
@@ -124,6 +125,9 @@ class EvalConfig(Sampling):
         "Backbones scored in plain raster token order: self (the evaluated one), own (the shipped raster one of the "
         "data set), or names of others",
         file=True,
+    )
+    metrics: list[str] = setting(
+        [], "Own metrics besides those that are registered, as module:attribute", member_of(METRICS)
     )
     planners: list[str] = setting(
         ["newest"], "Planner checkpoints to evaluate; newest finds those of this configuration"

@@ -136,7 +136,7 @@ def register_features(features: str) -> str:
     """
     if features in FEATURE_EXTRACTORS_REGISTRY:
         return features
-    if EXTRACTORS.given(features) is not None:
+    if not features.startswith(TIMM) and EXTRACTORS.given(features) is not None:
         return _register_own(features, EXTRACTORS.find(features))
     if not features.startswith(TIMM):
         others = (name for name in FEATURE_EXTRACTORS_REGISTRY if not name.startswith((SHIPPED, TIMM)))
@@ -262,6 +262,11 @@ class OwnFeatureExtractor(FeatureExtractorBase):
 
     function: ClassVar[Callable[[Tensor], Tensor]]
 
+    def __init__(self, name: str, features_list: list[str], **kwargs: Any) -> None:
+        if kwargs.get("feature_extractor_weights_path") is not None:
+            raise NotImplementedError
+        super().__init__(name, features_list)
+
     @staticmethod
     def get_provided_features_list() -> tuple[str, ...]:
         """The only name."""
@@ -282,7 +287,9 @@ class OwnFeatureExtractor(FeatureExtractorBase):
         found = type(self).function(input)
         if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(input):
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise ValueError(f"features={self.name!r} must give a tensor ({len(input)}, d) for as many images, got {shape}")
+            raise ValueError(
+                f"features={self.name!r} must give a tensor ({len(input)}, d) for as many images, got {shape}"
+            )
         return (found.double(),)
 
 

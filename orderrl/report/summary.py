@@ -25,7 +25,9 @@ def summary(results: dict[str, Any]) -> str:
         by_metric.setdefault(metric_of(objectives[name]), []).append(name)
     for metric, names in sorted(by_metric.items(), key=lambda item: item[0] != "gain_auc"):
         of_code_length = metric == "decode_nll"
-        sentences += _code_length_sentences(results, names) if of_code_length else _gain_sentences(results, names, metric)
+        sentences += (
+            _code_length_sentences(results, names) if of_code_length else _gain_sentences(results, names, metric)
+        )
     return " ".join(sentences)
 
 

@@ -75,7 +75,9 @@ class Registry(Mapping[str, T], Generic[T]):
         if member is None:
             return lambda decorated: self.register(name, decorated, overwrite=overwrite)
         if not _NAME.fullmatch(name):
-            raise ValueError(f"{self.kind} {name!r}: a name begins with a letter and has letters, digits, '_', '-', '.'")
+            raise ValueError(
+                f"{self.kind} {name!r}: a name begins with a letter and has letters, digits, '_', '-', '.'"
+            )
         if name in self.taken:
             raise ValueError(f"{self.kind} {name!r}: the package has a meaning for the name; choose another name")
         before: Any = self.members.get(name, member)
@@ -130,7 +132,10 @@ class Registry(Mapping[str, T], Generic[T]):
         if name in self.taken or self.given(name) is None:
             return None
         member: Any = self.find(name)
-        for part in (inspect.unwrap(member) if callable(member) else member, type(member)):
+        parts = [inspect.unwrap(member) if callable(member) else member]
+        if type(member).__module__.startswith("orderrl."):  # such as an Agent: what it holds is the user's
+            parts += vars(member).values()
+        for part in (*parts, type(member)):
             try:
                 return Path(inspect.getfile(part))
             except (TypeError, OSError):  # an instance, or a class of a notebook
@@ -143,7 +148,9 @@ class Registry(Mapping[str, T], Generic[T]):
         found: dict[str, str] = {}
         for entry in _installed().select(group=self.group):
             if entry.name in self.taken or not _NAME.fullmatch(entry.name):
-                warnings.warn(f"{self.kind} {entry.name!r} ({entry.value}) is left out: choose another name", stacklevel=2)
+                warnings.warn(
+                    f"{self.kind} {entry.name!r} ({entry.value}) is left out: choose another name", stacklevel=2
+                )
             else:
                 found.setdefault(entry.name, entry.value.partition("[")[0].strip())
         return found

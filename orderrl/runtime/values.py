@@ -117,9 +117,7 @@ def member_of(registry: Registry[Any], *names: str) -> Rule:
     def holds(value: str) -> bool:
         return registry.given(value) is not None and registry.find(value) is not None
 
-    return Rule(
-        names, holds, lambda: f"={{}} is unknown; choose one of {', '.join(registry)}, or module:attribute"
-    )
+    return Rule(names, holds, lambda: f"={{}} is unknown; choose one of {', '.join(registry)}, or module:attribute")
 
 
 def check_fields(settings: Any, *rules: Rule) -> None:

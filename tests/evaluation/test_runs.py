@@ -84,7 +84,9 @@ def test_a_run_is_read_back_with_the_values_of_its_images(before: Path) -> None:
 
 
 def test_differences_are_paired_over_images_and_corrected(before: Path, after: Path) -> None:
-    pairs, equal = run_pairs(open_evaluations([str(before), str(after)]), [column.name for column in all_columns("compare")])
+    pairs, equal = run_pairs(
+        open_evaluations([str(before), str(after)]), [column.name for column in all_columns("compare")]
+    )
     assert [pair["name"] for pair in equal] == ["raster (after) - raster (before)"]  # nothing to test
     names = ["bc (after) - bc (before)", "ppo (after) - bc (before)"]
     assert [pair.name for pair in pairs] == names and {pair.metric for pair in pairs} == {"gain_auc"}
@@ -101,7 +103,9 @@ def test_without_pairing_the_difference_would_drown(before: Path, after: Path) -
     one, other = gains(3, 0.01), gains(1)
     unpaired = (one.var() / 60 + other.var() / 60).sqrt().item()
     assert 1.96 * unpaired > 0.01
-    pairs, _ = run_pairs(open_evaluations([str(before), str(after)]), [column.name for column in all_columns("compare")])
+    pairs, _ = run_pairs(
+        open_evaluations([str(before), str(after)]), [column.name for column in all_columns("compare")]
+    )
     assert compare_pairs(pairs, 500, 0)[0]["low"] > 0
 
 
