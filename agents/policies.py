@@ -247,7 +247,7 @@ class AmongBudgets:
     def __init__(self, policy: Policy, own: tuple[int, ...], offered: tuple[int, ...]) -> None:
         self.policy, self.own, self.offered = policy, tuple(own), tuple(offered)
         self.place = _places(self.own, self.offered)
-        _take_attributes(self, policy)
+        _take_attributes(self, policy, reads_content(policy))
 
     def __call__(self, observation: TensorDictBase, generator: torch.Generator) -> Tensor:
         if self.own == self.offered:
@@ -293,8 +293,7 @@ class _Scheduled:
 
     def __init__(self, policy: Policy, budgets: tuple[int, ...], schedule: Schedule, name: str) -> None:
         self.policy, self.budgets, self.schedule, self.name = policy, budgets, schedule, name
-        _take_attributes(self, policy)
-        self.reads_content = self.reads_content or reads_content(schedule)
+        _take_attributes(self, policy, reads_content(policy) or reads_content(schedule))
 
     def __call__(self, observation: TensorDictBase, generator: torch.Generator) -> Tensor:
         action, most = self.policy(observation, generator), self.budgets[-1]
@@ -312,9 +311,9 @@ class _Scheduled:
         return torch.cat([ranked, legal_place(self.schedule, observation, ranked)[:, None]], dim=-1)
 
 
-def _take_attributes(wrapper: Any, policy: Policy) -> None:
+def _take_attributes(wrapper: Any, policy: Policy, content: bool) -> None:
     """Give a policy that asks another one the attributes of that."""
-    wrapper.reads_content = reads_content(policy)
+    wrapper.reads_content = content
     for name in ("reset", "reads_tokens"):
         if hasattr(policy, name):
             setattr(wrapper, name, getattr(policy, name))
@@ -464,8 +463,8 @@ def check_policy(name: str, policy: Any) -> None:
             pass
     if not fits:
         raise ValueError(
-            f"policy '{name}' must be callable as policy(observation, generator), which gives int64 actions (batch,) or "
-            f"(batch, K + 1); got {got}"
+            f"policy '{name}' must be callable as policy(observation, generator), which gives int64 actions (batch,) "
+            f"or (batch, K + 1); got {got}"
         )
 
 

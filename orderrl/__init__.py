@@ -2,7 +2,8 @@
 
 A frozen, order-robust image generator (the backbone) is wrapped as an environment in which an action names the next
 blocks to reveal; planners learn the order. Importing the package registers ``orderrl/NextBlock-v0`` with Gymnasium and
-does not load PyTorch; the names below are imported when they are first used.
+does not load PyTorch; the names below are imported when they are first used. Those that begin with ``register_`` add
+parts of one's own, see docs/extend.md.
 """
 
 from __future__ import annotations
@@ -15,35 +16,11 @@ from orderrl.runtime import renamed
 from orderrl.runtime.lazy import lazily
 
 if TYPE_CHECKING:
-    from orderrl.agents.agent import register_agent
-    from orderrl.agents.orders import register_order
-    from orderrl.agents.policies import register_policy
-    from orderrl.backbones import check_backbone, load_backbone, register_backbone
-    from orderrl.data import register_data
-    from orderrl.envs.reward import register_objective
-    from orderrl.evaluation.columns import register_metric
-    from orderrl.metrics.features import register_extractor
-    from orderrl.oracle import register_weight
+    from orderrl.backbones import check_backbone, load_backbone
     from orderrl.runtime.config import compose
-    from orderrl.tokenizers import register_tokenizer
 
 __version__ = "0.1.0"
-__all__ = [
-    "__version__",
-    "check_backbone",
-    "compose",
-    "load_backbone",
-    "register_agent",
-    "register_backbone",
-    "register_data",
-    "register_extractor",
-    "register_metric",
-    "register_objective",
-    "register_order",
-    "register_policy",
-    "register_tokenizer",
-    "register_weight",
-]
+__all__ = ["__version__", "check_backbone", "compose", "load_backbone"]
 
 __getattr__, __dir__ = lazily(
     __name__,
@@ -58,7 +35,7 @@ __getattr__, __dir__ = lazily(
         "orderrl.metrics.features": ("register_extractor",),
         "orderrl.oracle": ("register_weight",),
         "orderrl.runtime.config": ("compose",),
-        "orderrl.tokenizers": ("register_tokenizer",),
+        "orderrl.tokenizers.registry": ("register_tokenizer",),
     },
 )
 renamed.install()

@@ -94,10 +94,11 @@ class Setup:
             ValueError: if the backbone knows raster order only; with the command that makes it order-robust.
         """
         if not self.backbone.order_robust:
+            data = "tokens" if self.data.startswith("tokens:") else self.data
             raise ValueError(
                 f"{what} needs an order-robust backbone, and {self.backbone_name!r} draws in raster order only; make "
                 f"it order-robust with `python -m orderrl.pretrain backbone={self.backbone_name} "
-                f"backbone.path={self.backbone_path} data={'tokens' if self.data.startswith('tokens:') else self.data}` and use the checkpoint as "
+                f"backbone.path={self.backbone_path} data={data}` and use the checkpoint as "
                 "backbone.name"
             )
 

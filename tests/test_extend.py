@@ -31,7 +31,7 @@ from orderrl.envs.reward import RewardConfig
 from orderrl.metrics.features import extract_features, register_features
 from orderrl.oracle import distance_weights
 from orderrl.runtime.config import compose, group_choices
-from orderrl.runtime.registry import Registry, _installed
+from orderrl.runtime.registry import Registry, _entry_points
 from orderrl.tokenizers import load_tokenizer
 from tests.registries import REGISTRIES, keep_registries
 
@@ -44,6 +44,7 @@ SMALL = [
     *("backbone=large_blocks", "data=flipped_digits", "labels.contexts=12"),
     *("output_dir=runs", "cache_dir=cache"),
 ]
+TRAIN = ["agent=one_block", "env.objective=early", "env.weight=linear", "planner.dim=16"]
 EVALUATE = [
     *("eval.images=12", "eval.samples=40", "eval.states=6", "eval.resamples=50", "eval.distance_resamples=0"),
     *("eval.policies=[raster,right_to_left,right_to_left@2,nearest]", "eval.features=small_pictures"),
@@ -53,7 +54,7 @@ SCRIPT = f"""
 from orderrl.runtime.config import compose
 from orderrl.train import train
 from orderrl.evaluate import evaluate
-planner = train(compose("train", ["agent=one_block", "env.objective=early", "env.weight=linear", "planner.dim=16", *{SMALL!r}]))
+planner = train(compose("train", {[*TRAIN, *SMALL]!r}))
 for resamples in (50, 60):
     chosen = [f"eval.planners=['{{planner}}']", f"eval.resamples={{resamples}}"]
     print("FOLDER", evaluate(compose("evaluate", [*{SMALL!r}, *{EVALUATE!r}, *chosen])))
@@ -79,7 +80,7 @@ def installed(files: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (files / "mine-1.0.dist-info").mkdir()
     (files / "mine-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
     (files / "mine-1.0.dist-info" / "entry_points.txt").write_text("\n".join(lines))
-    _installed.cache_clear()
+    _entry_points.cache_clear()
     for registry in REGISTRIES:
         registry.__dict__.pop("installed", None)
     return files
@@ -89,7 +90,7 @@ def installed(files: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def forgotten() -> Any:
     """What entry points a test made is not known to the next one."""
     yield
-    _installed.cache_clear()
+    _entry_points.cache_clear()
     for registry in REGISTRIES:
         registry.__dict__.pop("installed", None)
 
@@ -306,7 +307,7 @@ def test_hidden_tokens_change_nothing_that_a_policy_gets(backbone: OrderRobustTr
         core.reset(index=torch.tensor([0, 1]))
         play(core, policy, steps=visible + 1)
         seen = policy.seen[-1]
-        assert all(torch.equal(seen[key][0], seen[key][1]) for key in seen.keys())
+        assert all(torch.equal(*value[:2]) for value in seen.values())
         assert torch.equal(seen["tokens"][0], torch.where(shown, tokens[0], -1))
 
 

@@ -14,7 +14,8 @@ class DataName(Settings):
     name: str = setting(
         MISSING,
         "Data set: digits (scikit-learn's, 8x8 tokens of 17 grey levels), digits_patches (4x4 continuous tokens, each "
-        "2x2 grey levels), canvas (digits at random places, 12x12 tokens of 17 grey levels), an own one or tokens:FOLDER",
+        "2x2 grey levels), canvas (digits at random places, 12x12 tokens of 17 grey levels), tokens:FOLDER, or "
+        "an own one",
     )
 
 

@@ -356,9 +356,8 @@ class SetDecoder:
         from orderrl.tokenizers import load_tokenizer
 
         identity, where = self.described["identity"]["tokenizer"], self.described["tokenizer_path"]
-        path = (
-            where if where is None or where.startswith(_HUB) else self.folder / where
-        )  # absolute ones stay as they are
+        lasts = where is None or where.startswith(_HUB)
+        path = where if lasts else self.folder / where  # an absolute path stays as it is
         if isinstance(path, Path) and not path.is_file():
             raise FileNotFoundError(
                 f"{path}: the weights of tokenizer {identity['name']} that {self.folder} was made with are not there; "
@@ -367,8 +366,8 @@ class SetDecoder:
         tokenizer = load_tokenizer(identity["name"], path)
         if tokenizer.fingerprint != identity["fingerprint"]:
             raise ValueError(
-                f"{path or identity['name']}: is not the tokenizer that {self.folder} was made with (fingerprint {tokenizer.fingerprint} "
-                f"instead of {identity['fingerprint']})"
+                f"{path or identity['name']}: is not the tokenizer that {self.folder} was made with (fingerprint "
+                f"{tokenizer.fingerprint} instead of {identity['fingerprint']})"
             )
         return tokenizer
 

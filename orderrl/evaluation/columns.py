@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from orderrl.agents.play import Rollout
@@ -280,19 +279,17 @@ def _return_of(objective: str) -> Column:
     """The sum of rewards of a user's objective, uniformly weighted and without the cost of steps."""
 
     def per_image(rollout: Rollout, backbone: Backbone) -> Tensor:
-        total = torch.zeros_like(rollout.start_loss)
-        for before, after, seen, visible in zip(
-            rollout.losses, rollout.losses[1:], rollout.visible, rollout.visible[1:], strict=False
-        ):
-            revealed = visible & ~seen
-            utility = future_loss_reduction(before, after, ~visible)
-            value = OBJECTIVES.find(objective)(Step(utility, before, after, revealed, visible, rollout.geometry))
-            total += value.where(revealed.any(-1), 0.0)
-        return total / rollout.geometry.num_tokens
+        before, after = (losses.flatten(0, 1) for losses in (rollout.losses[:-1], rollout.losses[1:]))  # (T n, B)
+        seen, visible = (blocks.flatten(0, 1) for blocks in (rollout.visible[:-1], rollout.visible[1:]))
+        revealed, utility = visible & ~seen, future_loss_reduction(before, after, ~visible)
+        value = OBJECTIVES.find(objective)(Step(utility, before, after, revealed, visible, rollout.geometry))
+        value = value.where(revealed.any(-1), 0.0)  # nothing is paid after an episode's end
+        return value.unflatten(0, rollout.losses[:-1].shape[:2]).sum(0) / rollout.geometry.num_tokens
 
+    said = f"Sum of rewards of the objective {objective}."
     return Column(
-        metric_of(objective), f"{objective} return", "nats per token", 4, f"Sum of rewards of the objective {objective}.",
-        HIGHER, places="screen markdown compare", per_image=per_image,
+        metric_of(objective), f"{objective} return", "nats per token", 4, said, HIGHER,
+        places="screen markdown compare", per_image=per_image,
     )  # fmt: skip
 
 

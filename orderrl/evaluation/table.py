@@ -31,7 +31,7 @@ from orderrl.evaluation.rows import Evaluated, evaluate_policy, evaluate_token_r
 from orderrl.evaluation.settings import EvalConfig
 from orderrl.factory import Setup
 from orderrl.geometry import BlockGrid
-from orderrl.metrics.features import EXTRACTORS, TIMM, timm_source
+from orderrl.metrics.features import EXTRACTORS, is_own, timm_source
 from orderrl.metrics.recognisability import OWN
 from orderrl.metrics.statistics import bootstrap_band
 from orderrl.runtime import distributed
@@ -101,7 +101,7 @@ def evaluation_key(config: EvalConfig, setup: Setup, data: TokenSet, policies: S
         "labels": asdict(setup.labels),
         "seed": setup.seed,
         "files": [source_identity(timm_source(name) or name) for name in _files(config)],
-        "features": _own_version(config.features),
+        "features": EXTRACTORS.version(config.features) if config.features and is_own(config.features) else None,
         "policies": [
             [policy.name, _acting(policy), source_identity(policy_source(policy.spec))] for policy in policies
         ],
@@ -116,11 +116,6 @@ def _files(config: EvalConfig) -> list[str]:
     """The values of all settings that may name files."""
     values = [getattr(config, field.name) for field in fields(config) if field.metadata.get("file")]
     return [name for value in values if value for name in (value if isinstance(value, list) else [value])]
-
-
-def _own_version(features: str | None) -> str | None:
-    """The version of a user's feature extractor."""
-    return None if features is None or features.startswith(TIMM) else EXTRACTORS.version(features)
 
 
 def _own_metrics() -> Iterator[tuple[str, str | None]]:

@@ -2,10 +2,10 @@
 
 Names are those of torch-fidelity's registry (its Inception-v3, CLIP, DINOv2 and VGG networks), "orderrl-digits" and
 "orderrl-canvas", the shipped classifiers, and "timm:MODEL" or "timm:MODEL:CHECKPOINT_FILE" for any model of timm, or
-"timm:local-dir:FOLDER" for one that timm saved with its settings; users add functions of images with
-`register_extractor`, or name them as module:attribute. All are feature extractors of torch-fidelity:
+"timm:local-dir:FOLDER" for one that timm saved with its settings. All are feature extractors of torch-fidelity:
 `register_features` gives the name that its own functions know them by. One pass over the images gives everything that
-the metrics of `orderrl.metrics.quality` need.
+the metrics of `orderrl.metrics.quality` need. Users add functions of images with `register_extractor`, or name them as
+module:attribute; torch-fidelity does not know these.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_clip import MODEL_METADATA as CLIP_METADATA
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
@@ -116,6 +116,8 @@ def extract_features(
         device = device or images.device
         images = TensorImages(images)
     device = torch.device("cpu") if device is None else device
+    if is_own(features):
+        return Features(features, _own_features(features, images, device, batch_size))
     with current_device(device):  # where torch-fidelity puts networks and images
         extractor, layers = _extractor(registered, features, weights, source_identity(weights), device)
         with _inception_maps(extractor) as maps:
@@ -136,8 +138,8 @@ def register_features(features: str) -> str:
     """
     if features in FEATURE_EXTRACTORS_REGISTRY:
         return features
-    if not features.startswith(TIMM) and EXTRACTORS.given(features) is not None:
-        return _register_own(features, EXTRACTORS.find(features))
+    if is_own(features):
+        return features
     if not features.startswith(TIMM):
         others = (name for name in FEATURE_EXTRACTORS_REGISTRY if not name.startswith((SHIPPED, TIMM)))
         known = ", ".join([*(SHIPPED + name for name in CLASSIFIERS), *others, *EXTRACTORS])
@@ -184,10 +186,15 @@ def timm_source(name: str) -> Path | None:
     return Path(file).expanduser() if file else None
 
 
+def is_own(name: str) -> bool:
+    """Whether features are those of a user's function, which is then there."""
+    return not name.startswith(TIMM) and EXTRACTORS.given(name) is not None and EXTRACTORS.find(name) is not None
+
+
 def name_by_content(name: str) -> str:
     """The name of a feature extractor with the content of a checkpoint in place of its path, or of a user's file."""
-    if not name.startswith(TIMM):
-        return name if (version := EXTRACTORS.version(name)) is None else f"{name}:{version}"
+    if is_own(name):
+        return f"{name}:{EXTRACTORS.version(name)}"
     source = timm_source(name)
     return name if source is None else f"{TIMM}{timm_parts(name)[0]}:{source_identity(source, in_full=True)}"
 
@@ -196,6 +203,33 @@ def own_features(data: str) -> str | None:
     """The features of the shipped classifier that knows the images of a data set, None if there is none."""
     classifier = own_classifier(data)
     return None if classifier is None else SHIPPED + classifier
+
+
+def _own_features(name: str, images: Dataset[Tensor], device: torch.device, batch_size: int) -> Tensor:
+    """What a user's function gives, (n, d) float64 on the CPU."""
+    function, parts = EXTRACTORS.find(name), []
+    for batch in DataLoader(images, batch_size):
+        part = function(batch.to(device))
+        if not isinstance(part, Tensor) or part.ndim != 2 or len(part) != len(batch):
+            got = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
+            raise ValueError(f"features={name!r} must give a tensor ({len(batch)}, d) for as many images, got {got}")
+        parts.append(part.double().cpu())
+    return torch.cat(parts)
+
+
+def _check_callable(name: str, extractor: Any) -> None:
+    if not callable(extractor):
+        raise ValueError(f"features {name!r} must be a function of images (n, 3, H, W) uint8, got {extractor!r:.60}")
+
+
+EXTRACTORS: Registry[Callable[[Tensor], Tensor]] = Registry(
+    "features",
+    "orderrl.features",
+    check=_check_callable,
+    taken=("own", *FEATURE_EXTRACTORS_REGISTRY, *(SHIPPED + name for name in CLASSIFIERS)),
+)
+"""Functions of a user: images (n, 3, H, W) uint8 -> features (n, d)."""
+register_extractor = EXTRACTORS.register
 
 
 # -- extractors -------------------------------------------------------------------------------------------------------
@@ -251,73 +285,6 @@ class ShippedFeatureExtractor(FeatureExtractorBase):
             "spatial": _first_channels(maps[0]),
         }
         return tuple(offered[name].double() for name in self.features_list)
-
-
-class OwnFeatureExtractor(FeatureExtractorBase):
-    """A user's function for torch-fidelity: images (n, 3, H, W) uint8 to features (n, d); offers "features", float64.
-
-    Attributes:
-        function: the function.
-    """
-
-    function: ClassVar[Callable[[Tensor], Tensor]]
-
-    def __init__(self, name: str, features_list: list[str], **kwargs: Any) -> None:
-        if kwargs.get("feature_extractor_weights_path") is not None:
-            raise NotImplementedError
-        super().__init__(name, features_list)
-
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        """The only name."""
-        return ("features",)
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        """The same for every metric."""
-        return "features"
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        """Nobody knows."""
-        return False
-
-    def forward(self, input: Tensor) -> tuple[Tensor, ...]:
-        """The features, checked."""
-        found = type(self).function(input)
-        if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(input):
-            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise ValueError(
-                f"features={self.name!r} must give a tensor ({len(input)}, d) for as many images, got {shape}"
-            )
-        return (found.double(),)
-
-
-def _check_extractor(name: str, extractor: Any) -> None:
-    if not callable(extractor) or (isinstance(extractor, type) and not issubclass(extractor, FeatureExtractorBase)):
-        raise ValueError(
-            f"features {name!r} must be a function of images (n, 3, H, W) uint8 that gives features (n, d), or a "
-            f"feature extractor class of torch-fidelity; got {extractor!r:.60}"
-        )
-
-
-EXTRACTORS: Registry[Any] = Registry(
-    "features",
-    "orderrl.features",
-    check=_check_extractor,
-    taken=("own", *FEATURE_EXTRACTORS_REGISTRY, *(SHIPPED + name for name in CLASSIFIERS)),
-)
-register_extractor = EXTRACTORS.register
-
-
-def _register_own(name: str, extractor: Any) -> str:
-    """Let torch-fidelity know a user's extractor; another one under its name, in a notebook, gets another name there."""
-    registered = f"{name}-{id(extractor):x}"
-    if registered not in FEATURE_EXTRACTORS_REGISTRY:
-        if not isinstance(extractor, type):
-            extractor = type("NamedOwnFeatureExtractor", (OwnFeatureExtractor,), {"function": staticmethod(extractor)})
-        register_feature_extractor(registered, extractor)
-    return registered
 
 
 class TimmInput(nn.Module):

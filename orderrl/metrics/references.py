@@ -213,6 +213,8 @@ def _from_torch_fidelity(path: Path, features: str) -> Reference:
     if not isinstance(values, dict) or not {"mu", "sigma"} <= values.keys():
         raise ValueError(f"reference={str(path)!r} is no statistics file of torch-fidelity: it has no mu and sigma")
     registered = register_features(features)
+    if registered not in FEATURE_EXTRACTORS_REGISTRY:
+        raise _other_features(path, path.stem, features)
     layer = FEATURE_EXTRACTORS_REGISTRY[registered].get_default_feature_layer_for_metric("fid")
     if "-stat-fid-" in path.stem:
         if not path.stem.endswith(f"-{registered}-stat-fid-{layer}"):

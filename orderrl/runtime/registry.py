@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache, cached_property
 from importlib.metadata import EntryPoints, entry_points
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from orderrl.runtime.sources import source_identity
 
@@ -35,8 +35,8 @@ def is_reference(name: str) -> bool:
     return _REFERENCE.fullmatch(name) is not None
 
 
-class Registry(Mapping[str, T], Generic[T]):
-    """What is known of one kind, by name.
+class Registry(Mapping[str, T]):
+    """What is known of one kind, by name; listing names imports nothing.
 
     Args:
         kind: what it is called in messages.
@@ -59,15 +59,12 @@ class Registry(Mapping[str, T], Generic[T]):
         self.shipped, self.taken = frozenset(self.members), frozenset({*self.members, *taken})
 
     def register(self, name: str, member: Any = None, *, overwrite: bool = False) -> Any:
-        """Add a member; without one, decorate it.
+        """Add a member, or "module:attribute", and return it; without one, give a decorator.
 
         Args:
             name: letters, digits, "_", "-" and ".".
-            member: the member, or "module:attribute".
+            member: of the kind.
             overwrite: replace another one of the name, as when a notebook's cell runs again; never a shipped one.
-
-        Returns:
-            The member, or the decorator.
 
         Raises:
             ValueError: if the name is taken or cannot be one, or it is no member of the kind.
@@ -100,27 +97,26 @@ class Registry(Mapping[str, T], Generic[T]):
         """
         member: Any = self.given(name)
         if member is None:
-            raise ValueError(
-                f"{key or self.kind}={name!r} is unknown; choose one of {', '.join(self)}, or module:attribute"
-            )
+            known = ", ".join([*self, "module:attribute"])
+            raise ValueError(f"{key or self.kind}={name!r} is unknown; choose one of {known}")
         if isinstance(member, str):
+            what = f"{self.kind} '{name}'" + ("" if member == name else f" ({member})")
             try:
                 member = pkgutil.resolve_name(member)
             except (ImportError, AttributeError, ValueError) as error:
-                where = "" if member == name else f" ({member})"
-                raise ValueError(
-                    f"{self.kind} '{name}'{where} cannot be imported: {error}; write module:attribute"
-                ) from error
+                raise ValueError(f"{what} cannot be imported: {error}; write module:attribute") from error
             self.check(name, member)
             self.members[name] = member
         found: T = member
         return found
 
     def given(self, name: str) -> T | str | None:
-        """What was given for a name: a member that is there, a text for one that is imported later; None if unknown."""
-        if name in self.members:
-            return self.members[name]
-        return self.installed.get(name, name if is_reference(name) else None)
+        """A member that is there, or the "module:attribute" of one that is imported later; None if it is unknown."""
+        return self.members.get(name) or self.installed.get(name, name if is_reference(name) else None)
+
+    def own(self) -> list[str]:
+        """Names of what is not shipped."""
+        return [name for name in self if name not in self.shipped]
 
     def version(self, name: str) -> str | None:
         """What stands in keys for the file of a user's member; None for the package's own."""
@@ -146,18 +142,13 @@ class Registry(Mapping[str, T], Generic[T]):
     def installed(self) -> dict[str, str]:
         """What other packages offer, as "module:attribute" by name; a name that is taken is left out with a warning."""
         found: dict[str, str] = {}
-        for entry in _installed().select(group=self.group):
+        for entry in _entry_points().get(self.group, ()):
             if entry.name in self.taken or not _NAME.fullmatch(entry.name):
-                warnings.warn(
-                    f"{self.kind} {entry.name!r} ({entry.value}) is left out: choose another name", stacklevel=2
-                )
+                said = f"{self.kind} {entry.name!r} ({entry.value}) is left out: choose another name"
+                warnings.warn(said, stacklevel=2)
             else:
                 found.setdefault(entry.name, entry.value.partition("[")[0].strip())
         return found
-
-    def own(self) -> list[str]:
-        """Names of what is not shipped."""
-        return [name for name in self if name not in self.shipped]
 
     def __getitem__(self, name: str) -> T:
         if name not in self:
@@ -175,6 +166,7 @@ class Registry(Mapping[str, T], Generic[T]):
 
 
 @cache
-def _installed() -> EntryPoints:
-    """The entry points of all installed packages, read once."""
-    return entry_points()
+def _entry_points() -> dict[str, EntryPoints]:
+    """The entry points of all installed packages by group, read once."""
+    found = entry_points()
+    return {group: found.select(group=group) for group in found.groups}

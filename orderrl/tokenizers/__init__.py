@@ -3,14 +3,7 @@
 from orderrl.tokenizers.kl import KLConfig, KLTokenizer, Posterior
 from orderrl.tokenizers.layers import StackConfig
 from orderrl.tokenizers.protocol import Tokenizer
-from orderrl.tokenizers.registry import (
-    PRESETS,
-    build_tokenizer,
-    load_tokenizer,
-    load_weights,
-    register_tokenizer,
-    save_tokenizer,
-)
+from orderrl.tokenizers.registry import PRESETS, build_tokenizer, load_tokenizer, load_weights, save_tokenizer
 from orderrl.tokenizers.vq import VQConfig, VQTokenizer
 
 __all__ = [
@@ -25,6 +18,5 @@ __all__ = [
     "build_tokenizer",
     "load_tokenizer",
     "load_weights",
-    "register_tokenizer",
     "save_tokenizer",
 ]

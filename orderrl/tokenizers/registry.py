@@ -18,6 +18,7 @@ from orderrl.runtime.weights import missing_weights, read_state
 from orderrl.tokenizers import kl, vq
 from orderrl.tokenizers.kl import KLConfig, KLTokenizer
 from orderrl.tokenizers.layers import StackConfig
+from orderrl.tokenizers.protocol import Tokenizer
 from orderrl.tokenizers.vq import VQConfig, VQTokenizer
 
 _CH_MULT_8 = StackConfig(ch_mult=(1, 2, 2, 4))
@@ -72,9 +73,9 @@ def load_tokenizer(
             f"tokenizer={name!r} is unknown; choose one of {', '.join(TOKENIZERS)}, module:attribute, or give the path "
             "of a .safetensors file written by pretrain"
         )
-    if not (isinstance(tokenizer, torch.nn.Module) and hasattr(tokenizer, "encode") and hasattr(tokenizer, "decode")):
-        raise ValueError(f"tokenizer {name!r} must give a torch.nn.Module with encode and decode, see `Tokenizer`")
     if name not in TOKENIZERS.shipped and TOKENIZERS.given(name) is not None:
+        if not all(isinstance(tokenizer, kind) for kind in (torch.nn.Module, Tokenizer)):
+            raise ValueError(f"tokenizer {name!r} must give a torch.nn.Module with the members of `Tokenizer`")
         tokenizer.name = name  # token sets remember it
     tokenizer.eval().requires_grad_(False)
     return tokenizer if where is None else tokenizer.to(where)

@@ -17,8 +17,8 @@ from orderrl.backbones import Backbone, save_backbone
 from orderrl.evaluate import evaluate
 from orderrl.evaluation.columns import (
     HIGHER,
-    METRICS,
     LOWER,
+    METRICS,
     Column,
     all_columns,
     column_of,

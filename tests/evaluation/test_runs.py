@@ -19,7 +19,6 @@ from orderrl.data.encode import tokenize_folder
 from orderrl.data.folder import FolderConfig
 from orderrl.evaluation.columns import all_columns
 from orderrl.evaluation.comparison import compare as compare_pairs
-from orderrl.evaluation.columns import all_columns
 from orderrl.evaluation.comparison import run_pairs
 from orderrl.evaluation.protocol import PARTS, EvaluationProtocol, open_protocol
 from orderrl.evaluation.rows import Evaluated
