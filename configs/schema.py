@@ -25,7 +25,7 @@ NOTHING = "orderrl.runtime.schema:Nothing"  # no keys
 def nodes(overrides: Sequence[str] = ()) -> dict[str, Node]:
     """Every dataclass of the configuration by its path, with what users have registered or name in the overrides."""
     found = COMMANDS | GROUPS | _backbones() | {f"agent/{name}": _agent(name) for name in AGENTS.shipped}
-    chosen = dict(item.split("=", 1) for item in overrides if "=" in item)
+    chosen = dict(item.replace("\\:", ":").split("=", 1) for item in overrides if "=" in item)  # sweeps escape it
     for group, (registry, node) in _REGISTRIES.items():
         named = filter(is_reference, chosen.get(group, "").split(","))  # several in a sweep
         found |= {f"{group}/{name}": node(name) for name in (*registry.own(), *named)}

@@ -32,8 +32,11 @@ from orderrl.metrics.features import extract_features, register_features
 from orderrl.oracle import distance_weights
 from orderrl.runtime.config import compose, group_choices
 from orderrl.runtime.registry import Registry, _entry_points
+from orderrl.tokenize import tokenize
 from orderrl.tokenizers import load_tokenizer
+from orderrl.train import train
 from tests.registries import REGISTRIES, keep_registries
+from tests.tokenizers.helpers import image_folder
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
@@ -179,9 +182,25 @@ def test_every_kind_is_taken_as_module_and_attribute(files: Path) -> None:
     )
     assert dict(config.agent) == {"name": "my_agent:AGENT", "steps": 7, "block": 0}
     assert config.backbone.name == "my_backbone:large_blocks" and config.data.name == "my_data:flipped_digits"
+    with pytest.raises(ValueError, match=r"my_agent:NOBODY.* cannot be imported: .*; write module:attribute"):
+        compose("train", ["agent=my_agent:NOBODY"])
     with pytest.raises(ValueError, match=r"agent\.steps must be at least 1, got 0"):
         compose("train", ["agent=my_agent:AGENT", "agent.steps=0"])
     assert make_policy("my_nearest:nearest", backbone).policy is make_policy("nearest", backbone).policy
+
+
+def test_an_own_tokeniser_makes_a_token_set_that_another_process_decodes(files: Path) -> None:
+    image_folder(files / "images")
+    overrides = ["data=folder", "data.root=images", "data.image_size=12", "tokenizer=my_data:Grey", "output=set"]
+    tokenize(compose("tokenize", overrides))
+    look = "from orderrl.data import load_split; a = load_split('tokens:set', 'test'); print(*a.images(a.tokens).shape)"
+    assert run(files, "-c", look).split() == ["1", "3", "12", "12"]
+
+
+def test_a_policy_with_a_memory_is_imitated(files: Path) -> None:
+    config = ["agent=imitation", "agent.policy=my_nearest:nearest", "agent.imitation.steps=2", "planner.dim=16"]
+    config += ["agent.imitation.num_envs=4", "backbone=my_backbone:large_blocks", "data=digits", "env=likelihood"]
+    assert train(compose("train", [*config, "output_dir=runs", "cache_dir=cache"])).is_file()
 
 
 @pytest.mark.parametrize(
@@ -227,7 +246,7 @@ def test_a_name_is_given_once_unless_it_is_overwritten(files: Path) -> None:
         with pytest.raises(ValueError, match=f"order '{name}': the package has a meaning"):
             orderrl.register_order(name, backwards)
     for name in ("a:b", "a@4", "a/b", "", "4"):
-        with pytest.raises(ValueError, match="a name begins with a letter"):
+        with pytest.raises(ValueError, match="a name is a letter"):
             orderrl.register_order(name, backwards)
 
 

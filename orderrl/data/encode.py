@@ -126,7 +126,8 @@ def _encode_shard(
     advance: Advance,
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Tokens and labels of every view, and the names of images that could not be read."""
-    device = next(tokenizer.parameters()).device if isinstance(tokenizer, torch.nn.Module) else torch.device("cpu")
+    parameters = tokenizer.parameters() if isinstance(tokenizer, torch.nn.Module) else ()
+    device = next((parameter.device for parameter in parameters), torch.device("cpu"))
     tokens: list[np.ndarray] = []
     labels: list[Tensor] = []
     read: set[int] = set()

@@ -271,7 +271,8 @@ def _group(column: Column) -> str:
 
 def _grouped() -> dict[str, list[Column]]:
     """The columns by group, those of users last."""
-    own = {column.name: column for column in (*METRICS.values(), *map(_return_of, OBJECTIVES.own()))}.values()
+    objectives = {OBJECTIVES.find(name): name for name in OBJECTIVES.own()}  # one with two names has the later one
+    own = {column.name: column for column in (*METRICS.values(), *map(_return_of, objectives.values()))}.values()
     return {name: columns + [column for column in own if _group(column) == name] for name, columns in GROUPS.items()}
 
 

@@ -72,9 +72,8 @@ class Registry(Mapping[str, T]):
         if member is None:
             return lambda decorated: self.register(name, decorated, overwrite=overwrite)
         if not _NAME.fullmatch(name):
-            raise ValueError(
-                f"{self.kind} {name!r}: a name begins with a letter and has letters, digits, '_', '-', '.'"
-            )
+            allowed = "a letter, and then letters, digits, '_', '-' and '.'"
+            raise ValueError(f"{self.kind} {name!r}: a name is {allowed}")
         if name in self.taken:
             raise ValueError(f"{self.kind} {name!r}: the package has a meaning for the name; choose another name")
         before: Any = self.members.get(name, member)
@@ -112,7 +111,8 @@ class Registry(Mapping[str, T]):
 
     def given(self, name: str) -> T | str | None:
         """A member that is there, or the "module:attribute" of one that is imported later; None if it is unknown."""
-        return self.members.get(name) or self.installed.get(name, name if is_reference(name) else None)
+        unlisted = name if is_reference(name) else None
+        return self.members[name] if name in self.members else self.installed.get(name, unlisted)
 
     def own(self) -> list[str]:
         """Names of what is not shipped."""

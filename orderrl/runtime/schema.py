@@ -67,7 +67,10 @@ class Nothing:
 
 
 def _imported(name: str | type[Any]) -> Any:
-    return resolve_name(name) if isinstance(name, str) else name
+    try:
+        return resolve_name(name) if isinstance(name, str) else name
+    except (ImportError, AttributeError) as error:  # of a user
+        raise ValueError(f"{name} cannot be imported: {error}; write module:attribute") from error
 
 
 class _StoredNode(ConfigNode):
