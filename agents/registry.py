@@ -141,7 +141,11 @@ def _scorer(spec: PolicySpec, backbone: Backbone, fitted: Callable[[], Tensor] |
         if fitted is None:
             raise ValueError(f"policy '{spec}' is fitted on labels, and there are none here; choose another policy")
         return fixed_order(fitted())
-    raise ValueError(
+    raise _unknown(spec)
+
+
+def _unknown(spec: PolicySpec) -> ValueError:
+    return ValueError(
         f"policy '{spec}' is unknown; choose one of {', '.join(policy_names())} (NAME@k reveals k blocks a step), "
         "a planner's .safetensors file or module:attribute"
     )
@@ -320,6 +324,8 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _own_policy(spec: PolicySpec, backbone: Backbone, budgets: tuple[int, ...]) -> NamedPolicy:
+    if POLICIES.given(spec.name) is None:
+        raise _unknown(spec)
     policy = POLICIES.find(spec.name)
     if not spec.schedule:
         return _named(spec, policy, tuple(budgets))

@@ -28,6 +28,7 @@ from orderrl.backbones import OrderRobustTransformer, load_backbone
 from orderrl.data import TokenSet, load_split
 from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.envs.reward import RewardConfig
+from orderrl.evaluation.rows import one_each
 from orderrl.metrics.features import extract_features, register_features
 from orderrl.oracle import distance_weights
 from orderrl.runtime.config import compose, group_choices
@@ -189,6 +190,12 @@ def test_every_kind_is_taken_as_module_and_attribute(files: Path) -> None:
     assert make_policy("my_nearest:nearest", backbone).policy is make_policy("nearest", backbone).policy
 
 
+def test_the_command_orderrl_sees_the_current_folder(files: Path) -> None:
+    call = [sys.executable, "-P", "-m", "orderrl", "train", "agent=my_agent:AGENT", "--help"]
+    answer = subprocess.run(call, capture_output=True, text=True, cwd=files, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert answer.returncode == 0 and re.search(r"agent\.block +0 +The preferred block", answer.stdout)
+
+
 def test_an_own_tokeniser_makes_a_token_set_that_another_process_decodes(files: Path) -> None:
     image_folder(files / "images")
     overrides = ["data=folder", "data.root=images", "data.image_size=12", "tokenizer=my_data:Grey", "output=set"]
@@ -261,6 +268,34 @@ def test_a_name_is_given_once_unless_it_is_overwritten(files: Path) -> None:
 def test_what_is_no_member_of_its_kind_is_refused(files: Path, register: Callable[..., Any], wrong: Any) -> None:
     with pytest.raises(ValueError, match="'mine' must be"):
         register("mine", wrong)
+
+
+def test_a_metric_that_gives_one_number_for_all_images_is_refused() -> None:
+    for wrong, got in ((torch.zeros(()), r"\(\)"), (0.5, "float"), (torch.zeros(3, 2), r"\(3, 2\)")):
+        with pytest.raises(ValueError, match=rf"metric 'mine' must give a tensor \(3,\), .* got {got}"):
+            one_each("mine", wrong, 3)
+
+
+def test_an_objective_or_weight_of_another_shape_is_refused(backbone: OrderRobustTransformer, data: TokenSet) -> None:
+    for settings, said in (
+        (
+            {"objective": "tests.test_extend:one_number"},
+            r"must give a tensor of shape \(2,\), nats per image, got \(\)",
+        ),
+        ({"weight": "tests.test_extend:no_weight"}, r"must give a tensor of shape \(9, 9\)"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            core = NextBlockCore(backbone, data, 2, CoreConfig(reward=RewardConfig(**settings)))
+            core.reset()
+            core.step(torch.tensor([0, 1]))
+
+
+def one_number(step: Any) -> Tensor:
+    return step.utility.sum()
+
+
+def no_weight(geometry: Any, sigma: float) -> Tensor:
+    return torch.ones(3)
 
 
 def test_an_order_that_misses_blocks_is_refused(files: Path, backbone: OrderRobustTransformer) -> None:

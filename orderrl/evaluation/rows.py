@@ -107,7 +107,15 @@ def evaluate_policy(p: EvaluationProtocol, named: NamedPolicy, sampled: bool) ->
 def planning_values(rollout: Rollout, backbone: Backbone) -> dict[str, Tensor]:
     """Numbers of each image of a rollout, (n,) float on the CPU, by their keys in the row."""
     measured = {column.name: column.per_image for column in all_columns() if column.per_image is not None}
-    return {name: values(rollout, backbone).cpu() for name, values in measured.items()}
+    return {name: one_each(name, values(rollout, backbone), len(rollout.labels)) for name, values in measured.items()}
+
+
+def one_each(metric: str, values: Any, count: int) -> Tensor:
+    """Numbers of a metric's function on the CPU; refused unless there is one for each image, (count,)."""
+    if not isinstance(values, Tensor) or values.shape != (count,):
+        got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(f"metric {metric!r} must give a tensor ({count},), one number for each image, got {got}")
+    return values.cpu()
 
 
 def evaluate_token_raster(p: EvaluationProtocol, name: str, backbone: TrainableBackbone) -> Evaluated:
@@ -171,7 +179,7 @@ def _samples(
     if p.samples_folder is not None:
         save_images(images, free_folder(p.samples_folder, folder_name(row["policy"], row["seed"])), labels)
     for name, values in measures.items():
-        found |= image_means({name: values(images, labels).cpu()}, p.config.resamples, p.seed)
+        found |= image_means({name: one_each(name, values(images, labels), len(images))}, p.config.resamples, p.seed)
     return found | _against_reference(p, images, labels)
 
 
