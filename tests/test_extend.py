@@ -277,15 +277,12 @@ def test_a_metric_that_gives_one_number_for_all_images_is_refused() -> None:
 
 
 def test_an_objective_or_weight_of_another_shape_is_refused(backbone: OrderRobustTransformer, data: TokenSet) -> None:
-    for settings, said in (
-        (
-            {"objective": "tests.test_extend:one_number"},
-            r"must give a tensor of shape \(2,\), nats per image, got \(\)",
-        ),
-        ({"weight": "tests.test_extend:no_weight"}, r"must give a tensor of shape \(9, 9\)"),
+    for reward, said in (
+        (RewardConfig(objective="tests.test_extend:one_number"), r"a tensor of shape \(2,\), nats per image, got \(\)"),
+        (RewardConfig(weight="tests.test_extend:no_weight"), r"must give a tensor of shape \(9, 9\)"),
     ):
         with pytest.raises(ValueError, match=said):
-            core = NextBlockCore(backbone, data, 2, CoreConfig(reward=RewardConfig(**settings)))
+            core = NextBlockCore(backbone, data, 2, CoreConfig(reward=reward))
             core.reset()
             core.step(torch.tensor([0, 1]))
 
