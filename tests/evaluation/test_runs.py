@@ -17,7 +17,7 @@ from orderrl.backbones import Sampling, load_backbone
 from orderrl.data import load_split
 from orderrl.data.encode import tokenize_folder
 from orderrl.data.folder import FolderConfig
-from orderrl.evaluation.columns import all_columns
+from orderrl.evaluation.columns import METRICS, all_columns
 from orderrl.evaluation.comparison import compare as compare_pairs
 from orderrl.evaluation.comparison import run_pairs
 from orderrl.evaluation.protocol import PARTS, EvaluationProtocol, open_protocol
@@ -239,10 +239,14 @@ def test_the_identity_tells_protocols_apart_and_nothing_else(protocol: Evaluatio
         assert {name for name in identity if found[name] != identity[name]} == {key}
 
 
-def test_every_setting_names_its_part_or_chooses_rows(protocol: EvaluationProtocol) -> None:
+def test_every_setting_names_its_part_or_chooses_rows(
+    protocol: EvaluationProtocol, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Those without a part, or with one that has no identity, may change between runs that compare."""
+    monkeypatch.setattr(METRICS, "members", {})
     parts = {part.key: part for part in PARTS}
     other = {"sweep": [2], "step_costs": [0.5], "budgets": [2], "token_raster": [], "planners": [], "sampled": []}
+    other |= {"metrics": ["tests.evaluation.test_columns:LOSS"]}
     other |= {"policies": [], "keep_samples": True, "resamples": 5, "distance_resamples": 0, "fid_infinity": True}
     for field in fields(EvalConfig):
         if field.name in {sampled.name for sampled in fields(Sampling)}:
