@@ -58,10 +58,9 @@ SCRIPT = f"""
 from orderrl.runtime.config import compose
 from orderrl.train import train
 from orderrl.evaluate import evaluate
-planner = train(compose("train", {[*TRAIN, *SMALL]!r}))
-for resamples in (50, 60):
-    chosen = [f"eval.planners=['{{planner}}']", f"eval.resamples={{resamples}}"]
-    print("FOLDER", evaluate(compose("evaluate", [*{SMALL!r}, *{EVALUATE!r}, *chosen])))
+train(compose("train", {[*TRAIN, *SMALL]!r}))
+for resamples in (50, 60):  # the planner is found as the newest of its agent
+    print("FOLDER", evaluate(compose("evaluate", [*{[*SMALL, *EVALUATE]!r}, f"eval.resamples={{resamples}}"])))
 """
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from tensordict import TensorDict
 from torch import Tensor
 
+from orderrl.agents.agent import AGENTS
 from orderrl.agents.fitted import fit_order
 from orderrl.agents.registry import NamedPolicy, make_policy, tell_apart
 from orderrl.agents.spec import PolicySpec
@@ -20,7 +21,7 @@ from orderrl.oracle import utilities
 from orderrl.runtime.distributed import print_main
 from orderrl.training import newest_planner
 
-AGENTS = ("bc", "fitted_q", "ppo", "grpo")  # whose newest planners are evaluated; the last one draws
+NEWEST = ("bc", "fitted_q", "ppo", "grpo")  # agents whose newest planners are evaluated; the last one draws
 
 
 def gain_labels(setup: Setup) -> TensorDict:
@@ -40,7 +41,8 @@ def newest_planners(setup: Setup) -> list[Path]:
     Raises:
         ValueError: if there is none.
     """
-    found = [path for agent in AGENTS if (path := newest_planner(setup, agent)) is not None]
+    agents = [*AGENTS.own(), *NEWEST]
+    found = [path for agent in agents if (path := newest_planner(setup, agent)) is not None]
     if not found:
         raise ValueError(
             f"no planner for backbone {setup.backbone_name!r} in {setup.cache_dir}; train one with "

@@ -1,6 +1,7 @@
 """The settings of an evaluation.
 
-Each names the part of the protocol that it enters, one of `orderrl.evaluation.protocol.PARTS`; others choose the rows and what is measured of them.
+Each names the part of the protocol that it enters, one of `orderrl.evaluation.protocol.PARTS`; others choose the rows
+and what is measured of them.
 """
 
 from __future__ import annotations
