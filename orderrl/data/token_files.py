@@ -356,8 +356,8 @@ class SetDecoder:
         from orderrl.tokenizers import load_tokenizer
 
         identity, where = self.described["identity"]["tokenizer"], self.described["tokenizer_path"]
-        lasts = where is None or where.startswith(_HUB)
-        path = where if lasts else self.folder / where  # an absolute path stays as it is
+        lasts = where is None or str(where).startswith(_HUB)
+        path = where if lasts else self.folder / str(where)  # an absolute path stays as it is
         if isinstance(path, Path) and not path.is_file():
             raise FileNotFoundError(
                 f"{path}: the weights of tokenizer {identity['name']} that {self.folder} was made with are not there; "
