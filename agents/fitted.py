@@ -1,7 +1,5 @@
 """The fixed order fitted on planner labels: the best that positions alone can do, frozen into one order."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from sklearn.linear_model import Ridge

@@ -12,8 +12,6 @@ block (Longstaff and Schwartz, 2001), not the one-step targets of Ernst, Geurts 
 learn the order beside it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any

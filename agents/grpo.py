@@ -8,8 +8,6 @@ TorchRL's own `GRPOLoss` reads language models (token log-probabilities under a 
 here, the clipped ratio, is `ClipPPOLoss`.
 """
 
-from __future__ import annotations
-
 import copy
 from dataclasses import dataclass
 from typing import ClassVar

@@ -3,8 +3,6 @@
 It is a start for PPO and GRPO. The agent imitates a policy of `orderrl.agents.registry`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any
 

@@ -10,8 +10,6 @@ Notable:
 - `layers=0` is the frozen run beside it: as many planner steps on the same batches, the backbone equal to the last bit.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace

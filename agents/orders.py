@@ -1,7 +1,5 @@
 """Hand-made block orders, by name (each a permutation of the blocks)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

@@ -8,8 +8,6 @@ Of several processes each plays its share of the environments, with the seeds th
 its share of every minibatch; gradients are averaged. Actions are drawn in every process on its own.
 """
 
-from __future__ import annotations
-
 import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ is played in turn and searched again. A schedule is a strong start for PPO on ob
 one step says little about the best set.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """What an environment is, and what a step of it gives."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """Pictures of partly revealed images and of the order of reveal."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """What a reveal is worth: the two objectives and their forms (design, section 3)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Compare planners with hand-made orders on held-out images: `python -m orderrl.evaluate`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from omegaconf import DictConfig

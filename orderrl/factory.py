@@ -4,8 +4,6 @@
 an agent, a label set, an evaluation or a search for the newest planner depends on.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Grid geometry: which tokens form a block, where blocks lie, which touch each other."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 

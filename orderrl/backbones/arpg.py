@@ -10,8 +10,6 @@ Notable:
   tokens of one iteration see each other in both directions, is `orderrl.backbones.published.sample_arpg`.
 """
 
-from __future__ import annotations
-
 from typing import cast
 
 import torch

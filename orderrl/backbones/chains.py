@@ -6,8 +6,6 @@ the sampler ask for is the same for all of them and stands here, packed into for
 (`orderrl.backbones.memory`).
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any, NamedTuple

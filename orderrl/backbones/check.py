@@ -1,7 +1,5 @@
 """A check that a backbone keeps the promises of the protocol."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any

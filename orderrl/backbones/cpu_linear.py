@@ -6,8 +6,6 @@ kernels read: on an AMD EPYC with AVX-512 that is 2 times as fast for many rows 
 Inductor's freezing does when it compiles is done here eagerly.
 """
 
-from __future__ import annotations
-
 import platform
 from typing import NamedTuple
 

@@ -10,8 +10,6 @@ Notable (Li et al., 2024, "Autoregressive Image Generation without Vector Quanti
   converted modules.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple, cast
 

@@ -8,8 +8,6 @@ Notable (Li et al., 2024, "Autoregressive Image Generation without Vector Quanti
 - Parameter names are the published ones; the transformer blocks are timm's, as published.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """How much is computed at once: as much as memory allows, and on a CPU no more than its caches like."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

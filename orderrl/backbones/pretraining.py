@@ -5,8 +5,6 @@ An optional anneal moves to raster at the end; the last checkpoint of the random
 the final one and is the default, because annealed weights forget random orders.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast

@@ -1,7 +1,5 @@
 """What OrderRL asks of a backbone."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch

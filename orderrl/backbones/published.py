@@ -5,8 +5,6 @@ kept and both are named: RandAR's queries of one step see each other causally, A
 other in both directions, LlamaGen draws one token at a time (`RasterTransformer.decode_steps`).
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Backbones that are made: what is trained on what, and the files that a training leaves."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Drawing tokens from logits: guidance and its schedules, temperature, top-k, top-p."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

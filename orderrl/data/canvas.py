@@ -4,8 +4,6 @@
 it is, so a planner that looks at what is visible knows more than one that sees positions alone.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional

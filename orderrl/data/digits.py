@@ -4,8 +4,6 @@
 2x2 grey levels of a patch in [-1, 1], for masked models.
 """
 
-from __future__ import annotations
-
 import torch
 from einops import rearrange
 from torch import Tensor

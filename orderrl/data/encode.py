@@ -1,7 +1,5 @@
 """Image folders as token sets: every view of every image through a tokeniser, shard by shard."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

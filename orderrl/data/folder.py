@@ -1,7 +1,5 @@
 """Folders of images, one sub-folder a class: their splits, their crops, and reading them."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields

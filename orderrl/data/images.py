@@ -3,8 +3,6 @@
 Data sets and references find and read their images here and nowhere else.
 """
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """Pictures of partly revealed images."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -11,8 +11,6 @@ A folder holds
 Files are written aside and moved into place; a shard counts once `tokens.json` lists it.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """A small VQ tokeniser trained on an image folder."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial

@@ -9,8 +9,6 @@ Four questions of the research notes, each a function, on held-out images under 
 - `quality_curves`: what a partly revealed image is worth, against the revealed fraction.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache

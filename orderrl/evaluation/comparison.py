@@ -6,8 +6,6 @@ All comparisons of a table are one family: `orderrl.metrics.statistics.is_signif
 their number (Holm). Intervals are those of single comparisons.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict

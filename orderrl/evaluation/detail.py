@@ -1,7 +1,5 @@
 """What the report's pictures show of every policy, apart from the rows of `results.json`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 

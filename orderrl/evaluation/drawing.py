@@ -1,7 +1,5 @@
 """Images drawn by the backbone in the order that a policy chooses."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass

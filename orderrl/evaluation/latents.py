@@ -4,8 +4,6 @@
 - `latent_ablation`: scores with other numbers of passes, and with latents that carry nothing from pass to pass.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """The policies that a command names: those of a table, or the one that draws or plays; planners may be in the cache."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache

@@ -5,8 +5,6 @@ every setting names its part. Numbers of two runs compare if their identities ar
 interval does not enter it, and neither do the policies.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a policy scored at every step, taken down while it acts: the report shows it beside what the policy did."""
 
-from __future__ import annotations
-
 import copy
 
 import torch

@@ -1,7 +1,5 @@
 """Entries of a row: a number under its key, and its 95 % interval under the same key with `_ci` behind it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

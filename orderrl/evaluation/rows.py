@@ -1,7 +1,5 @@
 """One row of the table: a policy's planning metrics, calibration and sample quality under one protocol."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field

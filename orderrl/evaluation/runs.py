@@ -3,8 +3,6 @@
 Numbers of two runs compare if their identities are equal: `require_one_protocol` names what differs.
 """
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 Each names the part of the protocol that it enters, one of `orderrl.evaluation.protocol.PARTS`; others choose the rows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path

@@ -4,8 +4,6 @@ An evaluation that was interrupted takes the rows that are there, if nothing tha
 backbone, data, checkpoints, own policies and metrics, and the package's own code. A finished evaluation starts anew.
 """
 
-from __future__ import annotations
-
 import importlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -4,8 +4,6 @@ They are written as a table on disk in the layout of TorchRL's offline data sets
 `orderrl.runtime.tables.open_table` reads, and as Minari data sets.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator
 from copy import deepcopy

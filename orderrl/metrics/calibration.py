@@ -4,8 +4,6 @@ The value is the utility U by the hindsight oracle, which knows the hidden token
 lookahead, the expected utility over the backbone's own draws, which is what a policy without hindsight can reach.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple

@@ -13,8 +13,6 @@ of the 297 test images
 `python -m orderrl.metrics.classifier NAME` makes them again.
 """
 
-from __future__ import annotations
-
 import argparse
 from dataclasses import dataclass
 from itertools import pairwise

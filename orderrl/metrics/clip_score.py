@@ -7,8 +7,6 @@ captions, the caption is a prompt with the class's name, as in CLIP's zero-shot 
 open_clip is the optional extra `clip`. Its networks come with their own tokeniser and image preprocessing.
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Sets of images for the metrics: tensors, and folders of files."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path

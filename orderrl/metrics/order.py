@@ -1,7 +1,5 @@
 """What an order looks like: how far it jumps, how much of a block's surroundings is there, how it begins."""
 
-from __future__ import annotations
-
 import torch
 from scipy.stats import entropy
 from torch import Tensor

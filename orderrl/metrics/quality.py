@@ -4,8 +4,6 @@ The Fréchet distance, inception score, kernel distance (KID), precision and rec
 on features that are extracted once. The distance is called FID only in Inception features (`distance_name`).
 """
 
-from __future__ import annotations
-
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path

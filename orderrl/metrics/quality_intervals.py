@@ -4,8 +4,6 @@ The Fréchet distance is resampled. Precision, recall and class accuracy are sha
 inception score and the kernel distance have none: they are means over parts and subsets of the same samples.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from numpy.typing import NDArray

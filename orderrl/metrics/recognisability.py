@@ -4,8 +4,6 @@ The classifier is the one that ships with a data set, or any model of timm. Wher
 grey, or what the backbone itself would draw there given the visible part.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple

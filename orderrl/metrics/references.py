@@ -5,8 +5,6 @@ and a statistics file from torch-fidelity's cache. Statistics without the images
 covariance only: they give Fréchet distances, but no kernel distance, precision or recall.
 """
 
-from __future__ import annotations
-
 import pickle
 import struct
 import zipfile

@@ -1,7 +1,5 @@
 """Intervals: bootstrap over images, paired where two policies saw the same images; p-values, Holm, effect sizes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any

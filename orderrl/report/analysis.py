@@ -1,7 +1,5 @@
 """The tables of `orderrl.analyze` on screen."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """An animation of orders: the same held-out images, revealed by two policies side by side."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

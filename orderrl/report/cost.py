@@ -1,7 +1,5 @@
 """Quality against cost: what every policy with several budgets reaches in how many steps and seconds."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Pictures of generated images: what was drawn, and in which order."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -1,7 +1,5 @@
 """Figures of the report: each is one function that returns a matplotlib figure."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The page: results and pictures of an evaluation in one HTML file that needs no network."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The page of several evaluations of one protocol: their rows in one table, and paired differences if there are any."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path

@@ -1,7 +1,5 @@
 """House style of the report's figures, and figures and pictures as PNG and SVG."""
 
-from __future__ import annotations
-
 import base64
 import io
 import re

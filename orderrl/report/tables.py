@@ -1,7 +1,5 @@
 """The tables of a page as plain values for its template: cells, what they are sorted by, and headers."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Data of the order viewer, and partly revealed images as drawings that share one picture."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from itertools import groupby

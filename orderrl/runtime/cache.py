@@ -1,7 +1,5 @@
 """Folders of finished work that are found again by everything that determined them."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence

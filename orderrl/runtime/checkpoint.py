@@ -1,7 +1,5 @@
 """Checkpoints: safetensors files that carry their own configuration and a hash of it and their tensors."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

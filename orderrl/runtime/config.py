@@ -12,8 +12,6 @@ Nothing about Hydra itself is set there: Hydra neither changes the directory nor
 ``multirun.yaml`` in ``<output_dir>/multirun/<date>_<time>``.
 """
 
-from __future__ import annotations
-
 import difflib
 import os
 import re

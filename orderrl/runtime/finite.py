@@ -1,7 +1,5 @@
 """What is not finite is never kept: weights, losses and labels are refused where the first such value shows."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

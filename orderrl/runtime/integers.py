@@ -1,7 +1,5 @@
 """Whole numbers that a caller gives: actions, seeds, labels, indices. Nothing is rounded or cut to one in silence."""
 
-from __future__ import annotations
-
 from contextlib import suppress
 from typing import Any
 

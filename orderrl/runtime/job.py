@@ -22,8 +22,6 @@ A job holds the lock in its folder. A second one of the same key that runs at th
 of another user, takes `<key>-2`, `<key>-3` ...; they go with the first that is done.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import os

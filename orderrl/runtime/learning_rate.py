@@ -1,7 +1,5 @@
 """How learning rates change in training: two schedules with a warm-up and a cosine."""
 
-from __future__ import annotations
-
 import math
 
 import torch

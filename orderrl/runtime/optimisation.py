@@ -1,7 +1,5 @@
 """Which parameters of a model decay."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

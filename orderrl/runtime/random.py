@@ -5,8 +5,6 @@ draw is a hash of its key, for example (seed, episode, step, token), so a sub-en
 batch sees exactly the numbers that it would see alone.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 from collections.abc import Iterable

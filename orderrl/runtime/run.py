@@ -1,7 +1,5 @@
 """One run of a command: its folder, its log, and what it records of machine and versions."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform

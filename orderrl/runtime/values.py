@@ -10,8 +10,6 @@ A dataclass of settings holds, for each of them, type, default, meaning and rang
 Numbers must be finite. Help pages read the meanings with `meanings`.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import os

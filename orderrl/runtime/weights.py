@@ -1,7 +1,5 @@
 """Reading published weights: safetensors, weights-only pickles, hub names, shards, and the nesting that files use."""
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import pathlib

@@ -6,8 +6,6 @@ by level, so `up.0` is the highest resolution; the factor 0.2325 belongs to the 
 applied in `encode` and undone in `decode`. State-dict keys are the published ones.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ and MAR are built from these parts; attribute names are those of the published w
 groups and eps 1e-6, swish, downsampling that pads right and bottom only, nearest-neighbour upsampling.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """What the rest of the package asks of a tokeniser."""
 
-from __future__ import annotations
-
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor

@@ -5,8 +5,6 @@ straight-through gradient; no discriminator and no perceptual loss. Codes that n
 anew at latents of the current batch (random restarts; Dhariwal et al., 2020). The averaged weights are kept.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import cast

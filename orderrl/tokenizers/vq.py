@@ -6,8 +6,6 @@ and at lookup (Yu et al., 2022), attention stands at the lowest resolution and i
 stages are stored from low to high resolution. State-dict keys are the published ones.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

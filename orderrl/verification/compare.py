@@ -1,7 +1,5 @@
 """Replay a fixture on our implementation and compare every recorded output."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

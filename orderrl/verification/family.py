@@ -1,7 +1,5 @@
 """What the recorded models of the LlamaGen family have in common: LlamaGen, RandAR, ARPG."""
 
-from __future__ import annotations
-
 import math
 from typing import TypeVar
 

@@ -1,7 +1,5 @@
 """Recorded numbers of a published implementation, and how far ours may lie from them."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Replays recorded runs of MAR's KL autoencoder."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Replay what the published MAR code computed, from the recorded inputs."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Replays recorded runs of LlamaGen's VQ tokeniser."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
