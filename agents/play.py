@@ -28,25 +28,15 @@ Record = Callable[[Tensor, Transition], None]
 
 @dataclass(frozen=True)
 class Rollout:
-    """A policy's trajectories on n images.
+    """A policy's trajectories on n images."""
 
-    Attributes:
-        losses: (T + 1, n, B) float32, block losses before each step and at the end, nats; 0 where visible.
-        visible: (T + 1, n, B) bool, at the same moments.
-        reveal_step: (n, B) int64, the step that revealed each block.
-        reveal_rank: (n, B) int64, its place in the action of that step.
-        tokens: (n, N) int64; labels: (n,) int64.
-        seconds: wall time, policy included.
-        geometry: the block grid.
-    """
-
-    losses: Tensor
-    visible: Tensor
-    reveal_step: Tensor
-    reveal_rank: Tensor
-    tokens: Tensor
-    labels: Tensor
-    seconds: float
+    losses: Tensor  # (T + 1, n, B) float32, block losses before each step and at the end, nats; 0 where visible
+    visible: Tensor  # (T + 1, n, B) bool, at the same moments
+    reveal_step: Tensor  # (n, B) int64, the step that revealed each block
+    reveal_rank: Tensor  # (n, B) int64, its place in the action of that step
+    tokens: Tensor  # (n, N) int64
+    labels: Tensor  # (n,) int64
+    seconds: float  # wall time, policy included
     geometry: BlockGrid
 
     @property

@@ -57,15 +57,10 @@ class SearchConfig(Settings):
 
 
 class FixedSchedule(NamedTuple):
-    """Which blocks are revealed at which step, the same for every image.
+    """Which blocks are revealed at which step, the same for every image."""
 
-    Attributes:
-        order: (B,) int64, the blocks in turn.
-        sizes: how many each step reveals.
-    """
-
-    order: Tensor
-    sizes: tuple[int, ...]
+    order: Tensor  # (B,) int64, the blocks in turn
+    sizes: tuple[int, ...]  # how many each step reveals
 
     def policy(self, geometry: BlockGrid, budgets: tuple[int, ...]) -> RankingPolicy:
         """The policy that plays it with an environment's budgets."""

@@ -121,15 +121,10 @@ def block_gains(
 
 
 class Targets(NamedTuple):
-    """The pairs of hidden blocks whose gain is computed.
+    """The pairs of hidden blocks whose gain is computed."""
 
-    Attributes:
-        place: (M, C, r) int64, for each candidate the places of its r targets among the C hidden blocks.
-        weight: (M, C, r) float32, 1 / probability of being chosen: weighted row sums are unbiased.
-    """
-
-    place: Tensor
-    weight: Tensor
+    place: Tensor  # (M, C, r) int64, for each candidate the places of its r targets among the C hidden blocks
+    weight: Tensor  # (M, C, r) float32, 1 / probability of being chosen: weighted row sums are unbiased
 
 
 def all_targets(hidden: Tensor) -> Targets:
@@ -248,19 +243,12 @@ class LabelSetConfig(LabelConfig):
 
 
 class Contexts(NamedTuple):
-    """Contexts to label, all int64.
+    """Contexts to label, all int64."""
 
-    Attributes:
-        number: (n,), what random draws are keyed by; a part of the contexts keeps its numbers.
-        image: (n,), index of the image.
-        order: (n, B), reveal order.
-        length: (n,), how many blocks of the order are visible.
-    """
-
-    number: Tensor
-    image: Tensor
-    order: Tensor
-    length: Tensor
+    number: Tensor  # (n,), what random draws are keyed by; a part of the contexts keeps its numbers
+    image: Tensor  # (n,), index of the image
+    order: Tensor  # (n, B), reveal order
+    length: Tensor  # (n,), how many blocks of the order are visible
 
     def select(self, rows: Tensor) -> Contexts:
         """Some of the contexts: rows (k,) int64 or (n,) bool."""

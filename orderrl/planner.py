@@ -33,21 +33,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlannerConfig:
-    """Shape of an `OrderHead`.
+    """Shape of an `OrderHead`."""
 
-    Attributes:
-        num_blocks: B.
-        hidden_size: D, width of the backbone's hidden states.
-        num_classes: class labels.
-        num_budgets: budgets to choose from.
-        privileged: also read context losses (a critic in training).
-        step_cost_range: lowest and highest cost of a step, nats per image, that the observation tells; None tells none.
-    """
-
-    num_blocks: int
-    hidden_size: int
-    num_classes: int
-    num_budgets: int = 1
+    num_blocks: int  # B
+    hidden_size: int  # D, width of the backbone's hidden states
+    num_classes: int  # class labels
+    num_budgets: int = 1  # budgets to choose from
     dim: int = setting(64, "Width", at_least(1))
     stem: int = setting(2, "Transformer blocks before the core", at_least(0))
     core: int = setting(1, "Transformer blocks of the weight-shared core", at_least(1))
@@ -57,12 +48,13 @@ class PlannerConfig:
     content: bool = setting(
         True, "Read hidden states and entropies; false sees places, what is visible and the class alone"
     )
-    privileged: bool = False
+    privileged: bool = False  # also read context losses (a critic in training)
     dropout: float = setting(0.1, "Dropout rate in cloning and fitted Q iteration", between("[0, 1)"))
     pairs: bool = setting(
         False,
         "Predict the dependence of every two blocks, by which those of one step keep apart; false uses places alone",
     )
+    # lowest and highest cost of a step, nats per image, that the observation tells; None tells none
     step_cost_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
@@ -99,24 +91,16 @@ def checked_shape(**shape: Any) -> PlannerConfig:
 
 
 class PlannerOutput(NamedTuple):
-    """What an `OrderHead` says about M states.
+    """What an `OrderHead` says about M states."""
 
-    Attributes:
-        scores: (M, B), the worth of each block.
-        logits: (M, B), the policy's block logits: scores times the learned sharpness.
-        budget_logits: (M, num_budgets).
-        value: (M, 1), the return from here on.
-        dependence: (M, B, B), symmetric, how much two blocks tell about each other; zero without `pairs`. Trained by
-            cloning target "pairs" it is (G[a, b] + G[b, a]) / 2 in standard deviations. The diagonal means nothing.
-        repulsion: (M, B, B), what block a, once listed, takes from the logit of block b in the same step.
-    """
-
-    scores: Tensor
-    logits: Tensor
-    budget_logits: Tensor
-    value: Tensor
+    scores: Tensor  # (M, B), the worth of each block
+    logits: Tensor  # (M, B), the policy's block logits: scores times the learned sharpness
+    budget_logits: Tensor  # (M, num_budgets)
+    value: Tensor  # (M, 1), the return from here on
+    # (M, B, B), symmetric, how much two blocks tell about each other; zero without `pairs`. Trained by cloning target
+    # "pairs" it is (G[a, b] + G[b, a]) / 2 in standard deviations. The diagonal means nothing
     dependence: Tensor
-    repulsion: Tensor
+    repulsion: Tensor  # (M, B, B), what block a, once listed, takes from the logit of block b in the same step
 
 
 class PairHead(nn.Module):

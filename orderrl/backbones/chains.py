@@ -51,21 +51,13 @@ class Growing:
 
 
 class ChainBackbone:
-    """The methods of `orderrl.backbones.Backbone` for a causal model with a prefix cache.
-
-    Attributes:
-        geometry: the block grid.
-        block_tokens: (B, p*p) int64, raster positions of each block, on the model's device.
-        vocab_size: token values.
-        entries_per_token: cache entries that a visible token takes.
-        packing: how much one forward may take; results do not depend on it.
-    """
+    """The methods of `orderrl.backbones.Backbone` for a causal model with a prefix cache."""
 
     geometry: BlockGrid
-    block_tokens: Tensor
-    vocab_size: int
-    entries_per_token: int
-    packing: Packing = Packing()
+    block_tokens: Tensor  # (B, p*p) int64, raster positions of each block, on the model's device
+    vocab_size: int  # token values
+    entries_per_token: int  # cache entries that a visible token takes
+    packing: Packing = Packing()  # how much one forward may take; results do not depend on it
 
     # ------------------------------------------------------------------ what a model defines
 

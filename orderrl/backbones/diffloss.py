@@ -59,27 +59,18 @@ def respaced_timesteps(steps: int, training_steps: int = TRAINING_STEPS) -> list
 
 
 class ReverseStep(NamedTuple):
-    """p(x_{t-1} | x_t): a Gaussian with a mean and log variance for each channel, and the clean token behind it.
+    """p(x_{t-1} | x_t): a Gaussian with a mean and log variance for each channel, and the clean token behind it."""
 
-    Attributes:
-        mean, log_variance, pred_xstart: (..., C).
-    """
-
-    mean: Tensor
-    log_variance: Tensor
-    pred_xstart: Tensor
+    mean: Tensor  # (..., C)
+    log_variance: Tensor  # (..., C)
+    pred_xstart: Tensor  # (..., C)
 
 
 class DiffusionLosses(NamedTuple):
-    """The two terms of the diffusion loss, means over channels; their sum is what MAR trains on.
+    """The two terms of the diffusion loss, means over channels; their sum is what MAR trains on."""
 
-    Attributes:
-        mse: (...), squared error of the predicted noise.
-        vb: (...), variational term in bits per channel; its gradient reaches the predicted variance alone.
-    """
-
-    mse: Tensor
-    vb: Tensor
+    mse: Tensor  # (...), squared error of the predicted noise
+    vb: Tensor  # (...), variational term in bits per channel; its gradient reaches the predicted variance alone
 
 
 class GaussianDiffusion(nn.Module):

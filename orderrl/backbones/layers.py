@@ -55,15 +55,11 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 
 class Level(NamedTuple):
-    """Keys and values that groups of chains share: the prefix of a state, a block before the chain, the chain itself.
+    """Keys and values that groups of chains share: a state's prefix, a block before the chain, the chain itself."""
 
-    Attributes:
-        keys, values: (M, heads, G, L, head_dim); each of the G is read by C / G consecutive chains.
-        mask: bool, True where a query may look, broadcast to (M, heads, C, T, L); None is everywhere.
-    """
-
-    keys: Tensor
+    keys: Tensor  # (M, heads, G, L, head_dim); each of the G is read by C / G consecutive chains
     values: Tensor
+    # bool, True where a query may look, broadcast to (M, heads, C, T, L); None is everywhere
     mask: Tensor | None = None
 
     def states(self, rows: slice) -> Level:

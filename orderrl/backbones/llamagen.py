@@ -153,13 +153,9 @@ class CausalTransformer(nn.Module):
 
 @dataclass(frozen=True)
 class RasterState:
-    """Prefix of M images that are drawn as one block: nothing, or everything.
+    """Prefix of M images that are drawn as one block: nothing, or everything."""
 
-    Attributes:
-        labels: (M,) int64.
-    """
-
-    labels: Tensor
+    labels: Tensor  # (M,) int64
 
     def select(self, rows: Tensor) -> RasterState:
         """A copy of some states."""

@@ -20,14 +20,11 @@ SCORES_PER_ENTRY = 4  # attention scores of an entry that live at once, in entri
 class Packing:
     """What one forward may take.
 
-    Attributes:
-        memory_gb: for activations, 10^9 bytes; None is what is free.
-
     Raises:
         ValueError: if the budget is not positive.
     """
 
-    memory_gb: float | None = None
+    memory_gb: float | None = None  # for activations, 10^9 bytes; None is what is free
 
     def __post_init__(self) -> None:
         check_fields(self, positive("memory_gb"))

@@ -21,17 +21,11 @@ ARPG_SCHEDULES = ("arccos", "cosine")
 
 
 class PublishedSamples(NamedTuple):
-    """What a published sampler drew.
+    """What a published sampler drew."""
 
-    Attributes:
-        tokens: (M, N) int64, raster order.
-        logits: (M, N, vocab), guided logits in the order of generation.
-        sizes: tokens drawn at each step.
-    """
-
-    tokens: Tensor
-    logits: Tensor
-    sizes: list[int]
+    tokens: Tensor  # (M, N) int64, raster order
+    logits: Tensor  # (M, N, vocab), guided logits in the order of generation
+    sizes: list[int]  # tokens drawn at each step
 
 
 def llamagen_sampler(

@@ -32,23 +32,14 @@ from orderrl.runtime.weights import load_weights
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneRecipe:
-    """Everything that determines a backbone that is trained.
+    """Everything that determines a backbone that is trained."""
 
-    Attributes:
-        backbone: the config group `backbone` as plain values, of `pretrain`.
-        training: the config group `training` as plain values.
-        data: name of the data set.
-        seed: of initialisation, batches, orders and augmentation.
-        device: where it is trained.
-        shard: split the weights over all processes.
-    """
-
-    backbone: Mapping[str, Any]
-    training: Mapping[str, Any]
-    data: str
-    seed: int
-    device: str
-    shard: bool
+    backbone: Mapping[str, Any]  # the config group `backbone` as plain values, of `pretrain`
+    training: Mapping[str, Any]  # the config group `training` as plain values
+    data: str  # name of the data set
+    seed: int  # of initialisation, batches, orders and augmentation
+    device: str  # where it is trained
+    shard: bool  # split the weights over all processes
 
     def train(self, cache_dir: str, checkpoint_seconds: float, new_run: Callable[[], Run]) -> Path:
         """Train on the backbone split and measure on the test split.

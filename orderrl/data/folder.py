@@ -103,20 +103,13 @@ def crops(config: FolderConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ImageSplit:
-    """Images of one split.
+    """Images of one split."""
 
-    Attributes:
-        split: its name.
-        root: the folder that `names` are relative to.
-        names: file names, "class/name.ext".
-        labels: (n,) int64, index into the class names.
-        versions: what tells every file from another one under its name, see `orderrl.runtime.sources.file_versions`.
-    """
-
-    split: str
-    root: Path
-    names: list[str]
-    labels: Tensor
+    split: str  # its name
+    root: Path  # the folder that `names` are relative to
+    names: list[str]  # file names, "class/name.ext"
+    labels: Tensor  # (n,) int64, index into the class names
+    # what tells every file from another one under its name, see `orderrl.runtime.sources.file_versions`
     versions: list[str]
 
     def __len__(self) -> int:
@@ -155,20 +148,14 @@ def _every(count: int, share: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Images:
-    """The images of a configuration.
+    """The images of a configuration."""
 
-    Attributes:
-        classes: class names by label.
-        splits: the images of every split, in the folder's order.
-        present: labels that have images, ascending, where the folders hold some of the classes of a model
-            (`FolderConfig.classes`); None is all.
-        left_out: names of what is no image of a class, by the reason.
-    """
-
-    classes: list[str]
-    splits: dict[str, ImageSplit]
+    classes: list[str]  # class names by label
+    splits: dict[str, ImageSplit]  # the images of every split, in the folder's order
+    # labels that have images, ascending, where the folders hold some of the classes of a model
+    # (`FolderConfig.classes`); None is all
     present: list[int] | None
-    left_out: dict[str, list[str]]
+    left_out: dict[str, list[str]]  # names of what is no image of a class, by the reason
 
     @property
     def table(self) -> str:

@@ -38,17 +38,11 @@ _DECODE_BATCH = 50
 
 @dataclass(frozen=True)
 class Shard:
-    """A run of images of one split.
+    """A run of images of one split."""
 
-    Attributes:
-        split: its split.
-        number: its place among the shards of the split.
-        rows: places of its images in the split.
-    """
-
-    split: str
-    number: int
-    rows: range
+    split: str  # its split
+    number: int  # its place among the shards of the split
+    rows: range  # places of its images in the split
 
     @property
     def name(self) -> str:

@@ -26,20 +26,14 @@ _ATTEMPTS = 100  # draws of a batch, as long as broken files are among it
 class TokenizerRecipe:
     """Everything that determines a tokeniser that is trained.
 
-    Attributes:
-        settings: the config group `tokenizer` as plain values: its name, `model` and `training`.
-        folder: the images.
-        seed: of initialisation, batches and restarts.
-        device: where it is trained.
-
     Raises:
         ValueError: if the tokeniser is not one to train, or does not fit the images.
     """
 
-    settings: Mapping[str, Any]
-    folder: FolderConfig
-    seed: int
-    device: str
+    settings: Mapping[str, Any]  # the config group `tokenizer` as plain values: its name, `model` and `training`
+    folder: FolderConfig  # the images
+    seed: int  # of initialisation, batches and restarts
+    device: str  # where it is trained
 
     def __post_init__(self) -> None:
         name = self.settings["name"]

@@ -189,15 +189,10 @@ def content_entries(p: EvaluationProtocol, policies: Sequence[NamedPolicy]) -> l
 
 
 class Injection(NamedTuple):
-    """Loss of the blocks that stay hidden when others are revealed, both (m,) float32, nats per image token.
+    """Loss of the blocks that stay hidden when others are revealed, both (m,) float32, nats per image token."""
 
-    Attributes:
-        before: without the revealed blocks.
-        after: given them.
-    """
-
-    before: Tensor
-    after: Tensor
+    before: Tensor  # without the revealed blocks
+    after: Tensor  # given them
 
     @property
     def drop(self) -> Tensor:

@@ -82,20 +82,14 @@ def code_length_at(rows: Sequence[Evaluated], steps: float) -> Tensor | None:
 
 
 class Pair(NamedTuple):
-    """A comparison to be made.
+    """A comparison to be made."""
 
-    Attributes:
-        name: "<policy> - <opponent>".
-        metric: key of the row.
-        policy, opponent: (seeds, n) values of each image.
-        named: what the result says besides: "policy" and "opponent", as in the table, and for a family of schedules at
-            equal mean steps, "at_steps".
-    """
-
-    name: str
-    metric: str
-    policy: Tensor
-    opponent: Tensor
+    name: str  # "<policy> - <opponent>"
+    metric: str  # key of the row
+    policy: Tensor  # (seeds, n) values of each image
+    opponent: Tensor  # (seeds, n) values of each image
+    # what the result says besides: "policy" and "opponent", as in the table, and for a family of schedules at equal
+    # mean steps, "at_steps"
     named: dict[str, Any] | None = None
 
 

@@ -22,19 +22,13 @@ from orderrl.runtime.random import Stream, keyed_normal, keyed_uniform
 
 @dataclass(frozen=True)
 class Generated:
-    """Generated images.
+    """Generated images."""
 
-    Attributes:
-        tokens: (n, N) int64.
-        labels: (n,) int64, the classes conditioned on.
-        reveal_step: (n, B) int64, the step that revealed each block; (n, N), of each token, from a published sampler.
-        seconds: wall time, policy included.
-    """
-
-    tokens: Tensor
-    labels: Tensor
+    tokens: Tensor  # (n, N) int64
+    labels: Tensor  # (n,) int64, the classes conditioned on
+    # (n, B) int64, the step that revealed each block; (n, N), of each token, from a published sampler
     reveal_step: Tensor
-    seconds: float
+    seconds: float  # wall time, policy included
 
 
 @isolated

@@ -44,15 +44,10 @@ LEVELS = ("positions", "class", "content")
 
 
 class Prediction(NamedTuple):
-    """What a predictor says in m states, each in a unit of its own.
+    """What a predictor says in m states, each in a unit of its own."""
 
-    Attributes:
-        utility: (m, B), of every block.
-        dependence: (m, B, B), symmetric, of every two blocks.
-    """
-
-    utility: Tensor
-    dependence: Tensor
+    utility: Tensor  # (m, B), of every block
+    dependence: Tensor  # (m, B, B), symmetric, of every two blocks
 
     def rows(self, rows: Tensor) -> Prediction:
         """What it says in some of the states, given by their numbers, int64."""

@@ -42,15 +42,10 @@ _RIDGE = np.logspace(-2, 4, 13)
 
 
 class Pass(NamedTuple):
-    """The tokens after a pass of the core.
+    """The tokens after a pass of the core."""
 
-    Attributes:
-        blocks: (m, B, dim).
-        latents: (m, L, dim).
-    """
-
-    blocks: Tensor
-    latents: Tensor
+    blocks: Tensor  # (m, B, dim)
+    latents: Tensor  # (m, L, dim)
 
 
 @torch.no_grad()
@@ -89,15 +84,10 @@ def edited_latents(planner: OrderHead, edit: Callable[[Tensor], Tensor]) -> Iter
 
 
 class Variant(NamedTuple):
-    """Agreement of a variant's scores with the hindsight oracle, means over the states of each image.
+    """Agreement of a variant's scores with the hindsight oracle, means over the states of each image."""
 
-    Attributes:
-        spearman: (images,) float64; NaN for images with a state in which all scores are equal.
-        regret: (images,) float64, nats per image token.
-    """
-
-    spearman: Tensor
-    regret: Tensor
+    spearman: Tensor  # (images,) float64; NaN for images with a state in which all scores are equal
+    regret: Tensor  # (images,) float64, nats per image token
 
 
 @torch.no_grad()

@@ -40,36 +40,24 @@ FLOOR_REPEATS = 5  # random halves of the real images
 class EvaluationProtocol:
     """What every row of a table shares.
 
-    Attributes:
-        config: the settings.
-        seed: of policies, samples and resamples.
-        backbone: frozen.
-        backbone_name: what it is called in the report.
-        data: the test images.
-        real: features of real images of the data set; None scores no samples.
-        reference: what samples are compared with; None scores no samples.
-        states: labelled contexts of test images, for calibration; None where there is no order to choose.
-        lookahead: expected utilities in some of the states, for regret against lookahead; None measures none.
-        recogniser: classifies partly revealed images; None measures no recognisability.
-        clip: captions of the classes, for the CLIP score; None measures none.
-        samples_folder: where the generated images of every row are kept; None keeps none.
-
     Raises:
         ValueError: if the data has fewer than 2 images.
     """
 
-    config: EvalConfig
-    seed: int
-    backbone: Backbone
-    backbone_name: str
-    data: TokenSet
-    real: Features | None = None
-    reference: Reference | None = None
+    config: EvalConfig  # the settings
+    seed: int  # of policies, samples and resamples
+    backbone: Backbone  # frozen
+    backbone_name: str  # what it is called in the report
+    data: TokenSet  # the test images
+    real: Features | None = None  # features of real images of the data set; None scores no samples
+    reference: Reference | None = None  # what samples are compared with; None scores no samples
+    # labelled contexts of test images, for calibration; None where there is no order to choose
     states: TensorDict | None = None
+    # expected utilities in some of the states, for regret against lookahead; None measures none
     lookahead: LookaheadUtility | None = None
-    recogniser: Recogniser | None = None
-    clip: ClassCaptions | None = None
-    samples_folder: Path | None = None
+    recogniser: Recogniser | None = None  # classifies partly revealed images; None measures no recognisability
+    clip: ClassCaptions | None = None  # captions of the classes, for the CLIP score; None measures none
+    samples_folder: Path | None = None  # where the generated images of every row are kept; None keeps none
 
     def __post_init__(self) -> None:
         if len(self.data) < 2:
@@ -166,19 +154,13 @@ def real_and_reference(config: EvalConfig, data: str, device: torch.device) -> t
 
 
 class Part(NamedTuple):
-    """A part of the protocol.
+    """A part of the protocol."""
 
-    Attributes:
-        key: under which its identity is stored.
-        identity: gives the plain value by which runs compare; None is no part of the identity.
-        wording: gives what the report says; None says nothing.
-        label: what the report calls it; "" is the key.
-    """
-
-    key: str
+    key: str  # under which its identity is stored
+    # gives the plain value by which runs compare; None is no part of the identity
     identity: Callable[[EvaluationProtocol], Any] | None = None
-    wording: Callable[[EvaluationProtocol], Any] | None = None
-    label: str = ""
+    wording: Callable[[EvaluationProtocol], Any] | None = None  # gives what the report says; None says nothing
+    label: str = ""  # what the report calls it; "" is the key
 
 
 def _data(p: EvaluationProtocol) -> str:

@@ -44,21 +44,13 @@ def save_results(folder: Path, results: dict[str, Any], rows: Sequence[Evaluated
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A finished run of `orderrl.evaluate`.
+    """A finished run of `orderrl.evaluate`."""
 
-    Attributes:
-        name: what it is called beside others.
-        folder: of the run.
-        identity: of its protocol, from `EvaluationProtocol.identity`.
-        protocol: the same in words, for people.
-        rows: of its table, with the values of single images where they were measured.
-    """
-
-    name: str
-    folder: Path
-    identity: dict[str, Any]
-    protocol: dict[str, Any]
-    rows: list[Evaluated]
+    name: str  # what it is called beside others
+    folder: Path  # of the run
+    identity: dict[str, Any]  # of its protocol, from `EvaluationProtocol.identity`
+    protocol: dict[str, Any]  # the same in words, for people
+    rows: list[Evaluated]  # of its table, with the values of single images where they were measured
 
 
 def open_evaluation(folder: Path, name: str | None = None) -> Evaluation:

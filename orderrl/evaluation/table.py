@@ -43,15 +43,10 @@ _STORED = (Evaluated, Rollout, BlockGrid)  # classes that a row is made of
 
 
 class PendingRow(NamedTuple):
-    """A row that is to be made.
+    """A row that is to be made."""
 
-    Attributes:
-        name: of the policy.
-        make: evaluates it under a protocol.
-    """
-
-    name: str
-    make: Callable[[EvaluationProtocol], Evaluated]
+    name: str  # of the policy
+    make: Callable[[EvaluationProtocol], Evaluated]  # evaluates it under a protocol
 
 
 def pending_rows(config: EvalConfig, setup: Setup, policies: Sequence[tuple[NamedPolicy, bool]]) -> list[PendingRow]:

@@ -29,24 +29,17 @@ class Reliability:
 
     Scores have no unit, so they are first mapped to nats by the one line, utility = slope * score + intercept, that
     fits all candidates of all states best (least squares). The predictions so made are cut into bins of equal numbers.
-
-    Attributes:
-        predicted: mean prediction in each bin, nats per image token, ascending.
-        actual: mean utility in each bin, nats per image token.
-        count: candidates in each bin.
-        error: expected calibration error: mean over bins of |predicted - actual|, weighted by their candidates, nats
-            per image token. A score that knows nothing is mapped to the mean and has none: read it beside `r2`.
-        r2: share of the variance of the utilities that the line explains.
-        slope, intercept: of the line.
     """
 
-    predicted: list[float]
-    actual: list[float]
-    count: list[int]
+    predicted: list[float]  # mean prediction in each bin, nats per image token, ascending
+    actual: list[float]  # mean utility in each bin, nats per image token
+    count: list[int]  # candidates in each bin
+    # expected calibration error: mean over bins of |predicted - actual|, weighted by their candidates, nats per image
+    # token. A score that knows nothing is mapped to the mean and has none: read it beside `r2`
     error: float
-    r2: float
-    slope: float
-    intercept: float
+    r2: float  # share of the variance of the utilities that the line explains
+    slope: float  # of the line
+    intercept: float  # of the line
 
     def plain(self) -> dict[str, Any]:
         """As plain values."""
@@ -54,23 +47,17 @@ class Reliability:
 
 
 class Calibration(NamedTuple):
-    """Agreement in each of m states; what needs scores is None without them.
+    """Agreement in each of m states; what needs scores is None without them."""
 
-    Attributes:
-        top1: (m,) bool, whether the first-ranked block is the oracle's.
-        regret: (m,) float32, max_a U - U(first-ranked block), nats per image token.
-        spearman, kendall: (m,) float64, rank correlations (tau-b) of scores and utilities over hidden blocks; NaN where
-            all scores are equal.
-        score_std: (m,) float32, standard deviation of the scores over hidden blocks, in their own unit.
-        reliability: of the scores as predictions; None also if all of them are equal.
-    """
-
-    top1: Tensor
-    regret: Tensor
+    top1: Tensor  # (m,) bool, whether the first-ranked block is the oracle's
+    regret: Tensor  # (m,) float32, max_a U - U(first-ranked block), nats per image token
+    # spearman, kendall: (m,) float64, rank correlations (tau-b) of scores and utilities over hidden blocks; NaN where
+    # all scores are equal
     spearman: Tensor | None = None
     kendall: Tensor | None = None
+    # (m,) float32, standard deviation of the scores over hidden blocks, in their own unit
     score_std: Tensor | None = None
-    reliability: Reliability | None = None
+    reliability: Reliability | None = None  # of the scores as predictions; None also if all of them are equal
 
 
 def calibrate(first: Tensor, scores: Tensor | None, utility: Tensor, hidden: Tensor) -> Calibration:
@@ -164,17 +151,11 @@ def state_observation(states: TensorDict, budgets: tuple[int, ...] = (1,)) -> Te
 
 
 class LookaheadUtility(NamedTuple):
-    """Expected utility over the backbone's own draws in some of the shared states.
+    """Expected utility over the backbone's own draws in some of the shared states."""
 
-    Attributes:
-        rows: (k,) int64, which states.
-        utility: (k, B) float32, nats per image token.
-        draws: of each block.
-    """
-
-    rows: Tensor
-    utility: Tensor
-    draws: int
+    rows: Tensor  # (k,) int64, which states
+    utility: Tensor  # (k, B) float32, nats per image token
+    draws: int  # of each block
 
 
 def lookahead_utility(

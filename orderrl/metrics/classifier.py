@@ -35,23 +35,14 @@ _WEIGHTS = Path(__file__).parent.parent / "weights"
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """A classifier's images and shape.
+    """A classifier's images and shape."""
 
-    Attributes:
-        name: of the data set that it is trained on.
-        data: names of the data sets whose images it knows.
-        side: height and width of the images, pixels.
-        block_size: pixels along a side of the blocks that are hidden.
-        widths: channels of the 3x3 convolutions; between the groups the map is halved.
-        num_classes: class labels.
-    """
-
-    name: str
-    data: tuple[str, ...]
-    side: int
-    block_size: int
-    widths: tuple[tuple[int, ...], ...]
-    num_classes: int = 10
+    name: str  # of the data set that it is trained on
+    data: tuple[str, ...]  # names of the data sets whose images it knows
+    side: int  # height and width of the images, pixels
+    block_size: int  # pixels along a side of the blocks that are hidden
+    widths: tuple[tuple[int, ...], ...]  # channels of the 3x3 convolutions; between the groups the map is halved
+    num_classes: int = 10  # class labels
 
     @property
     def geometry(self) -> BlockGrid:

@@ -34,23 +34,15 @@ _SYNSET = re.compile(r"n\d{8}")  # a WordNet id, as ImageNet's class folders are
 
 @dataclass(frozen=True)
 class ClipNetwork:
-    """A CLIP network of open_clip, frozen.
+    """A CLIP network of open_clip, frozen."""
 
-    Attributes:
-        name: in open_clip, such as "ViT-L-14".
-        weights: a tag of open_clip, or "sha256:" and the start of the checksum of a file.
-        model: has `encode_image` and `encode_text`.
-        preprocess: a PIL image to (3, S, S) float32, as the network was trained.
-        tokenize: captions to (n, L) int64.
-        device: where the model is.
-    """
-
-    name: str
-    weights: str
-    model: Any = field(repr=False)
+    name: str  # in open_clip, such as "ViT-L-14"
+    weights: str  # a tag of open_clip, or "sha256:" and the start of the checksum of a file
+    model: Any = field(repr=False)  # has `encode_image` and `encode_text`
+    # a PIL image to (3, S, S) float32, as the network was trained
     preprocess: Callable[[Image.Image], Tensor] = field(repr=False)
-    tokenize: Callable[[list[str]], Tensor] = field(repr=False)
-    device: torch.device
+    tokenize: Callable[[list[str]], Tensor] = field(repr=False)  # captions to (n, L) int64
+    device: torch.device  # where the model is
 
     @torch.no_grad()
     def image_features(self, images: Tensor, batch_size: int = 64) -> Tensor:
@@ -137,17 +129,11 @@ def _open_clip(name: str) -> ModuleType:
 
 @dataclass(frozen=True)
 class ClassCaptions:
-    """Scores images against the captions of their classes.
+    """Scores images against the captions of their classes."""
 
-    Attributes:
-        network: from `load_clip`.
-        captions: of the classes, by label.
-        features: (num_classes, d) float32 of the captions.
-    """
-
-    network: ClipNetwork
-    captions: tuple[str, ...]
-    features: Tensor = field(repr=False)
+    network: ClipNetwork  # from `load_clip`
+    captions: tuple[str, ...]  # of the classes, by label
+    features: Tensor = field(repr=False)  # (num_classes, d) float32 of the captions
 
     @property
     def described(self) -> str:

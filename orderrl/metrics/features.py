@@ -56,18 +56,12 @@ SPATIAL_CHANNELS = 7
 
 @dataclass(frozen=True)
 class Features:
-    """What one pass over n images gives.
+    """What one pass over n images gives."""
 
-    Attributes:
-        name: of the feature extractor.
-        pooled: (n, d), the features of distances, precision and recall.
-        logits: (n, C) of its classifier, for the inception score; None where it has none.
-        spatial: (n, s), the first 7 channels of a feature map, for the spatial distance; None where it has none.
-    """
-
-    name: str
-    pooled: Tensor
-    logits: Tensor | None = None
+    name: str  # of the feature extractor
+    pooled: Tensor  # (n, d), the features of distances, precision and recall
+    logits: Tensor | None = None  # (n, C) of its classifier, for the inception score; None where it has none
+    # (n, s), the first 7 channels of a feature map, for the spatial distance; None where it has none
     spatial: Tensor | None = None
 
     def __len__(self) -> int:
@@ -200,12 +194,9 @@ class ShippedFeatureExtractor(FeatureExtractorBase):
 
     Offers "penultimate" (n, 64), "logits" (n, 10) and "spatial" (n, 7 h w) of a last map h x w. Features are float64,
     so that torch-fidelity takes means and covariances in double precision.
-
-    Attributes:
-        classifier_name: in `orderrl.metrics.classifier`.
     """
 
-    classifier_name: ClassVar[str]
+    classifier_name: ClassVar[str]  # in `orderrl.metrics.classifier`
 
     def __init__(self, name: str, features_list: list[str], **kwargs: Any) -> None:
         super().__init__(name, features_list)

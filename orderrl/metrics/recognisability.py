@@ -27,17 +27,11 @@ FILLS = ("grey", "completion")
 
 @dataclass(frozen=True)
 class Recogniser:
-    """Who recognises, and what stands where blocks are hidden.
+    """Who recognises, and what stands where blocks are hidden."""
 
-    Attributes:
-        name: of the classifier.
-        classify: uint8 images (m, 3, height, width) -> logits (m, classes).
-        fill: "grey", or "completion", the backbone's own.
-    """
-
-    name: str
-    classify: Callable[[Tensor], Tensor]
-    fill: str = "grey"
+    name: str  # of the classifier
+    classify: Callable[[Tensor], Tensor]  # uint8 images (m, 3, height, width) -> logits (m, classes)
+    fill: str = "grey"  # "grey", or "completion", the backbone's own
 
     def __post_init__(self) -> None:
         check_fill(self.fill)
@@ -111,15 +105,10 @@ def _timm_classifier(name: str, data: TokenSet, device: torch.device) -> Callabl
 
 
 class Recognisability(NamedTuple):
-    """What the classifier says about partly revealed images.
+    """What the classifier says about partly revealed images."""
 
-    Attributes:
-        confidence: (T, n) float32, probability of the true class.
-        correct: (T, n) bool, whether the true class is the most probable one.
-    """
-
-    confidence: Tensor
-    correct: Tensor
+    confidence: Tensor  # (T, n) float32, probability of the true class
+    correct: Tensor  # (T, n) bool, whether the true class is the most probable one
 
 
 def recognise(

@@ -34,15 +34,10 @@ _DAMAGED = (OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZi
 
 @dataclass(frozen=True)
 class Gaussian:
-    """A normal distribution fitted to features.
+    """A normal distribution fitted to features."""
 
-    Attributes:
-        mean: (d,) float64.
-        covariance: (d, d) float64.
-    """
-
-    mean: NDArray[np.float64]
-    covariance: NDArray[np.float64]
+    mean: NDArray[np.float64]  # (d,) float64
+    covariance: NDArray[np.float64]  # (d, d) float64
 
     def __post_init__(self) -> None:
         mean, covariance = (np.asarray(value, dtype=np.float64) for value in (self.mean, self.covariance))
@@ -70,20 +65,13 @@ def fit_gaussian(features: Tensor) -> Gaussian:
 
 @dataclass(frozen=True)
 class Reference:
-    """What samples are compared with.
+    """What samples are compared with."""
 
-    Attributes:
-        source: what it is, in words, for the protocol.
-        features: name of the feature extractor behind the numbers.
-        pooled: of the features of distances.
-        spatial: of the spatial features; None where there are none.
-        found: features of the images behind it; None where only statistics are known.
-    """
-
-    source: str
-    features: str
-    pooled: Gaussian
-    spatial: Gaussian | None = None
+    source: str  # what it is, in words, for the protocol
+    features: str  # name of the feature extractor behind the numbers
+    pooled: Gaussian  # of the features of distances
+    spatial: Gaussian | None = None  # of the spatial features; None where there are none
+    # features of the images behind it; None where only statistics are known
     found: Features | None = field(default=None, repr=False)
 
 

@@ -15,19 +15,12 @@ from orderrl.report.style import COLOURS, INK, MARKERS, MUTED, WIDTH, grid_lines
 
 @dataclass(frozen=True)
 class Point:
-    """One policy at one schedule, averaged over training seeds.
+    """One policy at one schedule, averaged over training seeds."""
 
-    Attributes:
-        policy: as in the table.
-        cost: mean steps, or seconds, per image.
-        quality: the metric.
-        family: the policy without its schedule.
-    """
-
-    policy: str
-    cost: float
-    quality: float
-    family: str
+    policy: str  # as in the table
+    cost: float  # mean steps, or seconds, per image
+    quality: float  # the metric
+    family: str  # the policy without its schedule
 
 
 def cost_points(rows: Sequence[dict[str, Any]], cost: str, quality: str) -> list[Point]:

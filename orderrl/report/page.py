@@ -24,18 +24,12 @@ SMALL = 100  # pixels; smaller pictures are enlarged without smoothing
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure on the page and beside it.
+    """A figure on the page and beside it."""
 
-    Attributes:
-        name: of its files.
-        title, caption: on the page.
-        draw: makes it.
-    """
-
-    name: str
-    title: str
-    caption: str
-    draw: style.Draw
+    name: str  # of its files
+    title: str  # on the page
+    caption: str  # on the page
+    draw: style.Draw  # makes it
 
 
 def write_report(

@@ -33,15 +33,10 @@ Name = tuple[str, ...]  # ("next", "reward")
 
 
 class Column(NamedTuple):
-    """What a column must be.
+    """What a column must be."""
 
-    Attributes:
-        shape: without the rows.
-        dtypes: those that are allowed.
-    """
-
-    shape: tuple[int, ...] = ()
-    dtypes: tuple[torch.dtype, ...] = (torch.int64,)
+    shape: tuple[int, ...] = ()  # without the rows
+    dtypes: tuple[torch.dtype, ...] = (torch.int64,)  # those that are allowed
 
 
 def floats(*shape: int) -> Column:

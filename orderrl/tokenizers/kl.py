@@ -52,13 +52,9 @@ def _attention(config: StackConfig) -> list[bool]:
 
 @dataclass(frozen=True)
 class Posterior:
-    """Independent normal distributions of latents.
+    """Independent normal distributions of latents."""
 
-    Attributes:
-        moments: (n, 2e, h, w), mean then log-variance as the encoder gives them.
-    """
-
-    moments: Tensor
+    moments: Tensor  # (n, 2e, h, w), mean then log-variance as the encoder gives them
 
     @property
     def mean(self) -> Tensor:

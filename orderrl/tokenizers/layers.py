@@ -169,20 +169,14 @@ class Upsample(nn.Module):
 
 
 class Names(NamedTuple):
-    """What published weights call the parts of an encoder and a decoder.
+    """What published weights call the parts of an encoder and a decoder."""
 
-    Attributes:
-        blocks: the ResNet blocks of a stage.
-        down, up: the stages of the encoder and of the decoder.
-        middle: the first ResNet block, the attention and the second ResNet block at the lowest resolution.
-        up_from_top: whether the decoder's stages are stored from high to low resolution, against their order of use.
-    """
-
-    blocks: str
-    down: str
-    up: str
+    blocks: str  # the ResNet blocks of a stage
+    down: str  # the stages of the encoder and of the decoder
+    up: str  # the stages of the encoder and of the decoder
+    # the first ResNet block, the attention and the second ResNet block at the lowest resolution
     middle: tuple[str, str, str]
-    up_from_top: bool
+    up_from_top: bool  # whether the decoder's stages are stored from high to low resolution, against their order of use
 
 
 class Stage(nn.Module):
