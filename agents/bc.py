@@ -173,9 +173,6 @@ def clone(
     Args:
         planner: trained in place.
         labels: contexts as `label_contexts` stores them.
-        geometry: the block grid.
-        config: hyper-parameters.
-        seed: of the split and the batches.
         job: keeps the training's state, so that an interrupted one continues, and logs.
 
     Metrics: loss, reasoning_steps; at evaluations also chosen and regret (standard deviations of U). Target "pairs"

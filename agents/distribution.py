@@ -162,7 +162,6 @@ def planner_actions(output: PlannerOutput, observation: TensorDictBase, budgets:
     """A planner's actions in the states that it was asked about.
 
     Args:
-        output: for the observation.
         observation: gives the masks, batch (M,).
         budgets: the environment's, as many as the planner's.
     """

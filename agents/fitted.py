@@ -15,7 +15,6 @@ def fit_order(visible: Tensor, utility: Tensor, label_strength: float = 1.0) -> 
     Args:
         visible: (n, B) bool, contexts.
         utility: (n, B) float32, U of every hidden block.
-        label_strength: ridge penalty.
 
     Returns:
         (B,) int64 permutation.

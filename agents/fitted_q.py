@@ -106,13 +106,10 @@ def record_order(
     """Play an order on the first images, one block a step, and look before every step.
 
     Args:
-        backbone: scores the blocks.
-        data: the images.
         order: (B,) int64.
         images: how many are played; all if there are fewer.
         content: keep hidden states too, B^2 times their width for every image; planners without content read none.
         advance: told how many images were played.
-        batch: images played together.
         job: keeps every batch.
 
     Returns:
@@ -263,7 +260,6 @@ def fit_budgets(
         order: (B,) int64, the one that was played.
         budgets: numbers of blocks, ascending.
         step_cost: nats per image; of a range every image of every step draws its own, log-uniformly.
-        config: hyper-parameters.
         seed: of weights, batches and drawn step costs.
         job: keeps the training's state, so that an interrupted one continues, and logs.
 

@@ -105,7 +105,6 @@ def imitate(
         planner: with as many budgets as the core.
         core: in mode "teacher"; its context losses are not read.
         policy: gives the action to learn in every state.
-        config: hyper-parameters.
         seed: of episodes and actions.
         job: keeps the training's state, so that an interrupted one continues, and logs.
 

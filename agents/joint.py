@@ -198,7 +198,6 @@ class JointTuning:
         labels: contexts as `label_contexts` stores them, made by the frozen backbone.
         labelled: the images that they name, of the planner split.
         images: for L_AR, of the backbone split.
-        config: hyper-parameters.
         augment: the data set's augmentation, called with tokens, generator and strength.
         seed: of the split and batches; the clone's, so that held-out images are those that it never learnt from.
 

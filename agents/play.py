@@ -134,7 +134,6 @@ def play(
         generator: the policy's source of randomness; None makes one.
         steps: planner steps at most; None plays until all episodes are finished.
         restart: whether finished episodes begin anew, in a step of their own; `steps` is then given.
-        record: called after every step.
 
     Raises:
         ValueError: if the policy returns anything but actions, or an illegal one on a strict core.
@@ -169,7 +168,6 @@ def roll_out(
     Args:
         core: in mode "teacher" with context losses, or in mode "generate" (losses are then zero).
         policy: chooses actions; an illegal one raises if the core is strict.
-        generator: the policy's source of randomness.
         index: (M,) images; None draws them.
 
     Raises:

@@ -42,9 +42,6 @@ class RankingPolicy:
     """Reveal the best-scored hidden blocks, as many as the schedule says.
 
     Args:
-        scorer: scores the blocks.
-        geometry: the block grid.
-        budgets: the environment's budgets.
         schedule: chooses the budget, lowered where fewer blocks are left; None is the first budget always.
         spacing: strength of the penalty for blocks close to those chosen in the same step, in units of the
             scorer; 0 is none.
@@ -75,7 +72,6 @@ class PairedPolicy:
 
     Args:
         planner: in eval mode, with `pairs`.
-        budgets: the environment's budgets.
         schedule: as in `RankingPolicy`.
         reasoning_steps: R; None takes the planner's.
 
@@ -109,8 +105,6 @@ def scheduled_action(
         scores: (M, B).
         closeness: (B, B) or (M, B, B), what a chosen block takes from each other's score.
         observation: batch (M,).
-        budgets: the environment's budgets.
-        schedule: chooses among them.
 
     Returns:
         int64 (M,) for budgets == (1,), else (M, K + 1).
@@ -198,7 +192,6 @@ class PlannerPolicy:
 
     Args:
         planner: in eval mode.
-        budgets: the environment's budgets.
         deterministic: take the mode instead of sampling.
         reasoning_steps: R; None takes the planner's.
     """
@@ -227,11 +220,6 @@ class PlannerPolicy:
 
 class AmongBudgets:
     """A policy in an environment that offers more budgets: the same blocks, the same number of them.
-
-    Args:
-        policy: acts with `own`.
-        own: its budgets.
-        offered: the environment's budgets.
 
     Raises:
         ValueError: if one of its budgets is not offered.
@@ -265,9 +253,6 @@ def with_schedule(
     Args:
         policy: ranks blocks for these budgets: its actions begin with a list (M, K) of blocks, K the largest budget;
             what stands behind it is left out. For budgets == (1,) it may also be one block, (M,).
-        budgets: of the schedule.
-        schedule: chooses among them.
-        name: of the policy, for messages.
 
     Raises:
         ValueError: if a reference acts in a way of its own; while acting, if the policy gives fewer blocks.

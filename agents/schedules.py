@@ -32,7 +32,6 @@ def legal_place(schedule: Schedule, observation: TensorDictBase, ranked: Tensor)
     """The place in the list of budgets that a schedule chooses, lowered where fewer blocks are left: (M,) int64.
 
     Args:
-        schedule: chooses.
         observation: batch (M,).
         ranked: (M, K) int64, the first choices, K the largest budget; past the number of hidden blocks they are any.
     """
@@ -53,7 +52,6 @@ def growing(budgets: tuple[int, ...], sizes: tuple[int, ...]) -> Schedule:
     """Step sizes in sequence, for example (1, 2, 4, 4, 5): the step is read off the number of visible blocks.
 
     Args:
-        budgets: the environment's budgets.
         sizes: blocks of each step; they must sum to B and be budgets; the last may be less than any (cut short).
 
     Raises:
@@ -84,7 +82,6 @@ def entropy_threshold(budgets: tuple[int, ...], threshold: float) -> Schedule:
     """The largest budget k whose k most certain hidden blocks have a mean first-token entropy below a threshold.
 
     Args:
-        budgets: the environment's budgets.
         threshold: nats.
     """
 
@@ -107,7 +104,6 @@ def information_threshold(budgets: tuple[int, ...], threshold: float) -> Schedul
     arXiv:2512.16975). The blocks are the policy's own first choices; the smallest budget where none fits.
 
     Args:
-        budgets: the environment's budgets.
         threshold: nats.
     """
 

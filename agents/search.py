@@ -105,7 +105,6 @@ def search_schedule(
     A search finds what its model flatters. So the schedules found are played, and searched again with what they cost.
 
     Args:
-        backbone: scores the blocks.
         data: planner images.
         budgets: numbers of blocks that a step may reveal.
         step_cost: cost of a step, nats per image; decides how many steps the schedule takes.
@@ -157,12 +156,9 @@ def record_losses(
     """Play schedules on images in turn and look before every step.
 
     Args:
-        backbone: scores the blocks.
-        data: the images.
         order: (m, B) int64, blocks in the order in which they are revealed.
         step: (m, B) int64, the step of each place of the order, ascending from 0.
         advance: told how many schedules were played.
-        batch: schedules played together.
         job: keeps every batch under `name`.
         name: see `job`.
 

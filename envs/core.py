@@ -545,13 +545,11 @@ def replay_return(
     """Return of finished images under the order in which they were revealed.
 
     Args:
-        backbone: scores the blocks.
         data: any token set of the same shape.
         tokens: (m, N) int64, finished images.
         labels: (m,) int64.
         reveal_step: (m, B) int64, the step that revealed each block; void steps are skipped numbers.
         reveal_rank: (m, B) int64, its place in the action of that step.
-        reward: what is paid for.
         step_cost: (m,) float32, what a step cost each image, nats per image; given where the reward's is a range.
 
     Returns:

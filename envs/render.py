@@ -17,7 +17,6 @@ def partial_images(
 
     Args:
         data: decodes tokens to pixels.
-        geometry: the block grid.
         tokens: (..., N) int64, or (..., N, C) float32; hidden ones are not shown.
         visible: (..., B) bool.
         device: where tokens are decoded; None is where they lie.

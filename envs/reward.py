@@ -146,12 +146,7 @@ def set_weights(pair_weights: Tensor, revealed: Tensor) -> Tensor:
 
 
 class Reward:
-    """Reward of a batch of reveals.
-
-    Args:
-        config: what is paid for.
-        geometry: the block grid.
-    """
+    """Reward of a batch of reveals."""
 
     def __init__(self, config: RewardConfig, geometry: BlockGrid) -> None:
         self.config = config

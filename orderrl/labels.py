@@ -177,7 +177,6 @@ def plan_shards(contexts: Contexts, batch_size: int, shard_size: int) -> list[ra
 
     Args:
         contexts: sorted by length.
-        batch_size: contexts per call.
         shard_size: contexts of a shard, at least; the last may have fewer.
 
     Raises:
@@ -248,7 +247,6 @@ def make_shards(job: Job, shards: list[range], make: Callable[[range], dict[str,
     """Make shards.
 
     Args:
-        job: where they are kept.
         shards: those of this process.
         make: labels of one.
         together: all processes work on the same shards; else each has shards of its own.
@@ -283,7 +281,6 @@ def assemble(job: Job, shards: list[range], folder: Path) -> None:
     """Write the shards one behind the other to a table.
 
     Args:
-        job: holds the shards.
         shards: in the order of their rows.
         folder: made anew.
 

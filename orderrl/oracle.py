@@ -30,7 +30,6 @@ def distance_weights(geometry: BlockGrid, weight: str, sigma: float) -> Tensor:
     """w(b, a) of the utility for single blocks.
 
     Args:
-        geometry: the block grid.
         weight: "uniform" (Algorithm 1: all ones) or "far" (Algorithm 2: 1 - exp(-(d / sigma)^2)).
         sigma: in blocks; how far "near" reaches.
 
@@ -70,7 +69,6 @@ def block_gains(
     """G[a, b] for pairs of hidden blocks of states that hide equally many.
 
     Args:
-        backbone: scores the blocks.
         prefix: cache of M states.
         tokens: (M, N) int64; read for kinds "pointwise" and "kl".
         hidden: (M, C) int64, the hidden blocks of each state.
@@ -143,7 +141,6 @@ def sampled_targets(geometry: BlockGrid, hidden: Tensor, losses: Tensor, fractio
     large gains. The weights are those of Horvitz and Thompson (1952).
 
     Args:
-        geometry: the block grid.
         hidden: (M, C) int64, the hidden blocks of each state.
         losses: (M, C) float32, their losses, nats.
         fraction: in (0, 1].
@@ -188,10 +185,7 @@ def gain_uniforms(geometry: BlockGrid, keys: tuple[Tensor | int, ...], samples: 
     """Random numbers for `block_gains`, keyed so that they do not depend on the batch.
 
     Args:
-        geometry: the block grid.
         keys: what the M states are, each (M,) int64 or an int.
-        samples: draws.
-        device: where the result lies.
 
     Returns:
         (M, samples, B + B*B, p*p) float64.
@@ -277,7 +271,6 @@ def label_contexts(
     """Label contexts in batches of equal length.
 
     Args:
-        backbone: scores the blocks.
         tokens: (n, N) int64, images.
         labels: (n,) int64, their classes.
         config: kind and batch size.

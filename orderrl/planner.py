@@ -125,11 +125,7 @@ class PairHead(nn.Module):
 
 
 class OrderHead(nn.Module):
-    """Planner over block tokens; reads an observation TensorDict, batch (M,).
-
-    Args:
-        config: its shape.
-    """
+    """Planner over block tokens; reads an observation TensorDict, batch (M,)."""
 
     @isolated_float32
     def __init__(self, config: PlannerConfig) -> None:

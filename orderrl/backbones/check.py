@@ -18,7 +18,6 @@ def naive_block_losses(backbone: Backbone, tokens: Tensor, labels: Tensor, revea
     """Losses of blocks with everything recomputed and one chain at a time: the slow, obvious form.
 
     Args:
-        backbone: scores the blocks.
         tokens: (M, N) int64.
         labels: (M,) int64.
         revealed: (M, t) int64, visible blocks in order.

@@ -146,7 +146,6 @@ def pretrain(
         backbone: trained in place.
         train: images to learn from.
         held_out: images for the logged losses; never trained on.
-        config: hyper-parameters.
         augment: the data set's augmentation, called with tokens, generator and strength.
         on_random_phase_end: receives the averaged backbone at the last step with random orders only.
         job: keeps the training's state, so that an interrupted one continues, and logs.

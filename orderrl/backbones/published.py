@@ -34,7 +34,6 @@ def llamagen_sampler(
     """LlamaGen's sampler: raster order, one token a step, guidance in an interval.
 
     Args:
-        model: the raster model.
         labels: (M,) int64.
         uniforms: (M, N) in [0, 1), in raster order.
         sampling: temperature, top-k, top-p, guidance and its interval; None is plain sampling.

@@ -48,7 +48,6 @@ def place(levels: Tensor, generator: torch.Generator) -> Tensor:
 
     Args:
         levels: (n, h * w) int64 grey levels of square images that fit the canvas; what is above 0 is ink.
-        generator: source of randomness.
 
     Returns:
         (n, 144) int64.
@@ -69,7 +68,6 @@ def augment_canvas(tokens: Tensor, generator: torch.Generator, strength: float) 
 
     Args:
         tokens: (n, 144) int64 grey levels.
-        generator: source of randomness.
         strength: of `augment_digits`.
 
     Returns:

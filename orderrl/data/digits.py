@@ -112,7 +112,6 @@ def augment_digits(tokens: Tensor, generator: torch.Generator, strength: float) 
 
     Args:
         tokens: (n, 64) int64 grey levels.
-        generator: source of randomness.
         strength: 0 is none; 1 is up to 9 degrees, 9 % scale and shear, and 0.4 pixels shift
             (uniform).
 

@@ -54,7 +54,6 @@ def tokenize_folder(
             is made again.
         tokenizer_path: file or hub name that the tokeniser came from, remembered for decoding.
         batch_size: images a call; all their views go together.
-        shard_size: images a shard.
         sample_seed: of the noise of posterior samples, keyed by image and view; None takes posterior means.
         half: store continuous tokens as float16.
 

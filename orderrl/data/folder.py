@@ -125,7 +125,6 @@ def split_rows(labels: Tensor, test_share: float, planner_share: float, seed: in
     Args:
         labels: (n,) int64.
         test_share, planner_share: shares of all images; the rest is the backbone's.
-        seed: of the shuffling.
 
     Returns:
         Rows of each split, sorted, int64.
@@ -231,7 +230,6 @@ def _class_folders(root: str, key: str, known: tuple[dict[str, int], list[str]] 
     """The images below a folder.
 
     Args:
-        root: the folder.
         key: of the configuration, that named it.
         known: what `class_ids` gives, for folders of which some may be missing or empty; None numbers those there are.
     """
@@ -351,10 +349,8 @@ def read_views(
     """Views of images, batch by batch.
 
     Args:
-        images: a split.
         rows: which of its images, in which order.
         config: the crops, and whether broken files are left out.
-        batch_size: images a batch.
 
     Yields:
         The rows that were read and their views, (k, V, 3, S, S) uint8. A batch without any is left out.

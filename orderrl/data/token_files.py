@@ -55,7 +55,6 @@ def plan_shards(images: Mapping[str, int], shard_size: int) -> list[Shard]:
 
     Args:
         images: number of images of every split.
-        shard_size: images a shard.
     """
     return [
         Shard(split, i, range(i * shard_size, min((i + 1) * shard_size, images[split])))
@@ -81,7 +80,6 @@ class TokenSetWriter:
         folder: the token set's folder, made if need be.
         identity: plain values that determine every token; needs `shard_size`, `dtype`, and of the images `images`, how
             many every split has, and `files`, their version.
-        images: what is tokenised.
         tokenizer_path: file or hub name of the tokeniser's weights, for decoding. A file in OrderRL's own format is
             copied into the folder (`own=True`), published weights are remembered by where they are.
         own: see `tokenizer_path`.
@@ -139,7 +137,6 @@ class TokenSetWriter:
         """Store a shard.
 
         Args:
-            shard: one of `missing()`.
             tokens: (rows, N) or (rows, N, C).
             labels: (rows,) int64.
             skipped: names of its images that could not be read and have no rows.
@@ -318,12 +315,7 @@ def decode_in_parts(tokenizer: Any, tokens: Tensor, grid: tuple[int, int]) -> Te
 
 
 class SetDecoder:
-    """Decodes tokens of a token set on disk; its tokeniser is loaded when the first image is asked for.
-
-    Args:
-        folder: the token set's folder.
-        described: its description.
-    """
+    """Decodes tokens of a token set on disk; its tokeniser is loaded when the first image is asked for."""
 
     def __init__(self, folder: Path, described: Mapping[str, Any]) -> None:
         self.folder, self.described = folder, described

@@ -101,7 +101,6 @@ def content_ablation(
     Args:
         p: shared states and resamples.
         observations: from `ablated_observations`.
-        scorer: of the policy.
         utility: (m, B), of the oracle, nats per image token.
     """
     states = p.states
@@ -204,8 +203,6 @@ def injection(backbone: Backbone, data: TokenSet, states: TensorDict, blocks: Te
     """Reveal the true tokens of some hidden blocks at once; each sees those before it, as in the environment.
 
     Args:
-        backbone: scores the rest.
-        data: the images.
         states: labelled contexts, batch (m,), with keys image, order, length, visible, loss.
         blocks: (m, k) int64, different hidden blocks; at least one more is hidden in each state.
 
@@ -233,8 +230,6 @@ def hidden_loss(
     """Loss of all hidden blocks of contexts, (m,) float32 on the CPU, nats.
 
     Args:
-        backbone: scores the blocks.
-        data: the images.
         image: (m,) int64.
         order: (m, B) int64, reveal order.
         length: (m,) int64 in 1..B - 1, how many blocks of the order are visible.

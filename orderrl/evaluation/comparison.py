@@ -102,7 +102,6 @@ def compare(pairs: Sequence[Pair], resamples: int, seed: int) -> list[dict[str, 
     Args:
         pairs: the family; a reference that was evaluated on the first images only is compared on these.
         resamples: of the bootstrap, raised to 100 for each comparison where that is more.
-        seed: of the resampling.
 
     Returns:
         For each pair a dict of name, metric; mean, low, high (95 % interval over images), p_value, p_holm, significant

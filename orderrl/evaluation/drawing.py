@@ -47,14 +47,10 @@ def generate_images(
     """Generate one image for each label.
 
     Args:
-        backbone: draws the tokens.
         data: names the shape of the images; none of them is read.
-        policy: chooses the blocks.
-        budgets: of the environment.
         labels: (n,) int64 classes.
         sampling: how tokens are drawn; None is temperature 1 and no filter.
         seed: image i is drawn with seed + i, whatever the batch.
-        batch_size: images at once.
         advance: called with the number of images that were done.
     """
     config = CoreConfig("generate", budgets, sampling=sampling or Sampling(), strict=True, hindsight=False)
@@ -91,7 +87,6 @@ def generate_published(
         steps: of RandAR's schedule, iterations of ARPG or MAR; None draws one token a step, MAR in up to 64 iterations.
         sampling: how tokens are drawn; None is temperature 1 and no filter.
         seed: image i is drawn with seed + i, whatever the batch; ARPG's images share one order, that of the seed.
-        batch_size: images at once.
         advance: called with the number of images that were done.
 
     Raises:

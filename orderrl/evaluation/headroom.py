@@ -75,7 +75,6 @@ def clone_level(
     Args:
         level: one of `LEVELS`.
         labels: contexts as `label_contexts` stores them.
-        geometry: the block grid.
         shape: of the planner; `content` and `pairs` are those of the level.
         config: of the cloning; its target is "pairs", which keeps the weights with the least held-out error.
         seed: of weights, the split and batches.
@@ -118,7 +117,6 @@ def lookahead_prediction(
         data: the images of the states.
         states: labelled contexts, batch (m,), with keys image, order, length.
         draws: K of each block; costs K packed forwards.
-        seed: of the draws.
 
     Raises:
         ValueError: if draws is below 1.
@@ -145,9 +143,7 @@ def headroom(
     Args:
         predictions: by name; the levels, in their order, before all others.
         states: labelled contexts of images that no predictor has seen, batch (m,), the same for all.
-        geometry: the block grid.
         resamples: bootstrap resamples; states of an image stay together.
-        seed: of the resampling.
 
     Returns:
         For each prediction a dict of predictor; states, how many; r2_utility and r2_dependence, shares of the oracle's

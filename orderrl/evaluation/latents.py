@@ -197,9 +197,7 @@ def latent_probes(
     Args:
         planner: with R >= 1 passes.
         states: labelled contexts, batch (m,).
-        geometry: the block grid.
         resamples: bootstrap resamples; states of an image stay together.
-        seed: of the resampling.
 
     Returns:
         For each target that varies and each pass 0..R a dict of target, measure ("accuracy" or "r2"), pass, and with

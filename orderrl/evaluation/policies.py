@@ -116,7 +116,6 @@ def at_step_costs(spec: PolicySpec, named: NamedPolicy, step_costs: Sequence[flo
 
     Args:
         spec: what it was made of.
-        named: the policy.
         step_costs: nats per image; None takes the ends of the range that the planner was trained on and their geometric
             mean, to two digits.
     """

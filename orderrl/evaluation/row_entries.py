@@ -28,7 +28,6 @@ def image_means(per_image: Mapping[str, Tensor], resamples: int, seed: int) -> d
     Args:
         per_image: (n,) of each image by key; all of the same images.
         resamples: of the bootstrap; images are resampled jointly for all keys.
-        seed: of the resampling.
     """
     mean, low, high = bootstrap_band(torch.stack([v.double() for v in per_image.values()]), resamples, seed=seed)
     found: dict[str, Any] = {}
@@ -41,7 +40,6 @@ def state_mean(key: str, values: Tensor, image: Tensor, resamples: int, seed: in
     """Mean over states with an interval over images, whose states stay together.
 
     Args:
-        key: of the row.
         values: (m,), NaN where a state has no value: it is left out.
         image: (m,) int64, whose states they are.
         resamples, seed: as in `image_means`.
@@ -107,10 +105,8 @@ def quality_intervals(
 
     Args:
         scores: by key: precision, recall, accuracy (shares) and Fréchet distances; None where not measured.
-        samples: their features.
         reference: what they were compared with.
         resamples: of the Fréchet distances; 0 gives them no interval.
-        seed: of the resampling.
     """
     real = 0 if reference.found is None else len(reference.found)
     found: dict[str, Any] = {}

@@ -65,8 +65,6 @@ def evaluate_policy(p: EvaluationProtocol, named: NamedPolicy, sampled: bool) ->
     """Evaluate one policy.
 
     Args:
-        p: shared by all rows.
-        named: the policy.
         sampled: whether images are generated and scored.
     """
     expensive, c = named.spec is not None and not named.spec.rival, p.config

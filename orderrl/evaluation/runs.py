@@ -29,7 +29,6 @@ def save_results(folder: Path, results: dict[str, Any], rows: Sequence[Evaluated
     checksum of the other file, and its own.
 
     Args:
-        folder: of the run.
         results: plain values, among them the protocol's `identity` and all `rows`.
         rows: those that have values of images, from the first.
     """

@@ -133,8 +133,6 @@ def make_rows(pending: Sequence[PendingRow], protocol: EvaluationProtocol, work:
     """All rows in their order; processes take the missing ones in turn.
 
     Args:
-        pending: what is to be made.
-        protocol: shared by all rows.
         work: keeps finished rows, and their generated images if the settings say so.
 
     Returns:

@@ -37,7 +37,6 @@ def record(
     Args:
         core: in mode "teacher".
         policy: chooses the actions; an illegal one is recorded, unless the core is strict.
-        generator: the policy's source of randomness.
         index: (M,) int64 images.
 
     Returns:
@@ -89,9 +88,7 @@ def record_dataset(
         backbone: frozen.
         data: its images are revealed in turn, from the first.
         policy, config: who acts, and in which environment.
-        count: episodes.
         folder: a new or empty one; afterwards `orderrl.runtime.tables.open_table(folder)` reads it.
-        batch_size: episodes at once.
         seed: of environment and policy.
 
     Returns:
@@ -140,7 +137,6 @@ def write_minari(
         backbone, budgets: of the environment that they are from.
         environment: its keyword arguments, plain values.
         policy: its name.
-        seed: of the recording.
         step_cost_range: of the environment, if its step cost is a range.
 
     Raises:

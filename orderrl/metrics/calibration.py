@@ -138,7 +138,6 @@ def state_observation(states: TensorDict, budgets: tuple[int, ...] = (1,)) -> Te
 
     Args:
         states: labelled contexts, batch (m,), as `label_contexts` gives them.
-        budgets: of the environment.
     """
     visible = states["visible"]
     parts = {key: states[key] for key in ("hidden", "entropy", "visible", "label")}
@@ -171,7 +170,6 @@ def lookahead_utility(
         states: labelled contexts, batch (m,), sorted by length; keys image, order, length.
         count: how many of them, evenly spread over the lengths; all if there are fewer.
         draws: K of each block; costs K packed forwards.
-        seed: of the draws.
 
     Raises:
         ValueError: if count or draws is below 1.

@@ -65,11 +65,7 @@ def own_classifier(data: str) -> str | None:
 
 
 class Classifier(nn.Module):
-    """A few 3x3 convolutions and one layer of 64 features; about 48,000 parameters for digits, 61,000 for canvas.
-
-    Args:
-        config: its shape.
-    """
+    """A few 3x3 convolutions and one layer of 64 features; about 48,000 parameters for digits, 61,000 for canvas."""
 
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
@@ -125,10 +121,8 @@ def train_classifier(name: str = "digits", seed: int = 0, steps: int = 3000, bat
     """Train on the backbone split of a data set, augmented, with hidden blocks in half of the images.
 
     Args:
-        name: of the classifier.
         seed: of initialisation, batches, augmentation and hidden blocks.
         steps: optimiser steps (AdamW, one-cycle schedule); the weights are averaged over the last of them.
-        batch_size: images per step.
 
     Returns:
         The classifier in evaluation mode.

@@ -96,7 +96,6 @@ def extract_features(
         weights: file of the network's weights, for torch-fidelity's own networks; None downloads them (torch.hub's
             cache). A timm checkpoint is part of the name.
         device: where the network runs; None is where the images are.
-        batch_size: images at once.
 
     Raises:
         ValueError: if features are unknown, weights cannot be downloaded or found or do not fit, or images have another

@@ -104,7 +104,6 @@ def save_images(images: Tensor, folder: Path, labels: Tensor | None = None) -> N
 
     Args:
         images: (n, 3, H, W) uint8.
-        folder: where to.
         labels: (n,) int64, at least 0.
 
     Raises:

@@ -14,7 +14,6 @@ def consecutive_distance(order: Tensor, geometry: BlockGrid) -> Tensor:
     Args:
         order: (n, B) int64, blocks in reveal order, B >= 2; blocks of one step follow each other as the action
             listed them.
-        geometry: the block grid.
     """
     distances = geometry.distances.to(order.device)
     return distances[order[:, :-1], order[:, 1:]].mean(1)

@@ -149,7 +149,6 @@ def real_floor(real: Features, repeats: int = 5, seed: int = 0, kid_subsets: int
     Args:
         real: features of n >= 4 real images.
         repeats: random splits that are averaged.
-        seed: of the splits.
         kid_subsets: random subsets of every split that KID is averaged over.
 
     Raises:
@@ -183,7 +182,6 @@ def fid_infinity(
         reference: in the same features.
         points: sizes, evenly spaced up to all samples.
         smallest: the smallest size; None is a tenth of the samples (as 5,000 of 50,000 in the paper).
-        seed: of the subsets.
 
     Raises:
         ValueError: if the features differ, points < 2, or not 2 <= smallest < n.

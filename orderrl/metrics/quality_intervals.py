@@ -30,8 +30,6 @@ def frechet_interval(
         reference: statistics of the real images.
         distance: between the samples and the reference.
         resamples: bootstrap resamples, at least 2.
-        level: coverage, in (0, 1).
-        seed: of the resampling.
 
     Raises:
         ValueError: if resamples < 2.

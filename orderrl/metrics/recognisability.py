@@ -65,9 +65,7 @@ def make_recogniser(
         name: "own" is the shipped one of the data set, None where it has none; "timm:MODEL",
             "timm:MODEL:CHECKPOINT_FILE" and "timm:local-dir:FOLDER" are models of timm, whose classes must be those of
             the data, in its order; a name of `orderrl.metrics.classifier` is that one. None recognises nothing.
-        data: what is to be recognised.
         fill: what stands where blocks are hidden, see `Recogniser`.
-        device: where the classifier runs.
 
     Raises:
         ValueError: if the name or fill is unknown, the weights cannot be downloaded or found, or the classes differ in
@@ -152,7 +150,6 @@ def complete(
     They are drawn under the dropped label: given the class, a backbone draws recognisable images from nothing.
 
     Args:
-        backbone: draws.
         data: any token set of the images' shape.
         rollout: its visible blocks stand in the prefix in the order in which they were revealed.
         moment: in 0..T.

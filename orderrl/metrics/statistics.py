@@ -56,9 +56,6 @@ def bootstrap_band(
 
     Args:
         values: (rows, n), for example gain at several revealed fractions of n images.
-        resamples: bootstrap resamples.
-        level: coverage, in (0, 1).
-        seed: of the resampling.
 
     Returns:
         mean, low, high: each (rows,) float64.
@@ -110,9 +107,6 @@ def bootstrap_sums(
     Args:
         sums: (k, n), k quantities of n images.
         statistic: takes their sums over images, (k, ...), and gives the value, (...).
-        resamples: as in `bootstrap_band`.
-        level: as in `bootstrap_band`.
-        seed: as in `bootstrap_band`.
 
     Raises:
         ValueError: as `bootstrap_band`.
@@ -148,8 +142,6 @@ def paired_bootstrap(
             varies with the images, not how another seed would do.
         b: likewise, about the same images in the same order; its number of seeds may differ.
         resamples: as in `bootstrap_band`; p-values are no finer than 2 / (resamples + 1).
-        level: as in `bootstrap_band`.
-        seed: as in `bootstrap_band`.
 
     Raises:
         ValueError: if the images of a and b differ in number, else as `bootstrap_band`.

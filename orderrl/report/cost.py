@@ -71,7 +71,6 @@ def cost_figure(rows: Sequence[dict[str, Any]], cost: str, ink: str = INK) -> Fi
     Args:
         rows: of `results.json`.
         cost: a metric of cost.
-        ink: colour of text and axes.
     """
     panels = cost_panels(rows, cost)
     families = list(dict.fromkeys(family for points in panels.values() for family in _families(points)))

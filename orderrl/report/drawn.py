@@ -21,10 +21,7 @@ def save_pictures(
     """Write `images.png`, `order.gif` (the images step by step) and `order.png` (heat maps), and return their paths.
 
     Args:
-        folder: where they are written.
         data: decodes tokens.
-        geometry: the block grid of the order.
-        made: what was drawn.
         device: where tokens are decoded; None is where they lie.
     """
     columns = max(1, round(len(made.tokens) ** 0.5))

@@ -35,7 +35,6 @@ def gain_figure(rows: Sequence[dict[str, Any]], colours: dict[str, str], ink: st
     Args:
         rows: of `results.json`; one row is drawn as one line.
         colours: of the highlighted policies; the others are grey.
-        ink: colour of text and axes.
     """
     shown = sorted((row for row in rows if row.get("gain_auc") is not None), key=lambda row: float(row["gain_auc"]))
     with new_figure(WIDTH, 0.9 + 0.23 * len(shown), ink) as figure:
@@ -66,10 +65,7 @@ def curves_figure(
 
     Args:
         curves: by policy.
-        label: of the curves.
-        unit: of its values.
         colours: of the highlighted policies; the others are thin and grey, without bands.
-        ink: colour of text and axes.
     """
     raster = curves.get("raster")
     highlighted = [name for name in colours if name in curves]
@@ -117,7 +113,6 @@ def calibration_figure(
         reliability: by policy, the entry "reliability" of its row: predicted and actual (one number for each bin), r2.
         colours: of the highlighted policies; the others are grey.
         unit: of utilities.
-        ink: colour of text and axes.
     """
     highlighted = [name for name in colours if name in reliability]
     others = [name for name in reliability if name not in colours]
@@ -148,9 +143,7 @@ def orders_figure(details: Sequence[PolicyDetail], colours: dict[str, str], ink:
     """Mean reveal step of every block, one small map for each policy, on one colour scale.
 
     Args:
-        details: the policies.
         colours: highlighted policies have their names in bold.
-        ink: colour of text.
     """
     columns = min(6, max(len(details), 1))
     lines = -(-len(details) // columns)
@@ -181,7 +174,6 @@ def strips_figure(details: Sequence[PolicyDetail], examples: Examples, index: in
         details: the policies, with episodes.
         examples: their images.
         index: which of them.
-        ink: colour of text.
     """
     moments, grid = len(STRIP_FRACTIONS), BlockGrid(examples.rows, examples.columns, 1)
     image = examples.images[index]

@@ -114,8 +114,6 @@ def build_to_fit(
     Args:
         build: makes the module from a configuration that was read from the file.
         shape: that configuration, plain values.
-        tensors: of the file.
-        path: the file, for the message.
 
     Raises:
         ValueError: if the configuration asks for more layers, or for other shapes, than the file has tensors.
@@ -137,9 +135,6 @@ def require_fit(module: nn.Module, shapes: Mapping[str, torch.Size], path: Path 
     """Refuse a file whose tensors are not exactly those of a module.
 
     Args:
-        module: what shall be filled.
-        shapes: of the file's tensors.
-        path: the file, for the message.
         advice: what to do about it, for the message.
 
     Raises:

@@ -32,7 +32,6 @@ def require_finite(where: object, tensors: Mapping[str, Tensor], advice: str) ->
 
     Args:
         where: what holds them, such as a file.
-        tensors: by name.
         advice: the likely cause, and what to do.
 
     Raises:

@@ -16,8 +16,6 @@ def as_int64(name: str, values: Any, hint: str = "") -> Tensor:
     As in Gymnasium's `Discrete`, floats are refused even where they are whole; truth values are no numbers.
 
     Args:
-        name: the argument, for the message.
-        values: what the caller gave.
         hint: what to give instead, for the message.
 
     Raises:
@@ -37,7 +35,6 @@ def as_choices(name: str, values: Any, count: int, limit: int, of: str) -> Tenso
     """What a caller chose for each of the episodes that begin, (count,) int64.
 
     Args:
-        name: the argument.
         values: one integer for all, or one for each.
         count: episodes that begin.
         limit: choices, 0 to limit - 1.

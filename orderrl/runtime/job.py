@@ -180,7 +180,6 @@ class Job:
         """A piece that is there, its tensors on the CPU.
 
         Args:
-            name: of the piece.
             classes: that it may hold besides tensors and plain values.
 
         Raises:
@@ -239,8 +238,6 @@ class Job:
 
         Args:
             name: of the pieces, in front of their numbers.
-            count: of all rows.
-            size: of a batch.
             make: gives the tensors of some rows (m,) int64, first dimension m or what m rows lead to.
             advance: told how many rows are done.
         """
@@ -277,7 +274,6 @@ class Job:
         exactly what it would have done.
 
         Args:
-            total: steps of the whole loop.
             description: names the progress bar.
             unit: what the bar counts, plural.
             note: stands behind the bar, filled with the last row of metrics: "loss {loss:.3f}".

@@ -40,7 +40,6 @@ def progress(total: int | None, description: str, unit: str = "it") -> Iterator[
 
     Args:
         total: number of items, None if it is not known.
-        description: what is going on.
         unit: name of the items, plural, for the rate.
 
     Yields:

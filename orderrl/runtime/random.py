@@ -65,10 +65,7 @@ def drawn_uniform(
     """Uniform numbers in [0, 1) from a generator of the CPU, moved to a device: they are the same on every device.
 
     Args:
-        shape: of the result.
         generator: on the CPU, as all generators of this package are; None is PyTorch's own.
-        device: where the result lies.
-        dtype: of the result.
     """
     return torch.rand(tuple(shape), generator=generator, dtype=dtype, device="cpu").to(device, non_blocking=True)
 
@@ -90,7 +87,6 @@ def keyed_uniform(keys: Iterable[Tensor | int], device: torch.device | str = "cp
 
     Args:
         keys: int64 tensors or ints that broadcast against each other.
-        device: where the result lies.
 
     Returns:
         float64 tensor of the broadcast shape.

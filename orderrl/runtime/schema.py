@@ -184,7 +184,6 @@ def check(parts: Sequence[Part], config: Mapping[str, Any]) -> None:
     """Refuse wrong values of a composed configuration.
 
     Args:
-        parts: what it is made of.
         config: plain values, "???" where a value must still be given.
 
     Raises:

@@ -127,7 +127,6 @@ def open_table(folder: Path | str, columns: Mapping[str, Column] | None = None, 
     """A table on disk; its columns are read as they are used, and changing them does not change the files.
 
     Args:
-        folder: of the table.
         columns: all columns that it must have; None takes those that there are.
         rows: how many it must have; None takes any number.
 

@@ -79,7 +79,6 @@ class KLTokenizer(nn.Module):
     """Images to continuous tokens and back.
 
     Args:
-        config: the shape.
         name: what it is called in files and messages.
 
     Attributes:

@@ -209,7 +209,6 @@ class Encoder(nn.Module):
     """(n, 3, H, W) -> (n, out_channels, H/f, W/f).
 
     Args:
-        config: its shape.
         out_channels: of the latents.
         attention: for every resolution, from full to lowest, whether its stage has attention.
         names: of its parts.

@@ -144,7 +144,6 @@ def train_tokenizer(
         tokenizer: trained in place.
         draw: gives a random batch (n, 3, H, W) uint8 of n training images.
         held_out: gives batches (n, 3, H, W) uint8 for the logged quality; never trained on.
-        config: hyper-parameters.
         job: keeps the training's state, so that an interrupted one continues, and logs.
 
     Metrics: loss and its terms, learning_rate, restarted; with held_out_psnr (dB), held_out_l1, held_out_usage and

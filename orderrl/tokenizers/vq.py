@@ -90,7 +90,6 @@ class VQTokenizer(nn.Module):
     """Images to code indices and back.
 
     Args:
-        config: the shape.
         name: what it is called in files and messages.
 
     Attributes:

@@ -21,7 +21,6 @@ def family_config(fixture: Fixture, one_block: bool = False) -> TransformerConfi
     """Our configuration for the published `ModelArgs`; `block_size` is there the number of tokens.
 
     Args:
-        fixture: names the arguments.
         one_block: the whole image is one block (raster models); else blocks are single tokens.
 
     Raises:
