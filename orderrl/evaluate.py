@@ -13,7 +13,6 @@ from orderrl.evaluation.settings import eval_config
 from orderrl.evaluation.table import (
     details,
     evaluation_key,
-    log_values,
     make_rows,
     pending_rows,
     publish_samples,
@@ -47,7 +46,7 @@ def evaluate(config: DictConfig) -> Path:
         rows = make_rows(pending, protocol, work)
         if is_main():
             for number, row in enumerate(rows):
-                run.log(log_values(row.row), number + 1)
+                run.log({key: value for key, value in row.row.items() if isinstance(value, float)}, number + 1)
             publish_samples(work, run.folder / "samples")
             # tell
             rows = in_order(rows)

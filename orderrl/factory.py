@@ -20,6 +20,7 @@ from orderrl.envs.config import CoreConfig
 from orderrl.envs.reward import RewardConfig
 from orderrl.oracle import LabelConfig
 from orderrl.planner import OrderHead, PlannerConfig
+from orderrl.runtime.values import named
 from orderrl.tokenizers import KLTokenizer, VQTokenizer, load_tokenizer
 
 T = TypeVar("T")
@@ -216,10 +217,8 @@ def typed(kind: type[T], values: Mapping[str, Any]) -> T:
     built = dict(values)
     for key, value in values.items():
         if is_dataclass(hints.get(key)) and isinstance(value, Mapping):
-            try:
+            with named(key):
                 built[key] = typed(hints[key], value)
-            except ValueError as error:
-                raise ValueError(f"{key}.{error}") from error
     return kind(**built)
 
 

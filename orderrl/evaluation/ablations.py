@@ -9,7 +9,7 @@ Four questions of the research notes, each a function, on held-out images under 
 - `quality_curves`: what a partly revealed image is worth, against the revealed fraction.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from typing import Any, NamedTuple
@@ -36,7 +36,7 @@ from orderrl.evaluation.rows import Evaluated
 from orderrl.metrics.calibration import rank_correlation, state_observation
 from orderrl.metrics.order import order_agreement
 from orderrl.metrics.recognisability import area_over_fraction, at_fractions, complete, recognise, shown_images
-from orderrl.metrics.statistics import Interval, bootstrap_band, bootstrap_sums
+from orderrl.metrics.statistics import Interval, bootstrap_band, bootstrap_sums, sums_difference
 from orderrl.oracle import utilities
 
 REMOVALS = ("other image", "mean")
@@ -111,22 +111,15 @@ def content_ablation(
         for name, observation in observations.items()
     }
     moments = {name: moments_by_image(values, utility, hidden, image) for name, values in scores.items()}
-
-    def interval(sums: NDArray[np.float64], statistic: Callable[..., Any]) -> Interval:
-        return bootstrap_sums(sums, statistic, p.config.resamples, seed=p.seed)
+    how = (p.config.resamples, p.seed)
 
     return ContentAblation(
         {
             name: image_average(rank_correlation(values, utility, hidden, spearmanr), image)
             for name, values in scores.items()
         },
-        {name: interval(sums, pooled_r2) for name, sums in moments.items()},
-        {
-            name: interval(
-                np.concatenate([moments["true"], moments[name]]), lambda s: pooled_r2(s[:6]) - pooled_r2(s[6:])
-            )
-            for name in REMOVALS
-        },
+        {name: bootstrap_sums(sums, pooled_r2, *how) for name, sums in moments.items()},
+        {name: sums_difference(moments["true"], moments[name], pooled_r2, *how) for name in REMOVALS},
     )
 
 
@@ -147,8 +140,7 @@ def pooled_r2(sums: NDArray[np.float64]) -> NDArray[np.float64]:
 def oracle_utility(p: EvaluationProtocol) -> Tensor:
     """U of every block in the shared states, (m, B), nats per image token."""
     assert p.states is not None
-    gains = p.states["gains"]
-    return utilities(gains, p.backbone.geometry)
+    return utilities(p.states["gains"], p.backbone.geometry)
 
 
 def content_entries(p: EvaluationProtocol, policies: Sequence[NamedPolicy]) -> list[dict[str, Any]]:

@@ -17,9 +17,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from tensordict import TensorDict
 from torch import Tensor
@@ -34,7 +32,7 @@ from orderrl.evaluation.row_entries import state_mean
 from orderrl.evaluation.settings import HeadroomConfig
 from orderrl.geometry import BlockGrid
 from orderrl.metrics.calibration import rank_correlation, regret, state_observation
-from orderrl.metrics.statistics import bootstrap_sums
+from orderrl.metrics.statistics import bootstrap_sums, sums_difference
 from orderrl.oracle import Contexts, LabelConfig, label_contexts, utilities
 from orderrl.planner import OrderHead, PlannerConfig
 from orderrl.runtime.progress import progress
@@ -121,8 +119,6 @@ def lookahead_prediction(
     Raises:
         ValueError: if draws is below 1.
     """
-    if draws < 1:
-        raise ValueError(f"draws of lookahead must be at least 1, got {draws}")
     config = LabelConfig(contexts=len(states), kind="expected", samples=draws, seed=seed)
     contexts = Contexts(torch.arange(len(states)), states["image"], states["order"], states["length"])
     parts = label_contexts(backbone, data.tokens, data.labels, config, contexts)
@@ -167,14 +163,13 @@ def headroom(
     }
     entries = []
     for name, found in predictions.items():
-        above = _compared_with(name)
+        above = {"positions": None, "class": "positions"}.get(name, "class")  # lookahead sees the class
         entry: dict[str, Any] = {"predictor": name, "states": len(states), "above": above}
         for key, mine in sums[name].items():
             entry[f"r2_{key}"] = asdict(bootstrap_sums(mine, pooled_r2, resamples, seed=seed))
             entry[f"gain_{key}"] = None
             if above is not None:
-                both = np.concatenate([mine, sums[above][key]])
-                entry[f"gain_{key}"] = asdict(bootstrap_sums(both, _r2_difference, resamples, seed=seed))
+                entry[f"gain_{key}"] = asdict(sums_difference(mine, sums[above][key], pooled_r2, resamples, seed))
         first = found.utility.masked_fill(~hidden, -torch.inf).argmax(-1)
         per_state = {
             "spearman": rank_correlation(found.utility, oracle.utility, hidden, spearmanr),
@@ -184,15 +179,6 @@ def headroom(
             entry |= state_mean(key, values, image, resamples, seed)
         entries.append(entry)
     return entries
-
-
-def _compared_with(name: str) -> str | None:
-    """The level below a level; lookahead sees the class."""
-    return {"positions": None, "class": "positions"}.get(name, "class")
-
-
-def _r2_difference(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    return pooled_r2(sums[:6]) - pooled_r2(sums[6:])
 
 
 def measure_headroom(p: EvaluationProtocol, labels: TensorDict, config: HeadroomConfig) -> list[dict[str, Any]]:
@@ -210,10 +196,8 @@ def measure_headroom(p: EvaluationProtocol, labels: TensorDict, config: Headroom
     """
     states, backbone, geometry = p.states, p.backbone, p.backbone.geometry
     assert states is not None
-    shape, cloning = (
-        PlannerConfig.for_backbone(backbone),
-        CloningConfig(target="pairs", steps=config.steps, passes=None),
-    )
+    shape = PlannerConfig.for_backbone(backbone)
+    cloning = CloningConfig(target="pairs", steps=config.steps, passes=None)
     draws = config.draws if backbone.vocab_size else []  # lookahead needs token probabilities
     with progress(len(LEVELS) * config.steps + len(draws), "headroom", "steps") as advance:
         # planners that see ever more

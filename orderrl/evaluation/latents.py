@@ -28,7 +28,7 @@ from orderrl.evaluation.protocol import EvaluationProtocol
 from orderrl.evaluation.row_entries import image_average, image_means, image_sums
 from orderrl.geometry import BlockGrid
 from orderrl.metrics.calibration import rank_correlation, regret, state_observation
-from orderrl.metrics.statistics import bootstrap_sums, ratio
+from orderrl.metrics.statistics import bootstrap_sums, ratio, sums_difference
 from orderrl.oracle import utilities
 from orderrl.planner import OrderHead
 
@@ -218,15 +218,9 @@ def latent_probes(
             if number:
                 latents = probe(tokens.latents.flatten(1), target, image)
                 entry["latents"] = asdict(bootstrap_sums(latents, probe_score, resamples, seed=seed))
-                both = np.concatenate([latents, blocks])
-                entry["difference"] = asdict(bootstrap_sums(both, _score_difference, resamples, seed=seed))
+                entry["difference"] = asdict(sums_difference(latents, blocks, probe_score, resamples, seed))
             entries.append(entry)
     return entries
-
-
-def _score_difference(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    latents, blocks = np.split(sums, 2)
-    return probe_score(latents) - probe_score(blocks)
 
 
 def _observed(planner: OrderHead, states: TensorDict) -> TensorDict:

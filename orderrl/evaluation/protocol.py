@@ -84,7 +84,8 @@ class EvaluationProtocol:
 
     def described(self) -> dict[str, Any]:
         """On what every number was measured and how, in words for the report."""
-        return {part.label or part.key: part.wording(self) for part in PARTS if part.wording is not None}
+        said = {part.label or part.key: part.wording for part in PARTS if part.wording is not None}
+        return {name: words if isinstance(words, str) else words(self) for name, words in said.items()}
 
     def real_row(self) -> Quality | None:
         """What real images reach: two halves of them, or against a reference that was named, all of them."""
@@ -159,7 +160,7 @@ class Part(NamedTuple):
     key: str  # under which its identity is stored
     # gives the plain value by which runs compare; None is no part of the identity
     identity: Callable[[EvaluationProtocol], Any] | None = None
-    wording: Callable[[EvaluationProtocol], Any] | None = None  # gives what the report says; None says nothing
+    wording: str | Callable[[EvaluationProtocol], Any] | None = None  # what the report says; None says nothing
     label: str = ""  # what the report calls it; "" is the key
 
 
@@ -244,10 +245,6 @@ def _intervals(p: EvaluationProtocol) -> str:
     )
 
 
-def _always(text: str) -> Callable[[EvaluationProtocol], str]:
-    return lambda _: text
-
-
 PARTS = (
     Part("version", lambda _: VERSION),
     Part("data", lambda p: p.data.name.partition(":")[0], _data),  # without the folder of a token set
@@ -292,10 +289,8 @@ PARTS = (
     Part("sampling", lambda p: asdict(p.config.sampling), lambda p: asdict(p.config.sampling)),
     Part(
         "seconds_per_image",
-        wording=_always(
-            "of drawing samples in batches of 250; rollout_seconds_per_image: of scoring the test images in the "
-            "policy's order"
-        ),
+        wording="of drawing samples in batches of 250; rollout_seconds_per_image: of scoring the test images in the "
+        "policy's order",
     ),
     Part(
         "lookahead",
@@ -305,10 +300,8 @@ PARTS = (
     ),
     Part(
         "reliability",
-        wording=_always(
-            "scores of all candidates of the shared states mapped to utilities by the line that fits them best; "
-            "calibration_error is the mean |predicted - actual| of bins of equal numbers, nats per token"
-        ),
+        wording="scores of all candidates of the shared states mapped to utilities by the line that fits them best; "
+        "calibration_error is the mean |predicted - actual| of bins of equal numbers, nats per token",
     ),
     Part("intervals", wording=_intervals),
     Part(
@@ -321,17 +314,13 @@ PARTS = (
     ),
     Part(
         "comparisons",
-        wording=_always(
-            "paired over images; two-sided p-values of the same bootstrap, corrected by Holm for all comparisons of "
-            "the table; effect size is the paired Cohen's d"
-        ),
+        wording="paired over images; two-sided p-values of the same bootstrap, corrected by Holm for all comparisons "
+        "of the table; effect size is the paired Cohen's d",
     ),
     Part(
         "seeds",
-        wording=_always(
-            "a row is one training seed; comparisons average seeds and hold them fixed, seed_std is the standard "
-            "deviation over them"
-        ),
+        wording="a row is one training seed; comparisons average seeds and hold them fixed, seed_std is the standard "
+        "deviation over them",
     ),
     Part("seed", lambda p: p.seed, lambda p: p.seed),
 )

@@ -6,7 +6,7 @@ backbone, data, checkpoints, own policies and metrics, and the package's own cod
 
 import importlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
@@ -59,9 +59,6 @@ def pending_rows(config: EvalConfig, setup: Setup, policies: Sequence[tuple[Name
     """
     backbone = setup.backbone
 
-    def policy_row(protocol: EvaluationProtocol, named: NamedPolicy, sampled: bool) -> Evaluated:
-        return evaluate_policy(protocol, named, sampled)
-
     def raster_row(protocol: EvaluationProtocol, name: str) -> Evaluated:
         own = name == "self"
         other = backbone if own else load_backbone(name, device=setup.device)
@@ -71,7 +68,10 @@ def pending_rows(config: EvalConfig, setup: Setup, policies: Sequence[tuple[Name
 
     raster = raster_backbones(config.token_raster, setup.data) if backbone.order_robust else ["self"]
     return [
-        *(PendingRow(named.name, partial(policy_row, named=named, sampled=sampled)) for named, sampled in policies),
+        *(
+            PendingRow(named.name, partial(evaluate_policy, named=named, sampled=sampled))
+            for named, sampled in policies
+        ),
         *(PendingRow(name, partial(raster_row, name=name)) for name in raster),
     ]
 
@@ -173,11 +173,6 @@ def publish_samples(work: Job, folder: Path) -> None:
     for row in sorted((work.folder / _SAMPLES).glob("row-*")):
         for policy in sorted(row.iterdir()):
             shutil.copytree(policy, free_folder(folder, policy.name))
-
-
-def log_values(row: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a row."""
-    return {key: value for key, value in row.items() if isinstance(value, float)}
 
 
 def tabulated(protocol: EvaluationProtocol, rows: Sequence[Evaluated]) -> dict[str, Any]:

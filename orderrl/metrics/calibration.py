@@ -172,10 +172,8 @@ def lookahead_utility(
         draws: K of each block; costs K packed forwards.
 
     Raises:
-        ValueError: if count or draws is below 1.
+        ValueError: if draws is below 1.
     """
-    if count < 1:
-        raise ValueError(f"lookahead_states must be at least 1, or null for none, got {count}")
     rows = torch.linspace(0, len(states) - 1, min(count, len(states))).round().long()
     core = NextBlockCore(backbone, data, len(rows), CoreConfig(strict=True), seed)
     core.reset(index=states["image"][rows])

@@ -188,7 +188,20 @@ def own_features(data: str) -> str | None:
 # -- extractors -------------------------------------------------------------------------------------------------------
 
 
-class ShippedFeatureExtractor(FeatureExtractorBase):
+class _Extractor(FeatureExtractorBase):
+    """What our extractors tell torch-fidelity of themselves; nothing is compiled."""
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        return ("penultimate", "logits")
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        """Logits for the inception score, the penultimate layer for every distance."""
+        return "logits" if metric == "isc" else "penultimate"
+
+
+class ShippedFeatureExtractor(_Extractor):
     """A shipped classifier for torch-fidelity, on its uint8 images (n, 3, side, side).
 
     Offers "penultimate" (n, 64), "logits" (n, 10) and "spatial" (n, 7 h w) of a last map h x w. Features are float64,
@@ -203,24 +216,7 @@ class ShippedFeatureExtractor(FeatureExtractorBase):
 
     @staticmethod
     def get_provided_features_list() -> tuple[str, ...]:
-        """Names of the features."""
         return ("penultimate", "logits", "spatial")
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        """Logits for the inception score, the penultimate layer for every distance."""
-        return "logits" if metric == "isc" else "penultimate"
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        """Plain convolutions: yes."""
-        return True
-
-    @classmethod
-    def get_dummy_input_for_compile(cls) -> Tensor:
-        """(1, 3, side, side) uint8."""
-        side = CLASSIFIERS[cls.classifier_name].side
-        return torch.zeros(1, 3, side, side, dtype=torch.uint8)
 
     def forward(self, input: Tensor) -> tuple[Tensor, ...]:
         """The requested features in the order in which they were requested."""
@@ -265,7 +261,7 @@ class TimmInput(nn.Module):
         return (images - self.mean) / self.std
 
 
-class TimmFeatureExtractor(FeatureExtractorBase):
+class TimmFeatureExtractor(_Extractor):
     """A model of timm for torch-fidelity, on uint8 images (n, 3, H, W), which `TimmInput` prepares.
 
     Offers "penultimate" (n, d), the input of its classifier, and "logits" (n, C).
@@ -286,21 +282,6 @@ class TimmFeatureExtractor(FeatureExtractorBase):
         self.model = _timm_model(self.model_name, self.checkpoint)
         self.prepare = TimmInput(resolve_model_data_config(self.model))
         self.eval().requires_grad_(False)
-
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        """Names of the features."""
-        return ("penultimate", "logits")
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        """Logits for the inception score, the penultimate layer for every distance."""
-        return "logits" if metric == "isc" else "penultimate"
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        """Depends on the model: no."""
-        return False
 
     def forward(self, input: Tensor) -> tuple[Tensor, ...]:
         """The requested features in the order in which they were requested, float32."""

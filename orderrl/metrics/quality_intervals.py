@@ -14,9 +14,7 @@ from orderrl.metrics.references import Gaussian
 from orderrl.metrics.statistics import LEVEL, Interval
 
 
-def frechet_interval(
-    features: Tensor, reference: Gaussian, distance: float, resamples: int, level: float = LEVEL, seed: int = 0
-) -> Interval:
+def frechet_interval(features: Tensor, reference: Gaussian, distance: float, resamples: int, seed: int = 0) -> Interval:
     """Normal interval of a Fréchet distance, its standard error from a bootstrap over samples.
 
     Not a percentile interval: a resample holds fewer different images than the sample, so resampled distances are
@@ -35,7 +33,7 @@ def frechet_interval(
         ValueError: if resamples < 2.
     """
     distances = frechet_resamples(features, reference, resamples, seed)
-    reach = float(norm.ppf((1 + level) / 2) * distances.std(ddof=1))
+    reach = float(norm.ppf((1 + LEVEL) / 2) * distances.std(ddof=1))
     return Interval(distance, distance - reach, distance + reach)
 
 

@@ -34,7 +34,8 @@ class Recogniser:
     fill: str = "grey"  # "grey", or "completion", the backbone's own
 
     def __post_init__(self) -> None:
-        check_fill(self.fill)
+        if self.fill not in FILLS:
+            raise ValueError(f"hidden_fill={self.fill!r} is unknown; choose one of {', '.join(FILLS)}")
 
     @property
     def described(self) -> str:
@@ -44,16 +45,6 @@ class Recogniser:
             "completion": "hidden blocks drawn by the backbone in raster order, without the class",
         }
         return f"confidence of the classifier {self.name} in the true class, and its accuracy; {filled[self.fill]}"
-
-
-def check_fill(fill: str) -> None:
-    """Refuse what is not in `FILLS`.
-
-    Raises:
-        ValueError: naming the setting and what is allowed.
-    """
-    if fill not in FILLS:
-        raise ValueError(f"hidden_fill={fill!r} is unknown; choose one of {', '.join(FILLS)}")
 
 
 def make_recogniser(
@@ -71,7 +62,6 @@ def make_recogniser(
         ValueError: if the name or fill is unknown, the weights cannot be downloaded or found, or the classes differ in
             number.
     """
-    check_fill(fill)
     name = own_classifier(data.name) if name == OWN else name
     if name is None:
         return None
