@@ -157,12 +157,7 @@ def held_out_metrics(planner: OrderHead, data: TensorDict, utility: Tensor) -> d
 
 @isolated_float32
 def clone(
-    planner: OrderHead,
-    labels: TensorDict,
-    geometry: BlockGrid,
-    config: Config,
-    seed: int = 0,
-    job: Job | None = None,
+    planner: OrderHead, labels: TensorDict, geometry: BlockGrid, config: Config, seed: int = 0, job: Job | None = None
 ) -> None:
     """Train in place; on return the planner holds the weights that were best on held-out images.
 

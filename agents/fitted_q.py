@@ -121,11 +121,7 @@ def record_order(
         ValueError: if the order is no permutation of the blocks.
     """
     joined = (job or Job()).batches(
-        "in-order",
-        min(images, len(data)),
-        batch,
-        lambda rows: _play(backbone, data, rows, order, content),
-        advance,
+        "in-order", min(images, len(data)), batch, lambda rows: _play(backbone, data, rows, order, content), advance
     )
     return TensorDict(joined, batch_size=joined["visible"].shape[:2])
 

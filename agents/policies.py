@@ -73,26 +73,18 @@ class PairedPolicy:
     Args:
         planner: in eval mode, with `pairs`.
         schedule: as in `RankingPolicy`.
-        reasoning_steps: R; None takes the planner's.
 
     Raises:
         ValueError: if the planner has no `pairs`.
     """
 
-    def __init__(
-        self,
-        planner: OrderHead,
-        budgets: tuple[int, ...] = (1,),
-        schedule: Schedule | None = None,
-        reasoning_steps: int | None = None,
-    ) -> None:
+    def __init__(self, planner: OrderHead, budgets: tuple[int, ...] = (1,), schedule: Schedule | None = None) -> None:
         planner.config.require_pairs("a paired policy")
         self.planner, self.budgets, self.schedule = planner, tuple(budgets), schedule or fixed(0)
-        self.reasoning_steps = reasoning_steps
 
     @torch.no_grad()
     def __call__(self, observation: TensorDictBase, generator: torch.Generator) -> Tensor:
-        output = self.planner(observation, self.reasoning_steps)
+        output = self.planner(observation)
         return scheduled_action(output.logits, output.repulsion, observation, self.budgets, self.schedule)
 
 
@@ -174,12 +166,12 @@ SCORERS: dict[str, Scorer] = {
 }
 
 
-def planner_scorer(planner: OrderHead, reasoning_steps: int | None = None) -> Scorer:
+def planner_scorer(planner: OrderHead) -> Scorer:
     """A planner's block scores, for use with a schedule."""
 
     @torch.no_grad()
     def score(observation: TensorDictBase, generator: torch.Generator) -> Tensor:
-        return planner(observation, reasoning_steps).scores
+        return planner(observation).scores
 
     return score
 
@@ -193,27 +185,15 @@ class PlannerPolicy:
     Args:
         planner: in eval mode.
         deterministic: take the mode instead of sampling.
-        reasoning_steps: R; None takes the planner's.
     """
 
-    def __init__(
-        self,
-        planner: OrderHead,
-        budgets: tuple[int, ...] = (1,),
-        deterministic: bool = True,
-        reasoning_steps: int | None = None,
-    ) -> None:
-        if planner.config.num_budgets != len(budgets):
-            raise ValueError(
-                f"budgets={budgets} need a planner with {len(budgets)} budgets, this one has "
-                f"{planner.config.num_budgets}"
-            )
+    def __init__(self, planner: OrderHead, budgets: tuple[int, ...] = (1,), deterministic: bool = True) -> None:
+        planner.config.require_budgets(budgets)
         self.planner, self.budgets, self.deterministic = planner, tuple(budgets), deterministic
-        self.reasoning_steps = reasoning_steps
 
     @torch.no_grad()
     def __call__(self, observation: TensorDictBase, generator: torch.Generator) -> Tensor:
-        output = self.planner(observation, self.reasoning_steps)
+        output = self.planner(observation)
         distribution = planner_actions(output, observation, self.budgets)
         return distribution.mode if self.deterministic else distribution.sample(generator=generator)
 

@@ -576,9 +576,6 @@ def replay_return(
         # a row without a step here is given a void action: its reward is dropped below
         blocks = torch.where((places < count[:, None]), blocks, 0)
         actions = torch.cat([blocks, (count - 1).clamp_min(0)[:, None]], 1) if core.multi else blocks[:, 0]
-        if core.multi:
-            actions = torch.where(acting[:, None], actions, -1)
-        else:
-            actions = torch.where(acting, actions, -1)
+        actions = torch.where(acting[:, None] if core.multi else acting, actions, -1)
         total += torch.where(acting, core.step(actions).reward, 0.0)
     return total

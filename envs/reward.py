@@ -154,12 +154,7 @@ class Reward:
         self.pair_weights = distance_weights(geometry, config.weight, config.sigma)
 
     def __call__(
-        self,
-        before: Tensor,
-        after: Tensor | None,
-        revealed: Tensor,
-        visible: Tensor,
-        step_cost: Tensor | None = None,
+        self, before: Tensor, after: Tensor | None, revealed: Tensor, visible: Tensor, step_cost: Tensor | None = None
     ) -> Tensor:
         """Reward of one step.
 

@@ -10,14 +10,7 @@ from orderrl.evaluation.protocol import open_protocol
 from orderrl.evaluation.recording import example_images
 from orderrl.evaluation.runs import save_results
 from orderrl.evaluation.settings import eval_config
-from orderrl.evaluation.table import (
-    details,
-    evaluation_key,
-    make_rows,
-    pending_rows,
-    publish_samples,
-    tabulated,
-)
+from orderrl.evaluation.table import details, evaluation_key, make_rows, pending_rows, publish_samples, tabulated
 from orderrl.factory import open_backbone, section, setup_of
 from orderrl.report import write_all
 from orderrl.runtime.config import run_application

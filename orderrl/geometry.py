@@ -104,15 +104,6 @@ class BlockGrid:
         offset = (self.centres[:, None] - self.centres[None]).abs()
         return offset.amax(-1) <= 1
 
-    def split(self, tokens: Tensor) -> Tensor:
-        """Cut images into blocks: (..., N) -> (..., B, p*p), any dtype."""
-        return tokens[..., self.block_tokens.to(tokens.device)]
-
-    def join(self, blocks: Tensor) -> Tensor:
-        """The inverse of `split`: (..., B, p*p) -> (..., N), any dtype."""
-        p = self.block_size
-        return rearrange(blocks, "... (r c) (p q) -> ... (r p c q)", r=self.rows, p=p, q=p)
-
     def write(self, tokens: Tensor, blocks: Tensor, values: Tensor) -> Tensor:
         """A copy of images with some blocks replaced.
 

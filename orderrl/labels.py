@@ -178,12 +178,7 @@ def plan_shards(contexts: Contexts, batch_size: int, shard_size: int) -> list[ra
     Args:
         contexts: sorted by length.
         shard_size: contexts of a shard, at least; the last may have fewer.
-
-    Raises:
-        ValueError: if shard_size is not positive.
     """
-    if shard_size < 1:
-        raise ValueError(f"shard_size must be at least 1, got {shard_size}")
     shards, start, row = [], 0, 0
     for count in contexts.length.unique_consecutive(return_counts=True)[1].tolist():
         for batch in torch.arange(count).split(batch_size):

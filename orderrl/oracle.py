@@ -6,7 +6,6 @@ block b by, and U(a | S) = 1/N sum_b w(b, a) G[a, b] (design, section 3; Algorit
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -35,14 +34,7 @@ def distance_weights(geometry: BlockGrid, weight: str, sigma: float) -> Tensor:
 
     Returns:
         (B, B) float32, indexed [a, b].
-
-    Raises:
-        ValueError: if weight is unknown or sigma is not positive and finite.
     """
-    if weight not in WEIGHTS:
-        raise ValueError(f"weight={weight!r} is unknown; choose one of {', '.join(WEIGHTS)}")
-    if not 0 < sigma < math.inf:
-        raise ValueError(f"sigma must be positive and finite (in blocks), got {sigma}")
     if weight == "uniform":
         return torch.ones_like(geometry.distances)
     return 1 - torch.exp(-((geometry.distances / sigma) ** 2))
@@ -219,9 +211,7 @@ class LabelConfig(Settings):
     seed: int = setting(0, "Seed of the contexts and draws", at_least(0))
     batch_size: int = setting(64, "Contexts per call; fewer if memory is short", at_least(1))
     target_fraction: float = setting(
-        1.0,
-        "Share of the other hidden blocks whose gains are computed for each candidate; 1 is all",
-        between("(0, 1]"),
+        1.0, "Share of the other hidden blocks whose gains are computed for each candidate; 1 is all", between("(0, 1]")
     )
 
 
@@ -230,9 +220,7 @@ class LabelSetConfig(LabelConfig):
     """The config group `labels`: which contexts are labelled and how they are kept."""
 
     shard_size: int = setting(
-        256,
-        "Contexts per file while labelling; what an interruption loses at most, in each process",
-        at_least(1),
+        256, "Contexts per file while labelling; what an interruption loses at most, in each process", at_least(1)
     )
 
 

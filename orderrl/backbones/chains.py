@@ -126,12 +126,7 @@ class ChainBackbone:
         return max(1, int(self.packing.budget(empty.device) / (per_entry * entries)))
 
     def context_loss(
-        self,
-        prefix: PrefixCache,
-        tokens: Tensor,
-        blocks: Tensor,
-        past: ChainEntries | None = None,
-        whole: bool = False,
+        self, prefix: PrefixCache, tokens: Tensor, blocks: Tensor, past: ChainEntries | None = None, whole: bool = False
     ) -> tuple[BlockLosses, Any]:
         groups = blocks.shape[1] if past is None else past.count
         rows = []
@@ -229,12 +224,7 @@ class ChainBackbone:
         return hidden.float(), spread.view(blocks.shape)
 
     def extend(
-        self,
-        prefix: PrefixCache,
-        tokens: Tensor,
-        blocks: Tensor,
-        count: Tensor,
-        first: ChainEntries | None = None,
+        self, prefix: PrefixCache, tokens: Tensor, blocks: Tensor, count: Tensor, first: ChainEntries | None = None
     ) -> PrefixCache:
         cost = self.entries_per_token * self.geometry.tokens_per_block * blocks.shape[1]
         lengths = []

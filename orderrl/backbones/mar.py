@@ -274,7 +274,7 @@ class MAR(nn.Module):
     # ------------------------------------------------------------------ sampling
 
     @torch.no_grad()
-    def sample_tokens(
+    def sampling_iterations(
         self,
         labels: Tensor,
         orders: Tensor,
@@ -283,7 +283,7 @@ class MAR(nn.Module):
         cfg: float = 1.0,
         cfg_schedule: str = "linear",
         temperature: float = 1.0,
-    ) -> Tensor:
+    ) -> Iterator[SamplingIteration]:
         """Generate images as published: several tokens an iteration, from the end of each order to its beginning.
 
         Args:
@@ -295,28 +295,12 @@ class MAR(nn.Module):
             cfg_schedule: "linear" raises the scale from 1 towards cfg as tokens appear, "constant" keeps it.
             temperature: scales the noise of the reverse steps.
 
-        Returns:
-            (M, N, C) tokens in raster order.
+        Yields:
+            What every iteration did; the tokens of the last are the images.
 
         Raises:
             ValueError: if an argument is out of its range.
         """
-        iterations = self.sampling_iterations(labels, orders, noise, num_iter, cfg, cfg_schedule, temperature)
-        *_, last = iterations
-        return last.tokens
-
-    @torch.no_grad()
-    def sampling_iterations(
-        self,
-        labels: Tensor,
-        orders: Tensor,
-        noise: NoiseSource,
-        num_iter: int,
-        cfg: float = 1.0,
-        cfg_schedule: str = "linear",
-        temperature: float = 1.0,
-    ) -> Iterator[SamplingIteration]:
-        """The iterations of `sample_tokens`, one by one; arguments and errors are the same."""
         c = self.config
         _check_sampling(orders, (len(labels), c.num_tokens), num_iter, temperature)
         tokens = self.fake_latent.new_zeros(len(labels), c.num_tokens, c.token_dim)

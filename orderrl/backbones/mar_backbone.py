@@ -168,12 +168,7 @@ class MaskedTransformer(MAR):
     # ------------------------------------------------------------------ the protocol
 
     def context_loss(
-        self,
-        prefix: MaskedState,
-        tokens: Tensor,
-        blocks: Tensor,
-        past: MaskedChains | None = None,
-        whole: bool = False,
+        self, prefix: MaskedState, tokens: Tensor, blocks: Tensor, past: MaskedChains | None = None, whole: bool = False
     ) -> tuple[BlockLosses, MaskedChains]:
         groups = 1 if past is None else past.blocks.shape[1]
         width = blocks.shape[1] // groups

@@ -81,13 +81,10 @@ def raster_token_orders(geometry: BlockGrid, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def mean_loss(backbone: TrainableBackbone, data: TokenSet, orders: Tensor, batch_size: int | None = None) -> float:
-    """Mean teacher-forced loss of a token set under given token orders (n, N), nats (or DiffLoss units) per token.
-
-    `batch_size` images are scored at once; None takes what a bounded number of logits allows.
-    """
+def mean_loss(backbone: TrainableBackbone, data: TokenSet, orders: Tensor) -> float:
+    """Mean teacher-forced loss of a token set under given token orders (n, N), nats (or DiffLoss units) per token."""
     device = next(backbone.parameters()).device
-    batch_size = batch_size or min(500, max(1, MAX_LOGITS // (orders.shape[1] * max(backbone.vocab_size, 1024))))
+    batch_size = min(500, max(1, MAX_LOGITS // (orders.shape[1] * max(backbone.vocab_size, 1024))))
     total = 0.0
     for rows in torch.arange(len(data)).split(batch_size):
         tokens, order = data.tokens[rows].to(device), orders[rows].to(device)

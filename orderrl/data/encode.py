@@ -64,9 +64,6 @@ def tokenize_folder(
         ValueError: for another token set in the folder, one of images that have changed since, an altered shard, or a
             file that can't be read as an image.
     """
-    for name, value in (("batch_size", batch_size), ("shard_size", shard_size)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
     images = list_images(folder)
     print_main(images.describe())
     identity = _identity(tokenizer, folder, images, shard_size, sample_seed, half)

@@ -435,8 +435,3 @@ def token_set_splits(folder: Path | str) -> dict[str, TokenSet]:
     """
     images = read_description(Path(folder))["identity"]["images"]
     return {split: load_token_set(folder, split) for split, count in images.items() if count}
-
-
-def class_names(folder: Path | str) -> list[str]:
-    """Names of the classes of a token set on disk, by label."""
-    return [str(name) for name in read_description(Path(folder))["identity"]["classes"]]

@@ -61,12 +61,7 @@ def oracle_prediction(gains: Tensor, geometry: BlockGrid) -> Prediction:
 
 
 def clone_level(
-    level: str,
-    labels: TensorDict,
-    geometry: BlockGrid,
-    shape: PlannerConfig,
-    config: CloningConfig,
-    seed: int = 0,
+    level: str, labels: TensorDict, geometry: BlockGrid, shape: PlannerConfig, config: CloningConfig, seed: int = 0
 ) -> OrderHead:
     """Clone a planner that sees what a level names.
 

@@ -280,11 +280,7 @@ PARTS = (
         lambda p: None if p.clip is None else [p.clip.described, fingerprint(p.clip.captions)],
         lambda p: None if p.clip is None else f"mean over the samples: {p.clip.described}",
     ),
-    Part(
-        "recognisability",
-        _recognisability,
-        lambda p: None if p.recogniser is None else p.recogniser.described,
-    ),
+    Part("recognisability", _recognisability, lambda p: None if p.recogniser is None else p.recogniser.described),
     Part("losses", wording=_losses),
     Part("sampling", lambda p: asdict(p.config.sampling), lambda p: asdict(p.config.sampling)),
     Part(

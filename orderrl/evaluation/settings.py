@@ -107,9 +107,7 @@ class EvalConfig(Sampling):
         False, "Whether the generated images of every row are kept as PNG, samples/POLICY/CLASS/000000.png"
     )
     sweep: list[int] = setting(
-        [],
-        "Budgets at which baselines and planners of one block a step are evaluated too; see eval=cost",
-        at_least(1),
+        [], "Budgets at which baselines and planners of one block a step are evaluated too; see eval=cost", at_least(1)
     )
     step_costs: list[float] | None = setting(
         None,

@@ -95,12 +95,9 @@ def record_dataset(
         The transitions, as `record` gives them, read from the disk as they are used.
 
     Raises:
-        ValueError: if count or batch_size is not positive, or the folder holds something.
+        ValueError: if the folder holds something.
         OSError: if the disk is full.
     """
-    for name, value in (("count", count), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"folder={str(folder)!r} must be new or empty")
     generator = torch.Generator().manual_seed(seed)

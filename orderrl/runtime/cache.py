@@ -10,15 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from orderrl.runtime import distributed
-from orderrl.runtime.storage import (
-    Unsealed,
-    damage,
-    filled_aside,
-    manifest,
-    read_sealed,
-    remove_orphans,
-    write_sealed,
-)
+from orderrl.runtime.storage import Unsealed, damage, filled_aside, manifest, read_sealed, remove_orphans, write_sealed
 
 
 def fingerprint(value: Any) -> str:

@@ -148,14 +148,10 @@ def command_names(*, config_module: str = CONFIGS) -> list[str]:
 def group_choices(command: str, overrides: Sequence[str] = (), *, config_module: str = CONFIGS) -> dict[str, list[str]]:
     """What each group of a command offers."""
     with _loader(command, config_module) as loader:
-        return _group_choices(loader, command, overrides)
-
-
-def _group_choices(loader: ConfigLoader, command: str, overrides: Sequence[str]) -> dict[str, list[str]]:
-    choices = [item for item in overrides if _is_group(loader, item.partition("=")[0])]
-    chosen = loader.compute_defaults_list(command, choices, RunMode.RUN).overrides.known_choices
-    groups = sorted(group for group in chosen if not group.startswith("hydra/"))
-    return {group: _choices(loader, group.partition("@")[0]) for group in groups}
+        choices = [item for item in overrides if _is_group(loader, item.partition("=")[0])]
+        chosen = loader.compute_defaults_list(command, choices, RunMode.RUN).overrides.known_choices
+        groups = sorted(group for group in chosen if not group.startswith("hydra/"))
+        return {group: _choices(loader, group.partition("@")[0]) for group in groups}
 
 
 def run_application(command: str, main: Callable[[DictConfig], Any], *, config_module: str = CONFIGS) -> None:
@@ -216,7 +212,7 @@ def _run_job(
     command: str, main: Callable[[DictConfig], Any], full_error: bool, config_module: str, config: DictConfig
 ) -> Any:
     try:
-        missing = _missing_keys(config)
+        missing = [key for key, value in _leaves(config) if value == "???"]  # also where another key is made of it
         if missing:
             raise ValueError(f"{command} needs {missing[0]}=...; see --help")
         OmegaConf.resolve(config)
@@ -240,11 +236,6 @@ def _lacks_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(words in str(error).lower() for words in said)
     )
-
-
-def _missing_keys(config: DictConfig) -> list[str]:
-    """Keys that the user must give, also where another key is made of them."""
-    return [key for key, value in _leaves(config) if value == "???"]
 
 
 def _refuse(message: str) -> NoReturn:
@@ -381,7 +372,7 @@ def _line(error: Exception) -> str:
 def _print_help(command: str, overrides: Sequence[str], config_module: str) -> None:
     with _loader(command, config_module) as loader:
         rows = _rows(loader, command, overrides, config_module)
-        groups = _group_choices(loader, command, overrides)
+    groups = group_choices(command, overrides, config_module=config_module)
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console = Console(highlight=False, markup=False, width=120)

@@ -57,10 +57,7 @@ def drawn_seed() -> int:
 
 
 def drawn_uniform(
-    shape: Iterable[int],
-    generator: torch.Generator | None,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
+    shape: Iterable[int], generator: torch.Generator | None, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Uniform numbers in [0, 1) from a generator of the CPU, moved to a device: they are the same on every device.
 

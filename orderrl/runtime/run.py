@@ -24,7 +24,6 @@ _PACKAGES = (
     *("orderrl", "torch", "torchvision", "torchrl", "tensordict", "gymnasium", "timm", "torch-fidelity"),
     *("hydra-core", "numpy", "scikit-learn", "safetensors"),
 )
-_WANDB_MODES = ("online", "offline", "disabled")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +40,7 @@ class WandbLogger(Settings):
         None,
         "Mode of Weights & Biases: online, offline (no network) or disabled; null takes WANDB_MODE or WANDB_DISABLED, "
         "else online",
-        one_of(_WANDB_MODES),
+        one_of(("online", "offline", "disabled")),
     )
 
 
@@ -96,19 +95,13 @@ class Run:
         folder: the run's folder.
 
     Raises:
-        ValueError: if the logger or its mode is unknown, or Weights & Biases can't be started (nobody is logged in);
-            the folder is then removed.
+        ValueError: if Weights & Biases can't be started (nobody is logged in); the folder is then removed.
     """
 
     def __init__(self, command: str, config: Mapping[str, Any]) -> None:
         self.command = command
         self.config: dict[str, Any] = _plain(config)
         self._logger: dict[str, Any] = self.config.get("logger") or {}
-        name = self._logger.get("name", "local")
-        if name not in ("local", "wandb"):
-            raise ValueError(f"logger.name={name!r} is unknown; choose one of local, wandb")
-        if (mode := self._logger.get("mode")) not in (None, *_WANDB_MODES):
-            raise ValueError(f"logger.mode={mode!r} is unknown; choose one of {', '.join(_WANDB_MODES)}, or null")
         parent = Path(self.config.get("output_dir", "runs")) / command
         self.folder = distributed.on_main(lambda: _new_folder(parent))
         self._start = time.monotonic()
@@ -118,7 +111,7 @@ class Run:
             (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(self.config), encoding="utf-8")
             self.write_json("versions.json", versions())
             self._metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
-            if name == "wandb":
+            if self._logger.get("name") == "wandb":
                 try:
                     self._wandb = self._start_wandb()
                 except ValueError:

@@ -191,10 +191,7 @@ def _read_meta(folder: Path) -> tuple[dict[Name, tuple[list[int], torch.dtype]],
 
 
 def _check_columns(
-    folder: Path,
-    found: Mapping[Name, tuple[list[int], torch.dtype]],
-    columns: Mapping[str, Column],
-    rows: int,
+    folder: Path, found: Mapping[Name, tuple[list[int], torch.dtype]], columns: Mapping[str, Column], rows: int
 ) -> None:
     names = {".".join(name): value for name, value in found.items()}
     problems = [f"{name} is missing" for name in columns if name not in names]

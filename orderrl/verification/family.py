@@ -1,13 +1,15 @@
-"""What the recorded models of the LlamaGen family have in common: LlamaGen, RandAR, ARPG."""
+"""What recorded models have in common: those of the LlamaGen family (LlamaGen, RandAR, ARPG), and tokenisers."""
 
 import math
-from typing import TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from orderrl.backbones.llamagen import TransformerConfig
 from orderrl.runtime.checkpoint import load_state
+from orderrl.tokenizers.layers import StackConfig, stack_config
 from orderrl.verification.fixture import Fixture
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -59,3 +61,12 @@ def load_recorded(model: Model, fixture: Fixture) -> Model:
         weights[LABELS] = torch.cat([table, torch.zeros_like(table[:1])])
     load_state(model, weights, fixture.path)
     return model.eval().requires_grad_(False).to(fixture.device)
+
+
+def recorded_stack(values: Mapping[str, Any], fixed: Mapping[str, Any]) -> StackConfig:
+    """Shape of an encoder or decoder, without what only says again how all of these are built (`fixed`).
+
+    Raises:
+        ValueError: for an unknown key.
+    """
+    return stack_config({key: value for key, value in values.items() if key not in fixed or fixed[key] != value})

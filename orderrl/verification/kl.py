@@ -1,18 +1,15 @@
 """Replays recorded runs of MAR's KL autoencoder."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from orderrl.tokenizers.kl import KLConfig, KLTokenizer
-from orderrl.tokenizers.layers import StackConfig, stack_config
 from orderrl.tokenizers.registry import load_weights
+from orderrl.verification.family import recorded_stack
 from orderrl.verification.fixture import Fixture
 
 _ENCODER_ATTENTION = (16,)  # nominal resolution at which the published encoder has attention
 _FIXED = {"in_channels": 3, "out_ch": 3, "double_z": True, "give_pre_end": False}
-_ABSENT = object()
 
 
 def config_of(fixture: Fixture) -> KLConfig:
@@ -24,14 +21,9 @@ def config_of(fixture: Fixture) -> KLConfig:
     names = ("embed_dim", "use_variational")
     return KLConfig(
         **{name: arguments[name] for name in names if name in arguments},
-        encoder=_stack(encoder),
-        decoder=_stack(decoder),
+        encoder=recorded_stack(encoder, _FIXED),
+        decoder=recorded_stack(decoder, _FIXED),
     )
-
-
-def _stack(values: dict[str, Any]) -> StackConfig:
-    """Drops what only says again how all of these models are built; anything else unknown is refused."""
-    return stack_config({key: value for key, value in values.items() if _FIXED.get(key, _ABSENT) != value})
 
 
 @torch.no_grad()

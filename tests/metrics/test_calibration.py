@@ -149,7 +149,7 @@ def test_lookahead_does_not_read_hidden_tokens(states: TensorDict) -> None:
     backbone = tiny_backbone()
     data = tiny_images(backbone)
     one = lookahead_utility(backbone, data, states, count=10, draws=1)
-    hidden = ~backbone.geometry.join(states["visible"][..., None].expand(-1, -1, 4))  # (10, 36)
+    hidden = ~states["visible"][:, backbone.geometry.token_block]  # (10, 36)
     other = tiny_images(backbone)
     changed = torch.where(hidden, (other.tokens[states["image"]] + 1) % 5, other.tokens[states["image"]])
     other.tokens[states["image"]] = changed

@@ -205,7 +205,7 @@ def played() -> tuple[OrderRobustTransformer, TokenSet, Rollout]:
 
 
 def visible_tokens(rollout: Rollout, moment: int) -> Tensor:
-    return rollout.geometry.join(rollout.visible[moment][..., None].expand(-1, -1, 4))
+    return rollout.visible[moment][:, rollout.geometry.token_block]
 
 
 def test_completions_keep_what_is_visible_and_draw_the_rest(
