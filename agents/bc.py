@@ -118,13 +118,7 @@ def bc_loss(scores: Tensor, utility: Tensor, hidden: Tensor, target: str, temper
 def pair_loss(dependence: Tensor, gains: Tensor, hidden: Tensor) -> Tensor:
     """Mean squared error of the predicted dependence over pairs of two hidden blocks; 0 where there are none.
 
-    Args:
-        dependence: (M, B, B), symmetric.
-        gains: (M, B, B), symmetric, in standard deviations.
-        hidden: (M, B) bool.
-
-    Returns:
-        ().
+    Dependence and gains, in standard deviations, are (M, B, B) and symmetric, hidden (M, B) bool.
     """
     pairs = _pairs(hidden)
     return F.mse_loss(dependence[pairs], gains[pairs], reduction="sum") / pairs.sum().clamp_min(1)

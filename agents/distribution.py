@@ -159,12 +159,7 @@ class RankedBlocks(Distribution):
 
 
 def planner_actions(output: PlannerOutput, observation: TensorDictBase, budgets: tuple[int, ...]) -> RankedBlocks:
-    """A planner's actions in the states that it was asked about.
-
-    Args:
-        observation: gives the masks, batch (M,).
-        budgets: the environment's, as many as the planner's.
-    """
+    """A planner's actions in the states that it was asked about; the observation, batch (M,), gives the masks."""
     masks = observation["action_mask"], observation.get("budget_mask", None)
     return RankedBlocks(output.logits, masks[0], output.budget_logits, masks[1], budgets, output.repulsion)
 

@@ -91,15 +91,10 @@ class PairedPolicy:
 def scheduled_action(
     scores: Tensor, closeness: Tensor, observation: TensorDictBase, budgets: tuple[int, ...], schedule: Schedule
 ) -> Tensor:
-    """The best-scored legal blocks, each with regard to those before it, and the schedule's budget.
+    """The best-scored (M, B) legal blocks, each with regard to those before it, and the schedule's budget.
 
-    Args:
-        scores: (M, B).
-        closeness: (B, B) or (M, B, B), what a chosen block takes from each other's score.
-        observation: batch (M,).
-
-    Returns:
-        int64 (M,) for budgets == (1,), else (M, K + 1).
+    What a chosen block takes from each other's score is (B, B) or (M, B, B). The action is int64 (M,) for budgets ==
+    (1,), else (M, K + 1).
     """
     scores = scores.masked_fill(~observation["action_mask"].bool(), _LOWEST)
     if budgets == (1,):
@@ -109,15 +104,9 @@ def scheduled_action(
 
 
 def spaced_ranking(scores: Tensor, closeness: Tensor, places: int) -> Tensor:
-    """Greedy ranking in which every chosen block lowers the scores of those that are close to it.
+    """Greedy ranking (M, K) int64 in which every chosen block lowers the scores (M, B) of those that are close to it.
 
-    Args:
-        scores: (M, B); very low where a block may not be chosen.
-        closeness: (B, B) or (M, B, B), what a chosen block takes from each other's score.
-        places: K.
-
-    Returns:
-        (M, K) int64.
+    Closeness as in `scheduled_action`; scores are very low where a block may not be chosen.
     """
     ranked = []
     closeness, rows = closeness.expand(len(scores), -1, -1), torch.arange(len(scores), device=scores.device)
@@ -356,11 +345,7 @@ class Oracle(ReferencePolicy):
 
 
 class Lookahead(ReferencePolicy):
-    """No hindsight: expected utility over blocks drawn from the backbone itself (label kind "expected").
-
-    Args:
-        samples: draws for each block.
-    """
+    """No hindsight: expected utility over `samples` draws of each block by the backbone (label kind "expected")."""
 
     def __init__(self, samples: int = 1, budgets: tuple[int, ...] = (1,), schedule: Schedule | None = None) -> None:
         super().__init__(budgets, schedule)

@@ -79,11 +79,7 @@ def growing(budgets: tuple[int, ...], sizes: tuple[int, ...]) -> Schedule:
 
 
 def entropy_threshold(budgets: tuple[int, ...], threshold: float) -> Schedule:
-    """The largest budget k whose k most certain hidden blocks have a mean first-token entropy below a threshold.
-
-    Args:
-        threshold: nats.
-    """
+    """The largest budget k whose k most certain hidden blocks have a mean first-token entropy below so many nats."""
 
     def schedule(observation: TensorDictBase, ranked: Tensor) -> Tensor:
         mask = observation["action_mask"]
@@ -98,13 +94,10 @@ def entropy_threshold(budgets: tuple[int, ...], threshold: float) -> Schedule:
 
 
 def information_threshold(budgets: tuple[int, ...], threshold: float) -> Schedule:
-    """The largest budget k whose first k ranked blocks have a summed first-token entropy below a threshold.
+    """The largest budget k whose first k ranked blocks have a summed first-token entropy below so many nats.
 
     A step reveals about equally much information everywhere, many blocks where they say little (the idea of InfoTok,
     arXiv:2512.16975). The blocks are the policy's own first choices; the smallest budget where none fits.
-
-    Args:
-        threshold: nats.
     """
 
     def schedule(observation: TensorDictBase, ranked: Tensor) -> Tensor:

@@ -287,9 +287,7 @@ class NextBlockCore:
     def show(self, order: Tensor, length: Tensor) -> None:
         """Put all episodes, fresh from `reset`, into given contexts without playing them.
 
-        Args:
-            order: (M, B) int64, reveal order.
-            length: (M,) int64, how many of its blocks are visible.
+        Of each reveal order (M, B) the first `length` (M,) blocks are visible.
         """
         order, length = order.cpu(), length.cpu()
         self._append(order, length)

@@ -82,9 +82,7 @@ def _checked_range(limits: Sequence[float]) -> tuple[float, float]:
 def drawn_step_cost(config: RewardConfig, seeds: Tensor, episode: Tensor) -> Tensor:
     """What a step costs in some episodes: log-uniform in the config's range, (m,) float32, nats per image.
 
-    Args:
-        config: its step_cost is a range.
-        seeds, episode: (m,) int64; the draw depends on nothing else.
+    The draw depends on seeds and episodes, (m,) int64 each, and on nothing else.
     """
     assert config.step_cost_range is not None
     low, high = config.step_cost_range
@@ -132,14 +130,9 @@ def future_loss_reduction(before: Tensor, after: Tensor, hidden: Tensor, weights
 
 
 def set_weights(pair_weights: Tensor, revealed: Tensor) -> Tensor:
-    """w(b, a) of a revealed set: the weight to its nearest member.
+    """w(b, a) of a revealed set, (M, B): the smallest weight over its members; 1 where nothing was revealed.
 
-    Args:
-        pair_weights: (B, B), growing with distance.
-        revealed: (M, B) bool, the members of a.
-
-    Returns:
-        (M, B): the smallest weight over the members; 1 where nothing was revealed.
+    The weights of pairs (B, B) grow with distance, so that is the weight to the nearest member; revealed is (M, B).
     """
     masked = torch.where(revealed[:, :, None], pair_weights.to(revealed.device), torch.inf)  # (M, a, b)
     return masked.amin(1).nan_to_num(posinf=1.0)

@@ -105,13 +105,7 @@ class BlockGrid:
         return offset.amax(-1) <= 1
 
     def write(self, tokens: Tensor, blocks: Tensor, values: Tensor) -> Tensor:
-        """A copy of images with some blocks replaced.
-
-        Args:
-            tokens: (M, N), or (M, N, C) if tokens are continuous.
-            blocks: (M, K) int64.
-            values: (M, K, p*p), or (M, K, p*p, C).
-        """
+        """A copy of images (M, N) or (M, N, C) with blocks (M, K) replaced by values (M, K, p*p) or (M, K, p*p, C)."""
         positions = self.block_tokens.to(tokens.device)[blocks].flatten(1)
         values = values.flatten(1, 2)
         return tokens.scatter(1, positions.view(positions.shape + (1,) * (values.ndim - 2)).expand_as(values), values)

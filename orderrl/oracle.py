@@ -26,14 +26,9 @@ LEAST_LOSS = 0.1  # nats; blocks of less loss are drawn as if they had it, so th
 
 
 def distance_weights(geometry: BlockGrid, weight: str, sigma: float) -> Tensor:
-    """w(b, a) of the utility for single blocks.
+    """w(b, a) of the utility for single blocks, (B, B) float32, indexed [a, b].
 
-    Args:
-        weight: "uniform" (Algorithm 1: all ones) or "far" (Algorithm 2: 1 - exp(-(d / sigma)^2)).
-        sigma: in blocks; how far "near" reaches.
-
-    Returns:
-        (B, B) float32, indexed [a, b].
+    "uniform" is Algorithm 1, all ones; "far" is Algorithm 2, 1 - exp(-(d / sigma)^2), sigma in blocks.
     """
     if weight == "uniform":
         return torch.ones_like(geometry.distances)
@@ -174,13 +169,9 @@ def _rows(uniforms: Tensor, index: Tensor) -> Tensor:
 
 
 def gain_uniforms(geometry: BlockGrid, keys: tuple[Tensor | int, ...], samples: int, device: torch.device) -> Tensor:
-    """Random numbers for `block_gains`, keyed so that they do not depend on the batch.
+    """Random numbers for `block_gains`, (M, samples, B + B*B, p*p) float64, that do not depend on the batch.
 
-    Args:
-        keys: what the M states are, each (M,) int64 or an int.
-
-    Returns:
-        (M, samples, B + B*B, p*p) float64.
+    The keys say what the M states are, each (M,) int64 or an int.
     """
     rows = geometry.num_blocks * (geometry.num_blocks + 1)
     shaped = [torch.as_tensor(key, device=device).view(-1, 1, 1, 1) for key in keys]

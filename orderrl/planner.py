@@ -104,11 +104,7 @@ class PlannerOutput(NamedTuple):
 
 
 class PairHead(nn.Module):
-    """Symmetric low-rank bilinear form of block tokens, (M, B, dim) -> (M, B, B); zero at the start.
-
-    Args:
-        dim: width of the tokens; the rank is a quarter of it.
-    """
+    """Symmetric bilinear form of block tokens, (M, B, dim) -> (M, B, B), of rank dim / 4; zero at the start."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -191,12 +187,7 @@ class OrderHead(nn.Module):
         return self.norm(x)
 
     def forward(self, observation: TensorDictBase, reasoning_steps: int | None = None) -> PlannerOutput:
-        """Scores, value and all that the policy's distribution is made from.
-
-        Args:
-            observation: keys as in the environment, batch (M,).
-            reasoning_steps: R; None takes the config's.
-        """
+        """Scores, value and all that the policy's distribution is made from, for the environment's observations."""
         x = self.encode(observation, reasoning_steps)
         pooled = x.mean(1)
         scores, sharpness = self.score_head(x)[..., 0], self.sharpness.exp()
@@ -255,10 +246,8 @@ class OrderHead(nn.Module):
     def with_budgets(self, num_budgets: int, step_cost_range: tuple[float, float] | None = None) -> OrderHead:
         """A copy with another number of budgets; the budget head starts anew (uniform) if it changes.
 
-        Args:
-            num_budgets: of the copy.
-            step_cost_range: costs that the copy is told; None keeps the planner's own. Until it is trained the copy
-                does what this planner does, at every cost.
+        The copy is told costs in the range; None keeps the planner's own. Until it is trained it does what this planner
+        does, at every cost.
         """
         told = step_cost_range or self.config.step_cost_range
         other = OrderHead(replace(self.config, num_budgets=num_budgets, step_cost_range=told)).train(self.training)

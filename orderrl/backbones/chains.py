@@ -30,11 +30,7 @@ class Drawn(NamedTuple):
 
 
 class Growing:
-    """Entries of chains that grow token by token.
-
-    Args:
-        room: for all the entries that the chains will ever have.
-    """
+    """Entries of chains that grow token by token, in room for all that they will ever have."""
 
     def __init__(self, room: ChainEntries) -> None:
         self.room, self.length = room, 0

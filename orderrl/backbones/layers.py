@@ -81,12 +81,8 @@ def causal_mask(length: int, total: int, device: torch.device) -> Tensor | None:
 def chain_attention(query: Tensor, levels: Sequence[Level]) -> Tensor:
     """Attention of many chains over what they share and what is their own, as a single softmax; nothing is copied.
 
-    Args:
-        query: (M, heads, C, T, head_dim), contiguous: T queries of C chains of M states.
-        levels: what they look at; at least one key is visible to every query.
-
-    Returns:
-        (M, heads, C, T, head_dim).
+    T queries of C chains of M states (M, heads, C, T, head_dim), contiguous, look at the levels; each sees at least one
+    key. The result has their shape.
     """
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and query.requires_grad):
         return differentiable_chain_attention(query, levels)

@@ -106,13 +106,7 @@ def guide(logits: Tensor, unconditional: Tensor | None, scale: Tensor, sampling:
 def sample_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
     """Draw one token per row by inverting the cumulative distribution at given uniform numbers.
 
-    Args:
-        logits: (..., vocab).
-        uniforms: (...) in [0, 1): equal numbers give equal tokens, whatever the batch.
-        sampling: temperature and filters.
-
-    Returns:
-        (...) int64 tokens.
+    logits (..., vocab), uniforms (...) in [0, 1) -> (...) int64; equal numbers give equal tokens, whatever the batch.
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)

@@ -46,11 +46,7 @@ def load_canvas_split(split: str) -> TokenSet:
 def place(levels: Tensor, generator: torch.Generator) -> Tensor:
     """Put each image's ink at a random place of an empty canvas, all places equally likely.
 
-    Args:
-        levels: (n, h * w) int64 grey levels of square images that fit the canvas; what is above 0 is ink.
-
-    Returns:
-        (n, 144) int64.
+    Grey levels (n, h * w) -> (n, 144) int64. The images are square and fit the canvas; what is above 0 is ink.
     """
     side = round(levels.shape[1] ** 0.5)
     images = levels.view(-1, side, side)
@@ -64,15 +60,7 @@ def place(levels: Tensor, generator: torch.Generator) -> Tensor:
 
 @isolated
 def augment_canvas(tokens: Tensor, generator: torch.Generator, strength: float) -> Tensor:
-    """`augment_digits` of the digit on each canvas, and another place.
-
-    Args:
-        tokens: (n, 144) int64 grey levels.
-        strength: of `augment_digits`.
-
-    Returns:
-        (n, 144) int64.
-    """
+    """`augment_digits` of the digit on each canvas, and another place: grey levels (n, 144) int64 -> the same."""
     return place(augment_digits(_digits(tokens), generator, strength), generator)
 
 

@@ -110,13 +110,8 @@ def augment_patches(patches: Tensor, generator: torch.Generator, strength: float
 def augment_digits(tokens: Tensor, generator: torch.Generator, strength: float) -> Tensor:
     """Mild augmentation: a small random rotation, scale, shear and shift of half of the images.
 
-    Args:
-        tokens: (n, 64) int64 grey levels.
-        strength: 0 is none; 1 is up to 9 degrees, 9 % scale and shear, and 0.4 pixels shift
-            (uniform).
-
-    Returns:
-        (n, 64) int64 grey levels.
+    Grey levels (n, 64) int64 -> the same. Strength 1 is up to 9 degrees, 9 % scale and shear, and 0.4 pixels shift
+    (uniform); 0 is none.
     """
     n = len(tokens)
     angle, scale_y, scale_x, shear, shift_y, shift_x = (

@@ -51,11 +51,7 @@ class Shard:
 
 
 def plan_shards(images: Mapping[str, int], shard_size: int) -> list[Shard]:
-    """All shards of a token set.
-
-    Args:
-        images: number of images of every split.
-    """
+    """All shards of a token set, from the number of images of every split."""
     return [
         Shard(split, i, range(i * shard_size, min((i + 1) * shard_size, images[split])))
         for split in SPLITS
@@ -428,10 +424,6 @@ def _map(path: Path, rows: int, identity: Mapping[str, Any], kind: str) -> np.nd
 
 
 def token_set_splits(folder: Path | str) -> dict[str, TokenSet]:
-    """All splits of a token set on disk that have images, by name.
-
-    Raises:
-        FileNotFoundError, ValueError: as `load_token_set`.
-    """
+    """All splits of a token set on disk that have images, by name."""
     images = read_description(Path(folder))["identity"]["images"]
     return {split: load_token_set(folder, split) for split, count in images.items() if count}

@@ -98,10 +98,7 @@ def content_ablation(
 ) -> ContentAblation:
     """Score the shared states with their content and without, and compare with the oracle.
 
-    Args:
-        p: shared states and resamples.
-        observations: from `ablated_observations`.
-        utility: (m, B), of the oracle, nats per image token.
+    Observations come from `ablated_observations`, the oracle's utilities (m, B) are in nats per image token.
     """
     states = p.states
     assert states is not None
@@ -221,11 +218,7 @@ def hidden_loss(
 ) -> Tensor:
     """Loss of all hidden blocks of contexts, (m,) float32 on the CPU, nats.
 
-    Args:
-        image: (m,) int64.
-        order: (m, B) int64, reveal order.
-        length: (m,) int64 in 1..B - 1, how many blocks of the order are visible.
-        batch_size: contexts of one length at once.
+    Of the reveal orders (m, B) of images (m,) as many blocks are visible as `length` (m,) says, 1 to B - 1.
     """
     device, losses = backbone_device(backbone), torch.zeros(len(image))
     for value in length.unique().tolist():

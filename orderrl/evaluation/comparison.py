@@ -257,12 +257,7 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 def compare_runs(
     evaluations: Sequence[Evaluation], metrics: Sequence[str], resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, Any]:
-    """Compare runs of one protocol.
-
-    Args:
-        evaluations: at least two.
-        metrics: keys of values of single images.
-        resamples, seed: of the bootstrap, as in `compare`.
+    """Compare runs of one protocol, at least two, in metrics of single images.
 
     Returns:
         What `comparison.json` holds: as `collected`, with comparisons (as `compare` gives them) and equal.

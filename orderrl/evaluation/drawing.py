@@ -83,11 +83,8 @@ def generate_published(
 
     Args:
         backbone: LlamaGen (raster order), RandAR, ARPG or MAR.
-        labels: (n,) int64 classes.
         steps: of RandAR's schedule, iterations of ARPG or MAR; None draws one token a step, MAR in up to 64 iterations.
-        sampling: how tokens are drawn; None is temperature 1 and no filter.
-        seed: image i is drawn with seed + i, whatever the batch; ARPG's images share one order, that of the seed.
-        advance: called with the number of images that were done.
+        labels, sampling, seed, batch_size, advance: as in `generate_images`; ARPG's images share the order of the seed.
 
     Raises:
         ValueError: if the backbone has no published sampler, or it cannot do what `sampling` asks for.

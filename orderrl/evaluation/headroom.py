@@ -63,20 +63,10 @@ def oracle_prediction(gains: Tensor, geometry: BlockGrid) -> Prediction:
 def clone_level(
     level: str, labels: TensorDict, geometry: BlockGrid, shape: PlannerConfig, config: CloningConfig, seed: int = 0
 ) -> OrderHead:
-    """Clone a planner that sees what a level names.
+    """Clone a planner that sees what one of `LEVELS` names, from contexts as `label_contexts` stores them.
 
-    Args:
-        level: one of `LEVELS`.
-        labels: contexts as `label_contexts` stores them.
-        shape: of the planner; `content` and `pairs` are those of the level.
-        config: of the cloning; its target is "pairs", which keeps the weights with the least held-out error.
-        seed: of weights, the split and batches.
-
-    Returns:
-        The planner in eval mode.
-
-    Raises:
-        ValueError: as `clone`.
+    The level decides `content` and `pairs` of the shape. The target is "pairs", which keeps the weights with the least
+    held-out error; the seed is that of weights, split and batches.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -103,16 +93,9 @@ def _as_seen(level: str, states: TensorDict) -> TensorDict:
 def lookahead_prediction(
     backbone: Backbone, data: TokenSet, states: TensorDict, draws: int, seed: int = 0
 ) -> Prediction:
-    """Expected gains over the backbone's own draws (label kind "expected").
+    """Expected gains over the backbone's own draws (label kind "expected") in labelled contexts.
 
-    Args:
-        backbone: of discrete tokens.
-        data: the images of the states.
-        states: labelled contexts, batch (m,), with keys image, order, length.
-        draws: K of each block; costs K packed forwards.
-
-    Raises:
-        ValueError: if draws is below 1.
+    K draws of each block cost K packed forwards.
     """
     config = LabelConfig(contexts=len(states), kind="expected", samples=draws, seed=seed)
     contexts = Contexts(torch.arange(len(states)), states["image"], states["order"], states["length"])
@@ -179,15 +162,8 @@ def headroom(
 def measure_headroom(p: EvaluationProtocol, labels: TensorDict, config: HeadroomConfig) -> list[dict[str, Any]]:
     """Clone the levels, look ahead, and compare in the shared states, see `headroom`.
 
-    Lookahead is slow, so it is compared in some of the states, and the levels in these once more.
-
-    Args:
-        p: shared states of images that are not labelled for cloning; its backbone looks ahead.
-        labels: contexts of other images, to clone from.
-        config: steps of cloning and draws of lookahead.
-
-    Raises:
-        ValueError: as `clone_level` and `lookahead_prediction`.
+    Labels are of other images than the shared states. Lookahead is slow, so it is compared in some of the states, and
+    the levels in these once more.
     """
     states, backbone, geometry = p.states, p.backbone, p.backbone.geometry
     assert states is not None

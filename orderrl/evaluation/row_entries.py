@@ -23,12 +23,7 @@ def entry(key: str, interval: Interval) -> dict[str, Any]:
 
 
 def image_means(per_image: Mapping[str, Tensor], resamples: int, seed: int) -> dict[str, Any]:
-    """Means over images with bootstrap intervals.
-
-    Args:
-        per_image: (n,) of each image by key; all of the same images.
-        resamples: of the bootstrap; images are resampled jointly for all keys.
-    """
+    """Means over images with bootstrap intervals, of values (n,) by key; images are resampled jointly for all keys."""
     mean, low, high = bootstrap_band(torch.stack([v.double() for v in per_image.values()]), resamples, seed=seed)
     found: dict[str, Any] = {}
     for key, *values in zip(per_image, mean, low, high, strict=True):

@@ -62,11 +62,7 @@ class Evaluated:
 
 
 def evaluate_policy(p: EvaluationProtocol, named: NamedPolicy, sampled: bool) -> Evaluated:
-    """Evaluate one policy.
-
-    Args:
-        sampled: whether images are generated and scored.
-    """
+    """Evaluate one policy; `sampled` says whether images are generated and scored."""
     expensive, c = named.spec is not None and not named.spec.rival, p.config
     images = min(len(p.data), c.reference_images) if expensive else len(p.data)
     # the policy reveals the test images

@@ -50,13 +50,7 @@ class PendingRow(NamedTuple):
 
 
 def pending_rows(config: EvalConfig, setup: Setup, policies: Sequence[tuple[NamedPolicy, bool]]) -> list[PendingRow]:
-    """Every row of the table as something to be made.
-
-    Args:
-        config: names the backbones that draw in plain raster token order.
-        setup: the evaluated backbone and its data.
-        policies: each with whether its samples are scored.
-    """
+    """Every row of the table as something to be made; policies come with whether their samples are scored."""
     backbone = setup.backbone
 
     def raster_row(protocol: EvaluationProtocol, name: str) -> Evaluated:

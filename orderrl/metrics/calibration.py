@@ -92,9 +92,7 @@ def regret(first: Tensor, utility: Tensor, hidden: Tensor) -> Tensor:
 def rank_correlation(scores: Tensor, utility: Tensor, hidden: Tensor, correlate: Callable[..., Any]) -> Tensor:
     """A rank correlation of SciPy over the hidden blocks of each state, (m,) float64; NaN where all scores are equal.
 
-    Args:
-        scores, utility, hidden: as in `calibrate`.
-        correlate: for example `scipy.stats.spearmanr`.
+    Arguments as in `calibrate`; `correlate` is for example `scipy.stats.spearmanr`.
     """
     values = []
     for score, value, candidates in zip(scores.numpy(), utility.numpy(), hidden.numpy(), strict=True):
@@ -105,12 +103,9 @@ def rank_correlation(scores: Tensor, utility: Tensor, hidden: Tensor, correlate:
 
 
 def reliability(scores: NDArray[np.float64], utility: NDArray[np.float64], bins: int = BINS) -> Reliability | None:
-    """Reliability of scores as predictions of utilities; None if all scores are equal.
+    """Reliability of scores (c,) of candidates as predictions of their utilities (c,); None if all scores are equal.
 
-    Args:
-        scores: (c,) of all candidates.
-        utility: (c,) of the same candidates, nats per image token.
-        bins: at most so many; scores that are equal share a bin.
+    At most so many bins are made; scores that are equal share one.
     """
     if np.ptp(scores) == 0:
         return None
@@ -134,11 +129,7 @@ def reliability(scores: NDArray[np.float64], utility: NDArray[np.float64], bins:
 
 
 def state_observation(states: TensorDict, budgets: tuple[int, ...] = (1,)) -> TensorDict:
-    """What an environment shows in labelled states, batch (m,): labels store it, so no forward is needed.
-
-    Args:
-        states: labelled contexts, batch (m,), as `label_contexts` gives them.
-    """
+    """What an environment shows in labelled states, batch (m,): labels store it, so no forward is needed."""
     visible = states["visible"]
     parts = {key: states[key] for key in ("hidden", "entropy", "visible", "label")}
     parts |= {"fraction": visible.float().mean(-1, keepdim=True), "action_mask": ~visible}

@@ -158,13 +158,7 @@ def train_classifier(name: str = "digits", seed: int = 0, steps: int = 3000, bat
 
 @torch.no_grad()
 def classifier_accuracy(classifier: Classifier, data: TokenSet, visible: Tensor | None = None) -> float:
-    """Share of a token set's images that are classified correctly, with blocks hidden where visible is False.
-
-    Args:
-        classifier: in evaluation mode.
-        data: images that it knows.
-        visible: (n, 16) bool; None shows everything.
-    """
+    """Share of images that are classified correctly, with blocks hidden where visible (n, B) is False."""
     images = data.images(data.tokens)
     if visible is not None:
         images = hide_blocks(images, visible, classifier.config.geometry)

@@ -66,11 +66,9 @@ class ImageFolder(Dataset[Tensor]):
 
 
 class TokenImages(Dataset[Tensor]):
-    """Images of token sets, one set after the other: (3, H, W) uint8. They are decoded when they are asked for.
+    """Images of token sets of one size, one set after the other: (3, H, W) uint8 on the CPU.
 
-    Args:
-        parts: of one image size.
-        device: where tokens are decoded; None is the CPU, to which images come back.
+    They are decoded when they are asked for, on the device; None is the CPU.
     """
 
     def __init__(self, parts: Sequence[TokenSet], device: torch.device | None = None) -> None:

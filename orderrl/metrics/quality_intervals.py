@@ -21,16 +21,7 @@ def frechet_interval(features: Tensor, reference: Gaussian, distance: float, res
     too large by about the bias that the distance itself has. The interval says how much the distance would move with
     other samples *of the same number*; it is not one of the distance of infinitely many (see `fid_infinity`).
 
-    Costs n d^2 and an eigenproblem of dimension d for every resample.
-
-    Args:
-        features: (n, d) of the samples, n >= 2.
-        reference: statistics of the real images.
-        distance: between the samples and the reference.
-        resamples: bootstrap resamples, at least 2.
-
-    Raises:
-        ValueError: if resamples < 2.
+    Costs n d^2 and an eigenproblem of dimension d for every resample, at least 2, of features (n, d).
     """
     distances = frechet_resamples(features, reference, resamples, seed)
     reach = float(norm.ppf((1 + LEVEL) / 2) * distances.std(ddof=1))

@@ -176,15 +176,9 @@ def classified(
 
 
 def at_fractions(values: Tensor, fraction: Tensor, at: Tensor) -> Tensor:
-    """Values at given revealed fractions, held from their moment until the next one.
+    """Values (T, n) at given revealed fractions (F,), held from their moment until the next one: (F, n).
 
-    Args:
-        values: (T, n) at T moments.
-        fraction: (T, n), as in `area_over_fraction`.
-        at: (F,) in [0, 1].
-
-    Returns:
-        (F, n), dtype of the values.
+    The moments' fractions (T, n) are as in `area_over_fraction`.
     """
     moment = (fraction[:, None] <= at.to(fraction)[None, :, None] + 1e-6).sum(0) - 1  # (F, n)
     return values.gather(0, moment)

@@ -100,13 +100,7 @@ def bootstrap_sums(
     """A function of sums over images, such as a ratio or a pooled correlation, with a percentile interval.
 
     An image is resampled with all that belongs to it, so several states of one image stay together (cluster bootstrap).
-
-    Args:
-        sums: (k, n), k quantities of n images.
-        statistic: takes their sums over images, (k, ...), and gives the value, (...).
-
-    Raises:
-        ValueError: as `bootstrap_band`.
+    The statistic takes sums over images (k, ...) of the k quantities (k, n) and gives the value, (...).
     """
     array = _checked(sums, "sums", ndim=2)
     images = np.arange(array.shape[1])[None]

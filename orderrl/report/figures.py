@@ -140,11 +140,7 @@ def calibration_figure(
 
 
 def orders_figure(details: Sequence[PolicyDetail], colours: dict[str, str], ink: str = INK) -> Figure:
-    """Mean reveal step of every block, one small map for each policy, on one colour scale.
-
-    Args:
-        colours: highlighted policies have their names in bold.
-    """
+    """Mean reveal step of every block, one small map a policy, on one colour scale; names with a colour are bold."""
     columns = min(6, max(len(details), 1))
     lines = -(-len(details) // columns)
     rows, width = np.shape(details[0].mean_reveal_step) if details else (1, 1)
@@ -168,13 +164,7 @@ def orders_figure(details: Sequence[PolicyDetail], colours: dict[str, str], ink:
 
 
 def strips_figure(details: Sequence[PolicyDetail], examples: Examples, index: int, ink: str = INK) -> Figure:
-    """One image as it appears under every policy: rows = policies, columns = revealed fractions.
-
-    Args:
-        details: the policies, with episodes.
-        examples: their images.
-        index: which of them.
-    """
+    """One example image as it appears under every policy: rows = policies, columns = revealed fractions."""
     moments, grid = len(STRIP_FRACTIONS), BlockGrid(examples.rows, examples.columns, 1)
     image = examples.images[index]
     height, width = image.shape[-2:]

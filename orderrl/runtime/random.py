@@ -61,8 +61,7 @@ def drawn_uniform(
 ) -> Tensor:
     """Uniform numbers in [0, 1) from a generator of the CPU, moved to a device: they are the same on every device.
 
-    Args:
-        generator: on the CPU, as all generators of this package are; None is PyTorch's own.
+    All generators of this package are on the CPU; None is PyTorch's own.
     """
     return torch.rand(tuple(shape), generator=generator, dtype=dtype, device="cpu").to(device, non_blocking=True)
 
@@ -80,14 +79,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def keyed_uniform(keys: Iterable[Tensor | int], device: torch.device | str = "cpu") -> Tensor:
-    """Uniform numbers in [0, 1), one for each broadcast combination of the integer keys.
-
-    Args:
-        keys: int64 tensors or ints that broadcast against each other.
-
-    Returns:
-        float64 tensor of the broadcast shape.
-    """
+    """Uniform float64 numbers in [0, 1), one for each broadcast combination of the keys: int64 tensors or ints."""
     state = torch.zeros((), dtype=torch.int64)
     for key in keys:
         key = torch.as_tensor(

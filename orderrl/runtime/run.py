@@ -128,12 +128,7 @@ class Run:
         self.close(failed=kind is not None)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Append one line of metrics.
-
-        Args:
-            metrics: names and scalars (numbers or one-element tensors).
-            step: the x axis; what it counts is the command's choice.
-        """
+        """Append one line of metrics (numbers or one-element tensors); what steps count is the command's choice."""
         if self._metrics is None:
             return
         values = {name: float(value) for name, value in metrics.items()}

@@ -120,14 +120,7 @@ class VQTokenizer(nn.Module):
         return self.quant_conv(self.encoder(images))
 
     def quantise(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Replace latents by their nearest codes, with a straight-through gradient.
-
-        Args:
-            latents: (n, e, h, w).
-
-        Returns:
-            The codes (n, e, h, w) and their indices (n, h, w) int64.
-        """
+        """Latents (n, e, h, w) as their nearest codes, with a straight-through gradient, and indices (n, h, w)."""
         x = self.quantize.normalised(latents.movedim(1, -1))  # (n, h, w, e)
         indices = self.quantize.nearest(latents.movedim(1, -1))
         codes = x + (self.quantize.lookup(indices) - x).detach()

@@ -64,9 +64,5 @@ def load_recorded(model: Model, fixture: Fixture) -> Model:
 
 
 def recorded_stack(values: Mapping[str, Any], fixed: Mapping[str, Any]) -> StackConfig:
-    """Shape of an encoder or decoder, without what only says again how all of these are built (`fixed`).
-
-    Raises:
-        ValueError: for an unknown key.
-    """
+    """Shape of an encoder or decoder, without what only says again how all of these are built (`fixed`)."""
     return stack_config({key: value for key, value in values.items() if key not in fixed or fixed[key] != value})

@@ -28,11 +28,7 @@ def config_of(fixture: Fixture) -> KLConfig:
 
 @torch.no_grad()
 def replay(fixture: Fixture) -> dict[str, Tensor]:
-    """Compute every recorded output with our autoencoder under the recorded weights and inputs.
-
-    Raises:
-        ValueError: if the weights do not fit.
-    """
+    """Compute every recorded output with our autoencoder under the recorded weights and inputs."""
     model = KLTokenizer(config_of(fixture)).eval()
     load_weights(model, fixture.weights, fixture.path)
     model = model.to(fixture.device)

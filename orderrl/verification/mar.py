@@ -39,11 +39,7 @@ def config_of(fixture: Fixture) -> MARConfig:
 
 @torch.no_grad()
 def replay(fixture: Fixture) -> dict[str, Tensor]:
-    """Every recorded output by name, computed by our model from the recorded weights and inputs.
-
-    Raises:
-        ValueError: if the weights do not fit.
-    """
+    """Every recorded output by name, computed by our model from the recorded weights and inputs."""
     model = load_recorded(MAR(config_of(fixture)), fixture)
     groups: list[tuple[str, Callable[[MAR, Fixture], dict[str, Tensor]]]] = [
         (r"tokens|enc|dec|dec_null", _transformer),

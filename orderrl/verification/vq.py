@@ -29,11 +29,7 @@ def config_of(fixture: Fixture) -> VQConfig:
 
 @torch.no_grad()
 def replay(fixture: Fixture) -> dict[str, Tensor]:
-    """Compute every recorded output with our tokeniser under the recorded weights and inputs.
-
-    Raises:
-        ValueError: if the weights do not fit.
-    """
+    """Compute every recorded output with our tokeniser under the recorded weights and inputs."""
     model = VQTokenizer(config_of(fixture)).eval()
     load_weights(model, fixture.weights, fixture.path)
     model = model.to(fixture.device)
