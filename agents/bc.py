@@ -259,11 +259,7 @@ def _held_out_losses(
 
 
 class PairTargets:
-    """What every two hidden blocks tell about each other, read batch by batch from where the labels are.
-
-    Attributes:
-        spread: its standard deviation over all pairs of all contexts, nats.
-    """
+    """What every two hidden blocks tell about each other, read batch by batch from where the labels are."""
 
     def __init__(self, labels: TensorDict) -> None:
         self.labels = labels
@@ -272,7 +268,7 @@ class PairTargets:
             values = self._gains(rows)[_pairs(~labels["visible"][rows])].double()
             count, total, squares = count + len(values), total + values.sum().item(), squares + (values**2).sum().item()
         variance = (squares - total**2 / max(count, 1)) / max(count - 1, 1)
-        self.spread = max(variance, 0.0) ** 0.5
+        self.spread = max(variance, 0.0) ** 0.5  # standard deviation over all pairs of all contexts, nats
 
     def _gains(self, rows: Tensor) -> Tensor:
         gains = self.labels["gains"][rows]

@@ -86,12 +86,6 @@ class Rollout:
         return torch.stack([drop.masked_fill(near, 0.0).sum((0, 2)), drop.sum((0, 2))])
 
     @property
-    def far_gain(self) -> float:
-        """Far-context gain: share of U (ratio of sums) from blocks that do not touch the revealed ones."""
-        far, total = self.far_gain_sums.sum(1)
-        return (far / total).item()
-
-    @property
     def order(self) -> Tensor:
         """(n, B) int64: blocks in the order in which they were revealed; inside a step as the action listed them."""
         return (self.reveal_step * self.geometry.num_blocks + self.reveal_rank).argsort(1)

@@ -113,22 +113,6 @@ def chosen_step_cost(config: RewardConfig, cost: Tensor | float, count: int) -> 
     return chosen.expand(count)
 
 
-def future_loss_reduction(before: Tensor, after: Tensor, hidden: Tensor, weights: Tensor | None = None) -> Tensor:
-    """U(a | S) * N: what a reveal lowers the losses of the blocks that stay hidden by.
-
-    Args:
-        before: (M, B) block losses given S, nats.
-        after: (M, B) block losses given S and a, nats.
-        hidden: (M, B) bool, hidden after the reveal.
-        weights: (M, B) w(b, a); None is 1.
-
-    Returns:
-        (M,) nats per image.
-    """
-    drop = torch.where(hidden, before - after, 0.0)
-    return (drop if weights is None else drop * weights).sum(-1)
-
-
 def set_weights(pair_weights: Tensor, revealed: Tensor) -> Tensor:
     """w(b, a) of a revealed set, (M, B): the smallest weight over its members; 1 where nothing was revealed.
 
@@ -165,8 +149,10 @@ class Reward:
             value = -torch.where(revealed, before, 0.0).sum(-1)
         else:
             assert after is not None
-            weights = None if self.config.weight == "uniform" else set_weights(self.pair_weights, revealed)
-            value = future_loss_reduction(before, after, ~visible, weights)
+            drop = torch.where(visible, 0.0, before - after)  # what the reveal lowers the losses of the rest by
+            if self.config.weight != "uniform":
+                drop = drop * set_weights(self.pair_weights, revealed)
+            value = drop.sum(-1)
             if self.config.objective == "context":
                 value = value * (1 - visible.float().mean(-1))
         cost = self.config.step_cost if step_cost is None else step_cost

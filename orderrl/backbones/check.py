@@ -185,10 +185,6 @@ def check_backbone(backbone: Backbone, states: int = 3, seed: int = 0, tolerance
         ValueError: with the first broken promise.
     """
     sample = _draw_sample(backbone, states, seed, tolerance)
-    _check_packing(sample)
-    _check_observation(sample)
-    _check_leak(sample)
-    _check_reuse(sample)
-    _check_past(sample)
-    _check_select(sample)
-    _check_decode(sample)
+    same = (_check_packing, _check_observation, _check_leak, _check_reuse, _check_past, _check_select)
+    for check in (*same, _check_decode):
+        check(sample)

@@ -109,10 +109,6 @@ class MAR(nn.Module):
     """Masked autoencoder over continuous tokens with a diffusion loss.
 
     Tokens are (M, N, C) in raster order, visible sets (M, N) bool, labels (M,) int64 with class_num for no class.
-
-    Attributes:
-        config: the shape.
-        hidden_size: D, width of the conditions z.
     """
 
     def __init__(self, config: MARConfig) -> None:
@@ -120,7 +116,7 @@ class MAR(nn.Module):
 
         super().__init__()
         c = self.config = config
-        self.hidden_size = c.decoder_embed_dim
+        self.hidden_size = c.decoder_embed_dim  # D, width of the conditions z
         norm = cast(type[nn.Module], partial(nn.LayerNorm, eps=c.norm_eps))
         block = partial(
             Block,

@@ -4,6 +4,8 @@
 it is, so a planner that looks at what is visible knows more than one that sees positions alone.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -29,18 +31,9 @@ def load_canvas_split(split: str) -> TokenSet:
     """
     digits = digits_as_collected(split)
     generator = torch.Generator().manual_seed(_SEED + list(PLACES).index(split))
-    canvases = TokenSet(
-        name="canvas",
-        split=split,
-        tokens=place(digits.tokens.repeat_interleave(PLACES[split], 0), generator),
-        labels=digits.labels.repeat_interleave(PLACES[split], 0),
-        height=HEIGHT,
-        width=WIDTH,
-        vocab_size=digits.vocab_size,
-        num_classes=digits.num_classes,
-        class_names=digits.class_names,
-    )
-    return canvases.shuffled()
+    tokens = place(digits.tokens.repeat_interleave(PLACES[split], 0), generator)
+    labels = digits.labels.repeat_interleave(PLACES[split], 0)
+    return replace(digits, name="canvas", tokens=tokens, labels=labels, height=HEIGHT, width=WIDTH).shuffled()
 
 
 def place(levels: Tensor, generator: torch.Generator) -> Tensor:

@@ -4,6 +4,9 @@
 2x2 grey levels of a patch in [-1, 1], for masked models.
 """
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -67,19 +70,9 @@ def digits_as_collected(split: str) -> TokenSet:
 def load_patches_split(split: str) -> TokenSet:
     """One split of the digits as continuous tokens, (n, 16, 4) float32 in [-1, 1]; splits as in `load_digits_split`."""
     digits = load_digits_split(split)
-    return TokenSet(
-        name="digits_patches",
-        split=split,
-        tokens=_to_patches(digits.tokens),
-        labels=digits.labels,
-        height=HEIGHT // PATCH,
-        width=WIDTH // PATCH,
-        vocab_size=0,
-        num_classes=NUM_CLASSES,
-        token_dim=PATCH**2,
-        decoder=patches_to_images,
-        class_names=digits.class_names,
-    )
+    grid = {"height": HEIGHT // PATCH, "width": WIDTH // PATCH}
+    kind: Any = {"vocab_size": 0, "token_dim": PATCH**2, "decoder": patches_to_images}
+    return replace(digits, name="digits_patches", tokens=_to_patches(digits.tokens), **grid, **kind)
 
 
 def _to_patches(levels: Tensor) -> Tensor:

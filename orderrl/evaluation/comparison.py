@@ -188,15 +188,10 @@ def _pair(policy: str, opponent: str, metric: str, mine: Tensor, theirs: Tensor,
 
 
 class RunPairs(NamedTuple):
-    """What is to be compared, and what need not be.
+    """What is to be compared, and what need not be."""
 
-    Attributes:
-        pairs: the family of comparisons.
-        equal: those whose values are equal on every image and metric, as "name", "policy" and "opponent".
-    """
-
-    pairs: list[Pair]
-    equal: list[dict[str, str]]
+    pairs: list[Pair]  # the family of comparisons
+    equal: list[dict[str, str]]  # "name", "policy" and "opponent" where all values of all images are equal
 
 
 def run_pairs(evaluations: Sequence[Evaluation], metrics: Sequence[str]) -> RunPairs:

@@ -36,10 +36,6 @@ class ImageFolder(Dataset[Tensor]):
     Args:
         folder: holds images, all of one size.
 
-    Attributes:
-        files: their paths.
-        left_out: what else there is, in a line; "" if nothing.
-
     Raises:
         ValueError: if the folder has no images, an image can't be read, or their sizes differ.
     """
@@ -47,7 +43,7 @@ class ImageFolder(Dataset[Tensor]):
     def __init__(self, folder: Path) -> None:
         names, left_out = find_images(folder)
         self.files = [folder / name for name in names]
-        self.left_out = describe_left_out(left_out)
+        self.left_out = describe_left_out(left_out)  # what else there is, in a line; "" if nothing
         if not self.files:
             raise ValueError(f"{folder} holds no images ({', '.join(EXTENSIONS)})")
         first = image_size(self.files[0])

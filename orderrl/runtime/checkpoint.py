@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from orderrl.runtime.finite import require_finite
+from orderrl.runtime.finite import leaves, require_finite
 from orderrl.runtime.jsonfile import parse_json
 from orderrl.runtime.storage import written_aside
 
@@ -119,7 +119,7 @@ def build_to_fit(
         ValueError: if the configuration asks for more layers, or for other shapes, than the file has tensors.
     """
     # every repeated part brings at least one tensor, so a number of parts above theirs is a lie, and would take hours
-    for name, value in numbers_in(shape).items():
+    for name, value in leaves(shape, int | float).items():
         if _REPEATED.search(name) and value > len(tensors):
             raise ValueError(f"{path}: its configuration has {name}={value}, but the file holds {len(tensors)} tensors")
     try:
@@ -153,17 +153,6 @@ def require_fit(module: nn.Module, shapes: Mapping[str, torch.Size], path: Path 
     found = "; ".join(f"{what}: {shorten(names)}" for what, names in problems.items() if names)
     if found:
         raise ValueError(f"{path}: does not fit {type(module).__name__} ({found}); {advice}")
-
-
-def numbers_in(value: Any, name: str = "") -> dict[str, float]:
-    """All numbers of nested mappings and lists, by their dotted place."""
-    if isinstance(value, int | float):
-        return {name: value}
-    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
-    found: dict[str, float] = {}
-    for key, item in items:
-        found |= numbers_in(item, f"{name}.{key}" if name else str(key))
-    return found
 
 
 def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

@@ -53,12 +53,17 @@ def require_finite_losses(row: Mapping[str, float]) -> None:
             raise NotFiniteError(f"step {int(row['step'])}: {key} is {value}; {DIVERGED}")
 
 
-def tensors_in(value: Any, name: str = "") -> dict[str, Tensor]:
+def tensors_in(value: Any) -> dict[str, Tensor]:
     """All tensors of nested mappings and sequences, by their dotted place."""
-    if isinstance(value, Tensor):
+    return leaves(value, Tensor)
+
+
+def leaves(value: Any, kind: Any, name: str = "") -> dict[str, Any]:
+    """All values of a type in nested mappings and sequences, by their dotted place."""
+    if isinstance(value, kind):
         return {name: value}
     items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
-    found: dict[str, Tensor] = {}
+    found: dict[str, Any] = {}
     for key, item in items:
-        found |= tensors_in(item, f"{name}.{key}" if name else str(key))
+        found |= leaves(item, kind, f"{name}.{key}" if name else str(key))
     return found

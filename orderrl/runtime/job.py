@@ -32,7 +32,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, Protocol, Self
 
 import torch
@@ -111,9 +110,7 @@ class Job:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if not self._kept:
             return
         if kind is None:
@@ -330,8 +327,7 @@ class Job:
         for key, part in parts.items():
             _restore(part, state["parts"][key])
         _set_global_generators(state["generators"], done)
-        if distributed.is_main():
-            print(f"continuing after step {done} of {total} ({self.folder})", flush=True)
+        distributed.print_main(f"continuing after step {done} of {total} ({self.folder})")
         return done
 
     def publish(self, store: Callable[[], Any]) -> None:

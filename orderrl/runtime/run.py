@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, TextIO
 
 from omegaconf import OmegaConf
@@ -91,9 +90,6 @@ class Run:
             ``logger.mode`` (online, offline or disabled), with its files in the run's folder. Where these are null
             its own environment variables decide: WANDB_MODE, WANDB_DISABLED, WANDB_PROJECT, WANDB_NAME, WANDB_DIR.
 
-    Attributes:
-        folder: the run's folder.
-
     Raises:
         ValueError: if Weights & Biases can't be started (nobody is logged in); the folder is then removed.
     """
@@ -122,9 +118,7 @@ class Run:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(failed=kind is not None)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:

@@ -11,7 +11,6 @@ import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
@@ -52,9 +51,6 @@ class TableWriter:
 
     Args:
         folder: made if need be; must be empty.
-
-    Attributes:
-        rows: how many there are.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -67,9 +63,7 @@ class TableWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._stack.close()
         if kind is None:
             for name in self._columns:

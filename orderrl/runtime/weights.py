@@ -170,9 +170,9 @@ def unwrap(contents: object, path: Path, weights: str | None = None) -> dict[str
 
 
 def _tell(path: Path, chosen: str, others: list[str]) -> None:
-    if (others or chosen in AVERAGED) and distributed.is_main():
+    if others or chosen in AVERAGED:
         averaged = " (averaged weights)" if chosen in AVERAGED else ""
-        print(f"{path}: takes {chosen}{averaged}" + (f", not {', '.join(others)}" if others else ""), flush=True)
+        distributed.print_main(f"{path}: takes {chosen}{averaged}" + (f", not {', '.join(others)}" if others else ""))
 
 
 def clean_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

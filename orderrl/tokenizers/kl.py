@@ -76,16 +76,7 @@ class Posterior:
 
 
 class KLTokenizer(nn.Module):
-    """Images to continuous tokens and back.
-
-    Args:
-        name: what it is called in files and messages.
-
-    Attributes:
-        downsampling: pixels along a side of a token.
-        vocab_size: None, tokens are continuous.
-        token_dim: channels of a token.
-    """
+    """Images to continuous tokens and back, see `orderrl.tokenizers.Tokenizer`."""
 
     def __init__(self, config: KLConfig, name: str = "kl") -> None:
         super().__init__()

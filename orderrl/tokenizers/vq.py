@@ -87,16 +87,7 @@ class Codebook(nn.Module):
 
 
 class VQTokenizer(nn.Module):
-    """Images to code indices and back.
-
-    Args:
-        name: what it is called in files and messages.
-
-    Attributes:
-        downsampling: pixels along a side of a token.
-        vocab_size: number of codes.
-        token_dim: length of a code vector.
-    """
+    """Images to code indices and back, see `orderrl.tokenizers.Tokenizer`."""
 
     def __init__(self, config: VQConfig, name: str = "vq") -> None:
         super().__init__()
