@@ -19,6 +19,8 @@ returns the planner, and says in an `AGENT` what it learns from:
 `register_agent` adds a module of one's own; nothing else of the package has to know it.
 """
 
+from __future__ import annotations
+
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass

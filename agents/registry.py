@@ -1,5 +1,7 @@
 """Policies by name, as the command line writes them: `orderrl.agents.spec` says how, `policy_names` lists the names."""
 
+from __future__ import annotations
+
 import hashlib
 import importlib
 import inspect

@@ -35,17 +35,24 @@ Kind = Literal["baseline", "reference", "planner", "newest", "own"]
 class PolicySpec:
     """A policy's name in its parts; `str` writes it, and `PolicySpec.parse` reads that back.
 
+    Attributes:
+        kind: baseline, reference, planner (of a file), newest (planner in the cache) or own (of a user's module).
+        name: of a baseline or reference; a planner's path; MODULE:ATTRIBUTE.
+        prefix: `SPACED`, `PAIRED` (planners alone) or "".
+        draws: of lookahead; None takes one.
+        step_cost: nats per image that a planner is told; None tells it nothing.
+        schedule: how many blocks a step reveals, "4", "1+1+2+4+8", "<1.5" or "i<6/1,2,4,8"; "" is one block a step, or
+            what a planner or a user's policy chooses itself.
+
     Raises:
         ValueError: if the schedule is none, or a part does not belong to the kind.
     """
 
-    kind: Kind  # baseline, reference, planner (of a file), newest (planner in the cache) or own (of a user's module)
-    name: str  # of a baseline or reference; a planner's path; MODULE:ATTRIBUTE
-    prefix: str = ""  # `SPACED`, `PAIRED` (planners alone) or ""
-    draws: int | None = None  # of lookahead; None takes one
-    step_cost: float | None = None  # nats per image that a planner is told; None tells it nothing
-    # how many blocks a step reveals, "4", "1+1+2+4+8", "<1.5" or "i<6/1,2,4,8"; "" is one block a step, or what a
-    # planner or a user's policy chooses itself
+    kind: Kind
+    name: str
+    prefix: str = ""
+    draws: int | None = None
+    step_cost: float | None = None
     schedule: str = ""
 
     def __post_init__(self) -> None:

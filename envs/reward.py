@@ -1,5 +1,7 @@
 """What a reveal is worth: the two objectives and their forms (design, section 3)."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -82,7 +84,9 @@ def _checked_range(limits: Sequence[float]) -> tuple[float, float]:
 def drawn_step_cost(config: RewardConfig, seeds: Tensor, episode: Tensor) -> Tensor:
     """What a step costs in some episodes: log-uniform in the config's range, (m,) float32, nats per image.
 
-    The draw depends on seeds and episodes, (m,) int64 each, and on nothing else.
+    Args:
+        config: its step_cost is a range.
+        seeds, episode: (m,) int64; the draw depends on nothing else.
     """
     assert config.step_cost_range is not None
     low, high = config.step_cost_range
@@ -113,17 +117,43 @@ def chosen_step_cost(config: RewardConfig, cost: Tensor | float, count: int) -> 
     return chosen.expand(count)
 
 
-def set_weights(pair_weights: Tensor, revealed: Tensor) -> Tensor:
-    """w(b, a) of a revealed set, (M, B): the smallest weight over its members; 1 where nothing was revealed.
+def future_loss_reduction(before: Tensor, after: Tensor, hidden: Tensor, weights: Tensor | None = None) -> Tensor:
+    """U(a | S) * N: what a reveal lowers the losses of the blocks that stay hidden by.
 
-    The weights of pairs (B, B) grow with distance, so that is the weight to the nearest member; revealed is (M, B).
+    Args:
+        before: (M, B) block losses given S, nats.
+        after: (M, B) block losses given S and a, nats.
+        hidden: (M, B) bool, hidden after the reveal.
+        weights: (M, B) w(b, a); None is 1.
+
+    Returns:
+        (M,) nats per image.
+    """
+    drop = torch.where(hidden, before - after, 0.0)
+    return (drop if weights is None else drop * weights).sum(-1)
+
+
+def set_weights(pair_weights: Tensor, revealed: Tensor) -> Tensor:
+    """w(b, a) of a revealed set: the weight to its nearest member.
+
+    Args:
+        pair_weights: (B, B), growing with distance.
+        revealed: (M, B) bool, the members of a.
+
+    Returns:
+        (M, B): the smallest weight over the members; 1 where nothing was revealed.
     """
     masked = torch.where(revealed[:, :, None], pair_weights.to(revealed.device), torch.inf)  # (M, a, b)
     return masked.amin(1).nan_to_num(posinf=1.0)
 
 
 class Reward:
-    """Reward of a batch of reveals."""
+    """Reward of a batch of reveals.
+
+    Args:
+        config: what is paid for.
+        geometry: the block grid.
+    """
 
     def __init__(self, config: RewardConfig, geometry: BlockGrid) -> None:
         self.config = config
@@ -131,7 +161,12 @@ class Reward:
         self.pair_weights = distance_weights(geometry, config.weight, config.sigma)
 
     def __call__(
-        self, before: Tensor, after: Tensor | None, revealed: Tensor, visible: Tensor, step_cost: Tensor | None = None
+        self,
+        before: Tensor,
+        after: Tensor | None,
+        revealed: Tensor,
+        visible: Tensor,
+        step_cost: Tensor | None = None,
     ) -> Tensor:
         """Reward of one step.
 
@@ -149,10 +184,8 @@ class Reward:
             value = -torch.where(revealed, before, 0.0).sum(-1)
         else:
             assert after is not None
-            drop = torch.where(visible, 0.0, before - after)  # what the reveal lowers the losses of the rest by
-            if self.config.weight != "uniform":
-                drop = drop * set_weights(self.pair_weights, revealed)
-            value = drop.sum(-1)
+            weights = None if self.config.weight == "uniform" else set_weights(self.pair_weights, revealed)
+            value = future_loss_reduction(before, after, ~visible, weights)
             if self.config.objective == "context":
                 value = value * (1 - visible.float().mean(-1))
         cost = self.config.step_cost if step_cost is None else step_cost

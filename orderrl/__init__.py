@@ -22,7 +22,8 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "check_backbone", "compose", "load_backbone"]
 
 __getattr__, __dir__ = lazily(
-    __name__, {"orderrl.backbones": ("check_backbone", "load_backbone"), "orderrl.runtime.config": ("compose",)}
+    __name__,
+    {"orderrl.backbones": ("check_backbone", "load_backbone"), "orderrl.runtime.config": ("compose",)},
 )
 renamed.install()
 gymnasium.register(

@@ -6,6 +6,7 @@ block b by, and U(a | S) = 1/N sum_b w(b, a) G[a, b] (design, section 3; Algorit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -26,10 +27,23 @@ LEAST_LOSS = 0.1  # nats; blocks of less loss are drawn as if they had it, so th
 
 
 def distance_weights(geometry: BlockGrid, weight: str, sigma: float) -> Tensor:
-    """w(b, a) of the utility for single blocks, (B, B) float32, indexed [a, b].
+    """w(b, a) of the utility for single blocks.
 
-    "uniform" is Algorithm 1, all ones; "far" is Algorithm 2, 1 - exp(-(d / sigma)^2), sigma in blocks.
+    Args:
+        geometry: the block grid.
+        weight: "uniform" (Algorithm 1: all ones) or "far" (Algorithm 2: 1 - exp(-(d / sigma)^2)).
+        sigma: in blocks; how far "near" reaches.
+
+    Returns:
+        (B, B) float32, indexed [a, b].
+
+    Raises:
+        ValueError: if weight is unknown or sigma is not positive and finite.
     """
+    if weight not in WEIGHTS:
+        raise ValueError(f"weight={weight!r} is unknown; choose one of {', '.join(WEIGHTS)}")
+    if not 0 < sigma < math.inf:
+        raise ValueError(f"sigma must be positive and finite (in blocks), got {sigma}")
     if weight == "uniform":
         return torch.ones_like(geometry.distances)
     return 1 - torch.exp(-((geometry.distances / sigma) ** 2))

@@ -103,6 +103,10 @@ def test_utilities_weigh_and_sum_gains() -> None:
                 w = 1.0 if weight == "uniform" else 1 - torch.exp(torch.tensor(-squared / 1.5**2)).item()
                 total += w * gains[:, a, b]
             assert torch.allclose(values[:, a], total / 24, atol=1e-5)
+    with pytest.raises(ValueError, match=r"weight='near'.*uniform, far"):
+        distance_weights(grid, "near", 1.0)
+    with pytest.raises(ValueError, match="sigma"):
+        distance_weights(grid, "far", 0.0)
 
 
 # ---------------------------------------------------------------------- expectations

@@ -1,5 +1,7 @@
 """Backbones by name or path."""
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace

@@ -6,6 +6,8 @@ A metric of your own is one call: its column, with the values of a policy's roll
                            per_image=lambda rollout, backbone: rollout.losses[1].sum(-1)), "planning")
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any

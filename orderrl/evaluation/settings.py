@@ -1,8 +1,9 @@
 """The settings of an evaluation.
 
-Each enters the part of the protocol of its name or the one it names, of `orderrl.evaluation.protocol.PARTS`; others
-choose the rows.
+Each names the part of the protocol that it enters, one of `orderrl.evaluation.protocol.PARTS`; others choose the rows.
 """
+
+from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -26,9 +27,9 @@ class EvalConfig(Sampling):
         ValueError: if a value is not allowed, or a reference is given and no features to compare it in.
     """
 
-    images: int = setting(297, "Test images for planning metrics, at most all", _FEW)
-    samples: int = setting(300, "Generated images per row; 0 generates none", zero_or_at_least(2))
-    states: int = setting(64, "Shared states for calibration against the hindsight oracle", at_least(1))
+    images: int = setting(297, "Test images for planning metrics, at most all", _FEW, part="images")
+    samples: int = setting(300, "Generated images per row; 0 generates none", zero_or_at_least(2), part="samples")
+    states: int = setting(64, "Shared states for calibration against the hindsight oracle", at_least(1), part="states")
     lookahead_states: int | None = setting(
         None,
         "Of these, states in which regret is also measured against lookahead; null measures none",
@@ -38,7 +39,7 @@ class EvalConfig(Sampling):
     lookahead_draws: int = setting(
         4, "Draws of each block by the backbone, for regret against lookahead", at_least(1), part="lookahead"
     )
-    reference_images: int = setting(24, "Images for the rows of oracle and lookahead", _FEW)
+    reference_images: int = setting(24, "Images for the rows of oracle and lookahead", _FEW, part="reference_images")
     resamples: int = setting(2000, "Bootstrap resamples", at_least(1), part="intervals")
     classifier: str | None = setting(
         OWN,
@@ -54,28 +55,32 @@ class EvalConfig(Sampling):
         one_of(FILLS),
         part="recognisability",
     )
-    real_images: int = setting(10000, "Reference images of each split, at most", _FEW)
+    real_images: int = setting(10000, "Reference images of each split, at most", _FEW, part="real_images")
     features: str | None = setting(
         OWN,
         "Feature extractor of distances: own (shipped with the data set), inception-v3-compat, timm:MODEL, "
         "timm:MODEL:FILE, timm:local-dir:FOLDER; null scores no samples",
+        part="features",
         file=True,
     )
     feature_weights: str | None = setting(
         None,
         "Weights file of the feature extractor; null takes its own (Inception's are downloaded)",
+        part="feature_weights",
         file=True,
     )
     reference: str | None = setting(
         None,
         "What samples are compared with: an image folder, a token set's folder, a .npz of ADM's evaluator or a .pt of "
         "torch-fidelity; null takes the data's real images",
+        part="reference",
         file=True,
     )
     kid_subsets: int = setting(
         20,
         "Random subsets of 1000 images that KID is averaged over; torch-fidelity's default is 100",
         at_least(1),
+        part="kid_subsets",
     )
     distance_resamples: int = setting(
         100,
@@ -104,7 +109,9 @@ class EvalConfig(Sampling):
         False, "Whether the generated images of every row are kept as PNG, samples/POLICY/CLASS/000000.png"
     )
     sweep: list[int] = setting(
-        [], "Budgets at which baselines and planners of one block a step are evaluated too; see eval=cost", at_least(1)
+        [],
+        "Budgets at which baselines and planners of one block a step are evaluated too; see eval=cost",
+        at_least(1),
     )
     step_costs: list[float] | None = setting(
         None,

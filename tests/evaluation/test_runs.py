@@ -242,7 +242,7 @@ def test_every_setting_names_its_part_or_chooses_rows(protocol: EvaluationProtoc
     for field in fields(EvalConfig):
         if field.name in {sampled.name for sampled in fields(Sampling)}:
             continue
-        part = field.metadata.get("part", field.name if field.name in parts else None)
+        part = field.metadata.get("part")
         assert part is None or part in parts
         free = part is None or parts[part].identity is None
         assert free == (field.name in other), field.name
