@@ -14,7 +14,7 @@ from orderrl.backbones import Sampling
 from orderrl.metrics.clip_score import PROMPT
 from orderrl.metrics.features import own_features
 from orderrl.metrics.recognisability import FILLS, OWN
-from orderrl.runtime.values import Settings, at_least, named, one_of, positive, setting, zero_or_at_least
+from orderrl.runtime.values import Settings, at_least, one_of, positive, setting, zero_or_at_least
 
 _FEW = at_least(2)  # the fewest images that have an interval
 
@@ -185,7 +185,9 @@ def eval_config(values: Mapping[str, Any], data: str) -> EvalConfig:
     Raises:
         ValueError: naming the key, its value, and what is allowed.
     """
-    with named("eval"):
+    try:
         settings = EvalConfig(**values)
+    except ValueError as error:
+        raise ValueError(f"eval.{error}") from error
     settings.feature_name(data)
     return settings

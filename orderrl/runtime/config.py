@@ -148,10 +148,14 @@ def command_names(*, config_module: str = CONFIGS) -> list[str]:
 def group_choices(command: str, overrides: Sequence[str] = (), *, config_module: str = CONFIGS) -> dict[str, list[str]]:
     """What each group of a command offers."""
     with _loader(command, config_module) as loader:
-        choices = [item for item in overrides if _is_group(loader, item.partition("=")[0])]
-        chosen = loader.compute_defaults_list(command, choices, RunMode.RUN).overrides.known_choices
-        groups = sorted(group for group in chosen if not group.startswith("hydra/"))
-        return {group: _choices(loader, group.partition("@")[0]) for group in groups}
+        return _group_choices(loader, command, overrides)
+
+
+def _group_choices(loader: ConfigLoader, command: str, overrides: Sequence[str]) -> dict[str, list[str]]:
+    choices = [item for item in overrides if _is_group(loader, item.partition("=")[0])]
+    chosen = loader.compute_defaults_list(command, choices, RunMode.RUN).overrides.known_choices
+    groups = sorted(group for group in chosen if not group.startswith("hydra/"))
+    return {group: _choices(loader, group.partition("@")[0]) for group in groups}
 
 
 def run_application(command: str, main: Callable[[DictConfig], Any], *, config_module: str = CONFIGS) -> None:
@@ -372,7 +376,7 @@ def _line(error: Exception) -> str:
 def _print_help(command: str, overrides: Sequence[str], config_module: str) -> None:
     with _loader(command, config_module) as loader:
         rows = _rows(loader, command, overrides, config_module)
-    groups = group_choices(command, overrides, config_module=config_module)
+        groups = _group_choices(loader, command, overrides)
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console = Console(highlight=False, markup=False, width=120)

@@ -27,11 +27,17 @@ _SHOWN = 60  # characters of a wrong value
 
 
 class Rule(NamedTuple):
-    """What some settings must fulfil besides their type."""
+    """What some settings must fulfil besides their type.
 
-    names: tuple[str, ...]  # of the settings; None fulfils every rule, and of a list each element must fulfil it
-    holds: Callable[[Any], bool]  # whether a value does
-    refusal: str  # what is said of one that does not, behind its name; {} stands for the value
+    Attributes:
+        names: of the settings; None fulfils every rule, and of a list each element must fulfil it.
+        holds: whether a value does.
+        refusal: what is said of one that does not, behind its name; {} stands for the value.
+    """
+
+    names: tuple[str, ...]
+    holds: Callable[[Any], bool]
+    refusal: str
 
 
 def setting(default: Any, meaning: str, *rules: Rule, **more: Any) -> Any:
