@@ -51,7 +51,7 @@ class ClipNetwork:
         Raises:
             ValueError: if images have another shape or dtype.
         """
-        check_images(images, "images", at_least=1)
+        check_images(images)
         found = []
         for part in images.permute(0, 2, 3, 1).cpu().split(batch_size):
             pixels = torch.stack([self.preprocess(Image.fromarray(np.asarray(image))) for image in part])

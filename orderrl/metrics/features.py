@@ -103,7 +103,7 @@ def extract_features(
     """
     registered = register_features(features)
     if isinstance(images, Tensor):
-        check_images(images, "images", at_least=1)
+        check_images(images)
         device = device or images.device
         images = TensorImages(images)
     device = torch.device("cpu") if device is None else device

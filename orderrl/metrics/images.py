@@ -103,7 +103,7 @@ def save_images(images: Tensor, folder: Path, labels: Tensor | None = None) -> N
     Raises:
         ValueError: if images are not uint8 (n >= 1, 3, H, W), labels do not fit them, or the folder holds files.
     """
-    check_images(images, "images", at_least=1)
+    check_images(images)
     if labels is not None and (labels.shape != images.shape[:1] or bool((labels < 0).any())):
         raise ValueError(f"labels must have shape ({len(images)},) and be at least 0, got {tuple(labels.shape)}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -119,14 +119,14 @@ def save_images(images: Tensor, folder: Path, labels: Tensor | None = None) -> N
         Image.fromarray(image).save(parent / f"{number:06d}.png")
 
 
-def check_images(images: Tensor, name: str, at_least: int = 2) -> None:
-    """Refuse what is not uint8 (n, 3, H, W) with n >= at_least.
+def check_images(images: Tensor) -> None:
+    """Refuse what is not uint8 (n, 3, H, W) with n >= 1.
 
     Raises:
-        ValueError: naming the argument, its dtype and shape.
+        ValueError: naming their dtype and shape.
     """
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or len(images) < at_least:
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
         raise ValueError(
-            f"{name} must be uint8 images of shape (n, 3, H, W) with n >= {at_least}, "
+            "images must be uint8 images of shape (n, 3, H, W) with n >= 1, "
             f"got {str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}"
         )

@@ -6,7 +6,6 @@ on features that are extracted once. The distance is called FID only in Inceptio
 
 import warnings
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metri
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
 from orderrl.metrics.classifier import CLASSIFIERS, load_classifier
-from orderrl.metrics.features import INCEPTION, SHIPPED, Features, extract_features
+from orderrl.metrics.features import INCEPTION, SHIPPED, Features
 from orderrl.metrics.images import check_images
 from orderrl.metrics.references import Gaussian, Reference, fit_gaussian, reference_of
 
@@ -111,29 +110,6 @@ def gaussian_distance(first: Gaussian, second: Gaussian) -> float:
         )
     one, other = ({"mu": g.mean, "sigma": g.covariance} for g in (first, second))
     return float(fid_statistics_to_metric(one, other, verbose=False)[KEY_METRIC_FID])
-
-
-def frechet_distance(generated: Tensor, reference: Tensor, features: str, weights: Path | None = None) -> float:
-    """Fréchet distance between Gaussians fitted to the features of two sets of images, by torch-fidelity.
-
-    Args:
-        generated: (n, 3, H, W) uint8.
-        reference: (m, 3, H, W) uint8.
-        features: a name of `orderrl.metrics.features`, such as "orderrl-digits" (64 features of the digits classifier,
-            8x8 images) or "inception-v3-compat" (2,048 features; only this is FID, Heusel et al., 2017).
-        weights: as in `extract_features`.
-
-    Returns:
-        The distance, in squared units of the features. It falls with n and m (bias): compare equal numbers only.
-
-    Raises:
-        ValueError: if features are unknown, images are not uint8 (n >= 2, 3, H, W), or the weights cannot be downloaded
-            or found.
-    """
-    check_images(generated, "generated")
-    check_images(reference, "reference")
-    one, other = (fit_gaussian(extract_features(x, features, weights).pooled) for x in (generated, reference))
-    return gaussian_distance(one, other)
 
 
 def real_floor(real: Features, repeats: int = 5, seed: int = 0, kid_subsets: int = KID_SUBSETS) -> Quality:
@@ -252,7 +228,7 @@ def class_accuracy(images: Tensor, labels: Tensor, features: str) -> float:
     own = {SHIPPED + name: name for name in CLASSIFIERS}
     if features not in own:
         raise ValueError(f"features={features!r} have no classifier of these classes; choose {' or '.join(own)}")
-    check_images(images, "images", at_least=1)
+    check_images(images)
     if labels.shape != (len(images),):
         raise ValueError(f"labels must have shape ({len(images)},), one for each image, got {tuple(labels.shape)}")
     classifier = load_classifier(own[features]).to(images.device)

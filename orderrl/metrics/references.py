@@ -114,7 +114,7 @@ def open_reference(
     A `.npz` file has `mu` and `sigma` (and `mu_s`, `sigma_s` of spatial features), or `arr_0`, images (n, H, W, 3)
     uint8; ADM's own files have both, and then distances use the statistics, precision and recall the images. A
     statistics file of torch-fidelity (`…-EXTRACTOR-stat-fid-LAYER.pt`) holds `mu` and `sigma`. The file says whose
-    features its statistics are: the key `features` of a `.npz` written by `save_reference`, or the name that
+    features its statistics are: the key `features` of a `.npz`, or the name that
     torch-fidelity gave it; a file that does not say is taken for Inception's, as all published ones are.
 
     Args:
@@ -141,20 +141,6 @@ def open_reference(
     if path.suffix in (".pt", ".pth"):
         return _from_torch_fidelity(path, features)
     raise ValueError(f"reference={str(path)!r} is of no known kind; it must be {KINDS}")
-
-
-def save_reference(path: Path, reference: Reference) -> None:
-    """Write the statistics as a `.npz` with the keys of ADM's evaluator, and the name of their features.
-
-    Raises:
-        ValueError: if the path does not end in .npz.
-    """
-    if path.suffix != ".npz":
-        raise ValueError(f"path={str(path)!r} must end in .npz")
-    values: dict[str, Any] = {"mu": reference.pooled.mean, "sigma": reference.pooled.covariance}
-    if reference.spatial is not None:
-        values |= {"mu_s": reference.spatial.mean, "sigma_s": reference.spatial.covariance}
-    np.savez(path, features=np.array(reference.features), **values)
 
 
 def _from_npz(path: Path, features: str, weights: Path | None, device: torch.device | None) -> Reference:
