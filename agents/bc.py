@@ -162,7 +162,6 @@ def clone(
     Args:
         planner: trained in place.
         labels: contexts as `label_contexts` stores them.
-        job: keeps the training's state, so that an interrupted one continues, and logs.
 
     Metrics: loss, reasoning_steps; at evaluations also chosen and regret (standard deviations of U). Target "pairs"
     adds the loss's parts, loss_scores and loss_pairs, and at evaluations those on held-out images, held_out_scores and

@@ -32,7 +32,6 @@ class RankedBlocks(Distribution):
         action_mask: (M, B) bool, legal blocks.
         budget_logits: (M, n); not read for budgets == (1,).
         budget_mask: (M, n) bool, legal budgets; None is all.
-        budgets: numbers of blocks, ascending.
         repulsion: (M, B, B), what block a, once listed, takes from the logit of block b; None is zero.
         entropy_samples: lists drawn for the entropy of places 2..K.
     """

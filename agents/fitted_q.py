@@ -196,7 +196,6 @@ def costs_to_go(preference: Tensor, cost: Tensor, budgets: tuple[int, ...], step
     Args:
         preference: (n, B, number of budgets), the legal one with the largest follows.
         cost: (n, B, B) as in `record_order`.
-        budgets: numbers of blocks, ascending.
         step_cost: (n,) nats per image.
 
     Returns:
@@ -254,10 +253,8 @@ def fit_budgets(
         planner: with as many budgets; told the step cost if that is a range.
         played: from `record_order`.
         order: (B,) int64, the one that was played.
-        budgets: numbers of blocks, ascending.
         step_cost: nats per image; of a range every image of every step draws its own, log-uniformly.
         seed: of weights, batches and drawn step costs.
-        job: keeps the training's state, so that an interrupted one continues, and logs.
 
     Metrics: loss, loss_budget (see `budget_loss`), loss_order (nats), cost (mean nats per image of the planner's own
     schedules on the batch, steps included) and agreement (share of states in which the highest-scored block is the

@@ -106,7 +106,6 @@ def imitate(
         core: in mode "teacher"; its context losses are not read.
         policy: gives the action to learn in every state.
         seed: of episodes and actions.
-        job: keeps the training's state, so that an interrupted one continues, and logs.
 
     Metrics: loss, entropy, agreement (share of states in which the most likely first block and budget are the
     policy's).

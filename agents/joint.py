@@ -239,9 +239,6 @@ class JointTuning:
 
         Of several processes each takes its rows of every batch, and the gradient is that of the whole batch.
 
-        Args:
-            job: keeps the training's state, so that an interrupted one continues, and logs.
-
         Metrics: loss (L), loss_ar (nats per token), loss_oh; at evaluations, and for step 0 before the first, also what
         `watch` gives.
         """

@@ -105,10 +105,8 @@ def search_schedule(
     A search finds what its model flatters. So the schedules found are played, and searched again with what they cost.
 
     Args:
-        data: planner images.
         budgets: numbers of blocks that a step may reveal.
         step_cost: cost of a step, nats per image; decides how many steps the schedule takes.
-        config: how it is searched.
         seed: of orders, weights and moves.
         advance: told how many schedules were played, of `config.played` in all.
         job: keeps what was played and annealed, so that an interrupted search continues.
@@ -160,7 +158,6 @@ def record_losses(
         step: (m, B) int64, the step of each place of the order, ascending from 0.
         advance: told how many schedules were played.
         job: keeps every batch under `name`.
-        name: see `job`.
 
     Returns:
         visible (n, B) bool of all n states with a hidden block; excess (n, B) float32, the losses in nats less those of

@@ -59,8 +59,6 @@ def find_or_make_labels(setup: Setup, split: str = "planner", run: Run | None = 
 
     Args:
         setup: with the backbone that scores the blocks.
-        split: which images are labelled.
-        run: logs the progress.
         changes: replaces values of `setup.labels`.
 
     Raises:
@@ -242,8 +240,6 @@ def make_shards(job: Job, shards: list[range], make: Callable[[range], dict[str,
     """Make shards.
 
     Args:
-        shards: those of this process.
-        make: labels of one.
         together: all processes work on the same shards; else each has shards of its own.
 
     Raises:

@@ -70,7 +70,6 @@ def block_gains(
     """G[a, b] for pairs of hidden blocks of states that hide equally many.
 
     Args:
-        prefix: cache of M states.
         tokens: (M, N) int64; read for kinds "pointwise" and "kl".
         hidden: (M, C) int64, the hidden blocks of each state.
         kind: "pointwise" (true block, true rest), "kl" (true block, the backbone's expectation over the
@@ -266,7 +265,6 @@ def label_contexts(
     Args:
         tokens: (n, N) int64, images.
         labels: (n,) int64, their classes.
-        config: kind and batch size.
         contexts: all or some of what `random_contexts` gives; rows come back sorted by length, else in their order.
 
     Yields:

@@ -129,7 +129,6 @@ class ARPG(FamilyModule, ChainBackbone):
         Args:
             x: (M, C, T, dim) embeddings.
             rope: (M, C, T, head_dim / 2, 2) rotations.
-            prefix: cache of M states.
             past: entries that come before the chains; each of its P chains is seen by C / P consecutive ones.
             own: room for the chains' entries, earlier ones first; the last T places are filled.
             causal: contents of a chain see their predecessors; off, they see each other.
@@ -171,7 +170,6 @@ class ARPG(FamilyModule, ChainBackbone):
 
         Args:
             positions: (M, C, T) int64.
-            prefix: cache of M states.
             own: entries of the chains; query i sees all but the last T - 1 - i of them. They may be empty.
             past: entries that come before the chains, shared as in `encode`.
             causal: off, every query sees all of `own`.

@@ -68,7 +68,6 @@ class ChainBackbone:
         """Hidden states that predict known chains.
 
         Args:
-            prefix: cache of M states.
             positions, tokens: (M, C, n) int64, raster positions and values.
             past: entries that come before the chains; each of its P chains is seen by C / P consecutive ones.
             whole: also encode the last token.
@@ -89,7 +88,6 @@ class ChainBackbone:
         """Take in the token just drawn and predict the next one.
 
         Args:
-            prefix: cache of M states.
             position: (M, C) int64, raster position of the next token.
             drawn: the token before it in the chain; None at the chain's beginning.
             own: the chains' entries so far, to which this step's are added; None for a chain that won't go on.

@@ -282,9 +282,6 @@ class DiffLoss(nn.Module):
     """Distribution of a token (C) given its condition (D): a loss for training and scoring, a sampler for drawing.
 
     Args:
-        token_dim: C.
-        condition_dim: D.
-        width, depth: of the denoising network.
         num_sampling_steps: S, steps of the sampling process, 2..1000.
 
     Raises:

@@ -132,7 +132,6 @@ class CausalTransformer(FamilyModule):
         Args:
             x: (M, C, T, dim) embeddings.
             rope: (M, C, T, head_dim / 2, 2) rotations.
-            prefix: cache of M states.
             past: entries that come before the chains; each of its P chains is seen by C / P consecutive ones.
             own: room for the chains' entries, earlier ones first; the last T places are filled.
             outputs: the places whose hidden states are needed; what only they need of the last layer is left out.

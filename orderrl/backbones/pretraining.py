@@ -145,7 +145,6 @@ def pretrain(
         held_out: images for the logged losses; never trained on.
         augment: the data set's augmentation, called with tokens, generator and strength.
         on_random_phase_end: receives the averaged backbone at the last step with random orders only.
-        job: keeps the training's state, so that an interrupted one continues, and logs.
         shard_on: device on which the weights are split over all processes; None leaves them whole.
 
     Metrics: loss (nats per token), learning_rate, random_share; with held-out losses at every evaluation.

@@ -85,7 +85,6 @@ def randar_sampler(
     forward with the queries of the next step.
 
     Args:
-        model: an order-robust transformer.
         labels: (M,) int64.
         token_order: (M, N) int64, raster positions in the order of generation.
         uniforms: (M, N) in [0, 1), in the order of generation.
@@ -175,7 +174,6 @@ def arpg_sampler(
     """ARPG's sampler (Li et al., 2025): the tokens of an iteration see each other in both directions.
 
     Args:
-        model: ARPG.
         labels: (M,) int64.
         token_order: (N,) int64, raster positions in the order of generation, shared by all images.
         uniforms: (M, N) in [0, 1), in the order of generation.

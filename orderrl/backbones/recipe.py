@@ -49,7 +49,6 @@ class BackboneRecipe:
 
         Args:
             cache_dir: where the state of an unfinished training is kept.
-            checkpoint_seconds: between two states.
             new_run: begins the run of the command.
 
         Returns:

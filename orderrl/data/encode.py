@@ -49,7 +49,6 @@ def tokenize_folder(
 
     Args:
         tokenizer: frozen, on the device where it shall run.
-        folder: images and crops.
         output: the token set's folder, or a cache, where other images or crops have another one and what is damaged
             is made again.
         tokenizer_path: file or hub name that the tokeniser came from, remembered for decoding.

@@ -78,7 +78,6 @@ class TokenSetWriter:
             many every split has, and `files`, their version.
         tokenizer_path: file or hub name of the tokeniser's weights, for decoding. A file in OrderRL's own format is
             copied into the folder (`own=True`), published weights are remembered by where they are.
-        own: see `tokenizer_path`.
         remake: make again what is damaged, with a line that says so, instead of refusing it; for folders that nobody
             but this package writes to.
 

@@ -71,7 +71,6 @@ class TokenizerRecipe:
 
         Args:
             cache_dir: where the state of an unfinished training is kept.
-            checkpoint_seconds: between two states.
             new_run: begins the run of the command.
 
         Returns:

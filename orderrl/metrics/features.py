@@ -92,7 +92,6 @@ def extract_features(
 
     Args:
         images: (n, 3, H, W) uint8, or a data set of (3, H, W) uint8 images such as `ImageFolder`.
-        features: a name, see above.
         weights: file of the network's weights, for torch-fidelity's own networks; None downloads them (torch.hub's
             cache). A timm checkpoint is part of the name.
         device: where the network runs; None is where the images are.

@@ -118,7 +118,6 @@ def open_reference(
     torch-fidelity gave it; a file that does not say is taken for Inception's, as all published ones are.
 
     Args:
-        path: see above.
         features: the feature extractor of the samples.
         weights, device: as in `extract_features`.
 

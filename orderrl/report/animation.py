@@ -22,9 +22,7 @@ def save_orders(path: Path, details: Sequence[PolicyDetail], examples: Examples)
     """Write a GIF that loops: raster order (else the last policy) above, the table's first policy below.
 
     Args:
-        path: of the file.
         details: policies in the order of the table; those without episodes are left out.
-        examples: the images of their episodes.
     """
     shown = [detail for detail in details if detail.episodes]
     if not shown:

@@ -67,10 +67,6 @@ def cost_figure(rows: Sequence[dict[str, Any]], cost: str, ink: str = INK) -> Fi
 
     A line joins those schedules of one policy that none of its others beats in cost and quality; all others are single
     points.
-
-    Args:
-        rows: of `results.json`.
-        cost: a metric of cost.
     """
     panels = cost_panels(rows, cost)
     families = list(dict.fromkeys(family for points in panels.values() for family in _families(points)))

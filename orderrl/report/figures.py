@@ -64,7 +64,6 @@ def curves_figure(
     """A curve over the revealed fraction with 95 % bands; below it, each mean minus raster's where raster was run.
 
     Args:
-        curves: by policy.
         colours: of the highlighted policies; the others are thin and grey, without bands.
     """
     raster = curves.get("raster")
@@ -112,7 +111,6 @@ def calibration_figure(
     Args:
         reliability: by policy, the entry "reliability" of its row: predicted and actual (one number for each bin), r2.
         colours: of the highlighted policies; the others are grey.
-        unit: of utilities.
     """
     highlighted = [name for name in colours if name in reliability]
     others = [name for name in reliability if name not in colours]

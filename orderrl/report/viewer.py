@@ -24,8 +24,6 @@ def viewer_data(details: Sequence[PolicyDetail], examples: Examples, unit: str) 
 
     Args:
         details: the policies; those without episodes are left out.
-        examples: the images of their episodes.
-        unit: of the remaining loss.
 
     Returns:
         JSON of {"rows", "columns", "unit", "levels", "palette", "policies": [{"name", "episodes": [{"steps", "loss",

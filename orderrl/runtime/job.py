@@ -271,7 +271,6 @@ class Job:
         exactly what it would have done.
 
         Args:
-            description: names the progress bar.
             unit: what the bar counts, plural.
             note: stands behind the bar, filled with the last row of metrics: "loss {loss:.3f}".
             parts: everything that a step changes. Generators, modules and the like; dictionaries and lists of plain

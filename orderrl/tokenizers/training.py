@@ -57,7 +57,6 @@ def tokenizer_losses(tokenizer: VQTokenizer, images: Tensor, reconstruction: str
     Args:
         tokenizer: gets gradients.
         images: (n, 3, H, W) in [-1, 1].
-        reconstruction: "l1" or "l2".
 
     Returns:
         Scalars "reconstruction", "codebook" and "commitment", and the latents (n, h, w, e) as they were compared.
@@ -144,7 +143,6 @@ def train_tokenizer(
         tokenizer: trained in place.
         draw: gives a random batch (n, 3, H, W) uint8 of n training images.
         held_out: gives batches (n, 3, H, W) uint8 for the logged quality; never trained on.
-        job: keeps the training's state, so that an interrupted one continues, and logs.
 
     Metrics: loss and its terms, learning_rate, restarted; with held_out_psnr (dB), held_out_l1, held_out_usage and
     held_out_perplexity at every evaluation.
