@@ -93,17 +93,9 @@ def train(setup: Setup, config: Config, job: Job) -> OrderHead:
 
 
 def bc_loss(scores: Tensor, utility: Tensor, hidden: Tensor, target: str, temperature: float) -> Tensor:
-    """Loss of predicted block scores; of target "pairs" the scores' part.
+    """Loss of predicted block scores (M, B), () mean over candidates, or over states for targets "label" and "soft".
 
-    Args:
-        scores: (M, B).
-        utility: (M, B), the worth of each candidate, in standard deviations.
-        hidden: (M, B) bool, the candidates.
-        target: see `Config`.
-        temperature: of target "soft".
-
-    Returns:
-        () mean over states (targets "label", "soft") or candidates (the others).
+    The worth of each candidate, hidden (M, B), is in standard deviations. Of target "pairs" it is the scores' part.
     """
     if target in REGRESSED:
         return F.mse_loss(scores[hidden], utility[hidden])

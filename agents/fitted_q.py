@@ -170,12 +170,8 @@ def legal_ends(blocks: int, budgets: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 def best_schedules(cost: Tensor, budgets: tuple[int, ...]) -> dict[int, tuple[float, tuple[int, ...]]]:
     """The best fixed schedule along an order for every number of steps, by dynamic programming over the recorded costs.
 
-    Args:
-        cost: (n, B, B) as in `record_order`.
-        budgets: numbers of blocks, ascending; the smallest may be cut short at the end.
-
-    Returns:
-        For every possible number of steps the mean nats per image, steps not counted, and the blocks of each step.
+    Costs (n, B, B) are those of `record_order`. Each number of steps gets the mean nats per image, steps not counted,
+    and the blocks of each step; the smallest budget may be cut short at the end.
     """
     mean = cost.double().mean(0)
     blocks = len(mean)

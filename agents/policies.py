@@ -169,12 +169,7 @@ def planner_scorer(planner: OrderHead) -> Scorer:
 
 
 class PlannerPolicy:
-    """A planner as a policy: its own blocks and its own budget.
-
-    Args:
-        planner: in eval mode.
-        deterministic: take the mode instead of sampling.
-    """
+    """A planner in eval mode as a policy: its own blocks and its own budget, their mode or samples."""
 
     def __init__(self, planner: OrderHead, budgets: tuple[int, ...] = (1,), deterministic: bool = True) -> None:
         planner.config.require_budgets(budgets)

@@ -31,9 +31,7 @@ def reads_content(function: object) -> bool:
 def legal_place(schedule: Schedule, observation: TensorDictBase, ranked: Tensor) -> Tensor:
     """The place in the list of budgets that a schedule chooses, lowered where fewer blocks are left: (M,) int64.
 
-    Args:
-        observation: batch (M,).
-        ranked: (M, K) int64, the first choices, K the largest budget; past the number of hidden blocks they are any.
+    Ranked are the first choices (M, K), K the largest budget; past the number of hidden blocks they are any.
     """
     return torch.minimum(schedule(observation, ranked), observation["budget_mask"].sum(-1) - 1)
 

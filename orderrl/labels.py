@@ -168,14 +168,10 @@ def _open(folder: Path, backbone: Backbone) -> TensorDict:
 
 
 def plan_shards(contexts: Contexts, batch_size: int, shard_size: int) -> list[range]:
-    """Rows of every shard.
+    """Rows of every shard of at least `shard_size` contexts, sorted by length; the last may have fewer.
 
     Cuts fall between the batches of equal length that `label_contexts` makes of all contexts, so shards give the same
     numbers as the whole to the last bit.
-
-    Args:
-        contexts: sorted by length.
-        shard_size: contexts of a shard, at least; the last may have fewer.
     """
     shards, start, row = [], 0, 0
     for count in contexts.length.unique_consecutive(return_counts=True)[1].tolist():
@@ -237,10 +233,7 @@ def missing_shards(job: Job, shards: list[range]) -> list[range]:
 
 
 def make_shards(job: Job, shards: list[range], make: Callable[[range], dict[str, Tensor]], together: bool) -> None:
-    """Make shards.
-
-    Args:
-        together: all processes work on the same shards; else each has shards of its own.
+    """Make the shards of this process; those that are made together by all processes are kept by the main one.
 
     Raises:
         NotFiniteError: at the first shard whose labels are not finite; it is not kept.
@@ -269,11 +262,7 @@ def label_columns(num_blocks: int, hidden_size: int) -> dict[str, Column]:
 
 
 def assemble(job: Job, shards: list[range], folder: Path) -> None:
-    """Write the shards one behind the other to a table.
-
-    Args:
-        shards: in the order of their rows.
-        folder: made anew.
+    """Write the shards, in the order of their rows, one behind the other to a table in a folder that is made anew.
 
     Raises:
         ValueError: if a shard is missing, truncated, altered or of another length.
@@ -288,11 +277,7 @@ def assemble(job: Job, shards: list[range], folder: Path) -> None:
 
 
 def join(sets: Sequence[Path], folder: Path) -> None:
-    """Write label sets one behind the other to a table; no more than a part of one is held in memory.
-
-    Args:
-        sets: folders that `assemble` made, of one backbone.
-        folder: made anew.
+    """Write label sets of one backbone one behind the other to a table; no more than a part of one is held in memory.
 
     Raises:
         ValueError: if a set is damaged, or their columns differ.

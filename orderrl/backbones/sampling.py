@@ -49,14 +49,9 @@ class Sampling(Settings):
             )
 
     def scale(self, decided: Tensor, total: int) -> Tensor:
-        """Guidance scale of tokens about to be drawn.
+        """Guidance scale of tokens about to be drawn, float32, of an image of `total` tokens; 1 is no guidance.
 
-        Args:
-            decided: int64 of any shape, tokens drawn before the step.
-            total: N, tokens of the image.
-
-        Returns:
-            float32 of that shape; 1 is no guidance.
+        Before the step `decided` tokens were drawn, int64 of any shape, which is that of the result.
         """
         share = decided / total if self.guidance_schedule == "linear" else torch.ones_like(decided).float()
         scale = 1 + (self.guidance - 1) * share.float()

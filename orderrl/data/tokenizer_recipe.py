@@ -69,12 +69,7 @@ class TokenizerRecipe:
     def train(self, cache_dir: str, checkpoint_seconds: float, new_run: Callable[[], Run]) -> Path:
         """Train on the backbone split and measure on the test split; the run gets checkpoint and `results.json`.
 
-        Args:
-            cache_dir: where the state of an unfinished training is kept.
-            new_run: begins the run of the command.
-
-        Returns:
-            The checkpoint.
+        The cache keeps the state of an unfinished training. Returns the checkpoint.
         """
         # build
         print_main(self.images.describe())

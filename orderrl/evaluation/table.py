@@ -124,13 +124,9 @@ def code_fingerprint() -> str:
 
 
 def make_rows(pending: Sequence[PendingRow], protocol: EvaluationProtocol, work: Job) -> list[Evaluated]:
-    """All rows in their order; processes take the missing ones in turn.
+    """All rows in their order, in the main process alone; processes take the missing ones in turn.
 
-    Args:
-        work: keeps finished rows, and their generated images if the settings say so.
-
-    Returns:
-        The rows in the main process, nothing in the others.
+    The job keeps finished rows, and their generated images if the settings say so.
     """
     names = [f"row-{number:04d}" for number in range(len(pending))]
     missing = distributed.on_main(lambda: [i for i, name in enumerate(names) if not _is_there(work, name)])

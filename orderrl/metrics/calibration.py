@@ -156,14 +156,9 @@ def lookahead_utility(
     With few draws the scores are noisy, and the largest of them is too large: regret against them does not reach 0.
 
     Args:
-        backbone: of discrete tokens.
-        data: the images of the states.
         states: labelled contexts, batch (m,), sorted by length; keys image, order, length.
         count: how many of them, evenly spread over the lengths; all if there are fewer.
-        draws: K of each block; costs K packed forwards.
-
-    Raises:
-        ValueError: if draws is below 1.
+        draws: K >= 1 of each block; costs K packed forwards.
     """
     rows = torch.linspace(0, len(states) - 1, min(count, len(states))).round().long()
     core = NextBlockCore(backbone, data, len(rows), CoreConfig(strict=True), seed)

@@ -152,12 +152,9 @@ class ClassCaptions:
 def class_captions(
     data: TokenSet, name: str, weights: str = "openai", prompt: str = PROMPT, device: torch.device | None = None
 ) -> ClassCaptions:
-    """A CLIP network with a caption for every class of a data set.
+    """A CLIP network with a caption for every class of a data set: the prompt with the class's name for {}.
 
-    Args:
-        data: names its classes. ImageNet's 1,000 WordNet ids are replaced by the names that open_clip has for them.
-        name, weights, device: as in `load_clip`.
-        prompt: a caption with {} where the class's name stands.
+    ImageNet's 1,000 WordNet ids are replaced by the names that open_clip has for them.
 
     Raises:
         ValueError: if the data has no class names, too few of them or WordNet ids without names, the prompt has no

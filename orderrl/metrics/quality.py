@@ -98,11 +98,7 @@ def sample_quality(generated: Features, reference: Reference, kid_subsets: int =
 
 
 def gaussian_distance(first: Gaussian, second: Gaussian) -> float:
-    """Fréchet distance |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) by torch-fidelity, in squared units.
-
-    Raises:
-        ValueError: if the dimensions differ.
-    """
+    """Fréchet distance |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) by torch-fidelity, in squared units."""
     if first.mean.shape != second.mean.shape:
         raise ValueError(
             f"first and second must have one dimension, got {len(first.mean)} and {len(second.mean)}; "
@@ -215,15 +211,10 @@ def gaussian_mmd(
 
 @torch.no_grad()
 def class_accuracy(images: Tensor, labels: Tensor, features: str) -> float:
-    """Share of images that the classifier assigns to the class they were conditioned on.
-
-    Args:
-        images: (n, 3, height, width) uint8, of a size that the classifier knows.
-        labels: (n,) int64.
-        features: "orderrl-digits" or "orderrl-canvas", the only features with a classifier of the same classes.
+    """Share of images that the classifier assigns to the class they were conditioned on, (n,) int64.
 
     Raises:
-        ValueError: if the features have no classifier or images and labels do not fit.
+        ValueError: if the features have no classifier of the same classes, or images and labels do not fit.
     """
     own = {SHIPPED + name: name for name in CLASSIFIERS}
     if features not in own:

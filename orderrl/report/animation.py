@@ -21,8 +21,7 @@ _MILLISECONDS, _LAST = 350, 2500  # a frame stays, and the last one
 def save_orders(path: Path, details: Sequence[PolicyDetail], examples: Examples) -> None:
     """Write a GIF that loops: raster order (else the last policy) above, the table's first policy below.
 
-    Args:
-        details: policies in the order of the table; those without episodes are left out.
+    Policies come in the order of the table; those without episodes are left out.
     """
     shown = [detail for detail in details if detail.episodes]
     if not shown:

@@ -20,9 +20,7 @@ def save_pictures(
 ) -> list[Path]:
     """Write `images.png`, `order.gif` (the images step by step) and `order.png` (heat maps), and return their paths.
 
-    Args:
-        data: decodes tokens.
-        device: where tokens are decoded; None is where they lie.
+    Tokens are decoded on the device; None is where they lie.
     """
     columns = max(1, round(len(made.tokens) ** 0.5))
     # the images at every step

@@ -30,11 +30,9 @@ STRIP_FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def gain_figure(rows: Sequence[dict[str, Any]], colours: dict[str, str], ink: str = INK) -> Figure:
-    """Information-gain AUC of every row that has one, best first, with its interval.
+    """Information-gain AUC of every row that has one, best first, with its interval; one row is drawn as one line.
 
-    Args:
-        rows: of `results.json`; one row is drawn as one line.
-        colours: of the highlighted policies; the others are grey.
+    Policies without a colour are grey.
     """
     shown = sorted((row for row in rows if row.get("gain_auc") is not None), key=lambda row: float(row["gain_auc"]))
     with new_figure(WIDTH, 0.9 + 0.23 * len(shown), ink) as figure:
@@ -63,8 +61,7 @@ def curves_figure(
 ) -> Figure:
     """A curve over the revealed fraction with 95 % bands; below it, each mean minus raster's where raster was run.
 
-    Args:
-        colours: of the highlighted policies; the others are thin and grey, without bands.
+    Policies without a colour are thin and grey, without bands.
     """
     raster = curves.get("raster")
     highlighted = [name for name in colours if name in curves]
@@ -108,9 +105,7 @@ def calibration_figure(
 ) -> Figure:
     """Reliability: mean utility against the utility that scores predict, in bins of equal numbers.
 
-    Args:
-        reliability: by policy, the entry "reliability" of its row: predicted and actual (one number for each bin), r2.
-        colours: of the highlighted policies; the others are grey.
+    A policy has predicted and actual, one number for each bin, and r2. Policies without a colour are grey.
     """
     highlighted = [name for name in colours if name in reliability]
     others = [name for name in reliability if name not in colours]

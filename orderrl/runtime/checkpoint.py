@@ -132,10 +132,7 @@ def build_to_fit(
 
 
 def require_fit(module: nn.Module, shapes: Mapping[str, torch.Size], path: Path | str, advice: str) -> None:
-    """Refuse a file whose tensors are not exactly those of a module.
-
-    Args:
-        advice: what to do about it, for the message.
+    """Refuse a file whose tensors are not exactly those of a module; the message ends with the advice.
 
     Raises:
         ValueError: if keys are missing, unexpected or of another shape, all of them in one line.

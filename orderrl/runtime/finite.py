@@ -28,11 +28,7 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def require_finite(where: object, tensors: Mapping[str, Tensor], advice: str) -> None:
-    """Refuse tensors that are not finite.
-
-    Args:
-        where: what holds them, such as a file.
-        advice: the likely cause, and what to do.
+    """Refuse tensors that are not finite; the message says what holds them, and the advice the likely cause.
 
     Raises:
         NotFiniteError: naming the first of them.

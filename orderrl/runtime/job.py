@@ -354,12 +354,7 @@ class Job:
 
 
 def finish(root: Path | str, key: str, run: Run | None = None) -> None:
-    """Remove what an interruption between a job's result and its end left; its metrics are logged.
-
-    Args:
-        root, key: of the job.
-        run: logs the rows of metrics that the job had logged, if there was such an interruption.
-    """
+    """Remove what an interruption between a job's result and its end left; its metrics are logged by the run."""
     if not distributed.is_main() or not (Path(root) / FOLDER / key).exists():
         return
 

@@ -215,13 +215,7 @@ def load_weights(module: nn.Module, path: str | Path, weights: str | None = None
 
 
 def missing_weights(what: str, key: str, published: str) -> ValueError:
-    """The refusal of a published model that is asked for without its weights.
-
-    Args:
-        what: the model, such as "tokenizer=vq16".
-        key: the setting that names the file.
-        published: where the authors keep it.
-    """
+    """The refusal of a published model without its weights: the setting to give, and where they are."""
     return ValueError(f"{what} needs weights: give {key}=FILE or {key}={HUB}OWNER/NAME/FILE; published as {published}")
 
 

@@ -52,14 +52,9 @@ class TokenizerTrainingConfig:
 
 
 def tokenizer_losses(tokenizer: VQTokenizer, images: Tensor, reconstruction: str) -> tuple[dict[str, Tensor], Tensor]:
-    """Terms of the objective, and what a restart needs.
+    """Terms of the objective on images (n, 3, H, W) in [-1, 1], and what a restart needs.
 
-    Args:
-        tokenizer: gets gradients.
-        images: (n, 3, H, W) in [-1, 1].
-
-    Returns:
-        Scalars "reconstruction", "codebook" and "commitment", and the latents (n, h, w, e) as they were compared.
+    Scalars "reconstruction", "codebook" and "commitment", and the latents (n, h, w, e) as they were compared.
     """
     latents = tokenizer.latents(images)
     codes, indices = tokenizer.quantise(latents)
