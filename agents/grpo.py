@@ -175,12 +175,10 @@ class GRPO(PolicyGradient):
 
     def _summary(self, data: TensorDictBase) -> dict[str, float]:
         played = data["played"]
-        returns = (
-            torch.where(played, data["next", "reward"][..., 0], 0.0).sum(1).unflatten(0, (-1, self.config.group_size))
-        )
+        returns = torch.where(played, data["next", "reward"][..., 0], 0.0).sum(1)
         return super()._summary(data) | {
             "illegal": data["next", "illegal"][played].float().mean().item(),
-            "group_std": returns.std(1).mean().item(),
+            "group_std": returns.unflatten(0, (-1, self.config.group_size)).std(1).mean().item(),
         }
 
 

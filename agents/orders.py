@@ -87,9 +87,8 @@ def centre(geometry: BlockGrid) -> Tensor:
     generator = torch.Generator().manual_seed(FIXED_SEED)
     middle = torch.tensor([(geometry.rows - 1) / 2, (geometry.columns - 1) / 2], dtype=torch.float32)
     distance = (geometry.centres - middle).norm(dim=-1)
-    return (distance + 0.3 * torch.rand(geometry.num_blocks, generator=generator, dtype=torch.float32)).argsort(
-        stable=True
-    )
+    noise = torch.rand(geometry.num_blocks, generator=generator, dtype=torch.float32)
+    return (distance + 0.3 * noise).argsort(stable=True)
 
 
 def fixed_random(geometry: BlockGrid) -> Tensor:

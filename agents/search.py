@@ -116,9 +116,8 @@ def search_schedule(
     generator = torch.Generator().manual_seed(seed)
     blocks = backbone.geometry.num_blocks
     order = torch.rand(config.episodes, blocks, generator=generator).argsort(1)
-    visible, excess, start = record_losses(
-        backbone, data, order, torch.arange(blocks).expand_as(order), advance, job=job
-    )
+    one_by_one = torch.arange(blocks).expand_as(order)
+    visible, excess, start = record_losses(backbone, data, order, one_by_one, advance, job=job)
     # search, and play what was found
     for refinement in range(config.refinements + 1):
 

@@ -211,9 +211,8 @@ def label_shard_together(
     processes = distributed.size()
     mine: list[Tensor] = []
     kept: list[Tensor] = []
-    for rows in torch.arange(shard.start, shard.stop).split(
-        contexts.length[shard.start : shard.stop].unique_consecutive(return_counts=True)[1].tolist()
-    ):
+    sizes = contexts.length[shard.start : shard.stop].unique_consecutive(return_counts=True)[1].tolist()
+    for rows in torch.arange(shard.start, shard.stop).split(sizes):
         missing = -len(rows) % processes
         padded = torch.cat([rows, rows[-1:].expand(missing)])
         mine.append(padded.view(-1, processes)[:, distributed.rank()])

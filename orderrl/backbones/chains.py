@@ -174,12 +174,10 @@ class ChainBackbone:
         gains = []
         for states, parts in self._plan(prefix, blocks, past.count, past):
             part_prefix, part_past = prefix.select(states), past.select(states)
-            row = [
-                self._expected_gain(
-                    part_prefix, blocks[states, chains], part_past.narrow(chosen), uniforms[states, chains]
-                )
-                for chosen, chains in parts
-            ]
+            row = []
+            for chosen, chains in parts:
+                seen, noise = part_past.narrow(chosen), uniforms[states, chains]
+                row.append(self._expected_gain(part_prefix, blocks[states, chains], seen, noise))
             gains.append(torch.cat(row, 1))
         return torch.cat(gains)
 
@@ -207,9 +205,8 @@ class ChainBackbone:
 
     def observe(self, prefix: PrefixCache, blocks: Tensor) -> tuple[Tensor, Tensor]:
         rows = []
-        for states, parts in plan(
-            len(blocks), blocks.shape[1], 1, self.packing.entries(prefix.keys, prefix.slots // 2)
-        ):
+        most = self.packing.entries(prefix.keys, prefix.slots // 2)
+        for states, parts in plan(len(blocks), blocks.shape[1], 1, most):
             seen = prefix.select(states)
             row = [self._continue(seen, self.block_tokens[blocks[states, part]][:, :, 0], None, None) for part in parts]
             rows.append(torch.cat(row, 1))

@@ -149,9 +149,8 @@ class MaskedTransformer(MAR):
     def extend(
         self, prefix: MaskedState, tokens: Tensor, blocks: Tensor, count: Tensor, first: Any = None
     ) -> MaskedState:
-        counted = (
-            torch.arange(blocks.shape[1], device=blocks.device) < count.to(blocks.device, non_blocking=True)[:, None]
-        )
+        count = count.to(blocks.device, non_blocking=True)
+        counted = torch.arange(blocks.shape[1], device=blocks.device) < count[:, None]
         return prefix.reveal(tokens, self._token_mask(blocks, counted))
 
     def _token_mask(self, blocks: Tensor, counted: Tensor) -> Tensor:

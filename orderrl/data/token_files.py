@@ -78,6 +78,7 @@ class TokenSetWriter:
             many every split has, and `files`, their version.
         tokenizer_path: file or hub name of the tokeniser's weights, for decoding. A file in OrderRL's own format is
             copied into the folder (`own=True`), published weights are remembered by where they are.
+        own: see `tokenizer_path`.
         remake: make again what is damaged, with a line that says so, instead of refusing it; for folders that nobody
             but this package writes to.
 
@@ -407,11 +408,8 @@ def load_token_set(folder: Path | str, split: str, mapped: bool | None = None) -
 def _map(path: Path, rows: int, identity: Mapping[str, Any], kind: str) -> np.ndarray:
     """A shard's file, mapped; ValueError if it holds anything but the numbers that belong there."""
     height, width = identity["grid"]
-    row = (
-        []
-        if kind == "labels"
-        else [height * width, *([identity["token_dim"]] if identity["vocab_size"] is None else [])]
-    )
+    channels = [identity["token_dim"]] if identity["vocab_size"] is None else []
+    row = [] if kind == "labels" else [height * width, *channels]
     dtype = np.dtype(np.int64 if kind == "labels" else identity["dtype"])
     try:
         array = np.lib.format.open_memmap(path, mode="r")  # reads no pickles

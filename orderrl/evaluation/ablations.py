@@ -239,15 +239,10 @@ def best_blocks(scores: Tensor, visible: Tensor, count: int) -> Tensor:
 def random_injection(p: EvaluationProtocol, states: TensorDict, count: int, sets: int = RANDOM_SETS) -> Injection:
     """Means over several random sets of hidden blocks in each state; arguments as in `injection`."""
     generator = torch.Generator().manual_seed(p.seed)
-    parts = [
-        injection(
-            p.backbone,
-            p.data,
-            states,
-            best_blocks(torch.rand(states["visible"].shape, generator=generator), states["visible"], count),
-        )
-        for _ in range(sets)
-    ]
+    visible, parts = states["visible"], []
+    for _ in range(sets):
+        blocks = best_blocks(torch.rand(visible.shape, generator=generator), visible, count)
+        parts.append(injection(p.backbone, p.data, states, blocks))
     return Injection(*(torch.stack(values).mean(0) for values in zip(*parts, strict=True)))
 
 
@@ -319,17 +314,13 @@ def order_agreements(rollouts: Sequence[Rollout]) -> list[list[float]]:
 def order_entries(p: EvaluationProtocol, rows: Sequence[Evaluated]) -> dict[str, Any]:
     """Rows of the table, paired differences from the first policy, and how alike the orders are."""
     first, metrics = rows[0], [column.name for column in all_columns("compare") if column.direction]
-    pairs = [
-        Pair(
-            f"{row.row['policy']} - {first.row['policy']}",
-            metric,
-            row.per_image[metric][None],
-            first.per_image[metric][None],
-        )
-        for row in rows[1:]
-        for metric in metrics
-        if metric in row.per_image
-    ]
+    pairs = []
+    for row in rows[1:]:
+        name = f"{row.row['policy']} - {first.row['policy']}"
+        both = [
+            (metric, row.per_image[metric], first.per_image[metric]) for metric in metrics if metric in row.per_image
+        ]
+        pairs += [Pair(name, metric, mine[None], theirs[None]) for metric, mine, theirs in both]
     return {
         "rows": [row.row for row in rows],
         "comparisons": compare(pairs, p.config.resamples, p.seed),

@@ -103,9 +103,7 @@ def generate_published(
         else:
             shared = keyed_uniform((Stream.POLICY, seed, places), device).argsort(0)
             drawn, order = _published_causal(backbone, wanted, order, shared, uniforms, steps or total, sampling)
-            step = torch.arange(len(drawn.sizes), device=device).repeat_interleave(
-                torch.tensor(drawn.sizes, device=device)
-            )
+            step = torch.arange(len(drawn.sizes)).repeat_interleave(torch.tensor(drawn.sizes)).to(device)
             parts.append((drawn.tokens, torch.zeros_like(order).scatter(1, order, step.expand_as(order))))
         if advance is not None:
             advance(len(rows))
@@ -119,9 +117,8 @@ def _published_causal(
     """Samples of a causal model and their token order (M, N)."""
     linear = sampling.guidance_schedule == "linear"
     if isinstance(backbone, RasterTransformer):
-        return llamagen_sampler(backbone, labels, uniforms, sampling), torch.arange(order.shape[1]).to(order).expand_as(
-            order
-        )
+        raster = torch.arange(order.shape[1]).to(order)
+        return llamagen_sampler(backbone, labels, uniforms, sampling), raster.expand_as(order)
     if isinstance(backbone, OrderRobustTransformer):
         guidance = (1.0 if linear else sampling.guidance, sampling.guidance)
         return randar_sampler(backbone, labels, order, uniforms, steps, guidance, sampling), order

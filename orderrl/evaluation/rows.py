@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -254,12 +255,8 @@ def _recognisability(
     """Areas of each image, and the curves over the revealed fraction; nothing without a classifier."""
     if p.recogniser is None:
         return {}, None
-    found = recognise(
-        p.recogniser,
-        rollout,
-        p.data,
-        lambda moment: complete(p.backbone, p.data, rollout, moment, p.config.sampling, p.seed),
-    )
+    completed = partial(complete, p.backbone, p.data, rollout, sampling=p.config.sampling, seed=p.seed)
+    found = recognise(p.recogniser, rollout, p.data, completed)
     at = torch.linspace(0, 1, rollout.geometry.num_blocks + 1)
     curve = recognisability_curve(found, rollout.fraction, at, p.config.resamples, p.seed)
     return recognisability_areas(found, rollout.fraction), curve

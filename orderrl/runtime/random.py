@@ -82,9 +82,7 @@ def keyed_uniform(keys: Iterable[Tensor | int], device: torch.device | str = "cp
     """Uniform float64 numbers in [0, 1), one for each broadcast combination of the keys: int64 tensors or ints."""
     state = torch.zeros((), dtype=torch.int64)
     for key in keys:
-        key = torch.as_tensor(
-            key, dtype=torch.int64
-        )  # numbers stay on the CPU: what they give goes along with a launch
+        key = torch.as_tensor(key, dtype=torch.int64)  # numbers stay on the CPU: they go along with a launch
         state = _mix(state + _mix((key if key.ndim == 0 else key.to(device)) + _GOLDEN) + _GOLDEN)
     return _shift_right(state.to(device), 11).double() * 2.0**-53
 

@@ -162,9 +162,8 @@ def train_tokenizer(
             mirrored = torch.rand(len(images), 1, 1, 1, generator=generator).to(device) < 0.5
             images = torch.where(mirrored, images.flip(-1), images)
         losses, latents = tokenizer_losses(tokenizer, images, config.reconstruction)
-        loss = (
-            losses["reconstruction"] + config.codebook * losses["codebook"] + config.commitment * losses["commitment"]
-        )
+        pull = config.codebook * losses["codebook"]
+        loss = losses["reconstruction"] + pull + config.commitment * losses["commitment"]
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)
