@@ -70,9 +70,9 @@ def digits_as_collected(split: str) -> TokenSet:
 def load_patches_split(split: str) -> TokenSet:
     """One split of the digits as continuous tokens, (n, 16, 4) float32 in [-1, 1]; splits as in `load_digits_split`."""
     digits = load_digits_split(split)
-    grid = {"height": HEIGHT // PATCH, "width": WIDTH // PATCH}
-    kind: Any = {"vocab_size": 0, "token_dim": PATCH**2, "decoder": patches_to_images}
-    return replace(digits, name="digits_patches", tokens=_to_patches(digits.tokens), **grid, **kind)
+    kind: Any = {"name": "digits_patches", "vocab_size": 0, "token_dim": PATCH**2, "decoder": patches_to_images}
+    kind |= {"height": HEIGHT // PATCH, "width": WIDTH // PATCH}
+    return replace(digits, tokens=_to_patches(digits.tokens), **kind)
 
 
 def _to_patches(levels: Tensor) -> Tensor:

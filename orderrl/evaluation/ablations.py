@@ -317,10 +317,8 @@ def order_entries(p: EvaluationProtocol, rows: Sequence[Evaluated]) -> dict[str,
     pairs = []
     for row in rows[1:]:
         name = f"{row.row['policy']} - {first.row['policy']}"
-        both = [
-            (metric, row.per_image[metric], first.per_image[metric]) for metric in metrics if metric in row.per_image
-        ]
-        pairs += [Pair(name, metric, mine[None], theirs[None]) for metric, mine, theirs in both]
+        known = [metric for metric in metrics if metric in row.per_image]
+        pairs += [Pair(name, key, row.per_image[key][None], first.per_image[key][None]) for key in known]
     return {
         "rows": [row.row for row in rows],
         "comparisons": compare(pairs, p.config.resamples, p.seed),
