@@ -105,7 +105,7 @@ def crops(config: FolderConfig) -> dict[str, Any]:
 class ImageSplit:
     """Images of one split."""
 
-    split: str  # its name
+    split: str
     root: Path  # the folder that `names` are relative to
     names: list[str]  # file names, "class/name.ext"
     labels: Tensor  # (n,) int64, index into the class names

@@ -40,7 +40,7 @@ _DECODE_BATCH = 50
 class Shard:
     """A run of images of one split."""
 
-    split: str  # its split
+    split: str
     number: int  # its place among the shards of the split
     rows: range  # places of its images in the split
 

@@ -31,7 +31,7 @@ class TokenizerRecipe:
     """
 
     settings: Mapping[str, Any]  # the config group `tokenizer` as plain values: its name, `model` and `training`
-    folder: FolderConfig  # the images
+    folder: FolderConfig
     seed: int  # of initialisation, batches and restarts
     device: str  # where it is trained
 

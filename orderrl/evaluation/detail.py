@@ -101,8 +101,8 @@ class Examples:
 
     images: Tensor  # (E, 3, H, W) uint8
     labels: Sequence[int | str]  # E class labels
-    rows: int  # the block grid
-    columns: int  # the block grid
+    rows: int  # of blocks
+    columns: int  # of blocks
 
     def __post_init__(self) -> None:
         images = self.images

@@ -44,7 +44,7 @@ class EvaluationProtocol:
         ValueError: if the data has fewer than 2 images.
     """
 
-    config: EvalConfig  # the settings
+    config: EvalConfig
     seed: int  # of policies, samples and resamples
     backbone: Backbone  # frozen
     backbone_name: str  # what it is called in the report

@@ -46,7 +46,7 @@ class Evaluation:
     """A finished run of `orderrl.evaluate`."""
 
     name: str  # what it is called beside others
-    folder: Path  # of the run
+    folder: Path
     identity: dict[str, Any]  # of its protocol, from `EvaluationProtocol.identity`
     protocol: dict[str, Any]  # the same in words, for people
     rows: list[Evaluated]  # of its table, with the values of single images where they were measured

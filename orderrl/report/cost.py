@@ -19,7 +19,7 @@ class Point:
 
     policy: str  # as in the table
     cost: float  # mean steps, or seconds, per image
-    quality: float  # the metric
+    quality: float  # value of the metric
     family: str  # the policy without its schedule
 
 

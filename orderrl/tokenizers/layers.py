@@ -172,8 +172,8 @@ class Names(NamedTuple):
     """What published weights call the parts of an encoder and a decoder."""
 
     blocks: str  # the ResNet blocks of a stage
-    down: str  # the stages of the encoder and of the decoder
-    up: str  # the stages of the encoder and of the decoder
+    down: str  # the stages of the encoder
+    up: str  # the stages of the decoder
     # the first ResNet block, the attention and the second ResNet block at the lowest resolution
     middle: tuple[str, str, str]
     up_from_top: bool  # whether the decoder's stages are stored from high to low resolution, against their order of use
