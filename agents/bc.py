@@ -95,17 +95,9 @@ def train(setup: Setup, config: Config, job: Job) -> OrderHead:
 
 
 def bc_loss(scores: Tensor, utility: Tensor, hidden: Tensor, target: str, temperature: float) -> Tensor:
-    """Loss of predicted block scores; of target "pairs" the scores' part.
+    """Loss of predicted block scores (M, B), () mean over candidates, or over states for targets "label" and "soft".
 
-    Args:
-        scores: (M, B).
-        utility: (M, B), the worth of each candidate, in standard deviations.
-        hidden: (M, B) bool, the candidates.
-        target: see `Config`.
-        temperature: of target "soft".
-
-    Returns:
-        () mean over states (targets "label", "soft") or candidates (the others).
+    The worth of each candidate, hidden (M, B), is in standard deviations. Of target "pairs" it is the scores' part.
     """
     if target in REGRESSED:
         return F.mse_loss(scores[hidden], utility[hidden])
@@ -120,13 +112,7 @@ def bc_loss(scores: Tensor, utility: Tensor, hidden: Tensor, target: str, temper
 def pair_loss(dependence: Tensor, gains: Tensor, hidden: Tensor) -> Tensor:
     """Mean squared error of the predicted dependence over pairs of two hidden blocks; 0 where there are none.
 
-    Args:
-        dependence: (M, B, B), symmetric.
-        gains: (M, B, B), symmetric, in standard deviations.
-        hidden: (M, B) bool.
-
-    Returns:
-        ().
+    Dependence and gains, in standard deviations, are (M, B, B) and symmetric, hidden (M, B) bool.
     """
     pairs = _pairs(hidden)
     return F.mse_loss(dependence[pairs], gains[pairs], reduction="sum") / pairs.sum().clamp_min(1)
@@ -159,12 +145,7 @@ def held_out_metrics(planner: OrderHead, data: TensorDict, utility: Tensor) -> d
 
 @isolated_float32
 def clone(
-    planner: OrderHead,
-    labels: TensorDict,
-    geometry: BlockGrid,
-    config: Config,
-    seed: int = 0,
-    job: Job | None = None,
+    planner: OrderHead, labels: TensorDict, geometry: BlockGrid, config: Config, seed: int = 0, job: Job | None = None
 ) -> None:
     """Train in place; on return the planner holds the weights that were best on held-out images.
 
@@ -175,10 +156,6 @@ def clone(
     Args:
         planner: trained in place.
         labels: contexts as `label_contexts` stores them.
-        geometry: the block grid.
-        config: hyper-parameters.
-        seed: of the split and the batches.
-        job: keeps the training's state, so that an interrupted one continues, and logs.
 
     Metrics: loss, reasoning_steps; at evaluations also chosen and regret (standard deviations of U). Target "pairs"
     adds the loss's parts, loss_scores and loss_pairs, and at evaluations those on held-out images, held_out_scores and
@@ -275,11 +252,7 @@ def _held_out_losses(
 
 
 class PairTargets:
-    """What every two hidden blocks tell about each other, read batch by batch from where the labels are.
-
-    Attributes:
-        spread: its standard deviation over all pairs of all contexts, nats.
-    """
+    """What every two hidden blocks tell about each other, read batch by batch from where the labels are."""
 
     def __init__(self, labels: TensorDict) -> None:
         self.labels = labels
@@ -288,7 +261,7 @@ class PairTargets:
             values = self._gains(rows)[_pairs(~labels["visible"][rows])].double()
             count, total, squares = count + len(values), total + values.sum().item(), squares + (values**2).sum().item()
         variance = (squares - total**2 / max(count, 1)) / max(count - 1, 1)
-        self.spread = max(variance, 0.0) ** 0.5
+        self.spread = max(variance, 0.0) ** 0.5  # standard deviation over all pairs of all contexts, nats
 
     def _gains(self, rows: Tensor) -> Tensor:
         gains = self.labels["gains"][rows]

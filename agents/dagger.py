@@ -41,7 +41,6 @@ def label_sets(setup: Setup, config: Any, train: Callable[[Setup, Any], Path]) -
     on them.
 
     Args:
-        setup: of the training.
         config: settings of cloning, with `dagger_rounds`.
         train: gives the checkpoint of the planner that a setup and a config train.
     """
@@ -59,7 +58,6 @@ def _own_labels(setup: Setup, config: Any, start: Path, images: Tensor, number: 
     """Folder of the labels of states that a planner reaches itself.
 
     Args:
-        setup, config: of the training.
         start: the planner's checkpoint.
         images: (n,) int64, planner images that it plays: those that its labels came from.
         number: of the round, from 1.

@@ -32,7 +32,6 @@ class RankedBlocks(Distribution):
         action_mask: (M, B) bool, legal blocks.
         budget_logits: (M, n); not read for budgets == (1,).
         budget_mask: (M, n) bool, legal budgets; None is all.
-        budgets: numbers of blocks, ascending.
         repulsion: (M, B, B), what block a, once listed, takes from the logit of block b; None is zero.
         entropy_samples: lists drawn for the entropy of places 2..K.
     """
@@ -159,13 +158,7 @@ class RankedBlocks(Distribution):
 
 
 def planner_actions(output: PlannerOutput, observation: TensorDictBase, budgets: tuple[int, ...]) -> RankedBlocks:
-    """A planner's actions in the states that it was asked about.
-
-    Args:
-        output: for the observation.
-        observation: gives the masks, batch (M,).
-        budgets: the environment's, as many as the planner's.
-    """
+    """A planner's actions in the states that it was asked about; the observation, batch (M,), gives the masks."""
     masks = observation["action_mask"], observation.get("budget_mask", None)
     return RankedBlocks(output.logits, masks[0], output.budget_logits, masks[1], budgets, output.repulsion)
 

@@ -1,23 +1,20 @@
 """The fixed order fitted on planner labels: the best that positions alone can do, frozen into one order."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from sklearn.linear_model import Ridge
 from torch import Tensor
 
 
-def fit_order(visible: Tensor, utility: Tensor, label_strength: float = 1.0) -> Tensor:
+def fit_order(visible: Tensor, utility: Tensor) -> Tensor:
     """Greedy order under a linear model of U on the visible mask.
 
-    For every block, U is regressed (ridge) on which blocks are visible, over all contexts that hide it; the order
-    then takes the block with the highest prediction, marks it visible and repeats.
+    For every block, U is regressed (ridge, penalty 1) on which blocks are visible, over all contexts that hide it; the
+    order then takes the block with the highest prediction, marks it visible and repeats.
 
     Args:
         visible: (n, B) bool, contexts.
         utility: (n, B) float32, U of every hidden block.
-        label_strength: ridge penalty.
 
     Returns:
         (B,) int64 permutation.
@@ -30,8 +27,7 @@ def fit_order(visible: Tensor, utility: Tensor, label_strength: float = 1.0) -> 
     if never:
         raise ValueError(f"visible must hide every block in some context; blocks {never} are never hidden")
     models = [
-        Ridge(alpha=label_strength).fit(visible[~visible[:, b]].numpy(), utility[~visible[:, b], b].numpy())
-        for b in range(blocks)
+        Ridge(alpha=1.0).fit(visible[~visible[:, b]].numpy(), utility[~visible[:, b], b].numpy()) for b in range(blocks)
     ]
     shown = np.zeros((1, blocks))
     order: list[int] = []

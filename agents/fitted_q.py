@@ -12,8 +12,6 @@ block (Longstaff and Schwartz, 2001), not the one-step targets of Ernst, Geurts 
 learn the order beside it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -108,13 +106,10 @@ def record_order(
     """Play an order on the first images, one block a step, and look before every step.
 
     Args:
-        backbone: scores the blocks.
-        data: the images.
         order: (B,) int64.
         images: how many are played; all if there are fewer.
         content: keep hidden states too, B^2 times their width for every image; planners without content read none.
         advance: told how many images were played.
-        batch: images played together.
         job: keeps every batch.
 
     Returns:
@@ -126,11 +121,7 @@ def record_order(
         ValueError: if the order is no permutation of the blocks.
     """
     joined = (job or Job()).batches(
-        "in-order",
-        min(images, len(data)),
-        batch,
-        lambda rows: _play(backbone, data, rows, order, content),
-        advance,
+        "in-order", min(images, len(data)), batch, lambda rows: _play(backbone, data, rows, order, content), advance
     )
     return TensorDict(joined, batch_size=joined["visible"].shape[:2])
 
@@ -179,12 +170,8 @@ def legal_ends(blocks: int, budgets: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 def best_schedules(cost: Tensor, budgets: tuple[int, ...]) -> dict[int, tuple[float, tuple[int, ...]]]:
     """The best fixed schedule along an order for every number of steps, by dynamic programming over the recorded costs.
 
-    Args:
-        cost: (n, B, B) as in `record_order`.
-        budgets: numbers of blocks, ascending; the smallest may be cut short at the end.
-
-    Returns:
-        For every possible number of steps the mean nats per image, steps not counted, and the blocks of each step.
+    Costs (n, B, B) are those of `record_order`. Each number of steps gets the mean nats per image, steps not counted,
+    and the blocks of each step; the smallest budget may be cut short at the end.
     """
     mean = cost.double().mean(0)
     blocks = len(mean)
@@ -205,7 +192,6 @@ def costs_to_go(preference: Tensor, cost: Tensor, budgets: tuple[int, ...], step
     Args:
         preference: (n, B, number of budgets), the legal one with the largest follows.
         cost: (n, B, B) as in `record_order`.
-        budgets: numbers of blocks, ascending.
         step_cost: (n,) nats per image.
 
     Returns:
@@ -263,11 +249,8 @@ def fit_budgets(
         planner: with as many budgets; told the step cost if that is a range.
         played: from `record_order`.
         order: (B,) int64, the one that was played.
-        budgets: numbers of blocks, ascending.
         step_cost: nats per image; of a range every image of every step draws its own, log-uniformly.
-        config: hyper-parameters.
         seed: of weights, batches and drawn step costs.
-        job: keeps the training's state, so that an interrupted one continues, and logs.
 
     Metrics: loss, loss_budget (see `budget_loss`), loss_order (nats), cost (mean nats per image of the planner's own
     schedules on the batch, steps included) and agreement (share of states in which the highest-scored block is the

@@ -8,8 +8,6 @@ TorchRL's own `GRPOLoss` reads language models (token log-probabilities under a 
 here, the clipped ratio, is `ClipPPOLoss`.
 """
 
-from __future__ import annotations
-
 import copy
 from dataclasses import dataclass
 from typing import ClassVar
@@ -75,18 +73,16 @@ def train(setup: Setup, config: Config, job: Job) -> OrderHead:
 def group_advantages(
     reward: Tensor, played: Tensor, group_size: int, normalize_by_std: bool = True, reward_to_go: bool = False
 ) -> Tensor:
-    """Advantages relative to the episodes of the same group (Shao et al., 2024, section 4.1).
+    """Advantages relative to the episodes of the same group (Shao et al., 2024, section 4.1), options as in `Config`.
 
     Args:
         reward: (E, T), of whole episodes.
         played: (E, T) bool, the steps of each; they come first.
         group_size: G; episodes g G .. g G + G - 1 are a group.
-        normalize_by_std: divide by the standard deviation inside the group, plus 0.001 (nats).
-        reward_to_go: compare what is paid from a step on, among those that got as far; off, whole returns.
 
     Returns:
         (E, T), zero where nothing was played. In a group the mean is zero: over its episodes, or with reward_to_go over
-        those at the same step.
+        those at the same step. What they are divided by has 0.001 nats added.
     """
     worth = torch.where(played, reward, 0.0).flip(1).cumsum(1).flip(1)
     compared = played
@@ -179,12 +175,10 @@ class GRPO(PolicyGradient):
 
     def _summary(self, data: TensorDictBase) -> dict[str, float]:
         played = data["played"]
-        returns = (
-            torch.where(played, data["next", "reward"][..., 0], 0.0).sum(1).unflatten(0, (-1, self.config.group_size))
-        )
+        returns = torch.where(played, data["next", "reward"][..., 0], 0.0).sum(1)
         return super()._summary(data) | {
             "illegal": data["next", "illegal"][played].float().mean().item(),
-            "group_std": returns.std(1).mean().item(),
+            "group_std": returns.unflatten(0, (-1, self.config.group_size)).std(1).mean().item(),
         }
 
 

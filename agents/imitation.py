@@ -3,8 +3,6 @@
 It is a start for PPO and GRPO. The agent imitates a policy of `orderrl.agents.registry`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -107,9 +105,7 @@ def imitate(
         planner: with as many budgets as the core.
         core: in mode "teacher"; its context losses are not read.
         policy: gives the action to learn in every state.
-        config: hyper-parameters.
         seed: of episodes and actions.
-        job: keeps the training's state, so that an interrupted one continues, and logs.
 
     Metrics: loss, entropy, agreement (share of states in which the most likely first block and budget are the
     policy's).

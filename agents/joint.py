@@ -10,8 +10,6 @@ Notable:
 - `layers=0` is the frozen run beside it: as many planner steps on the same batches, the backbone equal to the last bit.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -200,7 +198,6 @@ class JointTuning:
         labels: contexts as `label_contexts` stores them, made by the frozen backbone.
         labelled: the images that they name, of the planner split.
         images: for L_AR, of the backbone split.
-        config: hyper-parameters.
         augment: the data set's augmentation, called with tokens, generator and strength.
         seed: of the split and batches; the clone's, so that held-out images are those that it never learnt from.
 
@@ -241,9 +238,6 @@ class JointTuning:
         """Train in place; on return planner and backbone are in the state of least held-out loss.
 
         Of several processes each takes its rows of every batch, and the gradient is that of the whole batch.
-
-        Args:
-            job: keeps the training's state, so that an interrupted one continues, and logs.
 
         Metrics: loss (L), loss_ar (nats per token), loss_oh; at evaluations, and for step 0 before the first, also what
         `watch` gives.

@@ -1,7 +1,5 @@
 """Hand-made block orders, by name (each a permutation of the blocks)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np
@@ -94,9 +92,8 @@ def centre(geometry: BlockGrid) -> Tensor:
     generator = torch.Generator().manual_seed(FIXED_SEED)
     middle = torch.tensor([(geometry.rows - 1) / 2, (geometry.columns - 1) / 2], dtype=torch.float32)
     distance = (geometry.centres - middle).norm(dim=-1)
-    return (distance + 0.3 * torch.rand(geometry.num_blocks, generator=generator, dtype=torch.float32)).argsort(
-        stable=True
-    )
+    noise = torch.rand(geometry.num_blocks, generator=generator, dtype=torch.float32)
+    return (distance + 0.3 * noise).argsort(stable=True)
 
 
 def fixed_random(geometry: BlockGrid) -> Tensor:

@@ -28,25 +28,15 @@ Record = Callable[[Tensor, Transition], None]
 
 @dataclass(frozen=True)
 class Rollout:
-    """A policy's trajectories on n images.
+    """A policy's trajectories on n images."""
 
-    Attributes:
-        losses: (T + 1, n, B) float32, block losses before each step and at the end, nats; 0 where visible.
-        visible: (T + 1, n, B) bool, at the same moments.
-        reveal_step: (n, B) int64, the step that revealed each block.
-        reveal_rank: (n, B) int64, its place in the action of that step.
-        tokens: (n, N) int64; labels: (n,) int64.
-        seconds: wall time, policy included.
-        geometry: the block grid.
-    """
-
-    losses: Tensor
-    visible: Tensor
-    reveal_step: Tensor
-    reveal_rank: Tensor
-    tokens: Tensor
-    labels: Tensor
-    seconds: float
+    losses: Tensor  # (T + 1, n, B) float32, block losses before each step and at the end, nats; 0 where visible
+    visible: Tensor  # (T + 1, n, B) bool, at the same moments
+    reveal_step: Tensor  # (n, B) int64, the step that revealed each block
+    reveal_rank: Tensor  # (n, B) int64, its place in the action of that step
+    tokens: Tensor  # (n, N) int64
+    labels: Tensor  # (n,) int64
+    seconds: float  # wall time, policy included
     geometry: BlockGrid
 
     @property
@@ -94,12 +84,6 @@ class Rollout:
         near = (revealed.float() @ self.geometry.touching.float().to(revealed.device)) > 0
         drop = torch.where(~self.visible[1:], self.losses[:-1] - self.losses[1:], 0.0)
         return torch.stack([drop.masked_fill(near, 0.0).sum((0, 2)), drop.sum((0, 2))])
-
-    @property
-    def far_gain(self) -> float:
-        """Far-context gain: share of U (ratio of sums) from blocks that do not touch the revealed ones."""
-        far, total = self.far_gain_sums.sum(1)
-        return (far / total).item()
 
     @property
     def order(self) -> Tensor:
@@ -157,7 +141,6 @@ def play(
         generator: the policy's source of randomness; None makes one.
         steps: planner steps at most; None plays until all episodes are finished.
         restart: whether finished episodes begin anew, in a step of their own; `steps` is then given.
-        record: called after every step.
 
     Raises:
         ValueError: if it is no policy, returns anything but actions, or an illegal one on a strict core.
@@ -193,7 +176,6 @@ def roll_out(
     Args:
         core: in mode "teacher" with context losses, or in mode "generate" (losses are then zero).
         policy: chooses actions; an illegal one raises if the core is strict.
-        generator: the policy's source of randomness.
         index: (M,) images; None draws them.
 
     Raises:

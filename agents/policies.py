@@ -49,9 +49,6 @@ class RankingPolicy:
     """Reveal the best-scored hidden blocks, as many as the schedule says.
 
     Args:
-        scorer: scores the blocks.
-        geometry: the block grid.
-        budgets: the environment's budgets.
         schedule: chooses the budget, lowered where fewer blocks are left; None is the first budget always.
         spacing: strength of the penalty for blocks close to those chosen in the same step, in units of the
             scorer; 0 is none.
@@ -82,45 +79,29 @@ class PairedPolicy:
 
     Args:
         planner: in eval mode, with `pairs`.
-        budgets: the environment's budgets.
         schedule: as in `RankingPolicy`.
-        reasoning_steps: R; None takes the planner's.
 
     Raises:
         ValueError: if the planner has no `pairs`.
     """
 
-    def __init__(
-        self,
-        planner: OrderHead,
-        budgets: tuple[int, ...] = (1,),
-        schedule: Schedule | None = None,
-        reasoning_steps: int | None = None,
-    ) -> None:
+    def __init__(self, planner: OrderHead, budgets: tuple[int, ...] = (1,), schedule: Schedule | None = None) -> None:
         planner.config.require_pairs("a paired policy")
         self.planner, self.budgets, self.schedule = planner, tuple(budgets), schedule or fixed(0)
-        self.reasoning_steps = reasoning_steps
 
     @torch.no_grad()
     def __call__(self, observation: TensorDictBase, generator: torch.Generator) -> Tensor:
-        output = self.planner(observation, self.reasoning_steps)
+        output = self.planner(observation)
         return scheduled_action(output.logits, output.repulsion, observation, self.budgets, self.schedule)
 
 
 def scheduled_action(
     scores: Tensor, closeness: Tensor, observation: TensorDictBase, budgets: tuple[int, ...], schedule: Schedule
 ) -> Tensor:
-    """The best-scored legal blocks, each with regard to those before it, and the schedule's budget.
+    """The best-scored (M, B) legal blocks, each with regard to those before it, and the schedule's budget.
 
-    Args:
-        scores: (M, B).
-        closeness: (B, B) or (M, B, B), what a chosen block takes from each other's score.
-        observation: batch (M,).
-        budgets: the environment's budgets.
-        schedule: chooses among them.
-
-    Returns:
-        int64 (M,) for budgets == (1,), else (M, K + 1).
+    What a chosen block takes from each other's score is (B, B) or (M, B, B). The action is int64 (M,) for budgets ==
+    (1,), else (M, K + 1).
     """
     scores = scores.masked_fill(~observation["action_mask"].bool(), _LOWEST)
     if budgets == (1,):
@@ -130,15 +111,9 @@ def scheduled_action(
 
 
 def spaced_ranking(scores: Tensor, closeness: Tensor, places: int) -> Tensor:
-    """Greedy ranking in which every chosen block lowers the scores of those that are close to it.
+    """Greedy ranking (M, K) int64 in which every chosen block lowers the scores (M, B) of those that are close to it.
 
-    Args:
-        scores: (M, B); very low where a block may not be chosen.
-        closeness: (B, B) or (M, B, B), what a chosen block takes from each other's score.
-        places: K.
-
-    Returns:
-        (M, K) int64.
+    Closeness as in `scheduled_action`; scores are very low where a block may not be chosen.
     """
     ranked = []
     closeness, rows = closeness.expand(len(scores), -1, -1), torch.arange(len(scores), device=scores.device)
@@ -187,12 +162,12 @@ SCORERS: dict[str, Scorer] = {
 }
 
 
-def planner_scorer(planner: OrderHead, reasoning_steps: int | None = None) -> Scorer:
+def planner_scorer(planner: OrderHead) -> Scorer:
     """A planner's block scores, for use with a schedule."""
 
     @torch.no_grad()
     def score(observation: TensorDictBase, generator: torch.Generator) -> Tensor:
-        return planner(observation, reasoning_steps).scores
+        return planner(observation).scores
 
     return score
 
@@ -201,44 +176,21 @@ def planner_scorer(planner: OrderHead, reasoning_steps: int | None = None) -> Sc
 
 
 class PlannerPolicy:
-    """A planner as a policy: its own blocks and its own budget.
+    """A planner in eval mode as a policy: its own blocks and its own budget, their mode or samples."""
 
-    Args:
-        planner: in eval mode.
-        budgets: the environment's budgets.
-        deterministic: take the mode instead of sampling.
-        reasoning_steps: R; None takes the planner's.
-    """
-
-    def __init__(
-        self,
-        planner: OrderHead,
-        budgets: tuple[int, ...] = (1,),
-        deterministic: bool = True,
-        reasoning_steps: int | None = None,
-    ) -> None:
-        if planner.config.num_budgets != len(budgets):
-            raise ValueError(
-                f"budgets={budgets} need a planner with {len(budgets)} budgets, this one has "
-                f"{planner.config.num_budgets}"
-            )
+    def __init__(self, planner: OrderHead, budgets: tuple[int, ...] = (1,), deterministic: bool = True) -> None:
+        planner.config.require_budgets(budgets)
         self.planner, self.budgets, self.deterministic = planner, tuple(budgets), deterministic
-        self.reasoning_steps = reasoning_steps
 
     @torch.no_grad()
     def __call__(self, observation: TensorDictBase, generator: torch.Generator) -> Tensor:
-        output = self.planner(observation, self.reasoning_steps)
+        output = self.planner(observation)
         distribution = planner_actions(output, observation, self.budgets)
         return distribution.mode if self.deterministic else distribution.sample(generator=generator)
 
 
 class AmongBudgets:
     """A policy in an environment that offers more budgets: the same blocks, the same number of them.
-
-    Args:
-        policy: acts with `own`.
-        own: its budgets.
-        offered: the environment's budgets.
 
     Raises:
         ValueError: if one of its budgets is not offered.
@@ -272,9 +224,6 @@ def with_schedule(
     Args:
         policy: ranks blocks for these budgets: its actions begin with a list (M, K) of blocks, K the largest budget;
             what stands behind it is left out. For budgets == (1,) it may also be one block, (M,).
-        budgets: of the schedule.
-        schedule: chooses among them.
-        name: of the policy, for messages.
 
     Raises:
         ValueError: if a reference acts in a way of its own; while acting, if the policy gives fewer blocks.
@@ -406,11 +355,7 @@ class Oracle(ReferencePolicy):
 
 
 class Lookahead(ReferencePolicy):
-    """No hindsight: expected utility over blocks drawn from the backbone itself (label kind "expected").
-
-    Args:
-        samples: draws for each block.
-    """
+    """No hindsight: expected utility over `samples` draws of each block by the backbone (label kind "expected")."""
 
     def __init__(self, samples: int = 1, budgets: tuple[int, ...] = (1,), schedule: Schedule | None = None) -> None:
         super().__init__(budgets, schedule)

@@ -8,8 +8,6 @@ Of several processes each plays its share of the environments, with the seeds th
 its share of every minibatch; gradients are averaged. Actions are drawn in every process on its own.
 """
 
-from __future__ import annotations
-
 import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -203,7 +201,6 @@ class PolicyGradient(ABC):
 
         Args:
             job: keeps the state between rounds, so that an interrupted training continues, and logs.
-            description: names the progress bar.
 
         Metrics: frames, return (of each image's first episode, nats per image), planner_steps (of the same), illegal
         (share of void steps), entropy, clip_fraction, the parts of the loss, and what the agent adds.

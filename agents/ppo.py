@@ -5,8 +5,6 @@ reward's variance. The loop is `orderrl.agents.policy_gradient`'s. Of several pr
 its own.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import ClassVar
 

@@ -3,8 +3,6 @@
 It is the start of the published planner for code length on the digits (`start_target=schedule`).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -31,10 +31,7 @@ def reads_content(function: object) -> bool:
 def legal_place(schedule: Schedule, observation: TensorDictBase, ranked: Tensor) -> Tensor:
     """The place in the list of budgets that a schedule chooses, lowered where fewer blocks are left: (M,) int64.
 
-    Args:
-        schedule: chooses.
-        observation: batch (M,).
-        ranked: (M, K) int64, the first choices, K the largest budget; past the number of hidden blocks they are any.
+    Ranked are the first choices (M, K), K the largest budget; past the number of hidden blocks they are any.
     """
     return torch.minimum(schedule(observation, ranked), observation["budget_mask"].sum(-1) - 1)
 
@@ -53,7 +50,6 @@ def growing(budgets: tuple[int, ...], sizes: tuple[int, ...]) -> Schedule:
     """Step sizes in sequence, for example (1, 2, 4, 4, 5): the step is read off the number of visible blocks.
 
     Args:
-        budgets: the environment's budgets.
         sizes: blocks of each step; they must sum to B and be budgets; the last may be less than any (cut short).
 
     Raises:
@@ -81,12 +77,7 @@ def growing(budgets: tuple[int, ...], sizes: tuple[int, ...]) -> Schedule:
 
 
 def entropy_threshold(budgets: tuple[int, ...], threshold: float) -> Schedule:
-    """The largest budget k whose k most certain hidden blocks have a mean first-token entropy below a threshold.
-
-    Args:
-        budgets: the environment's budgets.
-        threshold: nats.
-    """
+    """The largest budget k whose k most certain hidden blocks have a mean first-token entropy below so many nats."""
 
     def schedule(observation: TensorDictBase, ranked: Tensor) -> Tensor:
         mask = observation["action_mask"]
@@ -101,14 +92,10 @@ def entropy_threshold(budgets: tuple[int, ...], threshold: float) -> Schedule:
 
 
 def information_threshold(budgets: tuple[int, ...], threshold: float) -> Schedule:
-    """The largest budget k whose first k ranked blocks have a summed first-token entropy below a threshold.
+    """The largest budget k whose first k ranked blocks have a summed first-token entropy below so many nats.
 
     A step reveals about equally much information everywhere, many blocks where they say little (the idea of InfoTok,
     arXiv:2512.16975). The blocks are the policy's own first choices; the smallest budget where none fits.
-
-    Args:
-        budgets: the environment's budgets.
-        threshold: nats.
     """
 
     def schedule(observation: TensorDictBase, ranked: Tensor) -> Tensor:

@@ -6,8 +6,6 @@ is played in turn and searched again. A schedule is a strong start for PPO on ob
 one step says little about the best set.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -59,15 +57,10 @@ class SearchConfig(Settings):
 
 
 class FixedSchedule(NamedTuple):
-    """Which blocks are revealed at which step, the same for every image.
+    """Which blocks are revealed at which step, the same for every image."""
 
-    Attributes:
-        order: (B,) int64, the blocks in turn.
-        sizes: how many each step reveals.
-    """
-
-    order: Tensor
-    sizes: tuple[int, ...]
+    order: Tensor  # (B,) int64, the blocks in turn
+    sizes: tuple[int, ...]  # how many each step reveals
 
     def policy(self, geometry: BlockGrid, budgets: tuple[int, ...]) -> RankingPolicy:
         """The policy that plays it with an environment's budgets."""
@@ -112,11 +105,8 @@ def search_schedule(
     A search finds what its model flatters. So the schedules found are played, and searched again with what they cost.
 
     Args:
-        backbone: scores the blocks.
-        data: planner images.
         budgets: numbers of blocks that a step may reveal.
         step_cost: cost of a step, nats per image; decides how many steps the schedule takes.
-        config: how it is searched.
         seed: of orders, weights and moves.
         advance: told how many schedules were played, of `config.played` in all.
         job: keeps what was played and annealed, so that an interrupted search continues.
@@ -126,9 +116,8 @@ def search_schedule(
     generator = torch.Generator().manual_seed(seed)
     blocks = backbone.geometry.num_blocks
     order = torch.rand(config.episodes, blocks, generator=generator).argsort(1)
-    visible, excess, start = record_losses(
-        backbone, data, order, torch.arange(blocks).expand_as(order), advance, job=job
-    )
+    one_by_one = torch.arange(blocks).expand_as(order)
+    visible, excess, start = record_losses(backbone, data, order, one_by_one, advance, job=job)
     # search, and play what was found
     for refinement in range(config.refinements + 1):
 
@@ -164,14 +153,10 @@ def record_losses(
     """Play schedules on images in turn and look before every step.
 
     Args:
-        backbone: scores the blocks.
-        data: the images.
         order: (m, B) int64, blocks in the order in which they are revealed.
         step: (m, B) int64, the step of each place of the order, ascending from 0.
         advance: told how many schedules were played.
-        batch: schedules played together.
         job: keeps every batch under `name`.
-        name: see `job`.
 
     Returns:
         visible (n, B) bool of all n states with a hidden block; excess (n, B) float32, the losses in nats less those of

@@ -1,7 +1,5 @@
 """What a core remembers of its episodes."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """From the keyword arguments of `gym.make` to a core."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

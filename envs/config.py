@@ -1,7 +1,5 @@
 """What an environment is, and what a step of it gives."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,23 +14,14 @@ MODES = ("teacher", "generate")
 
 @dataclass(frozen=True)
 class CoreConfig:
-    """What an environment is, apart from backbone, data and seed.
+    """What an environment is, apart from backbone, data and seed."""
 
-    Attributes:
-        mode: "teacher" reveals true tokens, "generate" lets the backbone draw them.
-        budgets: how many blocks an action may reveal; ascending.
-        reward: what is paid for.
-        sampling: how tokens are drawn in mode "generate".
-        strict: raise on an illegal action instead of voiding the step.
-        hindsight: in mode "generate", replay finished images for their return; off, the reward is 0.
-    """
-
-    mode: str = "teacher"
-    budgets: tuple[int, ...] = (1,)
-    reward: RewardConfig = field(default_factory=RewardConfig)
-    sampling: Sampling = field(default_factory=Sampling)
-    strict: bool = False
-    hindsight: bool = True
+    mode: str = "teacher"  # "teacher" reveals true tokens, "generate" lets the backbone draw them
+    budgets: tuple[int, ...] = (1,)  # how many blocks an action may reveal; ascending
+    reward: RewardConfig = field(default_factory=RewardConfig)  # what is paid for
+    sampling: Sampling = field(default_factory=Sampling)  # how tokens are drawn in mode "generate"
+    strict: bool = False  # raise on an illegal action instead of voiding the step
+    hindsight: bool = True  # in mode "generate", replay finished images for their return; off, the reward is 0
 
     def __post_init__(self) -> None:
         check_fields(self, one_of(MODES, "mode"), at_least(1, "budgets"))
@@ -65,16 +54,9 @@ def checked_env(budgets: Any, **reward: Any) -> EnvConfig:
 
 
 class Transition(NamedTuple):
-    """What a step gave, each (M,).
+    """What a step gave, each (M,)."""
 
-    Attributes:
-        reward: float32, nats per image token.
-        terminated: bool, the image is complete.
-        truncated: bool, 2 * B steps are used up.
-        illegal: bool, the step was void.
-    """
-
-    reward: Tensor
-    terminated: Tensor
-    truncated: Tensor
-    illegal: Tensor
+    reward: Tensor  # float32, nats per image token
+    terminated: Tensor  # bool, the image is complete
+    truncated: Tensor  # bool, 2 * B steps are used up
+    illegal: Tensor  # bool, the step was void

@@ -287,9 +287,7 @@ class NextBlockCore:
     def show(self, order: Tensor, length: Tensor) -> None:
         """Put all episodes, fresh from `reset`, into given contexts without playing them.
 
-        Args:
-            order: (M, B) int64, reveal order.
-            length: (M,) int64, how many of its blocks are visible.
+        Of each reveal order (M, B) the first `length` (M,) blocks are visible.
         """
         order, length = order.cpu(), length.cpu()
         self._append(order, length)
@@ -545,13 +543,11 @@ def replay_return(
     """Return of finished images under the order in which they were revealed.
 
     Args:
-        backbone: scores the blocks.
         data: any token set of the same shape.
         tokens: (m, N) int64, finished images.
         labels: (m,) int64.
         reveal_step: (m, B) int64, the step that revealed each block; void steps are skipped numbers.
         reveal_rank: (m, B) int64, its place in the action of that step.
-        reward: what is paid for.
         step_cost: (m,) float32, what a step cost each image, nats per image; given where the reward's is a range.
 
     Returns:
@@ -578,9 +574,6 @@ def replay_return(
         # a row without a step here is given a void action: its reward is dropped below
         blocks = torch.where((places < count[:, None]), blocks, 0)
         actions = torch.cat([blocks, (count - 1).clamp_min(0)[:, None]], 1) if core.multi else blocks[:, 0]
-        if core.multi:
-            actions = torch.where(acting[:, None], actions, -1)
-        else:
-            actions = torch.where(acting, actions, -1)
+        actions = torch.where(acting[:, None] if core.multi else acting, actions, -1)
         total += torch.where(acting, core.step(actions).reward, 0.0)
     return total

@@ -1,7 +1,5 @@
 """The single Gymnasium environment."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import gymnasium as gym

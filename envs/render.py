@@ -1,7 +1,5 @@
 """Pictures of partly revealed images and of the order of reveal."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,7 +17,6 @@ def partial_images(
 
     Args:
         data: decodes tokens to pixels.
-        geometry: the block grid.
         tokens: (..., N) int64, or (..., N, C) float32; hidden ones are not shown.
         visible: (..., B) bool.
         device: where tokens are decoded; None is where they lie.

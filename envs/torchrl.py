@@ -1,7 +1,5 @@
 """The TorchRL environment: tensors stay on the backbone's device."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

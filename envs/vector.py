@@ -1,7 +1,5 @@
 """The vectorised Gymnasium environment: one batched core, no processes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The command `orderrl`: every command of the package by its name, as in `orderrl train agent=bc`."""
 
-from __future__ import annotations
-
 import ast
 import difflib
 import runpy

@@ -4,8 +4,6 @@ Do their scores use content, do the blocks they choose help the rest, and how do
 does content give at all, and what do latents do?
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from omegaconf import DictConfig

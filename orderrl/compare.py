@@ -5,8 +5,6 @@ that only one of the two has with all learned planners of the other, on the same
 runs, and tests nothing.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

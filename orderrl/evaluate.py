@@ -1,7 +1,5 @@
 """Compare planners with hand-made orders on held-out images: `python -m orderrl.evaluate`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -12,15 +10,7 @@ from orderrl.evaluation.protocol import open_protocol
 from orderrl.evaluation.recording import example_images
 from orderrl.evaluation.runs import save_results
 from orderrl.evaluation.settings import eval_config
-from orderrl.evaluation.table import (
-    details,
-    evaluation_key,
-    log_values,
-    make_rows,
-    pending_rows,
-    publish_samples,
-    tabulated,
-)
+from orderrl.evaluation.table import details, evaluation_key, make_rows, pending_rows, publish_samples, tabulated
 from orderrl.factory import open_backbone, section, setup_of
 from orderrl.report import write_all
 from orderrl.runtime.config import run_application
@@ -49,7 +39,7 @@ def evaluate(config: DictConfig) -> Path:
         rows = make_rows(pending, protocol, work)
         if is_main():
             for number, row in enumerate(rows):
-                run.log(log_values(row.row), number + 1)
+                run.log({key: value for key, value in row.row.items() if isinstance(value, float)}, number + 1)
             publish_samples(work, run.folder / "samples")
             # tell
             rows = in_order(rows)

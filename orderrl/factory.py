@@ -4,8 +4,6 @@
 an agent, a label set, an evaluation or a search for the newest planner depends on.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from orderrl.envs.config import CoreConfig
 from orderrl.envs.reward import RewardConfig
 from orderrl.oracle import LabelConfig
 from orderrl.planner import OrderHead, PlannerConfig
+from orderrl.runtime.values import named
 from orderrl.tokenizers import KLTokenizer, VQTokenizer, load_tokenizer
 
 T = TypeVar("T")
@@ -33,42 +32,25 @@ _OF_AGENT = ("num_budgets", "privileged", "step_cost_range")
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What is trained or labelled with, in typed values.
+    """What is trained or labelled with, in typed values."""
 
-    Attributes:
-        backbone: frozen; scores the blocks.
-        backbone_name, backbone_path: of the config, for messages.
-        data: name of the data set, or `NO_DATA`.
-        planner: shape of a planner of one budget that fits the backbone.
-        labels: how contexts are labelled.
-        shard_size: contexts per file while labelling.
-        environment: what planners learn in.
-        seed: of everything random that has no seed of its own.
-        cache_dir: where labels and planners are kept.
-        checkpoint_seconds: between two states of a training.
-        device: of the backbone.
-        shard: split the backbone's weights over all processes while labelling.
-        name: what tables call the planner; None makes a name.
-        label_sets: folders of the gain labels that an agent learns from: random contexts, then those of its own rounds.
-        start: the planner that an agent starts from; None if it starts from nothing.
-    """
-
-    backbone: Backbone
-    backbone_name: str
-    backbone_path: str | None
-    data: str
-    planner: PlannerConfig
-    labels: LabelConfig = field(default_factory=LabelConfig)
-    shard_size: int = 256
-    environment: CoreConfig = field(default_factory=CoreConfig)
-    seed: int = 0
-    cache_dir: Path = Path("cache")
-    checkpoint_seconds: float = 60.0
-    device: str = "cpu"
-    shard: bool = False
-    name: str | None = None
+    backbone: Backbone  # frozen; scores the blocks
+    backbone_name: str  # of the config, for messages
+    backbone_path: str | None  # of the config, for messages
+    data: str  # name of the data set, or `NO_DATA`
+    planner: PlannerConfig  # shape of a planner of one budget that fits the backbone
+    labels: LabelConfig = field(default_factory=LabelConfig)  # how contexts are labelled
+    shard_size: int = 256  # contexts per file while labelling
+    environment: CoreConfig = field(default_factory=CoreConfig)  # what planners learn in
+    seed: int = 0  # of everything random that has no seed of its own
+    cache_dir: Path = Path("cache")  # where labels and planners are kept
+    checkpoint_seconds: float = 60.0  # between two states of a training
+    device: str = "cpu"  # of the backbone
+    shard: bool = False  # split the backbone's weights over all processes while labelling
+    name: str | None = None  # what tables call the planner; None makes a name
+    # folders of the gain labels that an agent learns from: random contexts, then those of its own rounds
     label_sets: tuple[Path, ...] = ()
-    start: OrderHead | None = None
+    start: OrderHead | None = None  # the planner that an agent starts from; None if it starts from nothing
 
     @property
     def planner_settings(self) -> dict[str, Any]:
@@ -236,10 +218,8 @@ def typed(kind: type[T], values: Mapping[str, Any]) -> T:
     built = dict(values)
     for key, value in values.items():
         if is_dataclass(hints.get(key)) and isinstance(value, Mapping):
-            try:
+            with named(key):
                 built[key] = typed(hints[key], value)
-            except ValueError as error:
-                raise ValueError(f"{key}.{error}") from error
     return kind(**built)
 
 

@@ -3,8 +3,6 @@
 A published model needs no data set here: `backbone=randar_xl backbone.path=... tokenizer=vq16 tokenizer.path=...`.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Grid geometry: which tokens form a block, where blocks lie, which touch each other."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -106,23 +104,8 @@ class BlockGrid:
         offset = (self.centres[:, None] - self.centres[None]).abs()
         return offset.amax(-1) <= 1
 
-    def split(self, tokens: Tensor) -> Tensor:
-        """Cut images into blocks: (..., N) -> (..., B, p*p), any dtype."""
-        return tokens[..., self.block_tokens.to(tokens.device)]
-
-    def join(self, blocks: Tensor) -> Tensor:
-        """The inverse of `split`: (..., B, p*p) -> (..., N), any dtype."""
-        p = self.block_size
-        return rearrange(blocks, "... (r c) (p q) -> ... (r p c q)", r=self.rows, p=p, q=p)
-
     def write(self, tokens: Tensor, blocks: Tensor, values: Tensor) -> Tensor:
-        """A copy of images with some blocks replaced.
-
-        Args:
-            tokens: (M, N), or (M, N, C) if tokens are continuous.
-            blocks: (M, K) int64.
-            values: (M, K, p*p), or (M, K, p*p, C).
-        """
+        """A copy of images (M, N) or (M, N, C) with blocks (M, K) replaced by values (M, K, p*p) or (M, K, p*p, C)."""
         positions = self.block_tokens.to(tokens.device)[blocks].flatten(1)
         values = values.flatten(1, 2)
         return tokens.scatter(1, positions.view(positions.shape + (1,) * (values.ndim - 2)).expand_as(values), values)

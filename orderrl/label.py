@@ -1,7 +1,5 @@
 """Label random contexts with the value of every hidden block: `python -m orderrl.label`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from omegaconf import DictConfig

@@ -59,8 +59,6 @@ def find_or_make_labels(setup: Setup, split: str = "planner", run: Run | None = 
 
     Args:
         setup: with the backbone that scores the blocks.
-        split: which images are labelled.
-        run: logs the progress.
         changes: replaces values of `setup.labels`.
 
     Raises:
@@ -170,21 +168,11 @@ def _open(folder: Path, backbone: Backbone) -> TensorDict:
 
 
 def plan_shards(contexts: Contexts, batch_size: int, shard_size: int) -> list[range]:
-    """Rows of every shard.
+    """Rows of every shard of at least `shard_size` contexts, sorted by length; the last may have fewer.
 
     Cuts fall between the batches of equal length that `label_contexts` makes of all contexts, so shards give the same
     numbers as the whole to the last bit.
-
-    Args:
-        contexts: sorted by length.
-        batch_size: contexts per call.
-        shard_size: contexts of a shard, at least; the last may have fewer.
-
-    Raises:
-        ValueError: if shard_size is not positive.
     """
-    if shard_size < 1:
-        raise ValueError(f"shard_size must be at least 1, got {shard_size}")
     shards, start, row = [], 0, 0
     for count in contexts.length.unique_consecutive(return_counts=True)[1].tolist():
         for batch in torch.arange(count).split(batch_size):
@@ -223,9 +211,8 @@ def label_shard_together(
     processes = distributed.size()
     mine: list[Tensor] = []
     kept: list[Tensor] = []
-    for rows in torch.arange(shard.start, shard.stop).split(
-        contexts.length[shard.start : shard.stop].unique_consecutive(return_counts=True)[1].tolist()
-    ):
+    sizes = contexts.length[shard.start : shard.stop].unique_consecutive(return_counts=True)[1].tolist()
+    for rows in torch.arange(shard.start, shard.stop).split(sizes):
         missing = -len(rows) % processes
         padded = torch.cat([rows, rows[-1:].expand(missing)])
         mine.append(padded.view(-1, processes)[:, distributed.rank()])
@@ -245,13 +232,7 @@ def missing_shards(job: Job, shards: list[range]) -> list[range]:
 
 
 def make_shards(job: Job, shards: list[range], make: Callable[[range], dict[str, Tensor]], together: bool) -> None:
-    """Make shards.
-
-    Args:
-        job: where they are kept.
-        shards: those of this process.
-        make: labels of one.
-        together: all processes work on the same shards; else each has shards of its own.
+    """Make the shards of this process; those that are made together by all processes are kept by the main one.
 
     Raises:
         NotFiniteError: at the first shard whose labels are not finite; it is not kept.
@@ -280,12 +261,7 @@ def label_columns(num_blocks: int, hidden_size: int) -> dict[str, Column]:
 
 
 def assemble(job: Job, shards: list[range], folder: Path) -> None:
-    """Write the shards one behind the other to a table.
-
-    Args:
-        job: holds the shards.
-        shards: in the order of their rows.
-        folder: made anew.
+    """Write the shards, in the order of their rows, one behind the other to a table in a folder that is made anew.
 
     Raises:
         ValueError: if a shard is missing, truncated, altered or of another length.
@@ -300,11 +276,7 @@ def assemble(job: Job, shards: list[range], folder: Path) -> None:
 
 
 def join(sets: Sequence[Path], folder: Path) -> None:
-    """Write label sets one behind the other to a table; no more than a part of one is held in memory.
-
-    Args:
-        sets: folders that `assemble` made, of one backbone.
-        folder: made anew.
+    """Write label sets of one backbone one behind the other to a table; no more than a part of one is held in memory.
 
     Raises:
         ValueError: if a set is damaged, or their columns differ.

@@ -80,8 +80,6 @@ def block_gains(
     """G[a, b] for pairs of hidden blocks of states that hide equally many.
 
     Args:
-        backbone: scores the blocks.
-        prefix: cache of M states.
         tokens: (M, N) int64; read for kinds "pointwise" and "kl".
         hidden: (M, C) int64, the hidden blocks of each state.
         kind: "pointwise" (true block, true rest), "kl" (true block, the backbone's expectation over the
@@ -131,15 +129,10 @@ def block_gains(
 
 
 class Targets(NamedTuple):
-    """The pairs of hidden blocks whose gain is computed.
+    """The pairs of hidden blocks whose gain is computed."""
 
-    Attributes:
-        place: (M, C, r) int64, for each candidate the places of its r targets among the C hidden blocks.
-        weight: (M, C, r) float32, 1 / probability of being chosen: weighted row sums are unbiased.
-    """
-
-    place: Tensor
-    weight: Tensor
+    place: Tensor  # (M, C, r) int64, for each candidate the places of its r targets among the C hidden blocks
+    weight: Tensor  # (M, C, r) float32, 1 / probability of being chosen: weighted row sums are unbiased
 
 
 def all_targets(hidden: Tensor) -> Targets:
@@ -158,7 +151,6 @@ def sampled_targets(geometry: BlockGrid, hidden: Tensor, losses: Tensor, fractio
     large gains. The weights are those of Horvitz and Thompson (1952).
 
     Args:
-        geometry: the block grid.
         hidden: (M, C) int64, the hidden blocks of each state.
         losses: (M, C) float32, their losses, nats.
         fraction: in (0, 1].
@@ -200,16 +192,9 @@ def _rows(uniforms: Tensor, index: Tensor) -> Tensor:
 
 
 def gain_uniforms(geometry: BlockGrid, keys: tuple[Tensor | int, ...], samples: int, device: torch.device) -> Tensor:
-    """Random numbers for `block_gains`, keyed so that they do not depend on the batch.
+    """Random numbers for `block_gains`, (M, samples, B + B*B, p*p) float64, that do not depend on the batch.
 
-    Args:
-        geometry: the block grid.
-        keys: what the M states are, each (M,) int64 or an int.
-        samples: draws.
-        device: where the result lies.
-
-    Returns:
-        (M, samples, B + B*B, p*p) float64.
+    The keys say what the M states are, each (M,) int64 or an int.
     """
     rows = geometry.num_blocks * (geometry.num_blocks + 1)
     shaped = [torch.as_tensor(key, device=device).view(-1, 1, 1, 1) for key in keys]
@@ -240,9 +225,7 @@ class LabelConfig(Settings):
     seed: int = setting(0, "Seed of the contexts and draws", at_least(0))
     batch_size: int = setting(64, "Contexts per call; fewer if memory is short", at_least(1))
     target_fraction: float = setting(
-        1.0,
-        "Share of the other hidden blocks whose gains are computed for each candidate; 1 is all",
-        between("(0, 1]"),
+        1.0, "Share of the other hidden blocks whose gains are computed for each candidate; 1 is all", between("(0, 1]")
     )
 
 
@@ -251,26 +234,17 @@ class LabelSetConfig(LabelConfig):
     """The config group `labels`: which contexts are labelled and how they are kept."""
 
     shard_size: int = setting(
-        256,
-        "Contexts per file while labelling; what an interruption loses at most, in each process",
-        at_least(1),
+        256, "Contexts per file while labelling; what an interruption loses at most, in each process", at_least(1)
     )
 
 
 class Contexts(NamedTuple):
-    """Contexts to label, all int64.
+    """Contexts to label, all int64."""
 
-    Attributes:
-        number: (n,), what random draws are keyed by; a part of the contexts keeps its numbers.
-        image: (n,), index of the image.
-        order: (n, B), reveal order.
-        length: (n,), how many blocks of the order are visible.
-    """
-
-    number: Tensor
-    image: Tensor
-    order: Tensor
-    length: Tensor
+    number: Tensor  # (n,), what random draws are keyed by; a part of the contexts keeps its numbers
+    image: Tensor  # (n,), index of the image
+    order: Tensor  # (n, B), reveal order
+    length: Tensor  # (n,), how many blocks of the order are visible
 
     def select(self, rows: Tensor) -> Contexts:
         """Some of the contexts: rows (k,) int64 or (n,) bool."""
@@ -299,10 +273,8 @@ def label_contexts(
     """Label contexts in batches of equal length.
 
     Args:
-        backbone: scores the blocks.
         tokens: (n, N) int64, images.
         labels: (n,) int64, their classes.
-        config: kind and batch size.
         contexts: all or some of what `random_contexts` gives; rows come back sorted by length, else in their order.
 
     Yields:

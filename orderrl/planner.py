@@ -33,21 +33,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlannerConfig:
-    """Shape of an `OrderHead`.
+    """Shape of an `OrderHead`."""
 
-    Attributes:
-        num_blocks: B.
-        hidden_size: D, width of the backbone's hidden states.
-        num_classes: class labels.
-        num_budgets: budgets to choose from.
-        privileged: also read context losses (a critic in training).
-        step_cost_range: lowest and highest cost of a step, nats per image, that the observation tells; None tells none.
-    """
-
-    num_blocks: int
-    hidden_size: int
-    num_classes: int
-    num_budgets: int = 1
+    num_blocks: int  # B
+    hidden_size: int  # D, width of the backbone's hidden states
+    num_classes: int  # class labels
+    num_budgets: int = 1  # budgets to choose from
     dim: int = setting(64, "Width", at_least(1))
     stem: int = setting(2, "Transformer blocks before the core", at_least(0))
     core: int = setting(1, "Transformer blocks of the weight-shared core", at_least(1))
@@ -57,12 +48,13 @@ class PlannerConfig:
     content: bool = setting(
         True, "Read hidden states and entropies; false sees places, what is visible and the class alone"
     )
-    privileged: bool = False
+    privileged: bool = False  # also read context losses (a critic in training)
     dropout: float = setting(0.1, "Dropout rate in cloning and fitted Q iteration", between("[0, 1)"))
     pairs: bool = setting(
         False,
         "Predict the dependence of every two blocks, by which those of one step keep apart; false uses places alone",
     )
+    # lowest and highest cost of a step, nats per image, that the observation tells; None tells none
     step_cost_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
@@ -99,32 +91,20 @@ def checked_shape(**shape: Any) -> PlannerConfig:
 
 
 class PlannerOutput(NamedTuple):
-    """What an `OrderHead` says about M states.
+    """What an `OrderHead` says about M states."""
 
-    Attributes:
-        scores: (M, B), the worth of each block.
-        logits: (M, B), the policy's block logits: scores times the learned sharpness.
-        budget_logits: (M, num_budgets).
-        value: (M, 1), the return from here on.
-        dependence: (M, B, B), symmetric, how much two blocks tell about each other; zero without `pairs`. Trained by
-            cloning target "pairs" it is (G[a, b] + G[b, a]) / 2 in standard deviations. The diagonal means nothing.
-        repulsion: (M, B, B), what block a, once listed, takes from the logit of block b in the same step.
-    """
-
-    scores: Tensor
-    logits: Tensor
-    budget_logits: Tensor
-    value: Tensor
+    scores: Tensor  # (M, B), the worth of each block
+    logits: Tensor  # (M, B), the policy's block logits: scores times the learned sharpness
+    budget_logits: Tensor  # (M, num_budgets)
+    value: Tensor  # (M, 1), the return from here on
+    # (M, B, B), symmetric, how much two blocks tell about each other; zero without `pairs`. Trained by cloning target
+    # "pairs" it is (G[a, b] + G[b, a]) / 2 in standard deviations. The diagonal means nothing
     dependence: Tensor
-    repulsion: Tensor
+    repulsion: Tensor  # (M, B, B), what block a, once listed, takes from the logit of block b in the same step
 
 
 class PairHead(nn.Module):
-    """Symmetric low-rank bilinear form of block tokens, (M, B, dim) -> (M, B, B); zero at the start.
-
-    Args:
-        dim: width of the tokens; the rank is a quarter of it.
-    """
+    """Symmetric bilinear form of block tokens, (M, B, dim) -> (M, B, B), of rank dim / 4; zero at the start."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -141,11 +121,7 @@ class PairHead(nn.Module):
 
 
 class OrderHead(nn.Module):
-    """Planner over block tokens; reads an observation TensorDict, batch (M,).
-
-    Args:
-        config: its shape.
-    """
+    """Planner over block tokens; reads an observation TensorDict, batch (M,)."""
 
     @isolated_float32
     def __init__(self, config: PlannerConfig) -> None:
@@ -211,12 +187,7 @@ class OrderHead(nn.Module):
         return self.norm(x)
 
     def forward(self, observation: TensorDictBase, reasoning_steps: int | None = None) -> PlannerOutput:
-        """Scores, value and all that the policy's distribution is made from.
-
-        Args:
-            observation: keys as in the environment, batch (M,).
-            reasoning_steps: R; None takes the config's.
-        """
+        """Scores, value and all that the policy's distribution is made from, for the environment's observations."""
         x = self.encode(observation, reasoning_steps)
         pooled = x.mean(1)
         scores, sharpness = self.score_head(x)[..., 0], self.sharpness.exp()
@@ -275,10 +246,8 @@ class OrderHead(nn.Module):
     def with_budgets(self, num_budgets: int, step_cost_range: tuple[float, float] | None = None) -> OrderHead:
         """A copy with another number of budgets; the budget head starts anew (uniform) if it changes.
 
-        Args:
-            num_budgets: of the copy.
-            step_cost_range: costs that the copy is told; None keeps the planner's own. Until it is trained the copy
-                does what this planner does, at every cost.
+        The copy is told costs in the range; None keeps the planner's own. Until it is trained it does what this planner
+        does, at every cost.
         """
         told = step_cost_range or self.config.step_cost_range
         other = OrderHead(replace(self.config, num_budgets=num_budgets, step_cost_range=told)).train(self.training)

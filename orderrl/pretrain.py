@@ -5,8 +5,6 @@ backbone.path=...` becomes order-robust. `backbone=none data=folder data.root=..
 alone; with a backbone, a tokeniser that has no path yet is trained first.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A whole table: the planners of a suite, several seeds, all baselines: `python -m orderrl.reproduce suite=canvas`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from omegaconf import DictConfig

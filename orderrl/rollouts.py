@@ -1,7 +1,5 @@
 """Record episodes of a policy for offline reinforcement learning: `python -m orderrl.rollouts policy=raster n=256`."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path

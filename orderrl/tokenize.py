@@ -1,7 +1,5 @@
 """Turn an image folder into a token set: `python -m orderrl.tokenize data=folder data.root=... output=...`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from omegaconf import DictConfig

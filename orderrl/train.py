@@ -1,7 +1,5 @@
 """Train a planner: `python -m orderrl.train agent=bc`, then `agent=ppo`, `grpo` or `joint`; `agent=fitted_q` alone."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -5,8 +5,6 @@ the cache, so nothing is trained twice and nothing that is out of date is taken.
 planner to start from) is found or made first.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial

@@ -1,7 +1,5 @@
 """Replay recorded numbers of a published implementation on ours: `python -m orderrl.verify PATH.safetensors`."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

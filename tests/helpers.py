@@ -5,13 +5,17 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable
 from functools import cache
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from orderrl.backbones import OrderRobustTransformer, TransformerConfig
 from orderrl.backbones.randar import cross_entropy
 from orderrl.data import TokenSet
+from orderrl.metrics.references import Reference
 
 
 @cache
@@ -76,3 +80,11 @@ def as_action(step: list[int], budgets: tuple[int, ...], num_blocks: int) -> Ten
 def random_orders(backbone: OrderRobustTransformer, count: int, seed: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(count, backbone.geometry.num_blocks, generator=generator).argsort(1)
+
+
+def save_reference(path: Path, reference: Reference) -> None:
+    """Write statistics as a `.npz` with the keys of ADM's evaluator, and the name of their features."""
+    values: dict[str, Any] = {"mu": reference.pooled.mean, "sigma": reference.pooled.covariance}
+    if reference.spatial is not None:
+        values |= {"mu_s": reference.spatial.mean, "sigma_s": reference.spatial.covariance}
+    np.savez(path, features=np.array(reference.features), **values)

@@ -26,14 +26,6 @@ def test_tokens_inside_a_block_are_in_raster_order(grid: BlockGrid) -> None:
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_join_undoes_split(grid: BlockGrid) -> None:
-    tokens = torch.randn(2, 3, grid.num_tokens)
-    blocks = grid.split(tokens)
-    assert blocks.shape == (2, 3, grid.num_blocks, grid.tokens_per_block)
-    assert torch.equal(grid.join(blocks), tokens)
-
-
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_token_order_names_every_token_block_by_block(grid: BlockGrid) -> None:
     blocks = torch.stack([torch.randperm(grid.num_blocks) for _ in range(3)])
     order = grid.token_order(blocks)

@@ -93,14 +93,6 @@ def test_batches_do_not_change_episodes(backbone: OrderRobustTransformer, data: 
     torch.testing.assert_close(one["next", "reward"], other["next", "reward"])
 
 
-@pytest.mark.parametrize(("count", "batch", "message"), [(0, 1, "count must be"), (1, 0, "batch_size must be")])
-def test_bad_numbers_are_refused(
-    backbone: OrderRobustTransformer, data: TokenSet, tmp_path: Path, count: int, batch: int, message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        record_dataset(backbone, data, sometimes_illegal, CoreConfig(), count, tmp_path / "t", batch)
-
-
 def test_a_folder_that_holds_something_is_left_alone(
     backbone: OrderRobustTransformer, data: TokenSet, tmp_path: Path
 ) -> None:

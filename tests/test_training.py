@@ -34,13 +34,13 @@ from orderrl.label import label
 from orderrl.labels import open_labels
 from orderrl.metrics.features import DIGITS
 from orderrl.metrics.images import save_images
-from orderrl.metrics.references import reference_of, save_reference
+from orderrl.metrics.references import reference_of
 from orderrl.planner import load_planner
 from orderrl.pretrain import pretrain
 from orderrl.runtime.weights import weights_fingerprint
 from orderrl.train import train
 from orderrl.training import newest_planner
-from tests.helpers import tiny_backbone
+from tests.helpers import save_reference, tiny_backbone
 from tests.jobs import trained
 
 BACKBONE = "tiny.safetensors"

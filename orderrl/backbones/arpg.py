@@ -10,8 +10,6 @@ Notable:
   tokens of one iteration see each other in both directions, is `orderrl.backbones.published.sample_arpg`.
 """
 
-from __future__ import annotations
-
 from typing import cast
 
 import torch
@@ -22,9 +20,8 @@ from torch.nn import functional as F
 from orderrl.backbones.cache import ChainEntries, PrefixCache
 from orderrl.backbones.chains import ChainBackbone, Drawn, Growing
 from orderrl.backbones.cpu_linear import Linear
-from orderrl.backbones.layers import FeedForward, Level, causal_mask, chain_attention, rope_table, rotate
-from orderrl.backbones.llamagen import TransformerConfig
-from orderrl.geometry import BlockGrid
+from orderrl.backbones.layers import FeedForward, Level, causal_mask, chain_attention, rotate
+from orderrl.backbones.llamagen import FamilyModule, TransformerConfig
 
 
 class _SelfAttention(nn.Module):
@@ -76,7 +73,7 @@ class _Decoder(nn.Module):
         self.cross_dec = nn.ModuleList(_Layer(_CrossAttention(config.dim), config) for _ in range(half))
 
 
-class ARPG(nn.Module, ChainBackbone):
+class ARPG(FamilyModule, ChainBackbone):
     """Two-pass decoder for any token order.
 
     It satisfies `orderrl.backbones.Backbone`; the methods are documented there. A cache entry of a token holds the keys
@@ -86,38 +83,21 @@ class ARPG(nn.Module, ChainBackbone):
         ValueError: if the number of layers is odd: both passes have half of them.
     """
 
+    OUTPUT = "head"
     order_robust = True
     entries_per_token = 1
 
     def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         if config.layers % 2:
             raise ValueError(f"layers={config.layers} must be even: half of them belong to each pass")
-        self.config = config
-        self.geometry = BlockGrid(config.height, config.width, config.block_size)
-        self.vocab_size, self.num_classes, self.hidden_size = config.vocab_size, config.num_classes, config.dim
         # rows: tokens, mask, classes, dropped class, one that nothing uses
         self.embeddings = nn.Embedding(config.vocab_size + config.num_classes + 3, config.dim)
         self.layers = _Decoder(config)
         self.norm = nn.RMSNorm(config.dim, eps=1e-5)
         self.head = Linear(config.dim, config.vocab_size, bias=False)
-        rope = rope_table(config.height, config.width, config.dim // config.heads)
-        self.register_buffer("rope", rope, persistent=False)
-        self.register_buffer("block_tokens", self.geometry.block_tokens.to(rope.device), persistent=False)
-        self.rope: Tensor
-        self.block_tokens: Tensor
         self.dropout = nn.Dropout(config.dropout)
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Normal(0, 0.02) for every matrix and a zero output matrix."""
-        for parameter in self.parameters():
-            if parameter.ndim > 1:
-                nn.init.normal_(parameter, std=0.02)
-        nn.init.zeros_(self.head.weight)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        return self.head(hidden)
 
     # ------------------------------------------------------------------ embeddings and heads
 
@@ -149,7 +129,6 @@ class ARPG(nn.Module, ChainBackbone):
         Args:
             x: (M, C, T, dim) embeddings.
             rope: (M, C, T, head_dim / 2, 2) rotations.
-            prefix: cache of M states.
             past: entries that come before the chains; each of its P chains is seen by C / P consecutive ones.
             own: room for the chains' entries, earlier ones first; the last T places are filled.
             causal: contents of a chain see their predecessors; off, they see each other.
@@ -191,7 +170,6 @@ class ARPG(nn.Module, ChainBackbone):
 
         Args:
             positions: (M, C, T) int64.
-            prefix: cache of M states.
             own: entries of the chains; query i sees all but the last T - 1 - i of them. They may be empty.
             past: entries that come before the chains, shared as in `encode`.
             causal: off, every query sees all of `own`.
@@ -211,16 +189,7 @@ class ARPG(nn.Module, ChainBackbone):
     # ------------------------------------------------------------------ training
 
     def teacher_forced(self, tokens: Tensor, labels: Tensor, token_order: Tensor) -> Tensor:
-        """Logits of every token given its predecessors in an order.
-
-        Args:
-            tokens: (M, N) int64, raster order.
-            labels: (M,) int64; num_classes is the dropped label.
-            token_order: (M, N) int64, raster positions in the order of generation.
-
-        Returns:
-            (M, N, vocab) logits, in the order of generation.
-        """
+        """Logits of every token given its predecessors in an order; as of `OrderRobustTransformer`."""
         contents = self.embeddings(tokens.gather(1, token_order)[:, :-1])
         x = self.dropout(torch.cat([self.embed_class(labels)[:, None], contents], dim=1))  # (M, N, dim)
         target_rope = self.rope[token_order + 1]

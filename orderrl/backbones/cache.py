@@ -15,14 +15,10 @@ from orderrl.backbones.layers import Level
 
 @dataclass(frozen=True)
 class ChainEntries:
-    """Keys and values of C chains of T entries per state.
+    """Keys and values of C chains of T entries per state."""
 
-    Attributes:
-        keys, values: one tensor a layer, (M, heads, C, T, head_dim).
-    """
-
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
+    keys: tuple[Tensor, ...]  # one tensor a layer, (M, heads, C, T, head_dim)
+    values: tuple[Tensor, ...]  # one tensor a layer, (M, heads, C, T, head_dim)
 
     @property
     def length(self) -> int:
@@ -80,13 +76,9 @@ class ChainEntries:
 
 @dataclass(frozen=True)
 class ChainParts:
-    """Entries of chains as the forwards left them, for a few chains to be picked from; joining all would copy them.
+    """Entries of chains as the forwards left them, for a few chains to be picked from; joining all would copy them."""
 
-    Attributes:
-        parts: for consecutive states, the entries of consecutive chains.
-    """
-
-    parts: Sequence[Sequence[ChainEntries]]
+    parts: Sequence[Sequence[ChainEntries]]  # for consecutive states, the entries of consecutive chains
 
     def whole(self) -> ChainEntries:
         """All chains of all states."""
@@ -105,16 +97,12 @@ class ChainParts:
 class PrefixCache:
     """Keys and values of what M states have revealed so far; grows only at its end.
 
-    Attributes:
-        keys, values: (layers, M, heads, slots + 1, head_dim); the last slot takes writes of padding.
-        length: (M,) int64 on the CPU, so that nobody waits for it: entries in use; those behind it are undefined.
-
     Rows and counts may lie on the CPU or on the device; those on the device are waited for.
     """
 
-    keys: Tensor
+    keys: Tensor  # (layers, M, heads, slots + 1, head_dim); the last slot takes writes of padding
     values: Tensor
-    length: Tensor
+    length: Tensor  # (M,) int64 on the CPU, so that nobody waits for it: entries in use; those behind it are undefined
 
     @property
     def slots(self) -> int:

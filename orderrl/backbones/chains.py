@@ -6,8 +6,6 @@ the sampler ask for is the same for all of them and stands here, packed into for
 (`orderrl.backbones.memory`).
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -32,11 +30,7 @@ class Drawn(NamedTuple):
 
 
 class Growing:
-    """Entries of chains that grow token by token.
-
-    Args:
-        room: for all the entries that the chains will ever have.
-    """
+    """Entries of chains that grow token by token, in room for all that they will ever have."""
 
     def __init__(self, room: ChainEntries) -> None:
         self.room, self.length = room, 0
@@ -53,21 +47,13 @@ class Growing:
 
 
 class ChainBackbone:
-    """The methods of `orderrl.backbones.Backbone` for a causal model with a prefix cache.
-
-    Attributes:
-        geometry: the block grid.
-        block_tokens: (B, p*p) int64, raster positions of each block, on the model's device.
-        vocab_size: token values.
-        entries_per_token: cache entries that a visible token takes.
-        packing: how much one forward may take; results do not depend on it.
-    """
+    """The methods of `orderrl.backbones.Backbone` for a causal model with a prefix cache."""
 
     geometry: BlockGrid
-    block_tokens: Tensor
-    vocab_size: int
-    entries_per_token: int
-    packing: Packing = Packing()
+    block_tokens: Tensor  # (B, p*p) int64, raster positions of each block, on the model's device
+    vocab_size: int  # token values
+    entries_per_token: int  # cache entries that a visible token takes
+    packing: Packing = Packing()  # how much one forward may take; results do not depend on it
 
     # ------------------------------------------------------------------ what a model defines
 
@@ -82,7 +68,6 @@ class ChainBackbone:
         """Hidden states that predict known chains.
 
         Args:
-            prefix: cache of M states.
             positions, tokens: (M, C, n) int64, raster positions and values.
             past: entries that come before the chains; each of its P chains is seen by C / P consecutive ones.
             whole: also encode the last token.
@@ -103,7 +88,6 @@ class ChainBackbone:
         """Take in the token just drawn and predict the next one.
 
         Args:
-            prefix: cache of M states.
             position: (M, C) int64, raster position of the next token.
             drawn: the token before it in the chain; None at the chain's beginning.
             own: the chains' entries so far, to which this step's are added; None for a chain that won't go on.
@@ -136,12 +120,7 @@ class ChainBackbone:
         return max(1, int(self.packing.budget(empty.device) / (per_entry * entries)))
 
     def context_loss(
-        self,
-        prefix: PrefixCache,
-        tokens: Tensor,
-        blocks: Tensor,
-        past: ChainEntries | None = None,
-        whole: bool = False,
+        self, prefix: PrefixCache, tokens: Tensor, blocks: Tensor, past: ChainEntries | None = None, whole: bool = False
     ) -> tuple[BlockLosses, Any]:
         groups = blocks.shape[1] if past is None else past.count
         rows = []
@@ -195,12 +174,10 @@ class ChainBackbone:
         gains = []
         for states, parts in self._plan(prefix, blocks, past.count, past):
             part_prefix, part_past = prefix.select(states), past.select(states)
-            row = [
-                self._expected_gain(
-                    part_prefix, blocks[states, chains], part_past.narrow(chosen), uniforms[states, chains]
-                )
-                for chosen, chains in parts
-            ]
+            row = []
+            for chosen, chains in parts:
+                seen, noise = part_past.narrow(chosen), uniforms[states, chains]
+                row.append(self._expected_gain(part_prefix, blocks[states, chains], seen, noise))
             gains.append(torch.cat(row, 1))
         return torch.cat(gains)
 
@@ -228,9 +205,8 @@ class ChainBackbone:
 
     def observe(self, prefix: PrefixCache, blocks: Tensor) -> tuple[Tensor, Tensor]:
         rows = []
-        for states, parts in plan(
-            len(blocks), blocks.shape[1], 1, self.packing.entries(prefix.keys, prefix.slots // 2)
-        ):
+        most = self.packing.entries(prefix.keys, prefix.slots // 2)
+        for states, parts in plan(len(blocks), blocks.shape[1], 1, most):
             seen = prefix.select(states)
             row = [self._continue(seen, self.block_tokens[blocks[states, part]][:, :, 0], None, None) for part in parts]
             rows.append(torch.cat(row, 1))
@@ -239,12 +215,7 @@ class ChainBackbone:
         return hidden.float(), spread.view(blocks.shape)
 
     def extend(
-        self,
-        prefix: PrefixCache,
-        tokens: Tensor,
-        blocks: Tensor,
-        count: Tensor,
-        first: ChainEntries | None = None,
+        self, prefix: PrefixCache, tokens: Tensor, blocks: Tensor, count: Tensor, first: ChainEntries | None = None
     ) -> PrefixCache:
         cost = self.entries_per_token * self.geometry.tokens_per_block * blocks.shape[1]
         lengths = []

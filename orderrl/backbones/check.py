@@ -1,7 +1,5 @@
 """A check that a backbone keeps the promises of the protocol."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,7 +18,6 @@ def naive_block_losses(backbone: Backbone, tokens: Tensor, labels: Tensor, revea
     """Losses of blocks with everything recomputed and one chain at a time: the slow, obvious form.
 
     Args:
-        backbone: scores the blocks.
         tokens: (M, N) int64.
         labels: (M,) int64.
         revealed: (M, t) int64, visible blocks in order.
@@ -188,10 +185,6 @@ def check_backbone(backbone: Backbone, states: int = 3, seed: int = 0, tolerance
         ValueError: with the first broken promise.
     """
     sample = _draw_sample(backbone, states, seed, tolerance)
-    _check_packing(sample)
-    _check_observation(sample)
-    _check_leak(sample)
-    _check_reuse(sample)
-    _check_past(sample)
-    _check_select(sample)
-    _check_decode(sample)
+    same = (_check_packing, _check_observation, _check_leak, _check_reuse, _check_past, _check_select)
+    for check in (*same, _check_decode):
+        check(sample)

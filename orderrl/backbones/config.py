@@ -1,7 +1,5 @@
 """Settings of backbones: which one is loaded and how it runs, and the shape of one that is made."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
 from typing import Any

@@ -6,8 +6,6 @@ kernels read: on an AMD EPYC with AVX-512 that is 2 times as fast for many rows 
 Inductor's freezing does when it compiles is done here eagerly.
 """
 
-from __future__ import annotations
-
 import platform
 from typing import NamedTuple
 
@@ -48,14 +46,11 @@ class Linear(nn.Linear):
 
     Wherever gradients are asked for, on other devices and under a compiler it is `nn.Linear`. The packed copy takes as
     much memory as the weights; it is made at the first use and again when the weights have changed.
-
-    Attributes:
-        packed: off, it is `nn.Linear` everywhere.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__(in_features, out_features, bias)
-        self.packed = AVAILABLE
+        self.packed = AVAILABLE  # off, it is `nn.Linear` everywhere
         self._packs: dict[tuple[int | None, int | None], _Packed] = {}
 
     def __getstate__(self) -> dict[str, object]:

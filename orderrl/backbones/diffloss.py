@@ -10,8 +10,6 @@ Notable (Li et al., 2024, "Autoregressive Image Generation without Vector Quanti
   converted modules.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple, cast
 
@@ -24,18 +22,6 @@ from orderrl.backbones.cpu_linear import Linear
 
 TRAINING_STEPS = 1000
 _NORM_EPS = 1e-6
-_TABLES = (
-    "betas",
-    "alphas_cumprod",
-    "sqrt_alphas_cumprod",
-    "sqrt_one_minus_alphas_cumprod",
-    "sqrt_recip_alphas_cumprod",
-    "sqrt_recipm1_alphas_cumprod",
-    "log_betas",
-    "posterior_log_variance_clipped",
-    "posterior_mean_coef1",
-    "posterior_mean_coef2",
-)
 
 
 def cosine_betas(steps: int = TRAINING_STEPS) -> NDArray[np.float64]:
@@ -61,27 +47,18 @@ def respaced_timesteps(steps: int, training_steps: int = TRAINING_STEPS) -> list
 
 
 class ReverseStep(NamedTuple):
-    """p(x_{t-1} | x_t): a Gaussian with a mean and log variance for each channel, and the clean token behind it.
+    """p(x_{t-1} | x_t): a Gaussian with a mean and log variance for each channel, and the clean token behind it."""
 
-    Attributes:
-        mean, log_variance, pred_xstart: (..., C).
-    """
-
-    mean: Tensor
-    log_variance: Tensor
-    pred_xstart: Tensor
+    mean: Tensor  # (..., C)
+    log_variance: Tensor  # (..., C)
+    pred_xstart: Tensor  # (..., C)
 
 
 class DiffusionLosses(NamedTuple):
-    """The two terms of the diffusion loss, means over channels; their sum is what MAR trains on.
+    """The two terms of the diffusion loss, means over channels; their sum is what MAR trains on."""
 
-    Attributes:
-        mse: (...), squared error of the predicted noise.
-        vb: (...), variational term in bits per channel; its gradient reaches the predicted variance alone.
-    """
-
-    mse: Tensor
-    vb: Tensor
+    mse: Tensor  # (...), squared error of the predicted noise
+    vb: Tensor  # (...), variational term in bits per channel; its gradient reaches the predicted variance alone
 
 
 class GaussianDiffusion(nn.Module):
@@ -114,7 +91,7 @@ class GaussianDiffusion(nn.Module):
         self.num_timesteps = num_timesteps
         kept = respaced_timesteps(num_timesteps)
         self.register_buffer("timestep_map", torch.tensor(kept), persistent=False)
-        for name, table in zip(_TABLES, _tables(kept), strict=True):
+        for name, table in _tables(kept).items():
             self.register_buffer(name, torch.tensor(table.tolist(), dtype=torch.float32), persistent=False)
 
     def noised(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -156,25 +133,25 @@ class GaussianDiffusion(nn.Module):
         return DiffusionLosses(mse, vb)
 
 
-def _tables(kept: list[int]) -> tuple[NDArray[np.float64], ...]:
-    """The tables named in `_TABLES` for the process that keeps some original steps, float64."""
+def _tables(kept: list[int]) -> dict[str, NDArray[np.float64]]:
+    """The constants of the process that keeps some original steps, (S,) float64, by the names of their buffers."""
     original = np.cumprod(1 - cosine_betas())[kept]
     betas = 1 - original / np.append(1.0, original[:-1])
     cumulative = np.cumprod(1 - betas)
     previous = np.append(1.0, cumulative[:-1])
     variance = betas * (1 - previous) / (1 - cumulative)  # 0 at the first step, so its log takes the second's
-    return (
-        betas,
-        cumulative,
-        np.sqrt(cumulative),
-        np.sqrt(1 - cumulative),
-        np.sqrt(1 / cumulative),
-        np.sqrt(1 / cumulative - 1),
-        np.log(betas),
-        np.log(np.append(variance[1], variance[1:])),
-        betas * np.sqrt(previous) / (1 - cumulative),
-        (1 - previous) * np.sqrt(1 - betas) / (1 - cumulative),
-    )
+    return {
+        "betas": betas,
+        "alphas_cumprod": cumulative,
+        "sqrt_alphas_cumprod": np.sqrt(cumulative),
+        "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - cumulative),
+        "sqrt_recip_alphas_cumprod": np.sqrt(1 / cumulative),
+        "sqrt_recipm1_alphas_cumprod": np.sqrt(1 / cumulative - 1),
+        "log_betas": np.log(betas),
+        "posterior_log_variance_clipped": np.log(np.append(variance[1], variance[1:])),
+        "posterior_mean_coef1": betas * np.sqrt(previous) / (1 - cumulative),
+        "posterior_mean_coef2": (1 - previous) * np.sqrt(1 - betas) / (1 - cumulative),
+    }
 
 
 def _at(table: Tensor, t: Tensor) -> Tensor:
@@ -305,9 +282,6 @@ class DiffLoss(nn.Module):
     """Distribution of a token (C) given its condition (D): a loss for training and scoring, a sampler for drawing.
 
     Args:
-        token_dim: C.
-        condition_dim: D.
-        width, depth: of the denoising network.
         num_sampling_steps: S, steps of the sampling process, 2..1000.
 
     Raises:

@@ -55,15 +55,11 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 
 class Level(NamedTuple):
-    """Keys and values that groups of chains share: the prefix of a state, a block before the chain, the chain itself.
+    """Keys and values that groups of chains share: a state's prefix, a block before the chain, the chain itself."""
 
-    Attributes:
-        keys, values: (M, heads, G, L, head_dim); each of the G is read by C / G consecutive chains.
-        mask: bool, True where a query may look, broadcast to (M, heads, C, T, L); None is everywhere.
-    """
-
-    keys: Tensor
+    keys: Tensor  # (M, heads, G, L, head_dim); each of the G is read by C / G consecutive chains
     values: Tensor
+    # bool, True where a query may look, broadcast to (M, heads, C, T, L); None is everywhere
     mask: Tensor | None = None
 
     def states(self, rows: slice) -> Level:
@@ -85,12 +81,8 @@ def causal_mask(length: int, total: int, device: torch.device) -> Tensor | None:
 def chain_attention(query: Tensor, levels: Sequence[Level]) -> Tensor:
     """Attention of many chains over what they share and what is their own, as a single softmax; nothing is copied.
 
-    Args:
-        query: (M, heads, C, T, head_dim), contiguous: T queries of C chains of M states.
-        levels: what they look at; at least one key is visible to every query.
-
-    Returns:
-        (M, heads, C, T, head_dim).
+    T queries of C chains of M states (M, heads, C, T, head_dim), contiguous, look at the levels; each sees at least one
+    key. The result has their shape.
     """
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and query.requires_grad):
         return differentiable_chain_attention(query, levels)

@@ -68,14 +68,39 @@ class ClassEmbedding(nn.Module):
         return self.embedding_table(labels)
 
 
-class CausalTransformer(nn.Module):
-    """Embeddings, layers and output of the family; subclasses say what the sequence is."""
+class FamilyModule(nn.Module):
+    """Shape, block grid and rotary table of a model of the family; `OUTPUT` names its output matrix."""
+
+    OUTPUT = "output"
+    rope: Tensor
+    block_tokens: Tensor
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
         self.geometry = BlockGrid(config.height, config.width, config.block_size)
         self.vocab_size, self.num_classes, self.hidden_size = config.vocab_size, config.num_classes, config.dim
+        rope = rope_table(config.height, config.width, config.dim // config.heads)
+        self.register_buffer("rope", rope, persistent=False)
+        self.register_buffer("block_tokens", self.geometry.block_tokens.to(rope.device), persistent=False)
+
+    def reset_parameters(self) -> None:
+        """Normal(0, 0.02) for every matrix, as in LlamaGen, and a zero output matrix."""
+        for parameter in self.parameters():
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=0.02)
+        nn.init.zeros_(getattr(self, self.OUTPUT).weight)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) after the final norm -> (..., vocab)."""
+        return getattr(self, self.OUTPUT)(hidden)
+
+
+class CausalTransformer(FamilyModule):
+    """Embeddings, layers and output of the family; subclasses say what the sequence is."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config)
         self.cls_embedding = ClassEmbedding(config.num_classes, config.dim)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(
@@ -83,22 +108,6 @@ class CausalTransformer(nn.Module):
         )
         self.norm = nn.RMSNorm(config.dim, eps=1e-5)
         self.output = Linear(config.dim, config.vocab_size, bias=False)
-        rope = rope_table(config.height, config.width, config.dim // config.heads)
-        self.register_buffer("rope", rope, persistent=False)
-        self.register_buffer("block_tokens", self.geometry.block_tokens.to(rope.device), persistent=False)
-        self.rope: Tensor
-        self.block_tokens: Tensor
-
-    def reset_parameters(self) -> None:
-        """Normal(0, 0.02) for every matrix, as in LlamaGen, and a zero output matrix."""
-        for parameter in self.parameters():
-            if parameter.ndim > 1:
-                nn.init.normal_(parameter, std=0.02)
-        nn.init.zeros_(self.output.weight)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) after the final norm -> (..., vocab)."""
-        return self.output(hidden)
 
     def _blocks(self) -> Iterator[TransformerBlock]:
         return (cast(TransformerBlock, layer) for layer in self.layers)
@@ -123,7 +132,6 @@ class CausalTransformer(nn.Module):
         Args:
             x: (M, C, T, dim) embeddings.
             rope: (M, C, T, head_dim / 2, 2) rotations.
-            prefix: cache of M states.
             past: entries that come before the chains; each of its P chains is seen by C / P consecutive ones.
             own: room for the chains' entries, earlier ones first; the last T places are filled.
             outputs: the places whose hidden states are needed; what only they need of the last layer is left out.
@@ -153,13 +161,9 @@ class CausalTransformer(nn.Module):
 
 @dataclass(frozen=True)
 class RasterState:
-    """Prefix of M images that are drawn as one block: nothing, or everything.
+    """Prefix of M images that are drawn as one block: nothing, or everything."""
 
-    Attributes:
-        labels: (M,) int64.
-    """
-
-    labels: Tensor
+    labels: Tensor  # (M,) int64
 
     def select(self, rows: Tensor) -> RasterState:
         """A copy of some states."""

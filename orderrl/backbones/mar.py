@@ -8,8 +8,6 @@ Notable (Li et al., 2024, "Autoregressive Image Generation without Vector Quanti
 - Parameter names are the published ones; the transformer blocks are timm's, as published.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -29,36 +27,27 @@ from orderrl.runtime.values import at_least, between, check_fields, positive, se
 
 @dataclass(frozen=True)
 class MARConfig:
-    """Shape of a `MAR`.
+    """Shape of a `MAR`."""
 
-    Attributes:
-        height, width: token grid.
-        vae_embed_dim: channels of the latent image.
-        patch_size: latent pixels along a side of a token; a token has vae_embed_dim * patch_size**2 channels.
-        class_num: class labels; label class_num means no class.
-        mlp_ratio: feed-forward width as a multiple of the block's width.
-        norm_eps: epsilon of the layer norms of the transformer.
-    """
-
-    height: int
-    width: int
-    vae_embed_dim: int
-    patch_size: int = 1
-    class_num: int = 1000
+    height: int  # token grid
+    width: int  # token grid
+    vae_embed_dim: int  # channels of the latent image
+    patch_size: int = 1  # latent pixels along a side of a token; a token has vae_embed_dim * patch_size**2 channels
+    class_num: int = 1000  # class labels; label class_num means no class
     encoder_embed_dim: int = setting(1024, "Width of the encoder", at_least(1))
     encoder_depth: int = setting(16, "Transformer blocks of the encoder", between("[1, 1000]"))
     encoder_num_heads: int = setting(16, "Attention heads of the encoder", at_least(1))
     decoder_embed_dim: int = setting(1024, "Width of the decoder", at_least(1))
     decoder_depth: int = setting(16, "Transformer blocks of the decoder", between("[1, 1000]"))
     decoder_num_heads: int = setting(16, "Attention heads of the decoder", at_least(1))
-    mlp_ratio: float = 4.0
+    mlp_ratio: float = 4.0  # feed-forward width as a multiple of the block's width
     buffer_size: int = setting(64, "Leading entries that carry the class", at_least(1))
     diffloss_d: int = setting(3, "Residual blocks of the denoising network", between("[1, 1000]"))
     diffloss_w: int = setting(1024, "Width of the denoising network", at_least(1))
     num_sampling_steps: int = setting(100, "Steps of the diffusion sampler, 2 to 1000", at_least(1))
     attn_dropout: float = setting(0.1, "Dropout rate of the attention, in training", between("[0, 1)"))
     proj_dropout: float = setting(0.1, "Dropout rate of the projections, in training", between("[0, 1)"))
-    norm_eps: float = 1e-6
+    norm_eps: float = 1e-6  # epsilon of the layer norms of the transformer
 
     def __post_init__(self) -> None:
         check_fields(
@@ -104,36 +93,22 @@ class NoiseSource(Protocol):
 
 
 class SamplingIteration(NamedTuple):
-    """What one iteration of the sampler did.
+    """What one iteration of the sampler did."""
 
-    Attributes:
-        num_hidden: tokens of each image left hidden by the schedule; 1 in the last iteration, which yet draws all.
-        guidance: classifier-free guidance scale.
-        images, positions: (n,) int64, which tokens were drawn, as in `NoiseSource`.
-        conditions: (n, D).
-        unconditional: (n, D) under the dropped label, or None without guidance.
-        drawn: (n, C).
-        tokens: (M, N, C), all tokens so far; zero where hidden.
-    """
-
-    num_hidden: int
-    guidance: float
-    images: Tensor
-    positions: Tensor
-    conditions: Tensor
-    unconditional: Tensor | None
-    drawn: Tensor
-    tokens: Tensor
+    num_hidden: int  # tokens of each image left hidden by the schedule; 1 in the last iteration, which yet draws all
+    guidance: float  # classifier-free guidance scale
+    images: Tensor  # (n,) int64, which tokens were drawn, as in `NoiseSource`
+    positions: Tensor  # (n,) int64, likewise
+    conditions: Tensor  # (n, D)
+    unconditional: Tensor | None  # (n, D) under the dropped label, or None without guidance
+    drawn: Tensor  # (n, C)
+    tokens: Tensor  # (M, N, C), all tokens so far; zero where hidden
 
 
 class MAR(nn.Module):
     """Masked autoencoder over continuous tokens with a diffusion loss.
 
     Tokens are (M, N, C) in raster order, visible sets (M, N) bool, labels (M,) int64 with class_num for no class.
-
-    Attributes:
-        config: the shape.
-        hidden_size: D, width of the conditions z.
     """
 
     def __init__(self, config: MARConfig) -> None:
@@ -141,7 +116,7 @@ class MAR(nn.Module):
 
         super().__init__()
         c = self.config = config
-        self.hidden_size = c.decoder_embed_dim
+        self.hidden_size = c.decoder_embed_dim  # D, width of the conditions z
         norm = cast(type[nn.Module], partial(nn.LayerNorm, eps=c.norm_eps))
         block = partial(
             Block,
@@ -295,7 +270,7 @@ class MAR(nn.Module):
     # ------------------------------------------------------------------ sampling
 
     @torch.no_grad()
-    def sample_tokens(
+    def sampling_iterations(
         self,
         labels: Tensor,
         orders: Tensor,
@@ -304,7 +279,7 @@ class MAR(nn.Module):
         cfg: float = 1.0,
         cfg_schedule: str = "linear",
         temperature: float = 1.0,
-    ) -> Tensor:
+    ) -> Iterator[SamplingIteration]:
         """Generate images as published: several tokens an iteration, from the end of each order to its beginning.
 
         Args:
@@ -316,28 +291,12 @@ class MAR(nn.Module):
             cfg_schedule: "linear" raises the scale from 1 towards cfg as tokens appear, "constant" keeps it.
             temperature: scales the noise of the reverse steps.
 
-        Returns:
-            (M, N, C) tokens in raster order.
+        Yields:
+            What every iteration did; the tokens of the last are the images.
 
         Raises:
             ValueError: if an argument is out of its range.
         """
-        iterations = self.sampling_iterations(labels, orders, noise, num_iter, cfg, cfg_schedule, temperature)
-        *_, last = iterations
-        return last.tokens
-
-    @torch.no_grad()
-    def sampling_iterations(
-        self,
-        labels: Tensor,
-        orders: Tensor,
-        noise: NoiseSource,
-        num_iter: int,
-        cfg: float = 1.0,
-        cfg_schedule: str = "linear",
-        temperature: float = 1.0,
-    ) -> Iterator[SamplingIteration]:
-        """The iterations of `sample_tokens`, one by one; arguments and errors are the same."""
         c = self.config
         _check_sampling(orders, (len(labels), c.num_tokens), num_iter, temperature)
         tokens = self.fake_latent.new_zeros(len(labels), c.num_tokens, c.token_dim)

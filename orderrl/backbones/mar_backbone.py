@@ -32,12 +32,7 @@ LOWEST_LOG_VARIANCE, HIGHEST_LOG_VARIANCE = -14.0, 14.0
 
 @dataclass(frozen=True)
 class MaskedConfig(MARConfig):
-    """Shape of a `MaskedTransformer`: the published model's, and how it serves as a backbone.
-
-    Attributes:
-        entropy_samples: tokens drawn for the entropy channel.
-        entropy_steps: reverse steps of those draws.
-    """
+    """Shape of a `MaskedTransformer`: the published model's, and how it serves as a backbone."""
 
     block_size: int = setting(1, "Tokens along a side of a block", between("[1, 256]"))
     loss_draws: int = setting(
@@ -45,8 +40,8 @@ class MaskedConfig(MARConfig):
         "Noises that a token's loss is averaged over; its times are the middles of as many equal intervals",
         between("[1, 1000]"),
     )
-    entropy_samples: int = 4
-    entropy_steps: int = 8
+    entropy_samples: int = 4  # tokens drawn for the entropy channel
+    entropy_steps: int = 8  # reverse steps of those draws
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,17 +51,11 @@ class MaskedConfig(MARConfig):
 
 @dataclass(frozen=True)
 class MaskedState:
-    """What M states have revealed.
+    """What M states have revealed."""
 
-    Attributes:
-        tokens: (M, N, C); zero where hidden.
-        visible: (M, N) bool.
-        labels: (M,) int64.
-    """
-
-    tokens: Tensor
-    visible: Tensor
-    labels: Tensor
+    tokens: Tensor  # (M, N, C); zero where hidden
+    visible: Tensor  # (M, N) bool
+    labels: Tensor  # (M,) int64
 
     def select(self, rows: Tensor | slice) -> MaskedState:
         """Some states: rows is a (K,) int64 index or an (M,) bool mask, for a copy, or a slice, for a view."""
@@ -86,13 +75,9 @@ class MaskedState:
 
 @dataclass(frozen=True)
 class MaskedChains:
-    """The blocks of C chains per state; a masked model has nothing else to keep of them.
+    """The blocks of C chains per state; a masked model has nothing else to keep of them."""
 
-    Attributes:
-        blocks: (M, C) int64.
-    """
-
-    blocks: Tensor
+    blocks: Tensor  # (M, C) int64
 
     def chain(self, index: Tensor) -> MaskedChains:
         """One chain per state: index (M,) int64 -> C = 1."""
@@ -164,9 +149,8 @@ class MaskedTransformer(MAR):
     def extend(
         self, prefix: MaskedState, tokens: Tensor, blocks: Tensor, count: Tensor, first: Any = None
     ) -> MaskedState:
-        counted = (
-            torch.arange(blocks.shape[1], device=blocks.device) < count.to(blocks.device, non_blocking=True)[:, None]
-        )
+        count = count.to(blocks.device, non_blocking=True)
+        counted = torch.arange(blocks.shape[1], device=blocks.device) < count[:, None]
         return prefix.reveal(tokens, self._token_mask(blocks, counted))
 
     def _token_mask(self, blocks: Tensor, counted: Tensor) -> Tensor:
@@ -183,12 +167,7 @@ class MaskedTransformer(MAR):
     # ------------------------------------------------------------------ the protocol
 
     def context_loss(
-        self,
-        prefix: MaskedState,
-        tokens: Tensor,
-        blocks: Tensor,
-        past: MaskedChains | None = None,
-        whole: bool = False,
+        self, prefix: MaskedState, tokens: Tensor, blocks: Tensor, past: MaskedChains | None = None, whole: bool = False
     ) -> tuple[BlockLosses, MaskedChains]:
         groups = 1 if past is None else past.blocks.shape[1]
         width = blocks.shape[1] // groups

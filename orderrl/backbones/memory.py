@@ -1,7 +1,5 @@
 """How much is computed at once: as much as memory allows, and on a CPU no more than its caches like."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,16 +18,9 @@ SCORES_PER_ENTRY = 4  # attention scores of an entry that live at once, in entri
 
 @dataclass(frozen=True)
 class Packing:
-    """What one forward may take.
+    """What one forward may take."""
 
-    Attributes:
-        memory_gb: for activations, 10^9 bytes; None is what is free.
-
-    Raises:
-        ValueError: if the budget is not positive.
-    """
-
-    memory_gb: float | None = None
+    memory_gb: float | None = None  # for activations, 10^9 bytes; None is what is free
 
     def __post_init__(self) -> None:
         check_fields(self, positive("memory_gb"))
@@ -41,11 +32,9 @@ class Packing:
         return SHARE_OF_FREE * free_memory(device)
 
     def entries(self, keys: Tensor, seen: int) -> int:
-        """How many entries one forward encodes.
+        """How many entries one forward encodes, each of which attends to about `seen`.
 
-        Args:
-            keys: (layers, M, heads, slots, head_dim) of a prefix cache; its type and sizes count.
-            seen: entries that an entry attends to, about.
+        Of the prefix cache's keys (layers, M, heads, slots, head_dim) type and sizes count.
         """
         heads, width = keys.shape[2], keys.shape[2] * keys.shape[4]
         per_entry = keys.element_size() * (WIDTHS_PER_ENTRY * width + SCORES_PER_ENTRY * heads * seen)

@@ -1,7 +1,5 @@
 """Shapes of the published models, by name."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

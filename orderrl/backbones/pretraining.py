@@ -5,8 +5,6 @@ An optional anneal moves to raster at the end; the last checkpoint of the random
 the final one and is the default, because annealed weights forget random orders.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
@@ -83,13 +81,10 @@ def raster_token_orders(geometry: BlockGrid, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def mean_loss(backbone: TrainableBackbone, data: TokenSet, orders: Tensor, batch_size: int | None = None) -> float:
-    """Mean teacher-forced loss of a token set under given token orders (n, N), nats (or DiffLoss units) per token.
-
-    `batch_size` images are scored at once; None takes what a bounded number of logits allows.
-    """
+def mean_loss(backbone: TrainableBackbone, data: TokenSet, orders: Tensor) -> float:
+    """Mean teacher-forced loss of a token set under given token orders (n, N), nats (or DiffLoss units) per token."""
     device = next(backbone.parameters()).device
-    batch_size = batch_size or min(500, max(1, MAX_LOGITS // (orders.shape[1] * max(backbone.vocab_size, 1024))))
+    batch_size = min(500, max(1, MAX_LOGITS // (orders.shape[1] * max(backbone.vocab_size, 1024))))
     total = 0.0
     for rows in torch.arange(len(data)).split(batch_size):
         tokens, order = data.tokens[rows].to(device), orders[rows].to(device)
@@ -148,10 +143,8 @@ def pretrain(
         backbone: trained in place.
         train: images to learn from.
         held_out: images for the logged losses; never trained on.
-        config: hyper-parameters.
         augment: the data set's augmentation, called with tokens, generator and strength.
         on_random_phase_end: receives the averaged backbone at the last step with random orders only.
-        job: keeps the training's state, so that an interrupted one continues, and logs.
         shard_on: device on which the weights are split over all processes; None leaves them whole.
 
     Metrics: loss (nats per token), learning_rate, random_share; with held-out losses at every evaluation.

@@ -1,7 +1,5 @@
 """What OrderRL asks of a backbone."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -13,31 +11,19 @@ from orderrl.geometry import BlockGrid
 
 
 class BlockLosses(NamedTuple):
-    """What one packed forward says about C hidden blocks of M states.
+    """What one packed forward says about C hidden blocks of M states."""
 
-    Attributes:
-        loss: (M, C) float32, block loss -log q(x_b | x_S, c), nats.
-        hidden: (M, C, D), final-norm hidden state of the first query of each block's chain.
-        entropy: (M, C) float32, entropy of that query's prediction, nats.
-    """
-
-    loss: Tensor
-    hidden: Tensor
-    entropy: Tensor
+    loss: Tensor  # (M, C) float32, block loss -log q(x_b | x_S, c), nats
+    hidden: Tensor  # (M, C, D), final-norm hidden state of the first query of each block's chain
+    entropy: Tensor  # (M, C) float32, entropy of that query's prediction, nats
 
 
 class Drawing(NamedTuple):
-    """Blocks drawn in parallel.
+    """Blocks drawn in parallel."""
 
-    Attributes:
-        tokens: (M, K, p*p) int64.
-        entries: the chains' entries for reuse in `extend`; None if nothing can be reused.
-        unconditional: the same under the dropped label.
-    """
-
-    tokens: Tensor
-    entries: Any = None
-    unconditional: Any = None
+    tokens: Tensor  # (M, K, p*p) int64
+    entries: Any = None  # the chains' entries for reuse in `extend`; None if nothing can be reused
+    unconditional: Any = None  # the same under the dropped label
 
 
 @runtime_checkable

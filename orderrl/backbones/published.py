@@ -5,8 +5,6 @@ kept and both are named: RandAR's queries of one step see each other causally, A
 other in both directions, LlamaGen draws one token at a time (`RasterTransformer.decode_steps`).
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 
@@ -23,17 +21,11 @@ ARPG_SCHEDULES = ("arccos", "cosine")
 
 
 class PublishedSamples(NamedTuple):
-    """What a published sampler drew.
+    """What a published sampler drew."""
 
-    Attributes:
-        tokens: (M, N) int64, raster order.
-        logits: (M, N, vocab), guided logits in the order of generation.
-        sizes: tokens drawn at each step.
-    """
-
-    tokens: Tensor
-    logits: Tensor
-    sizes: list[int]
+    tokens: Tensor  # (M, N) int64, raster order
+    logits: Tensor  # (M, N, vocab), guided logits in the order of generation
+    sizes: list[int]  # tokens drawn at each step
 
 
 def llamagen_sampler(
@@ -42,7 +34,6 @@ def llamagen_sampler(
     """LlamaGen's sampler: raster order, one token a step, guidance in an interval.
 
     Args:
-        model: the raster model.
         labels: (M,) int64.
         uniforms: (M, N) in [0, 1), in raster order.
         sampling: temperature, top-k, top-p, guidance and its interval; None is plain sampling.
@@ -94,7 +85,6 @@ def randar_sampler(
     forward with the queries of the next step.
 
     Args:
-        model: an order-robust transformer.
         labels: (M,) int64.
         token_order: (M, N) int64, raster positions in the order of generation.
         uniforms: (M, N) in [0, 1), in the order of generation.
@@ -184,7 +174,6 @@ def arpg_sampler(
     """ARPG's sampler (Li et al., 2025): the tokens of an iteration see each other in both directions.
 
     Args:
-        model: ARPG.
         labels: (M,) int64.
         token_order: (N,) int64, raster positions in the order of generation, shared by all images.
         uniforms: (M, N) in [0, 1), in the order of generation.

@@ -64,15 +64,12 @@ class OrderRobustTransformer(CausalTransformer, ChainBackbone):
     # ------------------------------------------------------------------ training
 
     def teacher_forced(self, tokens: Tensor, labels: Tensor, token_order: Tensor) -> Tensor:
-        """Logits of every token given its predecessors in an order.
+        """Logits (M, N, vocab) of every token given its predecessors in an order, in which they stand.
 
         Args:
             tokens: (M, N) int64, raster order.
             labels: (M,) int64; num_classes is the dropped label.
             token_order: (M, N) int64, raster positions in the order of generation.
-
-        Returns:
-            (M, N, vocab) logits, in the order of generation.
         """
         x, rope = self._sequence(tokens, labels, token_order)
         # the last content token predicts nothing

@@ -1,7 +1,5 @@
 """Backbones that are made: what is trained on what, and the files that a training leaves."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -34,23 +32,14 @@ from orderrl.runtime.weights import load_weights
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneRecipe:
-    """Everything that determines a backbone that is trained.
+    """Everything that determines a backbone that is trained."""
 
-    Attributes:
-        backbone: the config group `backbone` as plain values, of `pretrain`.
-        training: the config group `training` as plain values.
-        data: name of the data set.
-        seed: of initialisation, batches, orders and augmentation.
-        device: where it is trained.
-        shard: split the weights over all processes.
-    """
-
-    backbone: Mapping[str, Any]
-    training: Mapping[str, Any]
-    data: str
-    seed: int
-    device: str
-    shard: bool
+    backbone: Mapping[str, Any]  # the config group `backbone` as plain values, of `pretrain`
+    training: Mapping[str, Any]  # the config group `training` as plain values
+    data: str  # name of the data set
+    seed: int  # of initialisation, batches, orders and augmentation
+    device: str  # where it is trained
+    shard: bool  # split the weights over all processes
 
     def train(self, cache_dir: str, checkpoint_seconds: float, new_run: Callable[[], Run]) -> Path:
         """Train on the backbone split and measure on the test split.
@@ -60,7 +49,6 @@ class BackboneRecipe:
 
         Args:
             cache_dir: where the state of an unfinished training is kept.
-            checkpoint_seconds: between two states.
             new_run: begins the run of the command.
 
         Returns:

@@ -1,7 +1,5 @@
 """Drawing tokens from logits: guidance and its schedules, temperature, top-k, top-p."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -51,14 +49,9 @@ class Sampling(Settings):
             )
 
     def scale(self, decided: Tensor, total: int) -> Tensor:
-        """Guidance scale of tokens about to be drawn.
+        """Guidance scale of tokens about to be drawn, float32, of an image of `total` tokens; 1 is no guidance.
 
-        Args:
-            decided: int64 of any shape, tokens drawn before the step.
-            total: N, tokens of the image.
-
-        Returns:
-            float32 of that shape; 1 is no guidance.
+        Before the step `decided` tokens were drawn, int64 of any shape, which is that of the result.
         """
         share = decided / total if self.guidance_schedule == "linear" else torch.ones_like(decided).float()
         scale = 1 + (self.guidance - 1) * share.float()
@@ -108,13 +101,7 @@ def guide(logits: Tensor, unconditional: Tensor | None, scale: Tensor, sampling:
 def sample_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
     """Draw one token per row by inverting the cumulative distribution at given uniform numbers.
 
-    Args:
-        logits: (..., vocab).
-        uniforms: (...) in [0, 1): equal numbers give equal tokens, whatever the batch.
-        sampling: temperature and filters.
-
-    Returns:
-        (...) int64 tokens.
+    logits (..., vocab), uniforms (...) in [0, 1) -> (...) int64; equal numbers give equal tokens, whatever the batch.
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)

@@ -4,7 +4,7 @@
 it is, so a planner that looks at what is visible knows more than one that sees positions alone.
 """
 
-from __future__ import annotations
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -31,29 +31,15 @@ def load_canvas_split(split: str) -> TokenSet:
     """
     digits = digits_as_collected(split)
     generator = torch.Generator().manual_seed(_SEED + list(PLACES).index(split))
-    canvases = TokenSet(
-        name="canvas",
-        split=split,
-        tokens=place(digits.tokens.repeat_interleave(PLACES[split], 0), generator),
-        labels=digits.labels.repeat_interleave(PLACES[split], 0),
-        height=HEIGHT,
-        width=WIDTH,
-        vocab_size=digits.vocab_size,
-        num_classes=digits.num_classes,
-        class_names=digits.class_names,
-    )
-    return canvases.shuffled()
+    tokens = place(digits.tokens.repeat_interleave(PLACES[split], 0), generator)
+    labels = digits.labels.repeat_interleave(PLACES[split], 0)
+    return replace(digits, name="canvas", tokens=tokens, labels=labels, height=HEIGHT, width=WIDTH).shuffled()
 
 
 def place(levels: Tensor, generator: torch.Generator) -> Tensor:
     """Put each image's ink at a random place of an empty canvas, all places equally likely.
 
-    Args:
-        levels: (n, h * w) int64 grey levels of square images that fit the canvas; what is above 0 is ink.
-        generator: source of randomness.
-
-    Returns:
-        (n, 144) int64.
+    Grey levels (n, h * w) -> (n, 144) int64. The images are square and fit the canvas; what is above 0 is ink.
     """
     side = round(levels.shape[1] ** 0.5)
     images = levels.view(-1, side, side)
@@ -67,16 +53,7 @@ def place(levels: Tensor, generator: torch.Generator) -> Tensor:
 
 @isolated
 def augment_canvas(tokens: Tensor, generator: torch.Generator, strength: float) -> Tensor:
-    """`augment_digits` of the digit on each canvas, and another place.
-
-    Args:
-        tokens: (n, 144) int64 grey levels.
-        generator: source of randomness.
-        strength: of `augment_digits`.
-
-    Returns:
-        (n, 144) int64.
-    """
+    """`augment_digits` of the digit on each canvas, and another place: grey levels (n, 144) int64 -> the same."""
     return place(augment_digits(_digits(tokens), generator, strength), generator)
 
 

@@ -1,7 +1,5 @@
 """Class ids of a model for folders that hold images of some of its classes."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path

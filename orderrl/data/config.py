@@ -1,7 +1,5 @@
 """Settings of data sets: what the config group `data` holds."""
 
-from __future__ import annotations
-
 from dataclasses import MISSING, dataclass
 
 from orderrl.runtime.values import Settings, setting

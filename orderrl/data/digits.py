@@ -4,7 +4,8 @@
 2x2 grey levels of a patch in [-1, 1], for masked models.
 """
 
-from __future__ import annotations
+from dataclasses import replace
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -69,19 +70,9 @@ def digits_as_collected(split: str) -> TokenSet:
 def load_patches_split(split: str) -> TokenSet:
     """One split of the digits as continuous tokens, (n, 16, 4) float32 in [-1, 1]; splits as in `load_digits_split`."""
     digits = load_digits_split(split)
-    return TokenSet(
-        name="digits_patches",
-        split=split,
-        tokens=_to_patches(digits.tokens),
-        labels=digits.labels,
-        height=HEIGHT // PATCH,
-        width=WIDTH // PATCH,
-        vocab_size=0,
-        num_classes=NUM_CLASSES,
-        token_dim=PATCH**2,
-        decoder=patches_to_images,
-        class_names=digits.class_names,
-    )
+    kind: Any = {"name": "digits_patches", "vocab_size": 0, "token_dim": PATCH**2, "decoder": patches_to_images}
+    kind |= {"height": HEIGHT // PATCH, "width": WIDTH // PATCH}
+    return replace(digits, tokens=_to_patches(digits.tokens), **kind)
 
 
 def _to_patches(levels: Tensor) -> Tensor:
@@ -112,14 +103,8 @@ def augment_patches(patches: Tensor, generator: torch.Generator, strength: float
 def augment_digits(tokens: Tensor, generator: torch.Generator, strength: float) -> Tensor:
     """Mild augmentation: a small random rotation, scale, shear and shift of half of the images.
 
-    Args:
-        tokens: (n, 64) int64 grey levels.
-        generator: source of randomness.
-        strength: 0 is none; 1 is up to 9 degrees, 9 % scale and shear, and 0.4 pixels shift
-            (uniform).
-
-    Returns:
-        (n, 64) int64 grey levels.
+    Grey levels (n, 64) int64 -> the same. Strength 1 is up to 9 degrees, 9 % scale and shear, and 0.4 pixels shift
+    (uniform); 0 is none.
     """
     n = len(tokens)
     angle, scale_y, scale_x, shear, shift_y, shift_x = (

@@ -1,7 +1,5 @@
 """Image folders as token sets: every view of every image through a tokeniser, shard by shard."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,12 +48,10 @@ def tokenize_folder(
 
     Args:
         tokenizer: frozen, on the device where it shall run.
-        folder: images and crops.
         output: the token set's folder, or a cache, where other images or crops have another one and what is damaged
             is made again.
         tokenizer_path: file or hub name that the tokeniser came from, remembered for decoding; None if from none.
         batch_size: images a call; all their views go together.
-        shard_size: images a shard.
         sample_seed: of the noise of posterior samples, keyed by image and view; None takes posterior means.
         half: store continuous tokens as float16.
 
@@ -66,9 +62,6 @@ def tokenize_folder(
         ValueError: for another token set in the folder, one of images that have changed since, an altered shard, or a
             file that can't be read as an image.
     """
-    for name, value in (("batch_size", batch_size), ("shard_size", shard_size)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
     images = list_images(folder)
     print_main(images.describe())
     identity = _identity(tokenizer, folder, images, shard_size, sample_seed, half)

@@ -1,7 +1,5 @@
 """Folders of images, one sub-folder a class: their splits, their crops, and reading them."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -105,20 +103,13 @@ def crops(config: FolderConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ImageSplit:
-    """Images of one split.
-
-    Attributes:
-        split: its name.
-        root: the folder that `names` are relative to.
-        names: file names, "class/name.ext".
-        labels: (n,) int64, index into the class names.
-        versions: what tells every file from another one under its name, see `orderrl.runtime.sources.file_versions`.
-    """
+    """Images of one split."""
 
     split: str
-    root: Path
-    names: list[str]
-    labels: Tensor
+    root: Path  # the folder that `names` are relative to
+    names: list[str]  # file names, "class/name.ext"
+    labels: Tensor  # (n,) int64, index into the class names
+    # what tells every file from another one under its name, see `orderrl.runtime.sources.file_versions`
     versions: list[str]
 
     def __len__(self) -> int:
@@ -134,7 +125,6 @@ def split_rows(labels: Tensor, test_share: float, planner_share: float, seed: in
     Args:
         labels: (n,) int64.
         test_share, planner_share: shares of all images; the rest is the backbone's.
-        seed: of the shuffling.
 
     Returns:
         Rows of each split, sorted, int64.
@@ -157,20 +147,14 @@ def _every(count: int, share: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Images:
-    """The images of a configuration.
+    """The images of a configuration."""
 
-    Attributes:
-        classes: class names by label.
-        splits: the images of every split, in the folder's order.
-        present: labels that have images, ascending, where the folders hold some of the classes of a model
-            (`FolderConfig.classes`); None is all.
-        left_out: names of what is no image of a class, by the reason.
-    """
-
-    classes: list[str]
-    splits: dict[str, ImageSplit]
+    classes: list[str]  # class names by label
+    splits: dict[str, ImageSplit]  # the images of every split, in the folder's order
+    # labels that have images, ascending, where the folders hold some of the classes of a model
+    # (`FolderConfig.classes`); None is all
     present: list[int] | None
-    left_out: dict[str, list[str]]
+    left_out: dict[str, list[str]]  # names of what is no image of a class, by the reason
 
     @property
     def table(self) -> str:
@@ -246,7 +230,6 @@ def _class_folders(root: str, key: str, known: tuple[dict[str, int], list[str]] 
     """The images below a folder.
 
     Args:
-        root: the folder.
         key: of the configuration, that named it.
         known: what `class_ids` gives, for folders of which some may be missing or empty; None numbers those there are.
     """
@@ -366,10 +349,8 @@ def read_views(
     """Views of images, batch by batch.
 
     Args:
-        images: a split.
         rows: which of its images, in which order.
         config: the crops, and whether broken files are left out.
-        batch_size: images a batch.
 
     Yields:
         The rows that were read and their views, (k, V, 3, S, S) uint8. A batch without any is left out.

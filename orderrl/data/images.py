@@ -3,8 +3,6 @@
 Data sets and references find and read their images here and nowhere else.
 """
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections import defaultdict
@@ -28,15 +26,10 @@ _SHOWN = 3  # names of what was left out
 
 
 class FoundImages(NamedTuple):
-    """What a folder holds.
+    """What a folder holds: its images in torchvision's order, and everything else."""
 
-    Attributes:
-        names: of its images, relative to it with "/" between folders; by class folder, then by folder, then by file.
-        left_out: names of everything else, by the reason, in words.
-    """
-
-    names: list[str]
-    left_out: dict[str, list[str]]
+    names: list[str]  # relative to it, with "/" between folders; by class folder, then by folder, then by file
+    left_out: dict[str, list[str]]  # names by the reason, in words
 
 
 def find_images(folder: Path) -> FoundImages:

@@ -1,7 +1,5 @@
 """Pictures of partly revealed images."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -16,7 +14,6 @@ def hide_blocks(images: Tensor, visible: Tensor, geometry: BlockGrid) -> Tensor:
     Args:
         images: (..., C, height, width) uint8 pixels; height and width are multiples of the grid of blocks.
         visible: (..., B) bool, True where a block is revealed; broadcasts against the images.
-        geometry: the block grid.
 
     Returns:
         (..., C, height, width) uint8, `HIDDEN_GREY` where a block is hidden.

@@ -11,8 +11,6 @@ A folder holds
 Files are written aside and moved into place; a shard counts once `tokens.json` lists it.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -40,17 +38,11 @@ _DECODE_BATCH = 50
 
 @dataclass(frozen=True)
 class Shard:
-    """A run of images of one split.
-
-    Attributes:
-        split: its split.
-        number: its place among the shards of the split.
-        rows: places of its images in the split.
-    """
+    """A run of images of one split."""
 
     split: str
-    number: int
-    rows: range
+    number: int  # its place among the shards of the split
+    rows: range  # places of its images in the split
 
     @property
     def name(self) -> str:
@@ -59,12 +51,7 @@ class Shard:
 
 
 def plan_shards(images: Mapping[str, int], shard_size: int) -> list[Shard]:
-    """All shards of a token set.
-
-    Args:
-        images: number of images of every split.
-        shard_size: images a shard.
-    """
+    """All shards of a token set, from the number of images of every split."""
     return [
         Shard(split, i, range(i * shard_size, min((i + 1) * shard_size, images[split])))
         for split in SPLITS
@@ -89,7 +76,6 @@ class TokenSetWriter:
         folder: the token set's folder, made if need be.
         identity: plain values that determine every token; needs `shard_size`, `dtype`, and of the images `images`, how
             many every split has, and `files`, their version.
-        images: what is tokenised.
         tokenizer_path: file or hub name of the tokeniser's weights, for decoding. A file in OrderRL's own format is
             copied into the folder (`own=True`), published weights are remembered by where they are. None if there is no
             such file.
@@ -150,7 +136,6 @@ class TokenSetWriter:
         """Store a shard.
 
         Args:
-            shard: one of `missing()`.
             tokens: (rows, N) or (rows, N, C).
             labels: (rows,) int64.
             skipped: names of its images that could not be read and have no rows.
@@ -329,12 +314,7 @@ def decode_in_parts(tokenizer: Any, tokens: Tensor, grid: tuple[int, int]) -> Te
 
 
 class SetDecoder:
-    """Decodes tokens of a token set on disk; its tokeniser is loaded when the first image is asked for.
-
-    Args:
-        folder: the token set's folder.
-        described: its description.
-    """
+    """Decodes tokens of a token set on disk; its tokeniser is loaded when the first image is asked for."""
 
     def __init__(self, folder: Path, described: Mapping[str, Any]) -> None:
         self.folder, self.described = folder, described
@@ -432,11 +412,8 @@ def load_token_set(folder: Path | str, split: str, mapped: bool | None = None) -
 def _map(path: Path, rows: int, identity: Mapping[str, Any], kind: str) -> np.ndarray:
     """A shard's file, mapped; ValueError if it holds anything but the numbers that belong there."""
     height, width = identity["grid"]
-    row = (
-        []
-        if kind == "labels"
-        else [height * width, *([identity["token_dim"]] if identity["vocab_size"] is None else [])]
-    )
+    channels = [identity["token_dim"]] if identity["vocab_size"] is None else []
+    row = [] if kind == "labels" else [height * width, *channels]
     dtype = np.dtype(np.int64 if kind == "labels" else identity["dtype"])
     try:
         array = np.lib.format.open_memmap(path, mode="r")  # reads no pickles
@@ -448,15 +425,6 @@ def _map(path: Path, rows: int, identity: Mapping[str, Any], kind: str) -> np.nd
 
 
 def token_set_splits(folder: Path | str) -> dict[str, TokenSet]:
-    """All splits of a token set on disk that have images, by name.
-
-    Raises:
-        FileNotFoundError, ValueError: as `load_token_set`.
-    """
+    """All splits of a token set on disk that have images, by name."""
     images = read_description(Path(folder))["identity"]["images"]
     return {split: load_token_set(folder, split) for split, count in images.items() if count}
-
-
-def class_names(folder: Path | str) -> list[str]:
-    """Names of the classes of a token set on disk, by label."""
-    return [str(name) for name in read_description(Path(folder))["identity"]["classes"]]

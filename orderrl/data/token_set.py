@@ -22,7 +22,6 @@ def stratified_order(labels: Tensor, seed: int = ORDER_SEED) -> Tensor:
 
     Args:
         labels: (N,) int64 classes.
-        seed: of the shuffle.
 
     Returns:
         (N,) int64, a permutation of the rows.

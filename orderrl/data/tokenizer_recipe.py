@@ -1,7 +1,5 @@
 """A small VQ tokeniser trained on an image folder."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -28,20 +26,14 @@ _ATTEMPTS = 100  # draws of a batch, as long as broken files are among it
 class TokenizerRecipe:
     """Everything that determines a tokeniser that is trained.
 
-    Attributes:
-        settings: the config group `tokenizer` as plain values: its name, `model` and `training`.
-        folder: the images.
-        seed: of initialisation, batches and restarts.
-        device: where it is trained.
-
     Raises:
         ValueError: if the tokeniser is not one to train, or does not fit the images.
     """
 
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Any]  # the config group `tokenizer` as plain values: its name, `model` and `training`
     folder: FolderConfig
-    seed: int
-    device: str
+    seed: int  # of initialisation, batches and restarts
+    device: str  # where it is trained
 
     def __post_init__(self) -> None:
         name = self.settings["name"]
@@ -77,13 +69,7 @@ class TokenizerRecipe:
     def train(self, cache_dir: str, checkpoint_seconds: float, new_run: Callable[[], Run]) -> Path:
         """Train on the backbone split and measure on the test split; the run gets checkpoint and `results.json`.
 
-        Args:
-            cache_dir: where the state of an unfinished training is kept.
-            checkpoint_seconds: between two states.
-            new_run: begins the run of the command.
-
-        Returns:
-            The checkpoint.
+        The cache keeps the state of an unfinished training. Returns the checkpoint.
         """
         # build
         print_main(self.images.describe())

@@ -9,9 +9,7 @@ Four questions of the research notes, each a function, on held-out images under 
 - `quality_curves`: what a partly revealed image is worth, against the revealed fraction.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from typing import Any, NamedTuple
@@ -38,7 +36,7 @@ from orderrl.evaluation.rows import Evaluated
 from orderrl.metrics.calibration import rank_correlation, state_observation
 from orderrl.metrics.order import order_agreement
 from orderrl.metrics.recognisability import area_over_fraction, at_fractions, complete, recognise, shown_images
-from orderrl.metrics.statistics import Interval, bootstrap_band, bootstrap_sums
+from orderrl.metrics.statistics import Interval, bootstrap_band, bootstrap_sums, sums_difference
 from orderrl.oracle import utilities
 
 REMOVALS = ("other image", "mean")
@@ -100,11 +98,7 @@ def content_ablation(
 ) -> ContentAblation:
     """Score the shared states with their content and without, and compare with the oracle.
 
-    Args:
-        p: shared states and resamples.
-        observations: from `ablated_observations`.
-        scorer: of the policy.
-        utility: (m, B), of the oracle, nats per image token.
+    Observations come from `ablated_observations`, the oracle's utilities (m, B) are in nats per image token.
     """
     states = p.states
     assert states is not None
@@ -114,22 +108,15 @@ def content_ablation(
         for name, observation in observations.items()
     }
     moments = {name: moments_by_image(values, utility, hidden, image) for name, values in scores.items()}
-
-    def interval(sums: NDArray[np.float64], statistic: Callable[..., Any]) -> Interval:
-        return bootstrap_sums(sums, statistic, p.config.resamples, seed=p.seed)
+    how = (p.config.resamples, p.seed)
 
     return ContentAblation(
         {
             name: image_average(rank_correlation(values, utility, hidden, spearmanr), image)
             for name, values in scores.items()
         },
-        {name: interval(sums, pooled_r2) for name, sums in moments.items()},
-        {
-            name: interval(
-                np.concatenate([moments["true"], moments[name]]), lambda s: pooled_r2(s[:6]) - pooled_r2(s[6:])
-            )
-            for name in REMOVALS
-        },
+        {name: bootstrap_sums(sums, pooled_r2, *how) for name, sums in moments.items()},
+        {name: sums_difference(moments["true"], moments[name], pooled_r2, *how) for name in REMOVALS},
     )
 
 
@@ -150,8 +137,7 @@ def pooled_r2(sums: NDArray[np.float64]) -> NDArray[np.float64]:
 def oracle_utility(p: EvaluationProtocol) -> Tensor:
     """U of every block in the shared states, (m, B), nats per image token."""
     assert p.states is not None
-    gains = p.states["gains"]
-    return utilities(gains, p.backbone.geometry)
+    return utilities(p.states["gains"], p.backbone.geometry)
 
 
 def content_entries(p: EvaluationProtocol, policies: Sequence[NamedPolicy]) -> list[dict[str, Any]]:
@@ -191,15 +177,10 @@ def content_entries(p: EvaluationProtocol, policies: Sequence[NamedPolicy]) -> l
 
 
 class Injection(NamedTuple):
-    """Loss of the blocks that stay hidden when others are revealed, both (m,) float32, nats per image token.
+    """Loss of the blocks that stay hidden when others are revealed, both (m,) float32, nats per image token."""
 
-    Attributes:
-        before: without the revealed blocks.
-        after: given them.
-    """
-
-    before: Tensor
-    after: Tensor
+    before: Tensor  # without the revealed blocks
+    after: Tensor  # given them
 
     @property
     def drop(self) -> Tensor:
@@ -211,8 +192,6 @@ def injection(backbone: Backbone, data: TokenSet, states: TensorDict, blocks: Te
     """Reveal the true tokens of some hidden blocks at once; each sees those before it, as in the environment.
 
     Args:
-        backbone: scores the rest.
-        data: the images.
         states: labelled contexts, batch (m,), with keys image, order, length, visible, loss.
         blocks: (m, k) int64, different hidden blocks; at least one more is hidden in each state.
 
@@ -239,13 +218,7 @@ def hidden_loss(
 ) -> Tensor:
     """Loss of all hidden blocks of contexts, (m,) float32 on the CPU, nats.
 
-    Args:
-        backbone: scores the blocks.
-        data: the images.
-        image: (m,) int64.
-        order: (m, B) int64, reveal order.
-        length: (m,) int64 in 1..B - 1, how many blocks of the order are visible.
-        batch_size: contexts of one length at once.
+    Of the reveal orders (m, B) of images (m,) as many blocks are visible as `length` (m,) says, 1 to B - 1.
     """
     device, losses = backbone_device(backbone), torch.zeros(len(image))
     for value in length.unique().tolist():
@@ -266,15 +239,10 @@ def best_blocks(scores: Tensor, visible: Tensor, count: int) -> Tensor:
 def random_injection(p: EvaluationProtocol, states: TensorDict, count: int, sets: int = RANDOM_SETS) -> Injection:
     """Means over several random sets of hidden blocks in each state; arguments as in `injection`."""
     generator = torch.Generator().manual_seed(p.seed)
-    parts = [
-        injection(
-            p.backbone,
-            p.data,
-            states,
-            best_blocks(torch.rand(states["visible"].shape, generator=generator), states["visible"], count),
-        )
-        for _ in range(sets)
-    ]
+    visible, parts = states["visible"], []
+    for _ in range(sets):
+        blocks = best_blocks(torch.rand(visible.shape, generator=generator), visible, count)
+        parts.append(injection(p.backbone, p.data, states, blocks))
     return Injection(*(torch.stack(values).mean(0) for values in zip(*parts, strict=True)))
 
 
@@ -346,17 +314,11 @@ def order_agreements(rollouts: Sequence[Rollout]) -> list[list[float]]:
 def order_entries(p: EvaluationProtocol, rows: Sequence[Evaluated]) -> dict[str, Any]:
     """Rows of the table, paired differences from the first policy, and how alike the orders are."""
     first, metrics = rows[0], [column.name for column in all_columns("compare") if column.direction]
-    pairs = [
-        Pair(
-            f"{row.row['policy']} - {first.row['policy']}",
-            metric,
-            row.per_image[metric][None],
-            first.per_image[metric][None],
-        )
-        for row in rows[1:]
-        for metric in metrics
-        if metric in row.per_image
-    ]
+    pairs = []
+    for row in rows[1:]:
+        name = f"{row.row['policy']} - {first.row['policy']}"
+        known = [metric for metric in metrics if metric in row.per_image]
+        pairs += [Pair(name, key, row.per_image[key][None], first.per_image[key][None]) for key in known]
     return {
         "rows": [row.row for row in rows],
         "comparisons": compare(pairs, p.config.resamples, p.seed),

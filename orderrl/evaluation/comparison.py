@@ -6,8 +6,6 @@ All comparisons of a table are one family: `orderrl.metrics.statistics.is_signif
 their number (Holm). Intervals are those of single comparisons.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -84,20 +82,14 @@ def code_length_at(rows: Sequence[Evaluated], steps: float) -> Tensor | None:
 
 
 class Pair(NamedTuple):
-    """A comparison to be made.
+    """A comparison to be made."""
 
-    Attributes:
-        name: "<policy> - <opponent>".
-        metric: key of the row.
-        policy, opponent: (seeds, n) values of each image.
-        named: what the result says besides: "policy" and "opponent", as in the table, and for a family of schedules at
-            equal mean steps, "at_steps".
-    """
-
-    name: str
-    metric: str
-    policy: Tensor
-    opponent: Tensor
+    name: str  # "<policy> - <opponent>"
+    metric: str  # key of the row
+    policy: Tensor  # (seeds, n) values of each image
+    opponent: Tensor  # (seeds, n) values of each image
+    # what the result says besides: "policy" and "opponent", as in the table, and for a family of schedules at equal
+    # mean steps, "at_steps"
     named: dict[str, Any] | None = None
 
 
@@ -110,7 +102,6 @@ def compare(pairs: Sequence[Pair], resamples: int, seed: int) -> list[dict[str, 
     Args:
         pairs: the family; a reference that was evaluated on the first images only is compared on these.
         resamples: of the bootstrap, raised to 100 for each comparison where that is more.
-        seed: of the resampling.
 
     Returns:
         For each pair a dict of name, metric; mean, low, high (95 % interval over images), p_value, p_holm, significant
@@ -204,15 +195,10 @@ def _pair(policy: str, opponent: str, metric: str, mine: Tensor, theirs: Tensor,
 
 
 class RunPairs(NamedTuple):
-    """What is to be compared, and what need not be.
+    """What is to be compared, and what need not be."""
 
-    Attributes:
-        pairs: the family of comparisons.
-        equal: those whose values are equal on every image and metric, as "name", "policy" and "opponent".
-    """
-
-    pairs: list[Pair]
-    equal: list[dict[str, str]]
+    pairs: list[Pair]  # the family of comparisons
+    equal: list[dict[str, str]]  # "name", "policy" and "opponent" where all values of all images are equal
 
 
 def run_pairs(evaluations: Sequence[Evaluation], metrics: Sequence[str]) -> RunPairs:
@@ -273,12 +259,7 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 def compare_runs(
     evaluations: Sequence[Evaluation], metrics: Sequence[str], resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, Any]:
-    """Compare runs of one protocol.
-
-    Args:
-        evaluations: at least two.
-        metrics: keys of values of single images.
-        resamples, seed: of the bootstrap, as in `compare`.
+    """Compare runs of one protocol, at least two, in metrics of single images.
 
     Returns:
         What `comparison.json` holds: as `collected`, with comparisons (as `compare` gives them) and equal.

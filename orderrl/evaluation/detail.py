@@ -1,7 +1,5 @@
 """What the report's pictures show of every policy, apart from the rows of `results.json`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -13,18 +11,14 @@ from torch import Tensor
 class Curve:
     """A mean over images against the revealed fraction, with its 95 % band.
 
-    Attributes:
-        fraction: F revealed fractions in [0, 1], increasing.
-        mean, low, high: F values each.
-
     Raises:
         ValueError: if lengths differ.
     """
 
-    fraction: Sequence[float]
-    mean: Sequence[float]
-    low: Sequence[float]
-    high: Sequence[float]
+    fraction: Sequence[float]  # F revealed fractions in [0, 1], increasing
+    mean: Sequence[float]  # F values each
+    low: Sequence[float]  # F values each
+    high: Sequence[float]  # F values each
 
     def __post_init__(self) -> None:
         for name in ("mean", "low", "high"):
@@ -76,20 +70,15 @@ class Episode:
 class PolicyDetail:
     """What the pictures show of one policy.
 
-    Attributes:
-        name: the policy, as in the table.
-        gain: information gained, nats per image token.
-        mean_reveal_step: rows x columns of blocks, mean step at which a block is revealed, 0 first and 1 last.
-        episodes: of the example images, in their order.
-
     Raises:
         ValueError: if the grid is no grid or an episode has another number of blocks.
     """
 
-    name: str
-    gain: Curve
+    name: str  # the policy, as in the table
+    gain: Curve  # information gained, nats per image token
+    # rows x columns of blocks, mean step at which a block is revealed, 0 first and 1 last
     mean_reveal_step: Sequence[Sequence[float]]
-    episodes: Sequence[Episode] = field(default=())
+    episodes: Sequence[Episode] = field(default=())  # of the example images, in their order
 
     def __post_init__(self) -> None:
         if len({len(row) for row in self.mean_reveal_step}) != 1:
@@ -106,19 +95,14 @@ class PolicyDetail:
 class Examples:
     """The images of the episodes.
 
-    Attributes:
-        images: (E, 3, H, W) uint8.
-        labels: E class labels.
-        rows, columns: the block grid.
-
     Raises:
         ValueError: if images have another shape or dtype, not one label each, or cannot be cut into the blocks.
     """
 
-    images: Tensor
-    labels: Sequence[int | str]
-    rows: int
-    columns: int
+    images: Tensor  # (E, 3, H, W) uint8
+    labels: Sequence[int | str]  # E class labels
+    rows: int  # of blocks
+    columns: int  # of blocks
 
     def __post_init__(self) -> None:
         images = self.images

@@ -1,7 +1,5 @@
 """Images drawn by the backbone in the order that a policy chooses."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,19 +22,13 @@ from orderrl.runtime.random import Stream, keyed_normal, keyed_uniform
 
 @dataclass(frozen=True)
 class Generated:
-    """Generated images.
+    """Generated images."""
 
-    Attributes:
-        tokens: (n, N) int64.
-        labels: (n,) int64, the classes conditioned on.
-        reveal_step: (n, B) int64, the step that revealed each block; (n, N), of each token, from a published sampler.
-        seconds: wall time, policy included.
-    """
-
-    tokens: Tensor
-    labels: Tensor
+    tokens: Tensor  # (n, N) int64
+    labels: Tensor  # (n,) int64, the classes conditioned on
+    # (n, B) int64, the step that revealed each block; (n, N), of each token, from a published sampler
     reveal_step: Tensor
-    seconds: float
+    seconds: float  # wall time, policy included
 
 
 @isolated
@@ -55,14 +47,10 @@ def generate_images(
     """Generate one image for each label.
 
     Args:
-        backbone: draws the tokens.
         data: names the shape of the images; none of them is read.
-        policy: chooses the blocks.
-        budgets: of the environment.
         labels: (n,) int64 classes.
         sampling: how tokens are drawn; None is temperature 1 and no filter.
         seed: image i is drawn with seed + i, whatever the batch.
-        batch_size: images at once.
         advance: called with the number of images that were done.
     """
     config = CoreConfig("generate", budgets, sampling=sampling or Sampling(), strict=True, hindsight=False)
@@ -95,12 +83,8 @@ def generate_published(
 
     Args:
         backbone: LlamaGen (raster order), RandAR, ARPG or MAR.
-        labels: (n,) int64 classes.
         steps: of RandAR's schedule, iterations of ARPG or MAR; None draws one token a step, MAR in up to 64 iterations.
-        sampling: how tokens are drawn; None is temperature 1 and no filter.
-        seed: image i is drawn with seed + i, whatever the batch; ARPG's images share one order, that of the seed.
-        batch_size: images at once.
-        advance: called with the number of images that were done.
+        labels, sampling, seed, batch_size, advance: as in `generate_images`; ARPG's images share the order of the seed.
 
     Raises:
         ValueError: if the backbone has no published sampler, or it cannot do what `sampling` asks for.
@@ -119,9 +103,7 @@ def generate_published(
         else:
             shared = keyed_uniform((Stream.POLICY, seed, places), device).argsort(0)
             drawn, order = _published_causal(backbone, wanted, order, shared, uniforms, steps or total, sampling)
-            step = torch.arange(len(drawn.sizes), device=device).repeat_interleave(
-                torch.tensor(drawn.sizes, device=device)
-            )
+            step = torch.arange(len(drawn.sizes)).repeat_interleave(torch.tensor(drawn.sizes)).to(device)
             parts.append((drawn.tokens, torch.zeros_like(order).scatter(1, order, step.expand_as(order))))
         if advance is not None:
             advance(len(rows))
@@ -135,9 +117,8 @@ def _published_causal(
     """Samples of a causal model and their token order (M, N)."""
     linear = sampling.guidance_schedule == "linear"
     if isinstance(backbone, RasterTransformer):
-        return llamagen_sampler(backbone, labels, uniforms, sampling), torch.arange(order.shape[1]).to(order).expand_as(
-            order
-        )
+        raster = torch.arange(order.shape[1]).to(order)
+        return llamagen_sampler(backbone, labels, uniforms, sampling), raster.expand_as(order)
     if isinstance(backbone, OrderRobustTransformer):
         guidance = (1.0 if linear else sampling.guidance, sampling.guidance)
         return randar_sampler(backbone, labels, order, uniforms, steps, guidance, sampling), order

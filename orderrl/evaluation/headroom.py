@@ -17,9 +17,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from tensordict import TensorDict
 from torch import Tensor
@@ -34,7 +32,7 @@ from orderrl.evaluation.row_entries import state_mean
 from orderrl.evaluation.settings import HeadroomConfig
 from orderrl.geometry import BlockGrid
 from orderrl.metrics.calibration import rank_correlation, regret, state_observation
-from orderrl.metrics.statistics import bootstrap_sums
+from orderrl.metrics.statistics import bootstrap_sums, sums_difference
 from orderrl.oracle import Contexts, LabelConfig, label_contexts, utilities
 from orderrl.planner import OrderHead, PlannerConfig
 from orderrl.runtime.progress import progress
@@ -44,15 +42,10 @@ LEVELS = ("positions", "class", "content")
 
 
 class Prediction(NamedTuple):
-    """What a predictor says in m states, each in a unit of its own.
+    """What a predictor says in m states, each in a unit of its own."""
 
-    Attributes:
-        utility: (m, B), of every block.
-        dependence: (m, B, B), symmetric, of every two blocks.
-    """
-
-    utility: Tensor
-    dependence: Tensor
+    utility: Tensor  # (m, B), of every block
+    dependence: Tensor  # (m, B, B), symmetric, of every two blocks
 
     def rows(self, rows: Tensor) -> Prediction:
         """What it says in some of the states, given by their numbers, int64."""
@@ -68,28 +61,12 @@ def oracle_prediction(gains: Tensor, geometry: BlockGrid) -> Prediction:
 
 
 def clone_level(
-    level: str,
-    labels: TensorDict,
-    geometry: BlockGrid,
-    shape: PlannerConfig,
-    config: CloningConfig,
-    seed: int = 0,
+    level: str, labels: TensorDict, geometry: BlockGrid, shape: PlannerConfig, config: CloningConfig, seed: int = 0
 ) -> OrderHead:
-    """Clone a planner that sees what a level names.
+    """Clone a planner that sees what one of `LEVELS` names, from contexts as `label_contexts` stores them.
 
-    Args:
-        level: one of `LEVELS`.
-        labels: contexts as `label_contexts` stores them.
-        geometry: the block grid.
-        shape: of the planner; `content` and `pairs` are those of the level.
-        config: of the cloning; its target is "pairs", which keeps the weights with the least held-out error.
-        seed: of weights, the split and batches.
-
-    Returns:
-        The planner in eval mode.
-
-    Raises:
-        ValueError: as `clone`.
+    The level decides `content` and `pairs` of the shape. The target is "pairs", which keeps the weights with the least
+    held-out error; the seed is that of weights, split and batches.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -116,20 +93,10 @@ def _as_seen(level: str, states: TensorDict) -> TensorDict:
 def lookahead_prediction(
     backbone: Backbone, data: TokenSet, states: TensorDict, draws: int, seed: int = 0
 ) -> Prediction:
-    """Expected gains over the backbone's own draws (label kind "expected").
+    """Expected gains over the backbone's own draws (label kind "expected") in labelled contexts.
 
-    Args:
-        backbone: of discrete tokens.
-        data: the images of the states.
-        states: labelled contexts, batch (m,), with keys image, order, length.
-        draws: K of each block; costs K packed forwards.
-        seed: of the draws.
-
-    Raises:
-        ValueError: if draws is below 1.
+    K draws of each block cost K packed forwards.
     """
-    if draws < 1:
-        raise ValueError(f"draws of lookahead must be at least 1, got {draws}")
     config = LabelConfig(contexts=len(states), kind="expected", samples=draws, seed=seed)
     contexts = Contexts(torch.arange(len(states)), states["image"], states["order"], states["length"])
     parts = label_contexts(backbone, data.tokens, data.labels, config, contexts)
@@ -150,9 +117,7 @@ def headroom(
     Args:
         predictions: by name; the levels, in their order, before all others.
         states: labelled contexts of images that no predictor has seen, batch (m,), the same for all.
-        geometry: the block grid.
         resamples: bootstrap resamples; states of an image stay together.
-        seed: of the resampling.
 
     Returns:
         For each prediction a dict of predictor; states, how many; r2_utility and r2_dependence, shares of the oracle's
@@ -176,14 +141,13 @@ def headroom(
     }
     entries = []
     for name, found in predictions.items():
-        above = _compared_with(name)
+        above = {"positions": None, "class": "positions"}.get(name, "class")  # lookahead sees the class
         entry: dict[str, Any] = {"predictor": name, "states": len(states), "above": above}
         for key, mine in sums[name].items():
             entry[f"r2_{key}"] = asdict(bootstrap_sums(mine, pooled_r2, resamples, seed=seed))
             entry[f"gain_{key}"] = None
             if above is not None:
-                both = np.concatenate([mine, sums[above][key]])
-                entry[f"gain_{key}"] = asdict(bootstrap_sums(both, _r2_difference, resamples, seed=seed))
+                entry[f"gain_{key}"] = asdict(sums_difference(mine, sums[above][key], pooled_r2, resamples, seed))
         first = found.utility.masked_fill(~hidden, -torch.inf).argmax(-1)
         per_state = {
             "spearman": rank_correlation(found.utility, oracle.utility, hidden, spearmanr),
@@ -195,34 +159,16 @@ def headroom(
     return entries
 
 
-def _compared_with(name: str) -> str | None:
-    """The level below a level; lookahead sees the class."""
-    return {"positions": None, "class": "positions"}.get(name, "class")
-
-
-def _r2_difference(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    return pooled_r2(sums[:6]) - pooled_r2(sums[6:])
-
-
 def measure_headroom(p: EvaluationProtocol, labels: TensorDict, config: HeadroomConfig) -> list[dict[str, Any]]:
     """Clone the levels, look ahead, and compare in the shared states, see `headroom`.
 
-    Lookahead is slow, so it is compared in some of the states, and the levels in these once more.
-
-    Args:
-        p: shared states of images that are not labelled for cloning; its backbone looks ahead.
-        labels: contexts of other images, to clone from.
-        config: steps of cloning and draws of lookahead.
-
-    Raises:
-        ValueError: as `clone_level` and `lookahead_prediction`.
+    Labels are of other images than the shared states. Lookahead is slow, so it is compared in some of the states, and
+    the levels in these once more.
     """
     states, backbone, geometry = p.states, p.backbone, p.backbone.geometry
     assert states is not None
-    shape, cloning = (
-        PlannerConfig.for_backbone(backbone),
-        CloningConfig(target="pairs", steps=config.steps, passes=None),
-    )
+    shape = PlannerConfig.for_backbone(backbone)
+    cloning = CloningConfig(target="pairs", steps=config.steps, passes=None)
     draws = config.draws if backbone.vocab_size else []  # lookahead needs token probabilities
     with progress(len(LEVELS) * config.steps + len(draws), "headroom", "steps") as advance:
         # planners that see ever more

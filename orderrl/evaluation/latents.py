@@ -4,8 +4,6 @@
 - `latent_ablation`: scores with other numbers of passes, and with latents that carry nothing from pass to pass.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -30,7 +28,7 @@ from orderrl.evaluation.protocol import EvaluationProtocol
 from orderrl.evaluation.row_entries import image_average, image_means, image_sums
 from orderrl.geometry import BlockGrid
 from orderrl.metrics.calibration import rank_correlation, regret, state_observation
-from orderrl.metrics.statistics import bootstrap_sums, ratio
+from orderrl.metrics.statistics import bootstrap_sums, ratio, sums_difference
 from orderrl.oracle import utilities
 from orderrl.planner import OrderHead
 
@@ -44,15 +42,10 @@ _RIDGE = np.logspace(-2, 4, 13)
 
 
 class Pass(NamedTuple):
-    """The tokens after a pass of the core.
+    """The tokens after a pass of the core."""
 
-    Attributes:
-        blocks: (m, B, dim).
-        latents: (m, L, dim).
-    """
-
-    blocks: Tensor
-    latents: Tensor
+    blocks: Tensor  # (m, B, dim)
+    latents: Tensor  # (m, L, dim)
 
 
 @torch.no_grad()
@@ -91,15 +84,10 @@ def edited_latents(planner: OrderHead, edit: Callable[[Tensor], Tensor]) -> Iter
 
 
 class Variant(NamedTuple):
-    """Agreement of a variant's scores with the hindsight oracle, means over the states of each image.
+    """Agreement of a variant's scores with the hindsight oracle, means over the states of each image."""
 
-    Attributes:
-        spearman: (images,) float64; NaN for images with a state in which all scores are equal.
-        regret: (images,) float64, nats per image token.
-    """
-
-    spearman: Tensor
-    regret: Tensor
+    spearman: Tensor  # (images,) float64; NaN for images with a state in which all scores are equal
+    regret: Tensor  # (images,) float64, nats per image token
 
 
 @torch.no_grad()
@@ -209,9 +197,7 @@ def latent_probes(
     Args:
         planner: with R >= 1 passes.
         states: labelled contexts, batch (m,).
-        geometry: the block grid.
         resamples: bootstrap resamples; states of an image stay together.
-        seed: of the resampling.
 
     Returns:
         For each target that varies and each pass 0..R a dict of target, measure ("accuracy" or "r2"), pass, and with
@@ -232,15 +218,9 @@ def latent_probes(
             if number:
                 latents = probe(tokens.latents.flatten(1), target, image)
                 entry["latents"] = asdict(bootstrap_sums(latents, probe_score, resamples, seed=seed))
-                both = np.concatenate([latents, blocks])
-                entry["difference"] = asdict(bootstrap_sums(both, _score_difference, resamples, seed=seed))
+                entry["difference"] = asdict(sums_difference(latents, blocks, probe_score, resamples, seed))
             entries.append(entry)
     return entries
-
-
-def _score_difference(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    latents, blocks = np.split(sums, 2)
-    return probe_score(latents) - probe_score(blocks)
 
 
 def _observed(planner: OrderHead, states: TensorDict) -> TensorDict:

@@ -1,7 +1,5 @@
 """The policies that a command names: those of a table, or the one that draws or plays; planners may be in the cache."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -120,7 +118,6 @@ def at_step_costs(spec: PolicySpec, named: NamedPolicy, step_costs: Sequence[flo
 
     Args:
         spec: what it was made of.
-        named: the policy.
         step_costs: nats per image; None takes the ends of the range that the planner was trained on and their geometric
             mean, to two digits.
     """

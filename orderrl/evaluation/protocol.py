@@ -5,8 +5,6 @@ every setting names its part. Numbers of two runs compare if their identities ar
 interval does not enter it, and neither do the policies.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -42,36 +40,24 @@ FLOOR_REPEATS = 5  # random halves of the real images
 class EvaluationProtocol:
     """What every row of a table shares.
 
-    Attributes:
-        config: the settings.
-        seed: of policies, samples and resamples.
-        backbone: frozen.
-        backbone_name: what it is called in the report.
-        data: the test images.
-        real: features of real images of the data set; None scores no samples.
-        reference: what samples are compared with; None scores no samples.
-        states: labelled contexts of test images, for calibration; None where there is no order to choose.
-        lookahead: expected utilities in some of the states, for regret against lookahead; None measures none.
-        recogniser: classifies partly revealed images; None measures no recognisability.
-        clip: captions of the classes, for the CLIP score; None measures none.
-        samples_folder: where the generated images of every row are kept; None keeps none.
-
     Raises:
         ValueError: if the data has fewer than 2 images.
     """
 
     config: EvalConfig
-    seed: int
-    backbone: Backbone
-    backbone_name: str
-    data: TokenSet
-    real: Features | None = None
-    reference: Reference | None = None
+    seed: int  # of policies, samples and resamples
+    backbone: Backbone  # frozen
+    backbone_name: str  # what it is called in the report
+    data: TokenSet  # the test images
+    real: Features | None = None  # features of real images of the data set; None scores no samples
+    reference: Reference | None = None  # what samples are compared with; None scores no samples
+    # labelled contexts of test images, for calibration; None where there is no order to choose
     states: TensorDict | None = None
+    # expected utilities in some of the states, for regret against lookahead; None measures none
     lookahead: LookaheadUtility | None = None
-    recogniser: Recogniser | None = None
-    clip: ClassCaptions | None = None
-    samples_folder: Path | None = None
+    recogniser: Recogniser | None = None  # classifies partly revealed images; None measures no recognisability
+    clip: ClassCaptions | None = None  # captions of the classes, for the CLIP score; None measures none
+    samples_folder: Path | None = None  # where the generated images of every row are kept; None keeps none
 
     def __post_init__(self) -> None:
         if len(self.data) < 2:
@@ -98,7 +84,8 @@ class EvaluationProtocol:
 
     def described(self) -> dict[str, Any]:
         """On what every number was measured and how, in words for the report."""
-        return {part.label or part.key: part.wording(self) for part in PARTS if part.wording is not None}
+        said = {part.label or part.key: part.wording for part in PARTS if part.wording is not None}
+        return {name: words if isinstance(words, str) else words(self) for name, words in said.items()}
 
     def real_row(self) -> Quality | None:
         """What real images reach: two halves of them, or against a reference that was named, all of them."""
@@ -168,19 +155,13 @@ def real_and_reference(config: EvalConfig, data: str, device: torch.device) -> t
 
 
 class Part(NamedTuple):
-    """A part of the protocol.
+    """A part of the protocol."""
 
-    Attributes:
-        key: under which its identity is stored.
-        identity: gives the plain value by which runs compare; None is no part of the identity.
-        wording: gives what the report says; None says nothing.
-        label: what the report calls it; "" is the key.
-    """
-
-    key: str
+    key: str  # under which its identity is stored
+    # gives the plain value by which runs compare; None is no part of the identity
     identity: Callable[[EvaluationProtocol], Any] | None = None
-    wording: Callable[[EvaluationProtocol], Any] | None = None
-    label: str = ""
+    wording: str | Callable[[EvaluationProtocol], Any] | None = None  # what the report says; None says nothing
+    label: str = ""  # what the report calls it; "" is the key
 
 
 def _data(p: EvaluationProtocol) -> str:
@@ -264,10 +245,6 @@ def _intervals(p: EvaluationProtocol) -> str:
     )
 
 
-def _always(text: str) -> Callable[[EvaluationProtocol], str]:
-    return lambda _: text
-
-
 PARTS = (
     Part("version", lambda _: VERSION),
     Part("data", lambda p: p.data.name.partition(":")[0], _data),  # without the folder of a token set
@@ -303,19 +280,13 @@ PARTS = (
         lambda p: None if p.clip is None else [p.clip.described, fingerprint(p.clip.captions)],
         lambda p: None if p.clip is None else f"mean over the samples: {p.clip.described}",
     ),
-    Part(
-        "recognisability",
-        _recognisability,
-        lambda p: None if p.recogniser is None else p.recogniser.described,
-    ),
+    Part("recognisability", _recognisability, lambda p: None if p.recogniser is None else p.recogniser.described),
     Part("losses", wording=_losses),
     Part("sampling", lambda p: asdict(p.config.sampling), lambda p: asdict(p.config.sampling)),
     Part(
         "seconds_per_image",
-        wording=_always(
-            "of drawing samples in batches of 250; rollout_seconds_per_image: of scoring the test images in the "
-            "policy's order"
-        ),
+        wording="of drawing samples in batches of 250; rollout_seconds_per_image: of scoring the test images in the "
+        "policy's order",
     ),
     Part(
         "lookahead",
@@ -325,10 +296,8 @@ PARTS = (
     ),
     Part(
         "reliability",
-        wording=_always(
-            "scores of all candidates of the shared states mapped to utilities by the line that fits them best; "
-            "calibration_error is the mean |predicted - actual| of bins of equal numbers, nats per token"
-        ),
+        wording="scores of all candidates of the shared states mapped to utilities by the line that fits them best; "
+        "calibration_error is the mean |predicted - actual| of bins of equal numbers, nats per token",
     ),
     Part("intervals", wording=_intervals),
     Part(
@@ -341,17 +310,13 @@ PARTS = (
     ),
     Part(
         "comparisons",
-        wording=_always(
-            "paired over images; two-sided p-values of the same bootstrap, corrected by Holm for all comparisons of "
-            "the table; effect size is the paired Cohen's d"
-        ),
+        wording="paired over images; two-sided p-values of the same bootstrap, corrected by Holm for all comparisons "
+        "of the table; effect size is the paired Cohen's d",
     ),
     Part(
         "seeds",
-        wording=_always(
-            "a row is one training seed; comparisons average seeds and hold them fixed, seed_std is the standard "
-            "deviation over them"
-        ),
+        wording="a row is one training seed; comparisons average seeds and hold them fixed, seed_std is the standard "
+        "deviation over them",
     ),
     Part("seed", lambda p: p.seed, lambda p: p.seed),
 )

@@ -1,7 +1,5 @@
 """What a policy scored at every step, taken down while it acts: the report shows it beside what the policy did."""
 
-from __future__ import annotations
-
 import copy
 
 import torch
@@ -98,12 +96,7 @@ def example_images(data: TokenSet, geometry: BlockGrid) -> Examples:
 
 
 def episodes(rollout: Rollout, scores: Tensor | None) -> list[Episode]:
-    """The first images of a rollout, step by step.
-
-    Args:
-        rollout: of a policy, the test images in their order.
-        scores: (T, images, B), as a `ScoreLog` has them.
-    """
+    """The first images of a policy's rollout of the test images, step by step; scores as a `ScoreLog` has them."""
     left = (rollout.losses.sum(-1) / rollout.geometry.num_tokens).cpu()  # (T + 1, n)
     order, reveal_step = rollout.order.cpu(), rollout.reveal_step.cpu()
     found = []

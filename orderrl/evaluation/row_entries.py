@@ -1,7 +1,5 @@
 """Entries of a row: a number under its key, and its 95 % interval under the same key with `_ci` behind it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -25,13 +23,7 @@ def entry(key: str, interval: Interval) -> dict[str, Any]:
 
 
 def image_means(per_image: Mapping[str, Tensor], resamples: int, seed: int) -> dict[str, Any]:
-    """Means over images with bootstrap intervals.
-
-    Args:
-        per_image: (n,) of each image by key; all of the same images.
-        resamples: of the bootstrap; images are resampled jointly for all keys.
-        seed: of the resampling.
-    """
+    """Means over images with bootstrap intervals, of values (n,) by key; images are resampled jointly for all keys."""
     mean, low, high = bootstrap_band(torch.stack([v.double() for v in per_image.values()]), resamples, seed=seed)
     found: dict[str, Any] = {}
     for key, *values in zip(per_image, mean, low, high, strict=True):
@@ -43,7 +35,6 @@ def state_mean(key: str, values: Tensor, image: Tensor, resamples: int, seed: in
     """Mean over states with an interval over images, whose states stay together.
 
     Args:
-        key: of the row.
         values: (m,), NaN where a state has no value: it is left out.
         image: (m,) int64, whose states they are.
         resamples, seed: as in `image_means`.
@@ -109,10 +100,8 @@ def quality_intervals(
 
     Args:
         scores: by key: precision, recall, accuracy (shares) and Fréchet distances; None where not measured.
-        samples: their features.
         reference: what they were compared with.
         resamples: of the Fréchet distances; 0 gives them no interval.
-        seed: of the resampling.
     """
     real = 0 if reference.found is None else len(reference.found)
     found: dict[str, Any] = {}

@@ -1,10 +1,9 @@
 """One row of the table: a policy's planning metrics, calibration and sample quality under one protocol."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +63,7 @@ class Evaluated:
 
 
 def evaluate_policy(p: EvaluationProtocol, named: NamedPolicy, sampled: bool) -> Evaluated:
-    """Evaluate one policy.
-
-    Args:
-        p: shared by all rows.
-        named: the policy.
-        sampled: whether images are generated and scored.
-    """
+    """Evaluate one policy; `sampled` says whether images are generated and scored."""
     expensive, c = named.spec is not None and not named.spec.rival, p.config
     images = min(len(p.data), c.reference_images) if expensive else len(p.data)
     # the policy reveals the test images
@@ -273,12 +266,8 @@ def _recognisability(
     """Areas of each image, and the curves over the revealed fraction; nothing without a classifier."""
     if p.recogniser is None:
         return {}, None
-    found = recognise(
-        p.recogniser,
-        rollout,
-        p.data,
-        lambda moment: complete(p.backbone, p.data, rollout, moment, p.config.sampling, p.seed),
-    )
+    completed = partial(complete, p.backbone, p.data, rollout, sampling=p.config.sampling, seed=p.seed)
+    found = recognise(p.recogniser, rollout, p.data, completed)
     at = torch.linspace(0, 1, rollout.geometry.num_blocks + 1)
     curve = recognisability_curve(found, rollout.fraction, at, p.config.resamples, p.seed)
     return recognisability_areas(found, rollout.fraction), curve

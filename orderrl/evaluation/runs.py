@@ -3,8 +3,6 @@
 Numbers of two runs compare if their identities are equal: `require_one_protocol` names what differs.
 """
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from collections.abc import Sequence
@@ -31,7 +29,6 @@ def save_results(folder: Path, results: dict[str, Any], rows: Sequence[Evaluated
     checksum of the other file, and its own.
 
     Args:
-        folder: of the run.
         results: plain values, among them the protocol's `identity` and all `rows`.
         rows: those that have values of images, from the first.
     """
@@ -46,21 +43,13 @@ def save_results(folder: Path, results: dict[str, Any], rows: Sequence[Evaluated
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A finished run of `orderrl.evaluate`.
+    """A finished run of `orderrl.evaluate`."""
 
-    Attributes:
-        name: what it is called beside others.
-        folder: of the run.
-        identity: of its protocol, from `EvaluationProtocol.identity`.
-        protocol: the same in words, for people.
-        rows: of its table, with the values of single images where they were measured.
-    """
-
-    name: str
+    name: str  # what it is called beside others
     folder: Path
-    identity: dict[str, Any]
-    protocol: dict[str, Any]
-    rows: list[Evaluated]
+    identity: dict[str, Any]  # of its protocol, from `EvaluationProtocol.identity`
+    protocol: dict[str, Any]  # the same in words, for people
+    rows: list[Evaluated]  # of its table, with the values of single images where they were measured
 
 
 def open_evaluation(folder: Path, name: str | None = None) -> Evaluation:

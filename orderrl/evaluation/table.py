@@ -4,11 +4,9 @@ An evaluation that was interrupted takes the rows that are there, if nothing tha
 backbone, data, checkpoints, own policies and metrics, and the package's own code. A finished evaluation starts anew.
 """
 
-from __future__ import annotations
-
 import importlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
@@ -46,29 +44,15 @@ _STORED = (Evaluated, Rollout, BlockGrid)  # classes that a row is made of
 
 
 class PendingRow(NamedTuple):
-    """A row that is to be made.
+    """A row that is to be made."""
 
-    Attributes:
-        name: of the policy.
-        make: evaluates it under a protocol.
-    """
-
-    name: str
-    make: Callable[[EvaluationProtocol], Evaluated]
+    name: str  # of the policy
+    make: Callable[[EvaluationProtocol], Evaluated]  # evaluates it under a protocol
 
 
 def pending_rows(config: EvalConfig, setup: Setup, policies: Sequence[tuple[NamedPolicy, bool]]) -> list[PendingRow]:
-    """Every row of the table as something to be made.
-
-    Args:
-        config: names the backbones that draw in plain raster token order.
-        setup: the evaluated backbone and its data.
-        policies: each with whether its samples are scored.
-    """
+    """Every row of the table as something to be made; policies come with whether their samples are scored."""
     backbone = setup.backbone
-
-    def policy_row(protocol: EvaluationProtocol, named: NamedPolicy, sampled: bool) -> Evaluated:
-        return evaluate_policy(protocol, named, sampled)
 
     def raster_row(protocol: EvaluationProtocol, name: str) -> Evaluated:
         own = name == "self"
@@ -79,7 +63,10 @@ def pending_rows(config: EvalConfig, setup: Setup, policies: Sequence[tuple[Name
 
     raster = raster_backbones(config.token_raster, setup.data) if backbone.order_robust else ["self"]
     return [
-        *(PendingRow(named.name, partial(policy_row, named=named, sampled=sampled)) for named, sampled in policies),
+        *(
+            PendingRow(named.name, partial(evaluate_policy, named=named, sampled=sampled))
+            for named, sampled in policies
+        ),
         *(PendingRow(name, partial(raster_row, name=name)) for name in raster),
     ]
 
@@ -140,15 +127,9 @@ def code_fingerprint() -> str:
 
 
 def make_rows(pending: Sequence[PendingRow], protocol: EvaluationProtocol, work: Job) -> list[Evaluated]:
-    """All rows in their order; processes take the missing ones in turn.
+    """All rows in their order, in the main process alone; processes take the missing ones in turn.
 
-    Args:
-        pending: what is to be made.
-        protocol: shared by all rows.
-        work: keeps finished rows, and their generated images if the settings say so.
-
-    Returns:
-        The rows in the main process, nothing in the others.
+    The job keeps finished rows, and their generated images if the settings say so.
     """
     names = [f"row-{number:04d}" for number in range(len(pending))]
     missing = distributed.on_main(lambda: [i for i, name in enumerate(names) if not _is_there(work, name)])
@@ -185,11 +166,6 @@ def publish_samples(work: Job, folder: Path) -> None:
     for row in sorted((work.folder / _SAMPLES).glob("row-*")):
         for policy in sorted(row.iterdir()):
             shutil.copytree(policy, free_folder(folder, policy.name))
-
-
-def log_values(row: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a row."""
-    return {key: value for key, value in row.items() if isinstance(value, float)}
 
 
 def tabulated(protocol: EvaluationProtocol, rows: Sequence[Evaluated]) -> dict[str, Any]:

@@ -4,8 +4,6 @@ They are written as a table on disk in the layout of TorchRL's offline data sets
 `orderrl.runtime.tables.open_table` reads, and as Minari data sets.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator
 from copy import deepcopy
@@ -39,7 +37,6 @@ def record(
     Args:
         core: in mode "teacher".
         policy: chooses the actions; an illegal one is recorded, unless the core is strict.
-        generator: the policy's source of randomness.
         index: (M,) int64 images.
 
     Returns:
@@ -91,21 +88,16 @@ def record_dataset(
         backbone: frozen.
         data: its images are revealed in turn, from the first.
         policy, config: who acts, and in which environment.
-        count: episodes.
         folder: a new or empty one; afterwards `orderrl.runtime.tables.open_table(folder)` reads it.
-        batch_size: episodes at once.
         seed: of environment and policy.
 
     Returns:
         The transitions, as `record` gives them, read from the disk as they are used.
 
     Raises:
-        ValueError: if count or batch_size is not positive, or the folder holds something.
+        ValueError: if the folder holds something.
         OSError: if the disk is full.
     """
-    for name, value in (("count", count), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"folder={str(folder)!r} must be new or empty")
     generator = torch.Generator().manual_seed(seed)
@@ -142,7 +134,6 @@ def write_minari(
         backbone, budgets: of the environment that they are from.
         environment: its keyword arguments, plain values.
         policy: its name.
-        seed: of the recording.
         step_cost_range: of the environment, if its step cost is a range.
 
     Raises:

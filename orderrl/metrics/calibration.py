@@ -4,8 +4,6 @@ The value is the utility U by the hindsight oracle, which knows the hidden token
 lookahead, the expected utility over the backbone's own draws, which is what a policy without hindsight can reach.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -31,24 +29,17 @@ class Reliability:
 
     Scores have no unit, so they are first mapped to nats by the one line, utility = slope * score + intercept, that
     fits all candidates of all states best (least squares). The predictions so made are cut into bins of equal numbers.
-
-    Attributes:
-        predicted: mean prediction in each bin, nats per image token, ascending.
-        actual: mean utility in each bin, nats per image token.
-        count: candidates in each bin.
-        error: expected calibration error: mean over bins of |predicted - actual|, weighted by their candidates, nats
-            per image token. A score that knows nothing is mapped to the mean and has none: read it beside `r2`.
-        r2: share of the variance of the utilities that the line explains.
-        slope, intercept: of the line.
     """
 
-    predicted: list[float]
-    actual: list[float]
-    count: list[int]
+    predicted: list[float]  # mean prediction in each bin, nats per image token, ascending
+    actual: list[float]  # mean utility in each bin, nats per image token
+    count: list[int]  # candidates in each bin
+    # expected calibration error: mean over bins of |predicted - actual|, weighted by their candidates, nats per image
+    # token. A score that knows nothing is mapped to the mean and has none: read it beside `r2`
     error: float
-    r2: float
-    slope: float
-    intercept: float
+    r2: float  # share of the variance of the utilities that the line explains
+    slope: float  # of the line
+    intercept: float  # of the line
 
     def plain(self) -> dict[str, Any]:
         """As plain values."""
@@ -56,23 +47,17 @@ class Reliability:
 
 
 class Calibration(NamedTuple):
-    """Agreement in each of m states; what needs scores is None without them.
+    """Agreement in each of m states; what needs scores is None without them."""
 
-    Attributes:
-        top1: (m,) bool, whether the first-ranked block is the oracle's.
-        regret: (m,) float32, max_a U - U(first-ranked block), nats per image token.
-        spearman, kendall: (m,) float64, rank correlations (tau-b) of scores and utilities over hidden blocks; NaN where
-            all scores are equal.
-        score_std: (m,) float32, standard deviation of the scores over hidden blocks, in their own unit.
-        reliability: of the scores as predictions; None also if all of them are equal.
-    """
-
-    top1: Tensor
-    regret: Tensor
+    top1: Tensor  # (m,) bool, whether the first-ranked block is the oracle's
+    regret: Tensor  # (m,) float32, max_a U - U(first-ranked block), nats per image token
+    # spearman, kendall: (m,) float64, rank correlations (tau-b) of scores and utilities over hidden blocks; NaN where
+    # all scores are equal
     spearman: Tensor | None = None
     kendall: Tensor | None = None
+    # (m,) float32, standard deviation of the scores over hidden blocks, in their own unit
     score_std: Tensor | None = None
-    reliability: Reliability | None = None
+    reliability: Reliability | None = None  # of the scores as predictions; None also if all of them are equal
 
 
 def calibrate(first: Tensor, scores: Tensor | None, utility: Tensor, hidden: Tensor) -> Calibration:
@@ -107,9 +92,7 @@ def regret(first: Tensor, utility: Tensor, hidden: Tensor) -> Tensor:
 def rank_correlation(scores: Tensor, utility: Tensor, hidden: Tensor, correlate: Callable[..., Any]) -> Tensor:
     """A rank correlation of SciPy over the hidden blocks of each state, (m,) float64; NaN where all scores are equal.
 
-    Args:
-        scores, utility, hidden: as in `calibrate`.
-        correlate: for example `scipy.stats.spearmanr`.
+    Arguments as in `calibrate`; `correlate` is for example `scipy.stats.spearmanr`.
     """
     values = []
     for score, value, candidates in zip(scores.numpy(), utility.numpy(), hidden.numpy(), strict=True):
@@ -120,12 +103,9 @@ def rank_correlation(scores: Tensor, utility: Tensor, hidden: Tensor, correlate:
 
 
 def reliability(scores: NDArray[np.float64], utility: NDArray[np.float64], bins: int = BINS) -> Reliability | None:
-    """Reliability of scores as predictions of utilities; None if all scores are equal.
+    """Reliability of scores (c,) of candidates as predictions of their utilities (c,); None if all scores are equal.
 
-    Args:
-        scores: (c,) of all candidates.
-        utility: (c,) of the same candidates, nats per image token.
-        bins: at most so many; scores that are equal share a bin.
+    At most so many bins are made; scores that are equal share one.
     """
     if np.ptp(scores) == 0:
         return None
@@ -149,12 +129,7 @@ def reliability(scores: NDArray[np.float64], utility: NDArray[np.float64], bins:
 
 
 def state_observation(states: TensorDict, budgets: tuple[int, ...] = (1,)) -> TensorDict:
-    """What an environment shows in labelled states, batch (m,): labels store it, so no forward is needed.
-
-    Args:
-        states: labelled contexts, batch (m,), as `label_contexts` gives them.
-        budgets: of the environment.
-    """
+    """What an environment shows in labelled states, batch (m,): labels store it, so no forward is needed."""
     visible = states["visible"]
     parts = {key: states[key] for key in ("hidden", "entropy", "visible", "label")}
     parts |= {"fraction": visible.float().mean(-1, keepdim=True), "action_mask": ~visible}
@@ -166,17 +141,11 @@ def state_observation(states: TensorDict, budgets: tuple[int, ...] = (1,)) -> Te
 
 
 class LookaheadUtility(NamedTuple):
-    """Expected utility over the backbone's own draws in some of the shared states.
+    """Expected utility over the backbone's own draws in some of the shared states."""
 
-    Attributes:
-        rows: (k,) int64, which states.
-        utility: (k, B) float32, nats per image token.
-        draws: of each block.
-    """
-
-    rows: Tensor
-    utility: Tensor
-    draws: int
+    rows: Tensor  # (k,) int64, which states
+    utility: Tensor  # (k, B) float32, nats per image token
+    draws: int  # of each block
 
 
 def lookahead_utility(
@@ -187,18 +156,10 @@ def lookahead_utility(
     With few draws the scores are noisy, and the largest of them is too large: regret against them does not reach 0.
 
     Args:
-        backbone: of discrete tokens.
-        data: the images of the states.
         states: labelled contexts, batch (m,), sorted by length; keys image, order, length.
         count: how many of them, evenly spread over the lengths; all if there are fewer.
-        draws: K of each block; costs K packed forwards.
-        seed: of the draws.
-
-    Raises:
-        ValueError: if count or draws is below 1.
+        draws: K >= 1 of each block; costs K packed forwards.
     """
-    if count < 1:
-        raise ValueError(f"lookahead_states must be at least 1, or null for none, got {count}")
     rows = torch.linspace(0, len(states) - 1, min(count, len(states))).round().long()
     core = NextBlockCore(backbone, data, len(rows), CoreConfig(strict=True), seed)
     core.reset(index=states["image"][rows])

@@ -13,8 +13,6 @@ of the 297 test images
 `python -m orderrl.metrics.classifier NAME` makes them again.
 """
 
-from __future__ import annotations
-
 import argparse
 from dataclasses import dataclass
 from itertools import pairwise
@@ -37,23 +35,14 @@ _WEIGHTS = Path(__file__).parent.parent / "weights"
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """A classifier's images and shape.
+    """A classifier's images and shape."""
 
-    Attributes:
-        name: of the data set that it is trained on.
-        data: names of the data sets whose images it knows.
-        side: height and width of the images, pixels.
-        block_size: pixels along a side of the blocks that are hidden.
-        widths: channels of the 3x3 convolutions; between the groups the map is halved.
-        num_classes: class labels.
-    """
-
-    name: str
-    data: tuple[str, ...]
-    side: int
-    block_size: int
-    widths: tuple[tuple[int, ...], ...]
-    num_classes: int = 10
+    name: str  # of the data set that it is trained on
+    data: tuple[str, ...]  # names of the data sets whose images it knows
+    side: int  # height and width of the images, pixels
+    block_size: int  # pixels along a side of the blocks that are hidden
+    widths: tuple[tuple[int, ...], ...]  # channels of the 3x3 convolutions; between the groups the map is halved
+    num_classes: int = 10  # class labels
 
     @property
     def geometry(self) -> BlockGrid:
@@ -76,11 +65,7 @@ def own_classifier(data: str) -> str | None:
 
 
 class Classifier(nn.Module):
-    """A few 3x3 convolutions and one layer of 64 features; about 48,000 parameters for digits, 61,000 for canvas.
-
-    Args:
-        config: its shape.
-    """
+    """A few 3x3 convolutions and one layer of 64 features; about 48,000 parameters for digits, 61,000 for canvas."""
 
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
@@ -136,10 +121,8 @@ def train_classifier(name: str = "digits", seed: int = 0, steps: int = 3000, bat
     """Train on the backbone split of a data set, augmented, with hidden blocks in half of the images.
 
     Args:
-        name: of the classifier.
         seed: of initialisation, batches, augmentation and hidden blocks.
         steps: optimiser steps (AdamW, one-cycle schedule); the weights are averaged over the last of them.
-        batch_size: images per step.
 
     Returns:
         The classifier in evaluation mode.
@@ -175,13 +158,7 @@ def train_classifier(name: str = "digits", seed: int = 0, steps: int = 3000, bat
 
 @torch.no_grad()
 def classifier_accuracy(classifier: Classifier, data: TokenSet, visible: Tensor | None = None) -> float:
-    """Share of a token set's images that are classified correctly, with blocks hidden where visible is False.
-
-    Args:
-        classifier: in evaluation mode.
-        data: images that it knows.
-        visible: (n, 16) bool; None shows everything.
-    """
+    """Share of images that are classified correctly, with blocks hidden where visible (n, B) is False."""
     images = data.images(data.tokens)
     if visible is not None:
         images = hide_blocks(images, visible, classifier.config.geometry)

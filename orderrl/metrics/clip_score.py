@@ -7,8 +7,6 @@ captions, the caption is a prompt with the class's name, as in CLIP's zero-shot 
 open_clip is the optional extra `clip`. Its networks come with their own tokeniser and image preprocessing.
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Callable, Sequence
@@ -36,23 +34,15 @@ _SYNSET = re.compile(r"n\d{8}")  # a WordNet id, as ImageNet's class folders are
 
 @dataclass(frozen=True)
 class ClipNetwork:
-    """A CLIP network of open_clip, frozen.
+    """A CLIP network of open_clip, frozen."""
 
-    Attributes:
-        name: in open_clip, such as "ViT-L-14".
-        weights: a tag of open_clip, or "sha256:" and the start of the checksum of a file.
-        model: has `encode_image` and `encode_text`.
-        preprocess: a PIL image to (3, S, S) float32, as the network was trained.
-        tokenize: captions to (n, L) int64.
-        device: where the model is.
-    """
-
-    name: str
-    weights: str
-    model: Any = field(repr=False)
+    name: str  # in open_clip, such as "ViT-L-14"
+    weights: str  # a tag of open_clip, or "sha256:" and the start of the checksum of a file
+    model: Any = field(repr=False)  # has `encode_image` and `encode_text`
+    # a PIL image to (3, S, S) float32, as the network was trained
     preprocess: Callable[[Image.Image], Tensor] = field(repr=False)
-    tokenize: Callable[[list[str]], Tensor] = field(repr=False)
-    device: torch.device
+    tokenize: Callable[[list[str]], Tensor] = field(repr=False)  # captions to (n, L) int64
+    device: torch.device  # where the model is
 
     @torch.no_grad()
     def image_features(self, images: Tensor, batch_size: int = 64) -> Tensor:
@@ -61,7 +51,7 @@ class ClipNetwork:
         Raises:
             ValueError: if images have another shape or dtype.
         """
-        check_images(images, "images", at_least=1)
+        check_images(images)
         found = []
         for part in images.permute(0, 2, 3, 1).cpu().split(batch_size):
             pixels = torch.stack([self.preprocess(Image.fromarray(np.asarray(image))) for image in part])
@@ -139,17 +129,11 @@ def _open_clip(name: str) -> ModuleType:
 
 @dataclass(frozen=True)
 class ClassCaptions:
-    """Scores images against the captions of their classes.
+    """Scores images against the captions of their classes."""
 
-    Attributes:
-        network: from `load_clip`.
-        captions: of the classes, by label.
-        features: (num_classes, d) float32 of the captions.
-    """
-
-    network: ClipNetwork
-    captions: tuple[str, ...]
-    features: Tensor = field(repr=False)
+    network: ClipNetwork  # from `load_clip`
+    captions: tuple[str, ...]  # of the classes, by label
+    features: Tensor = field(repr=False)  # (num_classes, d) float32 of the captions
 
     @property
     def described(self) -> str:
@@ -168,12 +152,9 @@ class ClassCaptions:
 def class_captions(
     data: TokenSet, name: str, weights: str = "openai", prompt: str = PROMPT, device: torch.device | None = None
 ) -> ClassCaptions:
-    """A CLIP network with a caption for every class of a data set.
+    """A CLIP network with a caption for every class of a data set: the prompt with the class's name for {}.
 
-    Args:
-        data: names its classes. ImageNet's 1,000 WordNet ids are replaced by the names that open_clip has for them.
-        name, weights, device: as in `load_clip`.
-        prompt: a caption with {} where the class's name stands.
+    ImageNet's 1,000 WordNet ids are replaced by the names that open_clip has for them.
 
     Raises:
         ValueError: if the data has no class names, too few of them or WordNet ids without names, the prompt has no

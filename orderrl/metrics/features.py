@@ -58,18 +58,12 @@ SPATIAL_CHANNELS = 7
 
 @dataclass(frozen=True)
 class Features:
-    """What one pass over n images gives.
+    """What one pass over n images gives."""
 
-    Attributes:
-        name: of the feature extractor.
-        pooled: (n, d), the features of distances, precision and recall.
-        logits: (n, C) of its classifier, for the inception score; None where it has none.
-        spatial: (n, s), the first 7 channels of a feature map, for the spatial distance; None where it has none.
-    """
-
-    name: str
-    pooled: Tensor
-    logits: Tensor | None = None
+    name: str  # of the feature extractor
+    pooled: Tensor  # (n, d), the features of distances, precision and recall
+    logits: Tensor | None = None  # (n, C) of its classifier, for the inception score; None where it has none
+    # (n, s), the first 7 channels of a feature map, for the spatial distance; None where it has none
     spatial: Tensor | None = None
 
     def __len__(self) -> int:
@@ -100,11 +94,9 @@ def extract_features(
 
     Args:
         images: (n, 3, H, W) uint8, or a data set of (3, H, W) uint8 images such as `ImageFolder`.
-        features: a name, see above.
         weights: file of the network's weights, for torch-fidelity's own networks; None downloads them (torch.hub's
             cache). A timm checkpoint is part of the name.
         device: where the network runs; None is where the images are.
-        batch_size: images at once.
 
     Raises:
         ValueError: if features are unknown, weights cannot be downloaded or found or do not fit, or images have another
@@ -112,7 +104,7 @@ def extract_features(
     """
     registered = register_features(features)
     if isinstance(images, Tensor):
-        check_images(images, "images", at_least=1)
+        check_images(images)
         device = device or images.device
         images = TensorImages(images)
     device = torch.device("cpu") if device is None else device
@@ -235,17 +227,27 @@ register_extractor = EXTRACTORS.register
 # -- extractors -------------------------------------------------------------------------------------------------------
 
 
-class ShippedFeatureExtractor(FeatureExtractorBase):
+class _Extractor(FeatureExtractorBase):
+    """What our extractors tell torch-fidelity of themselves; nothing is compiled."""
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        return ("penultimate", "logits")
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        """Logits for the inception score, the penultimate layer for every distance."""
+        return "logits" if metric == "isc" else "penultimate"
+
+
+class ShippedFeatureExtractor(_Extractor):
     """A shipped classifier for torch-fidelity, on its uint8 images (n, 3, side, side).
 
     Offers "penultimate" (n, 64), "logits" (n, 10) and "spatial" (n, 7 h w) of a last map h x w. Features are float64,
     so that torch-fidelity takes means and covariances in double precision.
-
-    Attributes:
-        classifier_name: in `orderrl.metrics.classifier`.
     """
 
-    classifier_name: ClassVar[str]
+    classifier_name: ClassVar[str]  # in `orderrl.metrics.classifier`
 
     def __init__(self, name: str, features_list: list[str], **kwargs: Any) -> None:
         super().__init__(name, features_list)
@@ -253,24 +255,7 @@ class ShippedFeatureExtractor(FeatureExtractorBase):
 
     @staticmethod
     def get_provided_features_list() -> tuple[str, ...]:
-        """Names of the features."""
         return ("penultimate", "logits", "spatial")
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        """Logits for the inception score, the penultimate layer for every distance."""
-        return "logits" if metric == "isc" else "penultimate"
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        """Plain convolutions: yes."""
-        return True
-
-    @classmethod
-    def get_dummy_input_for_compile(cls) -> Tensor:
-        """(1, 3, side, side) uint8."""
-        side = CLASSIFIERS[cls.classifier_name].side
-        return torch.zeros(1, 3, side, side, dtype=torch.uint8)
 
     def forward(self, input: Tensor) -> tuple[Tensor, ...]:
         """The requested features in the order in which they were requested."""
@@ -315,7 +300,7 @@ class TimmInput(nn.Module):
         return (images - self.mean) / self.std
 
 
-class TimmFeatureExtractor(FeatureExtractorBase):
+class TimmFeatureExtractor(_Extractor):
     """A model of timm for torch-fidelity, on uint8 images (n, 3, H, W), which `TimmInput` prepares.
 
     Offers "penultimate" (n, d), the input of its classifier, and "logits" (n, C).
@@ -336,21 +321,6 @@ class TimmFeatureExtractor(FeatureExtractorBase):
         self.model = _timm_model(self.model_name, self.checkpoint)
         self.prepare = TimmInput(resolve_model_data_config(self.model))
         self.eval().requires_grad_(False)
-
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        """Names of the features."""
-        return ("penultimate", "logits")
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        """Logits for the inception score, the penultimate layer for every distance."""
-        return "logits" if metric == "isc" else "penultimate"
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        """Depends on the model: no."""
-        return False
 
     def forward(self, input: Tensor) -> tuple[Tensor, ...]:
         """The requested features in the order in which they were requested, float32."""

@@ -1,7 +1,5 @@
 """Sets of images for the metrics: tensors, and folders of files."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -38,10 +36,6 @@ class ImageFolder(Dataset[Tensor]):
     Args:
         folder: holds images, all of one size.
 
-    Attributes:
-        files: their paths.
-        left_out: what else there is, in a line; "" if nothing.
-
     Raises:
         ValueError: if the folder has no images, an image can't be read, or their sizes differ.
     """
@@ -49,7 +43,7 @@ class ImageFolder(Dataset[Tensor]):
     def __init__(self, folder: Path) -> None:
         names, left_out = find_images(folder)
         self.files = [folder / name for name in names]
-        self.left_out = describe_left_out(left_out)
+        self.left_out = describe_left_out(left_out)  # what else there is, in a line; "" if nothing
         if not self.files:
             raise ValueError(f"{folder} holds no images ({', '.join(EXTENSIONS)})")
         first = image_size(self.files[0])
@@ -68,11 +62,9 @@ class ImageFolder(Dataset[Tensor]):
 
 
 class TokenImages(Dataset[Tensor]):
-    """Images of token sets, one set after the other: (3, H, W) uint8. They are decoded when they are asked for.
+    """Images of token sets of one size, one set after the other: (3, H, W) uint8 on the CPU.
 
-    Args:
-        parts: of one image size.
-        device: where tokens are decoded; None is the CPU, to which images come back.
+    They are decoded when they are asked for, on the device; None is the CPU.
     """
 
     def __init__(self, parts: Sequence[TokenSet], device: torch.device | None = None) -> None:
@@ -106,13 +98,12 @@ def save_images(images: Tensor, folder: Path, labels: Tensor | None = None) -> N
 
     Args:
         images: (n, 3, H, W) uint8.
-        folder: where to.
         labels: (n,) int64, at least 0.
 
     Raises:
         ValueError: if images are not uint8 (n >= 1, 3, H, W), labels do not fit them, or the folder holds files.
     """
-    check_images(images, "images", at_least=1)
+    check_images(images)
     if labels is not None and (labels.shape != images.shape[:1] or bool((labels < 0).any())):
         raise ValueError(f"labels must have shape ({len(images)},) and be at least 0, got {tuple(labels.shape)}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,14 +119,14 @@ def save_images(images: Tensor, folder: Path, labels: Tensor | None = None) -> N
         Image.fromarray(image).save(parent / f"{number:06d}.png")
 
 
-def check_images(images: Tensor, name: str, at_least: int = 2) -> None:
-    """Refuse what is not uint8 (n, 3, H, W) with n >= at_least.
+def check_images(images: Tensor) -> None:
+    """Refuse what is not uint8 (n, 3, H, W) with n >= 1.
 
     Raises:
-        ValueError: naming the argument, its dtype and shape.
+        ValueError: naming their dtype and shape.
     """
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or len(images) < at_least:
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
         raise ValueError(
-            f"{name} must be uint8 images of shape (n, 3, H, W) with n >= {at_least}, "
+            "images must be uint8 images of shape (n, 3, H, W) with n >= 1, "
             f"got {str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}"
         )

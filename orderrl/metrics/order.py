@@ -1,7 +1,5 @@
 """What an order looks like: how far it jumps, how much of a block's surroundings is there, how it begins."""
 
-from __future__ import annotations
-
 import torch
 from scipy.stats import entropy
 from torch import Tensor
@@ -11,12 +9,9 @@ from orderrl.geometry import BlockGrid
 
 
 def consecutive_distance(order: Tensor, geometry: BlockGrid) -> Tensor:
-    """Mean distance between the centres of blocks that follow each other, (n,) float32, in blocks.
+    """Mean distance between the centres of blocks that follow each other in orders (n, B), (n,) float32, in blocks.
 
-    Args:
-        order: (n, B) int64, blocks in reveal order, B >= 2; blocks of one step follow each other as the action
-            listed them.
-        geometry: the block grid.
+    Blocks of one step follow each other as the action listed them; B >= 2.
     """
     distances = geometry.distances.to(order.device)
     return distances[order[:, :-1], order[:, 1:]].mean(1)
@@ -48,11 +43,7 @@ def first_choice_entropy(rollout: Rollout) -> float:
 
 
 def order_agreement(first: Tensor, second: Tensor) -> Tensor:
-    """Spearman's correlation of the places that two orders give to each block, (n,) float64.
-
-    Args:
-        first, second: (n, B) int64, blocks in reveal order of the same images.
-    """
+    """Spearman's correlation of the places that two orders (n, B) of the same images give to blocks, (n,) float64."""
     places = torch.stack([first.argsort(1), second.argsort(1)]).double()  # every order is a permutation: no ties
     centred = places - places.mean(-1, keepdim=True)
     return (centred[0] * centred[1]).sum(-1) / centred[0].square().sum(-1)

@@ -4,11 +4,8 @@ The Fréchet distance, inception score, kernel distance (KID), precision and rec
 on features that are extracted once. The distance is called FID only in Inception features (`distance_name`).
 """
 
-from __future__ import annotations
-
 import warnings
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +17,7 @@ from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metri
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
 from orderrl.metrics.classifier import CLASSIFIERS, load_classifier
-from orderrl.metrics.features import INCEPTION, SHIPPED, Features, extract_features
+from orderrl.metrics.features import INCEPTION, SHIPPED, Features
 from orderrl.metrics.images import check_images
 from orderrl.metrics.references import Gaussian, Reference, fit_gaussian, reference_of
 
@@ -30,6 +27,7 @@ KID_SUBSETS = 100
 """Random subsets that the kernel distance is averaged over, torch-fidelity's default."""
 KID_SUBSET_SIZE = 1000
 """Images in each of them, or as many as there are."""
+SIZES = 15  # of samples, from which the Fréchet distance is extrapolated
 NEIGHBOURS = 3
 """k of the nearest-neighbour balls of precision and recall (Kynkäänniemi et al., 2019)."""
 CMMD_SIGMA = 10.0
@@ -79,16 +77,15 @@ def sample_quality(generated: Features, reference: Reference, kid_subsets: int =
         kid_subsets: random subsets that KID is averaged over.
 
     Raises:
-        ValueError: if the features differ, there are fewer than 2 samples, or kid_subsets < 1.
+        ValueError: if the features differ, or there are fewer than 2 samples.
     """
-    if kid_subsets < 1:
-        raise ValueError(f"kid_subsets must be at least 1, got {kid_subsets}")
     _check_same(generated, reference)
     _warn_of_few(generated, reference)
     spatial = None
     if generated.spatial is not None and reference.spatial is not None:
         spatial = gaussian_distance(fit_gaussian(generated.spatial), reference.spatial)
     precision, recall = _precision_recall(generated, reference)
+    clip = generated.name.startswith("clip-")
     return Quality(
         frechet_distance=gaussian_distance(fit_gaussian(generated.pooled), reference.pooled),
         inception_score=_inception_score(generated),
@@ -96,20 +93,12 @@ def sample_quality(generated: Features, reference: Reference, kid_subsets: int =
         precision=precision,
         recall=recall,
         spatial_frechet_distance=spatial,
-        cmmd=cmmd(generated, reference.found) if _is_clip(generated) and reference.found is not None else None,
+        cmmd=cmmd(generated, reference.found) if clip and reference.found is not None else None,
     )
 
 
-def _is_clip(features: Features) -> bool:
-    return features.name.startswith("clip-")
-
-
 def gaussian_distance(first: Gaussian, second: Gaussian) -> float:
-    """Fréchet distance |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) by torch-fidelity, in squared units.
-
-    Raises:
-        ValueError: if the dimensions differ.
-    """
+    """Fréchet distance |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) by torch-fidelity, in squared units."""
     if first.mean.shape != second.mean.shape:
         raise ValueError(
             f"first and second must have one dimension, got {len(first.mean)} and {len(second.mean)}; "
@@ -117,29 +106,6 @@ def gaussian_distance(first: Gaussian, second: Gaussian) -> float:
         )
     one, other = ({"mu": g.mean, "sigma": g.covariance} for g in (first, second))
     return float(fid_statistics_to_metric(one, other, verbose=False)[KEY_METRIC_FID])
-
-
-def frechet_distance(generated: Tensor, reference: Tensor, features: str, weights: Path | None = None) -> float:
-    """Fréchet distance between Gaussians fitted to the features of two sets of images, by torch-fidelity.
-
-    Args:
-        generated: (n, 3, H, W) uint8.
-        reference: (m, 3, H, W) uint8.
-        features: a name of `orderrl.metrics.features`, such as "orderrl-digits" (64 features of the digits classifier,
-            8x8 images) or "inception-v3-compat" (2,048 features; only this is FID, Heusel et al., 2017).
-        weights: as in `extract_features`.
-
-    Returns:
-        The distance, in squared units of the features. It falls with n and m (bias): compare equal numbers only.
-
-    Raises:
-        ValueError: if features are unknown, images are not uint8 (n >= 2, 3, H, W), or the weights cannot be downloaded
-            or found.
-    """
-    check_images(generated, "generated")
-    check_images(reference, "reference")
-    one, other = (fit_gaussian(extract_features(x, features, weights).pooled) for x in (generated, reference))
-    return gaussian_distance(one, other)
 
 
 def real_floor(real: Features, repeats: int = 5, seed: int = 0, kid_subsets: int = KID_SUBSETS) -> Quality:
@@ -151,14 +117,11 @@ def real_floor(real: Features, repeats: int = 5, seed: int = 0, kid_subsets: int
     Args:
         real: features of n >= 4 real images.
         repeats: random splits that are averaged.
-        seed: of the splits.
         kid_subsets: random subsets of every split that KID is averaged over.
 
     Raises:
-        ValueError: if repeats < 1 or there are fewer than 4 images.
+        ValueError: if there are fewer than 4 images.
     """
-    if repeats < 1:
-        raise ValueError(f"repeats must be at least 1, got {repeats}")
     if len(real) < 4:
         raise ValueError(f"real must hold at least 4 images to be halved, got {len(real)}")
     generator = torch.Generator().manual_seed(seed)
@@ -172,32 +135,25 @@ def real_floor(real: Features, repeats: int = 5, seed: int = 0, kid_subsets: int
     return Quality(**means)
 
 
-def fid_infinity(
-    generated: Features, reference: Reference, points: int = 15, smallest: int | None = None, seed: int = 0
-) -> float:
+def fid_infinity(generated: Features, reference: Reference, seed: int = 0) -> float:
     """The Fréchet distance that infinitely many samples would have, by extrapolation (Chong and Forsyth, 2020).
 
     The distance of n samples is linear in 1/n to first order; a line through the distances of random subsets of
-    several sizes is read off at 1/n = 0.
+    several sizes is read off at 1/n = 0. Sizes are evenly spaced from a tenth of the samples (5,000 of 50,000 in the
+    paper) to all.
 
     Args:
         generated: of all samples.
         reference: in the same features.
-        points: sizes, evenly spaced up to all samples.
-        smallest: the smallest size; None is a tenth of the samples (as 5,000 of 50,000 in the paper).
-        seed: of the subsets.
 
     Raises:
-        ValueError: if the features differ, points < 2, or not 2 <= smallest < n.
+        ValueError: if the features differ, or there are fewer than 3 samples.
     """
     _check_same(generated, reference)
-    smallest = max(2, len(generated) // 10) if smallest is None else smallest
-    if points < 2:
-        raise ValueError(f"points must be at least 2, got {points}")
-    if not 2 <= smallest < len(generated):
-        raise ValueError(f"smallest must lie in 2..{len(generated) - 1}, got {smallest}")
+    if len(generated) < 3:
+        raise ValueError(f"generated must hold at least 3 samples to extrapolate from, got {len(generated)}")
     generator = torch.Generator().manual_seed(seed)
-    sizes = torch.linspace(smallest, len(generated), points).long().tolist()
+    sizes = torch.linspace(max(2, len(generated) // 10), len(generated), SIZES).long().tolist()
     distances = []
     for size in sizes:
         rows = torch.randperm(len(generated), generator=generator)[:size]
@@ -213,14 +169,7 @@ def cmmd(generated: Features, reference: Features) -> float:
 
     Args:
         generated, reference: of any numbers of images, in the same features.
-
-    Raises:
-        ValueError: if the features differ.
     """
-    if generated.name != reference.name:
-        raise ValueError(
-            f"generated and reference must have the same features, got {generated.name!r} and {reference.name!r}"
-        )
     one, other = (torch.nn.functional.normalize(x.pooled.double(), dim=1) for x in (generated, reference))
     return gaussian_mmd(one, other)
 
@@ -262,20 +211,15 @@ def gaussian_mmd(
 
 @torch.no_grad()
 def class_accuracy(images: Tensor, labels: Tensor, features: str) -> float:
-    """Share of images that the classifier assigns to the class they were conditioned on.
-
-    Args:
-        images: (n, 3, height, width) uint8, of a size that the classifier knows.
-        labels: (n,) int64.
-        features: "orderrl-digits" or "orderrl-canvas", the only features with a classifier of the same classes.
+    """Share of images that the classifier assigns to the class they were conditioned on, (n,) int64.
 
     Raises:
-        ValueError: if the features have no classifier or images and labels do not fit.
+        ValueError: if the features have no classifier of the same classes, or images and labels do not fit.
     """
     own = {SHIPPED + name: name for name in CLASSIFIERS}
     if features not in own:
         raise ValueError(f"features={features!r} have no classifier of these classes; choose {' or '.join(own)}")
-    check_images(images, "images", at_least=1)
+    check_images(images)
     if labels.shape != (len(images),):
         raise ValueError(f"labels must have shape ({len(images)},), one for each image, got {tuple(labels.shape)}")
     classifier = load_classifier(own[features]).to(images.device)

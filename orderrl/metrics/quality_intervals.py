@@ -4,8 +4,6 @@ The Fréchet distance is resampled. Precision, recall and class accuracy are sha
 inception score and the kernel distance have none: they are means over parts and subsets of the same samples.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -16,30 +14,17 @@ from orderrl.metrics.references import Gaussian
 from orderrl.metrics.statistics import LEVEL, Interval
 
 
-def frechet_interval(
-    features: Tensor, reference: Gaussian, distance: float, resamples: int, level: float = LEVEL, seed: int = 0
-) -> Interval:
+def frechet_interval(features: Tensor, reference: Gaussian, distance: float, resamples: int, seed: int = 0) -> Interval:
     """Normal interval of a Fréchet distance, its standard error from a bootstrap over samples.
 
     Not a percentile interval: a resample holds fewer different images than the sample, so resampled distances are
     too large by about the bias that the distance itself has. The interval says how much the distance would move with
     other samples *of the same number*; it is not one of the distance of infinitely many (see `fid_infinity`).
 
-    Costs n d^2 and an eigenproblem of dimension d for every resample.
-
-    Args:
-        features: (n, d) of the samples, n >= 2.
-        reference: statistics of the real images.
-        distance: between the samples and the reference.
-        resamples: bootstrap resamples, at least 2.
-        level: coverage, in (0, 1).
-        seed: of the resampling.
-
-    Raises:
-        ValueError: if resamples < 2.
+    Costs n d^2 and an eigenproblem of dimension d for every resample, at least 2, of features (n, d).
     """
     distances = frechet_resamples(features, reference, resamples, seed)
-    reach = float(norm.ppf((1 + level) / 2) * distances.std(ddof=1))
+    reach = float(norm.ppf((1 + LEVEL) / 2) * distances.std(ddof=1))
     return Interval(distance, distance - reach, distance + reach)
 
 

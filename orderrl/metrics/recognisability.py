@@ -4,8 +4,6 @@ The classifier is the one that ships with a data set, or any model of timm. Wher
 grey, or what the backbone itself would draw there given the visible part.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -29,20 +27,15 @@ FILLS = ("grey", "completion")
 
 @dataclass(frozen=True)
 class Recogniser:
-    """Who recognises, and what stands where blocks are hidden.
+    """Who recognises, and what stands where blocks are hidden."""
 
-    Attributes:
-        name: of the classifier.
-        classify: uint8 images (m, 3, height, width) -> logits (m, classes).
-        fill: "grey", or "completion", the backbone's own.
-    """
-
-    name: str
-    classify: Callable[[Tensor], Tensor]
-    fill: str = "grey"
+    name: str  # of the classifier
+    classify: Callable[[Tensor], Tensor]  # uint8 images (m, 3, height, width) -> logits (m, classes)
+    fill: str = "grey"  # "grey", or "completion", the backbone's own
 
     def __post_init__(self) -> None:
-        check_fill(self.fill)
+        if self.fill not in FILLS:
+            raise ValueError(f"hidden_fill={self.fill!r} is unknown; choose one of {', '.join(FILLS)}")
 
     @property
     def described(self) -> str:
@@ -54,16 +47,6 @@ class Recogniser:
         return f"confidence of the classifier {self.name} in the true class, and its accuracy; {filled[self.fill]}"
 
 
-def check_fill(fill: str) -> None:
-    """Refuse what is not in `FILLS`.
-
-    Raises:
-        ValueError: naming the setting and what is allowed.
-    """
-    if fill not in FILLS:
-        raise ValueError(f"hidden_fill={fill!r} is unknown; choose one of {', '.join(FILLS)}")
-
-
 def make_recogniser(
     name: str | None, data: TokenSet, fill: str = "grey", device: torch.device | None = None
 ) -> Recogniser | None:
@@ -73,15 +56,12 @@ def make_recogniser(
         name: "own" is the shipped one of the data set, None where it has none; "timm:MODEL",
             "timm:MODEL:CHECKPOINT_FILE" and "timm:local-dir:FOLDER" are models of timm, whose classes must be those of
             the data, in its order; a name of `orderrl.metrics.classifier` is that one. None recognises nothing.
-        data: what is to be recognised.
         fill: what stands where blocks are hidden, see `Recogniser`.
-        device: where the classifier runs.
 
     Raises:
         ValueError: if the name or fill is unknown, the weights cannot be downloaded or found, or the classes differ in
             number.
     """
-    check_fill(fill)
     name = own_classifier(data.name) if name == OWN else name
     if name is None:
         return None
@@ -113,15 +93,10 @@ def _timm_classifier(name: str, data: TokenSet, device: torch.device) -> Callabl
 
 
 class Recognisability(NamedTuple):
-    """What the classifier says about partly revealed images.
+    """What the classifier says about partly revealed images."""
 
-    Attributes:
-        confidence: (T, n) float32, probability of the true class.
-        correct: (T, n) bool, whether the true class is the most probable one.
-    """
-
-    confidence: Tensor
-    correct: Tensor
+    confidence: Tensor  # (T, n) float32, probability of the true class
+    correct: Tensor  # (T, n) bool, whether the true class is the most probable one
 
 
 def recognise(
@@ -165,7 +140,6 @@ def complete(
     They are drawn under the dropped label: given the class, a backbone draws recognisable images from nothing.
 
     Args:
-        backbone: draws.
         data: any token set of the images' shape.
         rollout: its visible blocks stand in the prefix in the order in which they were revealed.
         moment: in 0..T.
@@ -202,15 +176,9 @@ def classified(
 
 
 def at_fractions(values: Tensor, fraction: Tensor, at: Tensor) -> Tensor:
-    """Values at given revealed fractions, held from their moment until the next one.
+    """Values (T, n) at given revealed fractions (F,), held from their moment until the next one: (F, n).
 
-    Args:
-        values: (T, n) at T moments.
-        fraction: (T, n), as in `area_over_fraction`.
-        at: (F,) in [0, 1].
-
-    Returns:
-        (F, n), dtype of the values.
+    The moments' fractions (T, n) are as in `area_over_fraction`.
     """
     moment = (fraction[:, None] <= at.to(fraction)[None, :, None] + 1e-6).sum(0) - 1  # (F, n)
     return values.gather(0, moment)

@@ -5,8 +5,6 @@ and a statistics file from torch-fidelity's cache. Statistics without the images
 covariance only: they give Fréchet distances, but no kernel distance, precision or recall.
 """
 
-from __future__ import annotations
-
 import pickle
 import struct
 import zipfile
@@ -36,15 +34,10 @@ _DAMAGED = (OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZi
 
 @dataclass(frozen=True)
 class Gaussian:
-    """A normal distribution fitted to features.
+    """A normal distribution fitted to features."""
 
-    Attributes:
-        mean: (d,) float64.
-        covariance: (d, d) float64.
-    """
-
-    mean: NDArray[np.float64]
-    covariance: NDArray[np.float64]
+    mean: NDArray[np.float64]  # (d,) float64
+    covariance: NDArray[np.float64]  # (d, d) float64
 
     def __post_init__(self) -> None:
         mean, covariance = (np.asarray(value, dtype=np.float64) for value in (self.mean, self.covariance))
@@ -72,20 +65,13 @@ def fit_gaussian(features: Tensor) -> Gaussian:
 
 @dataclass(frozen=True)
 class Reference:
-    """What samples are compared with.
+    """What samples are compared with."""
 
-    Attributes:
-        source: what it is, in words, for the protocol.
-        features: name of the feature extractor behind the numbers.
-        pooled: of the features of distances.
-        spatial: of the spatial features; None where there are none.
-        found: features of the images behind it; None where only statistics are known.
-    """
-
-    source: str
-    features: str
-    pooled: Gaussian
-    spatial: Gaussian | None = None
+    source: str  # what it is, in words, for the protocol
+    features: str  # name of the feature extractor behind the numbers
+    pooled: Gaussian  # of the features of distances
+    spatial: Gaussian | None = None  # of the spatial features; None where there are none
+    # features of the images behind it; None where only statistics are known
     found: Features | None = field(default=None, repr=False)
 
 
@@ -128,11 +114,10 @@ def open_reference(
     A `.npz` file has `mu` and `sigma` (and `mu_s`, `sigma_s` of spatial features), or `arr_0`, images (n, H, W, 3)
     uint8; ADM's own files have both, and then distances use the statistics, precision and recall the images. A
     statistics file of torch-fidelity (`…-EXTRACTOR-stat-fid-LAYER.pt`) holds `mu` and `sigma`. The file says whose
-    features its statistics are: the key `features` of a `.npz` written by `save_reference`, or the name that
+    features its statistics are: the key `features` of a `.npz`, or the name that
     torch-fidelity gave it; a file that does not say is taken for Inception's, as all published ones are.
 
     Args:
-        path: see above.
         features: the feature extractor of the samples.
         weights, device: as in `extract_features`.
 
@@ -155,20 +140,6 @@ def open_reference(
     if path.suffix in (".pt", ".pth"):
         return _from_torch_fidelity(path, features)
     raise ValueError(f"reference={str(path)!r} is of no known kind; it must be {KINDS}")
-
-
-def save_reference(path: Path, reference: Reference) -> None:
-    """Write the statistics as a `.npz` with the keys of ADM's evaluator, and the name of their features.
-
-    Raises:
-        ValueError: if the path does not end in .npz.
-    """
-    if path.suffix != ".npz":
-        raise ValueError(f"path={str(path)!r} must end in .npz")
-    values: dict[str, Any] = {"mu": reference.pooled.mean, "sigma": reference.pooled.covariance}
-    if reference.spatial is not None:
-        values |= {"mu_s": reference.spatial.mean, "sigma_s": reference.spatial.covariance}
-    np.savez(path, features=np.array(reference.features), **values)
 
 
 def _from_npz(path: Path, features: str, weights: Path | None, device: torch.device | None) -> Reference:

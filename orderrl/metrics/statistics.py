@@ -1,7 +1,5 @@
 """Intervals: bootstrap over images, paired where two policies saw the same images; p-values, Holm, effect sizes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +28,7 @@ class Difference(Interval):
     """A mean of paired differences.
 
     Attributes:
-        p_value: two-sided bootstrap p-value of a mean of zero, from the same resamples as the interval: p < 1 - level
+        p_value: two-sided bootstrap p-value of a mean of zero, from the same resamples as the interval: p < 0.05
             where the interval excludes zero. No smaller than 2 / (resamples + 1).
         effect_size: paired Cohen's d, mean over standard deviation of the differences of single images (0.2 is called
             small, 0.5 medium, 0.8 large); infinite if they are all equal and not zero.
@@ -52,15 +50,12 @@ def _checked(values: ArrayLike, name: str, ndim: int) -> NDArray[np.float64]:
 
 
 def bootstrap_band(
-    values: ArrayLike, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0
+    values: ArrayLike, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Mean of each row with percentile intervals; images are resampled jointly for all rows.
 
     Args:
         values: (rows, n), for example gain at several revealed fractions of n images.
-        resamples: bootstrap resamples.
-        level: coverage, in (0, 1).
-        seed: of the resampling.
 
     Returns:
         mean, low, high: each (rows,) float64.
@@ -69,12 +64,12 @@ def bootstrap_band(
         ValueError: if values have another shape or are not finite, or an argument is out of range.
     """
     array = _checked(values, "values", ndim=2)
-    low, high, _ = _resampled(array, np.mean, resamples, level, seed)
+    low, high, _ = _resampled(array, np.mean, resamples, seed)
     return array.mean(-1), low, high
 
 
 def _resampled(
-    array: NDArray[np.number], statistic: Callable[..., Any], resamples: int, level: float, seed: int
+    array: NDArray[np.number], statistic: Callable[..., Any], resamples: int, seed: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Percentile interval and resampled values of a statistic of each row of (rows, n); images are resampled jointly.
 
@@ -83,15 +78,13 @@ def _resampled(
     """
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, got {resamples}")
-    if not 0 < level < 1:
-        raise ValueError(f"level must lie in (0, 1), got {level}")
     result = stats.bootstrap(
         (array,),
         statistic,
         n_resamples=resamples,
         batch=100,
         axis=-1,
-        confidence_level=level,
+        confidence_level=LEVEL,
         method="percentile",
         rng=np.random.default_rng(seed),
     )
@@ -102,22 +95,12 @@ def bootstrap_sums(
     sums: ArrayLike,
     statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]],
     resamples: int = RESAMPLES,
-    level: float = LEVEL,
     seed: int = 0,
 ) -> Interval:
     """A function of sums over images, such as a ratio or a pooled correlation, with a percentile interval.
 
     An image is resampled with all that belongs to it, so several states of one image stay together (cluster bootstrap).
-
-    Args:
-        sums: (k, n), k quantities of n images.
-        statistic: takes their sums over images, (k, ...), and gives the value, (...).
-        resamples: as in `bootstrap_band`.
-        level: as in `bootstrap_band`.
-        seed: as in `bootstrap_band`.
-
-    Raises:
-        ValueError: as `bootstrap_band`.
+    The statistic takes sums over images (k, ...) of the k quantities (k, n) and gives the value, (...).
     """
     array = _checked(sums, "sums", ndim=2)
     images = np.arange(array.shape[1])[None]
@@ -125,8 +108,21 @@ def bootstrap_sums(
     def of_images(chosen: NDArray[np.int64], axis: int) -> NDArray[np.float64]:
         return statistic(array[:, chosen].sum(axis))
 
-    low, high, _ = _resampled(images, of_images, resamples, level, seed)
+    low, high, _ = _resampled(images, of_images, resamples, seed)
     return Interval(float(statistic(array.sum(-1))), float(low[0]), float(high[0]))
+
+
+def sums_difference(
+    one: NDArray[np.float64],
+    other: NDArray[np.float64],
+    statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    resamples: int,
+    seed: int,
+) -> Interval:
+    """A function of `one` minus that of `other`, as in `bootstrap_sums`, paired over the same images."""
+    k = len(one)
+    both = np.concatenate([one, other])
+    return bootstrap_sums(both, lambda sums: statistic(sums[:k]) - statistic(sums[k:]), resamples, seed=seed)
 
 
 def ratio(sums: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -134,15 +130,13 @@ def ratio(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     return sums[0] / sums[1]
 
 
-def share_interval(share: float, count: int, level: float = LEVEL) -> Interval:
+def share_interval(share: float, count: int) -> Interval:
     """Wilson's interval of a share of `count` independent cases (`scipy.stats.binomtest`)."""
-    found = stats.binomtest(round(share * count), count).proportion_ci(level, method="wilson")
+    found = stats.binomtest(round(share * count), count).proportion_ci(LEVEL, method="wilson")
     return Interval(share, float(found.low), float(found.high))
 
 
-def paired_bootstrap(
-    a: ArrayLike, b: ArrayLike, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0
-) -> Difference:
+def paired_bootstrap(a: ArrayLike, b: ArrayLike, resamples: int = RESAMPLES, seed: int = 0) -> Difference:
     """Mean of a - b over images that both saw, with a percentile interval of the paired differences.
 
     Args:
@@ -150,8 +144,6 @@ def paired_bootstrap(
             varies with the images, not how another seed would do.
         b: likewise, about the same images in the same order; its number of seeds may differ.
         resamples: as in `bootstrap_band`; p-values are no finer than 2 / (resamples + 1).
-        level: as in `bootstrap_band`.
-        seed: as in `bootstrap_band`.
 
     Raises:
         ValueError: if the images of a and b differ in number, else as `bootstrap_band`.
@@ -160,7 +152,7 @@ def paired_bootstrap(
     if first.shape != second.shape:
         raise ValueError(f"a and b must be about the same images, got {len(first)} and {len(second)}")
     difference = first - second
-    low, high, means = _resampled(difference[None], np.mean, resamples, level, seed)
+    low, high, means = _resampled(difference[None], np.mean, resamples, seed)
     tail = min(np.count_nonzero(means <= 0), np.count_nonzero(means >= 0))
     p_value = min(1.0, 2 * (tail + 1) / (resamples + 1))
     return Difference(float(difference.mean()), float(low[0]), float(high[0]), p_value, cohens_d(difference))

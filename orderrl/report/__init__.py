@@ -1,7 +1,5 @@
 """Reports of an evaluation: tables on screen and in Markdown, and one self-contained page with its pictures."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The tables of `orderrl.analyze` on screen."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,26 +27,23 @@ def print_analysis(results: Mapping[str, Any]) -> None:
     print(f"* {RULE}")
 
 
-def _shown(mean: float, interval: Sequence[float], digits: int = 3) -> str:
-    low, high = interval
-    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+def _shown(mean: float, interval: Sequence[float], digits: int = 3, sign: str = "") -> str:
+    value, low, high = (f"{number:{sign}.{digits}f}" for number in (mean, *interval))
+    return f"{value} [{low}, {high}]"
 
 
-def _difference(entry: Mapping[str, Any], digits: int = 3) -> str:
+def _interval(entry: Mapping[str, float] | None, sign: str = "", digits: int = 3) -> str:
+    return DASH if entry is None else _shown(entry["mean"], (entry["low"], entry["high"]), digits, sign)
+
+
+def _difference(entry: Mapping[str, Any] | None, digits: int = 3) -> str:
     """A difference with its interval, a star where it is significant."""
-    text = f"{entry['mean']:+.{digits}f} [{entry['low']:+.{digits}f}, {entry['high']:+.{digits}f}]"
-    return text + (" *" if is_significant(entry) else "")
+    return _interval(entry, "+", digits) + (" *" if entry is not None and is_significant(entry) else "")
 
 
 def _content_table(entries: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table("policy", title="Spearman of scores and oracle, mean over images (* significant)")
-    for title in (
-        "with content",
-        *(f"with minus {name}" for name in REMOVALS),
-        "R² with",
-        *(f"R² {n}" for n in REMOVALS),
-    ):
-        table.add_column(title)
+    titles = ("with content", *(f"with minus {n}" for n in REMOVALS), "R² with", *(f"R² {n}" for n in REMOVALS))
+    table = Table("policy", *titles, title="Spearman of scores and oracle, mean over images (* significant)")
     for entry in entries:
         spearman, r2 = entry["spearman"], entry["r2"]
         table.add_row(
@@ -70,7 +65,7 @@ def _injection_table(entries: Sequence[Mapping[str, Any]]) -> Table:
             str(entry["blocks"]),
             entry["policy"],
             _shown(entry["drop"], entry["drop_ci"], digits=4),
-            DASH if entry["against_random"] is None else _difference(entry["against_random"], 4),
+            _difference(entry["against_random"], 4),
             f"{entry['drop'] / entry['loss_before']:.3f}",
         )
     return table
@@ -96,13 +91,6 @@ def _curve_table(curves: Mapping[str, Any]) -> Table:
     return table
 
 
-def _interval(entry: Mapping[str, float] | None, sign: str = "") -> str:
-    if entry is None:
-        return DASH
-    mean, low, high = (format(entry[key], f"{sign}.3f") for key in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
-
-
 def _headroom_table(entries: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(
         "states", "predictor", "R² of U", "over", "R² of pairs", "over", "Spearman", "regret",
@@ -123,18 +111,14 @@ def _headroom_table(entries: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _variant_table(entries: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table("policy", "variant", title="latent reasoning without its passes or latents (* significant)")
-    for title in ("Spearman", "minus trained", "regret", "minus trained"):
-        table.add_column(title)
+    columns = ("policy", "variant", "Spearman", "minus trained", "regret", "minus trained")
+    table = Table(*columns, title="latent reasoning without its passes or latents (* significant)")
     for entry in entries:
         for name, variant in entry["variants"].items():
             cells = []
             for metric, digits in (("spearman", 3), ("regret", 4)):
-                difference = variant[f"{metric}_difference"]
-                cells += [
-                    _shown(variant[metric], variant[f"{metric}_ci"], digits),
-                    DASH if difference is None else _difference(difference, digits),
-                ]
+                cells.append(_shown(variant[metric], variant[f"{metric}_ci"], digits))
+                cells.append(_difference(variant[f"{metric}_difference"], digits))
             table.add_row(entry["policy"], name, *cells)
     return table
 

@@ -1,7 +1,5 @@
 """An animation of orders: the same held-out images, revealed by two policies side by side."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,10 +21,7 @@ _MILLISECONDS, _LAST = 350, 2500  # a frame stays, and the last one
 def save_orders(path: Path, details: Sequence[PolicyDetail], examples: Examples) -> None:
     """Write a GIF that loops: raster order (else the last policy) above, the table's first policy below.
 
-    Args:
-        path: of the file.
-        details: policies in the order of the table; those without episodes are left out.
-        examples: the images of their episodes.
+    Policies come in the order of the table; those without episodes are left out.
     """
     shown = [detail for detail in details if detail.episodes]
     if not shown:

@@ -1,7 +1,5 @@
 """Quality against cost: what every policy with several budgets reaches in how many steps and seconds."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,19 +15,12 @@ from orderrl.report.style import COLOURS, INK, MARKERS, MUTED, WIDTH, grid_lines
 
 @dataclass(frozen=True)
 class Point:
-    """One policy at one schedule, averaged over training seeds.
+    """One policy at one schedule, averaged over training seeds."""
 
-    Attributes:
-        policy: as in the table.
-        cost: mean steps, or seconds, per image.
-        quality: the metric.
-        family: the policy without its schedule.
-    """
-
-    policy: str
-    cost: float
-    quality: float
-    family: str
+    policy: str  # as in the table
+    cost: float  # mean steps, or seconds, per image
+    quality: float  # value of the metric
+    family: str  # the policy without its schedule
 
 
 def cost_points(rows: Sequence[dict[str, Any]], cost: str, quality: str) -> list[Point]:
@@ -76,11 +67,6 @@ def cost_figure(rows: Sequence[dict[str, Any]], cost: str, ink: str = INK) -> Fi
 
     A line joins those schedules of one policy that none of its others beats in cost and quality; all others are single
     points.
-
-    Args:
-        rows: of `results.json`.
-        cost: a metric of cost.
-        ink: colour of text and axes.
     """
     panels = cost_panels(rows, cost)
     families = list(dict.fromkeys(family for points in panels.values() for family in _families(points)))

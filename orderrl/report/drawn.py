@@ -1,7 +1,5 @@
 """Pictures of generated images: what was drawn, and in which order."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch
@@ -22,12 +20,7 @@ def save_pictures(
 ) -> list[Path]:
     """Write `images.png`, `order.gif` (the images step by step) and `order.png` (heat maps), and return their paths.
 
-    Args:
-        folder: where they are written.
-        data: decodes tokens.
-        geometry: the block grid of the order.
-        made: what was drawn.
-        device: where tokens are decoded; None is where they lie.
+    Tokens are decoded on the device; None is where they lie.
     """
     columns = max(1, round(len(made.tokens) ** 0.5))
     # the images at every step

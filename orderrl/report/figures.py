@@ -1,7 +1,5 @@
 """Figures of the report: each is one function that returns a matplotlib figure."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,12 +30,9 @@ STRIP_FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def gain_figure(rows: Sequence[dict[str, Any]], colours: dict[str, str], ink: str = INK) -> Figure:
-    """Information-gain AUC of every row that has one, best first, with its interval.
+    """Information-gain AUC of every row that has one, best first, with its interval; one row is drawn as one line.
 
-    Args:
-        rows: of `results.json`; one row is drawn as one line.
-        colours: of the highlighted policies; the others are grey.
-        ink: colour of text and axes.
+    Policies without a colour are grey.
     """
     shown = sorted((row for row in rows if row.get("gain_auc") is not None), key=lambda row: float(row["gain_auc"]))
     with new_figure(WIDTH, 0.9 + 0.23 * len(shown), ink) as figure:
@@ -66,12 +61,7 @@ def curves_figure(
 ) -> Figure:
     """A curve over the revealed fraction with 95 % bands; below it, each mean minus raster's where raster was run.
 
-    Args:
-        curves: by policy.
-        label: of the curves.
-        unit: of its values.
-        colours: of the highlighted policies; the others are thin and grey, without bands.
-        ink: colour of text and axes.
+    Policies without a colour are thin and grey, without bands.
     """
     raster = curves.get("raster")
     highlighted = [name for name in colours if name in curves]
@@ -115,11 +105,7 @@ def calibration_figure(
 ) -> Figure:
     """Reliability: mean utility against the utility that scores predict, in bins of equal numbers.
 
-    Args:
-        reliability: by policy, the entry "reliability" of its row: predicted and actual (one number for each bin), r2.
-        colours: of the highlighted policies; the others are grey.
-        unit: of utilities.
-        ink: colour of text and axes.
+    A policy has predicted and actual, one number for each bin, and r2. Policies without a colour are grey.
     """
     highlighted = [name for name in colours if name in reliability]
     others = [name for name in reliability if name not in colours]
@@ -147,13 +133,7 @@ def calibration_figure(
 
 
 def orders_figure(details: Sequence[PolicyDetail], colours: dict[str, str], ink: str = INK) -> Figure:
-    """Mean reveal step of every block, one small map for each policy, on one colour scale.
-
-    Args:
-        details: the policies.
-        colours: highlighted policies have their names in bold.
-        ink: colour of text.
-    """
+    """Mean reveal step of every block, one small map a policy, on one colour scale; names with a colour are bold."""
     columns = min(6, max(len(details), 1))
     lines = -(-len(details) // columns)
     rows, width = np.shape(details[0].mean_reveal_step) if details else (1, 1)
@@ -177,14 +157,7 @@ def orders_figure(details: Sequence[PolicyDetail], colours: dict[str, str], ink:
 
 
 def strips_figure(details: Sequence[PolicyDetail], examples: Examples, index: int, ink: str = INK) -> Figure:
-    """One image as it appears under every policy: rows = policies, columns = revealed fractions.
-
-    Args:
-        details: the policies, with episodes.
-        examples: their images.
-        index: which of them.
-        ink: colour of text.
-    """
+    """One example image as it appears under every policy: rows = policies, columns = revealed fractions."""
     moments, grid = len(STRIP_FRACTIONS), BlockGrid(examples.rows, examples.columns, 1)
     image = examples.images[index]
     height, width = image.shape[-2:]

@@ -1,7 +1,5 @@
 """The table as Markdown, for a README: seeds of a planner in one line."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from statistics import mean, stdev

@@ -1,11 +1,10 @@
 """The page: results and pictures of an evaluation in one HTML file that needs no network."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +25,12 @@ SMALL = 100  # pixels; smaller pictures are enlarged without smoothing
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure on the page and beside it.
+    """A figure on the page and beside it."""
 
-    Attributes:
-        name: of its files.
-        title, caption: on the page.
-        draw: makes it.
-    """
-
-    name: str
-    title: str
-    caption: str
-    draw: style.Draw
+    name: str  # of its files
+    title: str  # on the page
+    caption: str  # on the page
+    draw: style.Draw  # makes it
 
 
 def write_report(
@@ -115,61 +108,40 @@ def _several_blocks(row: dict[str, Any]) -> bool:
 
 
 def _plots(rows: Sequence[dict[str, Any]], details: Sequence[PolicyDetail], learned: Sequence[str]) -> list[Plot]:
-    unit = loss_unit(rows)
-    bands = "Learned planners and raster are highlighted, with 95 % bands over images. Below: mean minus raster's."
-    plots = [
-        Plot(
-            "gain_auc",
-            "Information-gain AUC",
-            "Dots: mean over test images. Bars: 95 % bootstrap interval. Dashed: raster.",
-            lambda ink: figures.gain_figure(rows, style.policy_colours(learned, ink), ink),
-        )
-    ]
+    unit, colours = loss_unit(rows), partial(style.policy_colours, learned)
+    plots: list[Plot] = []
+
+    def add(name: str, title: str, caption: str, draw: style.Draw) -> None:
+        plots.append(Plot(name, title, caption, draw))
+
+    caption = "Dots: mean over test images. Bars: 95 % bootstrap interval. Dashed: raster."
+    add("gain_auc", "Information-gain AUC", caption, lambda ink: figures.gain_figure(rows, colours(ink), ink))
+    caption = "Learned planners and raster are highlighted, with 95 % bands over images. Below: mean minus raster's."
     if details:
-        gain = {detail.name: detail.gain for detail in details}
-        plots.append(
-            Plot(
-                "gain_curves",
-                "Information gained against revealed fraction",
-                bands,
-                lambda ink: figures.curves_figure(gain, "gain so far", unit, style.policy_colours(learned, ink), ink),
-            )
-        )
-    if recognised := _recognisability(rows):
-        plots.append(
-            Plot(
-                "recognisability_curves",
-                "Recognisability against revealed fraction",
-                bands,
-                lambda ink: figures.curves_figure(
-                    recognised, "confidence", "in the true class", style.policy_colours(learned, ink), ink
-                ),
-            )
-        )
+        title, gain = "Information gained against revealed fraction", {detail.name: detail.gain for detail in details}
+        quantity = ("gain so far", unit)
+        add("gain_curves", title, caption, lambda ink: figures.curves_figure(gain, *quantity, colours(ink), ink))
+    if known := _recognisability(rows):
+        title, score = "Recognisability against revealed fraction", ("confidence", "in the true class")
+        name = "recognisability_curves"
+        add(name, title, caption, lambda ink: figures.curves_figure(known, *score, colours(ink), ink))
+    caption = (
+        "Lines join those schedules of one policy that none of its others beats. Rings on the thick line: the Pareto "
+        "front, which no other policy shown beats in cost and quality. Oracle and lookahead are left out."
+    )
     for column in all_columns("cost"):
         if cost.cost_panels(rows, column.name):
-            plots.append(
-                Plot(
-                    f"quality_{column.name.removesuffix('_per_image')}",
-                    f"Quality against {column.heading}",
-                    "Lines join those schedules of one policy that none of its others beats. Rings on the thick line: "
-                    "the Pareto front, which no other policy shown beats in cost and quality. Oracle and lookahead are "
-                    "left out.",
-                    lambda ink, key=column.name: cost.cost_figure(rows, key, ink),  # type: ignore[misc]
-                )
-            )
+            name, title = f"quality_{column.name.removesuffix('_per_image')}", f"Quality against {column.heading}"
+            add(name, title, caption, partial(cost.cost_figure, rows, column.name))
     reliability = {row["policy"]: row["reliability"] for row in _of_first_seed(rows) if _has_reliability(row)}
     if reliability:
-        plots.append(
-            Plot(
-                "calibration",
-                "Calibration",
-                "Scores, mapped to utilities by one least-squares line for each policy, against the hindsight "
-                "oracle's utility: means in bins of equal numbers of candidates on the shared states. On the dashed "
-                "line, predictions are right on average; R² says how much of the utility they explain.",
-                lambda ink: figures.calibration_figure(reliability, style.policy_colours(learned, ink), unit, ink),
-            )
+        caption = (
+            "Scores, mapped to utilities by one least-squares line for each policy, against the hindsight oracle's "
+            "utility: means in bins of equal numbers of candidates on the shared states. On the dashed line, "
+            "predictions are right on average; R² says how much of the utility they explain."
         )
+        draw_with = partial(figures.calibration_figure, reliability)
+        add("calibration", "Calibration", caption, lambda ink: draw_with(colours(ink), unit, ink))
     return plots
 
 

@@ -1,7 +1,5 @@
 """The page of several evaluations of one protocol: their rows in one table, and paired differences if there are any."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -15,13 +13,7 @@ RUN = Column("run", "run", "", None, "The runs that have this row; their folders
 
 
 def write_runs_page(path: Path, results: Mapping[str, Any], protocol: Mapping[str, Any]) -> Path:
-    """Write a self-contained page.
-
-    Args:
-        path: of the page; its folder exists.
-        results: as `compare_runs` or `leaderboard` gives them.
-        protocol: in words, key to value.
-    """
+    """Write a self-contained page of what `compare_runs` or `leaderboard` gives; the protocol is in words."""
     rows = results["rows"]
     groups = shown_columns(rows)
     groups["policy"] = [*groups["policy"], RUN]

@@ -1,7 +1,5 @@
 """Tables on screen: the main columns of an evaluation or of many, and paired comparisons with the rule behind stars."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

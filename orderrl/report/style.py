@@ -1,7 +1,5 @@
 """House style of the report's figures, and figures and pictures as PNG and SVG."""
 
-from __future__ import annotations
-
 import base64
 import io
 import re
@@ -70,10 +68,7 @@ def save_figure(figure: Figure, path: Any) -> None:
 def to_svg(draw: Draw, name: str, description: str) -> str:
     """An inline SVG that takes the page's text colour and font.
 
-    Args:
-        draw: makes the figure from the colour of its ink.
-        name: distinguishes the identifiers of several figures on a page.
-        description: what assistive technology reads out.
+    The name tells the identifiers of several figures apart; assistive technology reads the description out.
     """
     buffer = io.StringIO()
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):

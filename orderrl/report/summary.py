@@ -1,7 +1,5 @@
 """The sentences on top of the page: what was compared with what, on what data, and who won by how much."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

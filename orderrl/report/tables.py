@@ -1,7 +1,5 @@
 """The tables of a page as plain values for its template: cells, what they are sorted by, and headers."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,13 +30,7 @@ _COMPARISONS = (
 def results_values(
     rows: Sequence[dict[str, Any]], learned: Sequence[str], groups: dict[str, list[Column]]
 ) -> dict[str, Any]:
-    """What `results.html.jinja` shows.
-
-    Args:
-        rows: of `results.json`.
-        learned: names of the policies that are tinted.
-        groups: the columns, from `shown_columns`.
-    """
+    """What `results.html.jinja` shows of rows; learned policies are tinted, columns come from `shown_columns`."""
     columns = [column for members in groups.values() for column in members]
     return {
         "groups": list(groups),

@@ -1,7 +1,5 @@
 """Data of the order viewer, and partly revealed images as drawings that share one picture."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from itertools import groupby
@@ -26,8 +24,6 @@ def viewer_data(details: Sequence[PolicyDetail], examples: Examples, unit: str) 
 
     Args:
         details: the policies; those without episodes are left out.
-        examples: the images of their episodes.
-        unit: of the remaining loss.
 
     Returns:
         JSON of {"rows", "columns", "unit", "levels", "palette", "policies": [{"name", "episodes": [{"steps", "loss",

@@ -1,7 +1,5 @@
 """Folders of finished work that are found again by everything that determined them."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,15 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from orderrl.runtime import distributed
-from orderrl.runtime.storage import (
-    Unsealed,
-    damage,
-    filled_aside,
-    manifest,
-    read_sealed,
-    remove_orphans,
-    write_sealed,
-)
+from orderrl.runtime.storage import Unsealed, damage, filled_aside, manifest, read_sealed, remove_orphans, write_sealed
 
 
 def fingerprint(value: Any) -> str:
@@ -80,7 +70,7 @@ class Cache:
             return None
         wrong = self._damage(folder)
         if wrong is not None:
-            _tell(f"{wrong}; making it again")
+            distributed.print_main(f"{wrong}; making it again")
         return folder if wrong is None else None
 
     @contextmanager
@@ -117,14 +107,14 @@ class Cache:
             except Unsealed:
                 older += 1
             except (OSError, ValueError, KeyError, TypeError) as error:
-                _tell(f"{_named(folder / 'key.json', error)}; left out")
+                distributed.print_main(f"{_named(folder / 'key.json', error)}; left out")
         if older:
-            _tell(f"{self.root / kind}: left out {older} of an older version, which kept no checksums")
+            distributed.print_main(f"{self.root / kind}: left out {older} of an older version, which kept no checksums")
         for _, folder, files in sorted(fitting, reverse=True, key=lambda found: found[:2]):
             wrong = damage(folder, files)
             if wrong is None:
                 return folder
-            _tell(f"{wrong}; left out")
+            distributed.print_main(f"{wrong}; left out")
         return None
 
     def _read(self, folder: Path) -> dict[str, Any]:
@@ -150,8 +140,3 @@ def _named(path: Path, error: Exception) -> str:
     if isinstance(error, OSError):
         return f"{path}: can't be read ({error.strerror})"
     return str(error) if isinstance(error, ValueError) else f"{path}: is damaged ({type(error).__name__}: {error})"
-
-
-def _tell(line: str) -> None:
-    if distributed.is_main():
-        print(line, flush=True)

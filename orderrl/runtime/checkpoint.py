@@ -1,7 +1,5 @@
 """Checkpoints: safetensors files that carry their own configuration and a hash of it and their tensors."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
@@ -14,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from orderrl.runtime.finite import require_finite
+from orderrl.runtime.finite import leaves, require_finite
 from orderrl.runtime.jsonfile import parse_json
 from orderrl.runtime.storage import written_aside
 
@@ -116,14 +114,12 @@ def build_to_fit(
     Args:
         build: makes the module from a configuration that was read from the file.
         shape: that configuration, plain values.
-        tensors: of the file.
-        path: the file, for the message.
 
     Raises:
         ValueError: if the configuration asks for more layers, or for other shapes, than the file has tensors.
     """
     # every repeated part brings at least one tensor, so a number of parts above theirs is a lie, and would take hours
-    for name, value in numbers_in(shape).items():
+    for name, value in leaves(shape, int | float).items():
         if _REPEATED.search(name) and value > len(tensors):
             raise ValueError(f"{path}: its configuration has {name}={value}, but the file holds {len(tensors)} tensors")
     try:
@@ -136,13 +132,7 @@ def build_to_fit(
 
 
 def require_fit(module: nn.Module, shapes: Mapping[str, torch.Size], path: Path | str, advice: str) -> None:
-    """Refuse a file whose tensors are not exactly those of a module.
-
-    Args:
-        module: what shall be filled.
-        shapes: of the file's tensors.
-        path: the file, for the message.
-        advice: what to do about it, for the message.
+    """Refuse a file whose tensors are not exactly those of a module; the message ends with the advice.
 
     Raises:
         ValueError: if keys are missing, unexpected or of another shape, all of them in one line.
@@ -160,17 +150,6 @@ def require_fit(module: nn.Module, shapes: Mapping[str, torch.Size], path: Path 
     found = "; ".join(f"{what}: {shorten(names)}" for what, names in problems.items() if names)
     if found:
         raise ValueError(f"{path}: does not fit {type(module).__name__} ({found}); {advice}")
-
-
-def numbers_in(value: Any, name: str = "") -> dict[str, float]:
-    """All numbers of nested mappings and lists, by their dotted place."""
-    if isinstance(value, int | float):
-        return {name: value}
-    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
-    found: dict[str, float] = {}
-    for key, item in items:
-        found |= numbers_in(item, f"{name}.{key}" if name else str(key))
-    return found
 
 
 def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

@@ -12,8 +12,6 @@ Nothing about Hydra itself is set there: Hydra neither changes the directory nor
 ``multirun.yaml`` in ``<output_dir>/multirun/<date>_<time>``.
 """
 
-from __future__ import annotations
-
 import difflib
 import os
 import re
@@ -218,7 +216,7 @@ def _run_job(
     command: str, main: Callable[[DictConfig], Any], full_error: bool, config_module: str, config: DictConfig
 ) -> Any:
     try:
-        missing = _missing_keys(config)
+        missing = [key for key, value in _leaves(config) if value == "???"]  # also where another key is made of it
         if missing:
             raise ValueError(f"{command} needs {missing[0]}=...; see --help")
         OmegaConf.resolve(config)
@@ -242,11 +240,6 @@ def _lacks_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(words in str(error).lower() for words in said)
     )
-
-
-def _missing_keys(config: DictConfig) -> list[str]:
-    """Keys that the user must give, also where another key is made of them."""
-    return [key for key, value in _leaves(config) if value == "???"]
 
 
 def _refuse(message: str) -> NoReturn:

@@ -1,7 +1,5 @@
 """Devices by name: those that the package runs on, refused in one line where they are not there."""
 
-from __future__ import annotations
-
 import re
 from contextlib import AbstractContextManager, nullcontext
 

@@ -1,7 +1,5 @@
 """What is not finite is never kept: weights, losses and labels are refused where the first such value shows."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -30,12 +28,7 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def require_finite(where: object, tensors: Mapping[str, Tensor], advice: str) -> None:
-    """Refuse tensors that are not finite.
-
-    Args:
-        where: what holds them, such as a file.
-        tensors: by name.
-        advice: the likely cause, and what to do.
+    """Refuse tensors that are not finite; the message says what holds them, and the advice the likely cause.
 
     Raises:
         NotFiniteError: naming the first of them.
@@ -56,12 +49,17 @@ def require_finite_losses(row: Mapping[str, float]) -> None:
             raise NotFiniteError(f"step {int(row['step'])}: {key} is {value}; {DIVERGED}")
 
 
-def tensors_in(value: Any, name: str = "") -> dict[str, Tensor]:
+def tensors_in(value: Any) -> dict[str, Tensor]:
     """All tensors of nested mappings and sequences, by their dotted place."""
-    if isinstance(value, Tensor):
+    return leaves(value, Tensor)
+
+
+def leaves(value: Any, kind: Any, name: str = "") -> dict[str, Any]:
+    """All values of a type in nested mappings and sequences, by their dotted place."""
+    if isinstance(value, kind):
         return {name: value}
     items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
-    found: dict[str, Tensor] = {}
+    found: dict[str, Any] = {}
     for key, item in items:
-        found |= tensors_in(item, f"{name}.{key}" if name else str(key))
+        found |= leaves(item, kind, f"{name}.{key}" if name else str(key))
     return found

@@ -1,7 +1,5 @@
 """Whole numbers that a caller gives: actions, seeds, labels, indices. Nothing is rounded or cut to one in silence."""
 
-from __future__ import annotations
-
 from contextlib import suppress
 from typing import Any
 
@@ -18,8 +16,6 @@ def as_int64(name: str, values: Any, hint: str = "") -> Tensor:
     As in Gymnasium's `Discrete`, floats are refused even where they are whole; truth values are no numbers.
 
     Args:
-        name: the argument, for the message.
-        values: what the caller gave.
         hint: what to give instead, for the message.
 
     Raises:
@@ -36,17 +32,10 @@ def as_int64(name: str, values: Any, hint: str = "") -> Tensor:
 
 
 def as_choices(name: str, values: Any, count: int, limit: int, of: str) -> Tensor:
-    """What a caller chose for each of the episodes that begin, (count,) int64.
-
-    Args:
-        name: the argument.
-        values: one integer for all, or one for each.
-        count: episodes that begin.
-        limit: choices, 0 to limit - 1.
-        of: what they are, for the message.
+    """What a caller chose for each of the episodes that begin, (count,) int64: one integer for all, or one for each.
 
     Raises:
-        ValueError: if they are no integers, not as many, or out of range.
+        ValueError: if they are no integers, not as many, or not from 0 to limit - 1.
     """
     chosen = as_int64(name, values)
     if chosen.shape not in [(), (count,)]:

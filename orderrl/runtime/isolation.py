@@ -8,8 +8,6 @@ The default dtype belongs to the whole process, the other switches to a thread. 
 dtypes itself, and a thread of the caller's that creates tensors beside a running environment keeps its own default.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import threading

@@ -22,8 +22,6 @@ A job holds the lock in its folder. A second one of the same key that runs at th
 of another user, takes `<key>-2`, `<key>-3` ...; they go with the first that is done.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import os
@@ -34,7 +32,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, Protocol, Self
 
 import torch
@@ -113,9 +110,7 @@ class Job:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if not self._kept:
             return
         if kind is None:
@@ -182,7 +177,6 @@ class Job:
         """A piece that is there, its tensors on the CPU.
 
         Args:
-            name: of the piece.
             classes: that it may hold besides tensors and plain values.
 
         Raises:
@@ -241,8 +235,6 @@ class Job:
 
         Args:
             name: of the pieces, in front of their numbers.
-            count: of all rows.
-            size: of a batch.
             make: gives the tensors of some rows (m,) int64, first dimension m or what m rows lead to.
             advance: told how many rows are done.
         """
@@ -279,8 +271,6 @@ class Job:
         exactly what it would have done.
 
         Args:
-            total: steps of the whole loop.
-            description: names the progress bar.
             unit: what the bar counts, plural.
             note: stands behind the bar, filled with the last row of metrics: "loss {loss:.3f}".
             parts: everything that a step changes. Generators, modules and the like; dictionaries and lists of plain
@@ -336,8 +326,7 @@ class Job:
         for key, part in parts.items():
             _restore(part, state["parts"][key])
         _set_global_generators(state["generators"], done)
-        if distributed.is_main():
-            print(f"continuing after step {done} of {total} ({self.folder})", flush=True)
+        distributed.print_main(f"continuing after step {done} of {total} ({self.folder})")
         return done
 
     def publish(self, store: Callable[[], Any]) -> None:
@@ -365,12 +354,7 @@ class Job:
 
 
 def finish(root: Path | str, key: str, run: Run | None = None) -> None:
-    """Remove what an interruption between a job's result and its end left; its metrics are logged.
-
-    Args:
-        root, key: of the job.
-        run: logs the rows of metrics that the job had logged, if there was such an interruption.
-    """
+    """Remove what an interruption between a job's result and its end left; its metrics are logged by the run."""
     if not distributed.is_main() or not (Path(root) / FOLDER / key).exists():
         return
 

@@ -1,7 +1,5 @@
 """Reading JSON that others may have written: bounded in size and depth, and refused with its path."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

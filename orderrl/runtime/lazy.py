@@ -1,7 +1,5 @@
 """Packages whose public names are imported when they are first used."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
@@ -9,12 +7,7 @@ from typing import Any
 
 
 def lazily(package: str, modules: Mapping[str, Sequence[str]]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """The `__getattr__` and `__dir__` of a package.
-
-    Args:
-        package: its `__name__`.
-        modules: public names, by the module that defines them.
-    """
+    """The `__getattr__` and `__dir__` of a package, from its public names by the modules that define them."""
     homes = {name: module for module, names in modules.items() for name in names}
 
     def getattribute(name: str) -> Any:

@@ -1,7 +1,5 @@
 """How learning rates change in training: two schedules with a warm-up and a cosine."""
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -17,7 +15,6 @@ def one_cycle(
 
     Args:
         optimizer: its groups' learning rates are set.
-        steps: of the whole training.
         peaks: highest learning rate, or one for each group.
         warmup: share of the steps that rise. 0.11 and not 0.1: a rise of exactly one step would divide by zero.
     """

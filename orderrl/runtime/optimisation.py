@@ -1,7 +1,5 @@
 """Which parameters of a model decay."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +11,4 @@ def parameter_groups(module: nn.Module, weight_decay: float, undecayed: Sequence
     apart = {id(parameter) for parameter in undecayed}
     matrices = [p for p in module.parameters() if p.ndim > 1 and id(p) not in apart]
     vectors = [p for p in module.parameters() if p.ndim <= 1]
-    return [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": [*vectors, *undecayed], "weight_decay": 0.0},
-    ]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": [*vectors, *undecayed], "weight_decay": 0.0}]

@@ -1,7 +1,5 @@
 """How far a loop is: bars on a terminal, plain lines elsewhere."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,7 +40,6 @@ def progress(total: int | None, description: str, unit: str = "it") -> Iterator[
 
     Args:
         total: number of items, None if it is not known.
-        description: what is going on.
         unit: name of the items, plural, for the rate.
 
     Yields:

@@ -5,8 +5,6 @@ draw is a hash of its key, for example (seed, episode, step, token), so a sub-en
 batch sees exactly the numbers that it would see alone.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 from collections.abc import Iterable
@@ -59,18 +57,11 @@ def drawn_seed() -> int:
 
 
 def drawn_uniform(
-    shape: Iterable[int],
-    generator: torch.Generator | None,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
+    shape: Iterable[int], generator: torch.Generator | None, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Uniform numbers in [0, 1) from a generator of the CPU, moved to a device: they are the same on every device.
 
-    Args:
-        shape: of the result.
-        generator: on the CPU, as all generators of this package are; None is PyTorch's own.
-        device: where the result lies.
-        dtype: of the result.
+    All generators of this package are on the CPU; None is PyTorch's own.
     """
     return torch.rand(tuple(shape), generator=generator, dtype=dtype, device="cpu").to(device, non_blocking=True)
 
@@ -88,20 +79,10 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def keyed_uniform(keys: Iterable[Tensor | int], device: torch.device | str = "cpu") -> Tensor:
-    """Uniform numbers in [0, 1), one for each broadcast combination of the integer keys.
-
-    Args:
-        keys: int64 tensors or ints that broadcast against each other.
-        device: where the result lies.
-
-    Returns:
-        float64 tensor of the broadcast shape.
-    """
+    """Uniform float64 numbers in [0, 1), one for each broadcast combination of the keys: int64 tensors or ints."""
     state = torch.zeros((), dtype=torch.int64)
     for key in keys:
-        key = torch.as_tensor(
-            key, dtype=torch.int64
-        )  # numbers stay on the CPU: what they give goes along with a launch
+        key = torch.as_tensor(key, dtype=torch.int64)  # numbers stay on the CPU: they go along with a launch
         state = _mix(state + _mix((key if key.ndim == 0 else key.to(device)) + _GOLDEN) + _GOLDEN)
     return _shift_right(state.to(device), 11).double() * 2.0**-53
 

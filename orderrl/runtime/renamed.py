@@ -1,7 +1,5 @@
 """Names that commands and keys had before: they are answered with the new one, in one line."""
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """One run of a command: its folder, its log, and what it records of machine and versions."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform
@@ -13,7 +11,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, TextIO
 
 from omegaconf import OmegaConf
@@ -26,7 +23,6 @@ _PACKAGES = (
     *("orderrl", "torch", "torchvision", "torchrl", "tensordict", "gymnasium", "timm", "torch-fidelity"),
     *("hydra-core", "numpy", "scikit-learn", "safetensors"),
 )
-_WANDB_MODES = ("online", "offline", "disabled")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +39,7 @@ class WandbLogger(Settings):
         None,
         "Mode of Weights & Biases: online, offline (no network) or disabled; null takes WANDB_MODE or WANDB_DISABLED, "
         "else online",
-        one_of(_WANDB_MODES),
+        one_of(("online", "offline", "disabled")),
     )
 
 
@@ -94,23 +90,14 @@ class Run:
             ``logger.mode`` (online, offline or disabled), with its files in the run's folder. Where these are null
             its own environment variables decide: WANDB_MODE, WANDB_DISABLED, WANDB_PROJECT, WANDB_NAME, WANDB_DIR.
 
-    Attributes:
-        folder: the run's folder.
-
     Raises:
-        ValueError: if the logger or its mode is unknown, or Weights & Biases can't be started (nobody is logged in);
-            the folder is then removed.
+        ValueError: if Weights & Biases can't be started (nobody is logged in); the folder is then removed.
     """
 
     def __init__(self, command: str, config: Mapping[str, Any]) -> None:
         self.command = command
         self.config: dict[str, Any] = _plain(config)
         self._logger: dict[str, Any] = self.config.get("logger") or {}
-        name = self._logger.get("name", "local")
-        if name not in ("local", "wandb"):
-            raise ValueError(f"logger.name={name!r} is unknown; choose one of local, wandb")
-        if (mode := self._logger.get("mode")) not in (None, *_WANDB_MODES):
-            raise ValueError(f"logger.mode={mode!r} is unknown; choose one of {', '.join(_WANDB_MODES)}, or null")
         parent = Path(self.config.get("output_dir", "runs")) / command
         self.folder = distributed.on_main(lambda: _new_folder(parent))
         self._start = time.monotonic()
@@ -120,7 +107,7 @@ class Run:
             (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(self.config), encoding="utf-8")
             self.write_json("versions.json", versions())
             self._metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
-            if name == "wandb":
+            if self._logger.get("name") == "wandb":
                 try:
                     self._wandb = self._start_wandb()
                 except ValueError:
@@ -131,18 +118,11 @@ class Run:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(failed=kind is not None)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Append one line of metrics.
-
-        Args:
-            metrics: names and scalars (numbers or one-element tensors).
-            step: the x axis; what it counts is the command's choice.
-        """
+        """Append one line of metrics (numbers or one-element tensors); what steps count is the command's choice."""
         if self._metrics is None:
             return
         values = {name: float(value) for name, value in metrics.items()}

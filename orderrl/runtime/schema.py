@@ -6,8 +6,6 @@ differs and nothing else. They are registered as plain values: OmegaConf's typed
 into true without a word, and refuse in several lines. `check` compares with the annotations instead.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -188,7 +186,6 @@ def check(parts: Sequence[Part], config: Mapping[str, Any]) -> None:
     """Refuse wrong values of a composed configuration.
 
     Args:
-        parts: what it is made of.
         config: plain values, "???" where a value must still be given.
 
     Raises:

@@ -4,8 +4,6 @@ A result that is kept is found by everything that determined it. A file of the u
 and never by its path alone, so that another file in its place makes another key.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import stat

@@ -10,8 +10,6 @@ Three rules hold for everything that the package keeps.
 - A JSON file that such records stand in is *sealed*: its key `sha256` is the hash of all its other keys.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

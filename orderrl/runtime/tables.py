@@ -11,7 +11,6 @@ import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
@@ -33,15 +32,10 @@ Name = tuple[str, ...]  # ("next", "reward")
 
 
 class Column(NamedTuple):
-    """What a column must be.
+    """What a column must be."""
 
-    Attributes:
-        shape: without the rows.
-        dtypes: those that are allowed.
-    """
-
-    shape: tuple[int, ...] = ()
-    dtypes: tuple[torch.dtype, ...] = (torch.int64,)
+    shape: tuple[int, ...] = ()  # without the rows
+    dtypes: tuple[torch.dtype, ...] = (torch.int64,)  # those that are allowed
 
 
 def floats(*shape: int) -> Column:
@@ -57,9 +51,6 @@ class TableWriter:
 
     Args:
         folder: made if need be; must be empty.
-
-    Attributes:
-        rows: how many there are.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -72,9 +63,7 @@ class TableWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._stack.close()
         if kind is None:
             for name in self._columns:
@@ -132,7 +121,6 @@ def open_table(folder: Path | str, columns: Mapping[str, Column] | None = None, 
     """A table on disk; its columns are read as they are used, and changing them does not change the files.
 
     Args:
-        folder: of the table.
         columns: all columns that it must have; None takes those that there are.
         rows: how many it must have; None takes any number.
 
@@ -197,10 +185,7 @@ def _read_meta(folder: Path) -> tuple[dict[Name, tuple[list[int], torch.dtype]],
 
 
 def _check_columns(
-    folder: Path,
-    found: Mapping[Name, tuple[list[int], torch.dtype]],
-    columns: Mapping[str, Column],
-    rows: int,
+    folder: Path, found: Mapping[Name, tuple[list[int], torch.dtype]], columns: Mapping[str, Column], rows: int
 ) -> None:
     names = {".".join(name): value for name, value in found.items()}
     problems = [f"{name} is missing" for name in columns if name not in names]

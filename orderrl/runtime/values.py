@@ -7,10 +7,8 @@ A dataclass of settings holds, for each of them, type, default, meaning and rang
         steps: int = setting(600, "Optimiser steps", at_least(1))
         dropout: float = setting(0.1, "Dropout rate in training", between("[0, 1)"))
 
-Numbers must be finite. Help pages read the meanings with `meanings`.
+Numbers must be finite.
 """
-
-from __future__ import annotations
 
 import copy
 import math
@@ -72,11 +70,6 @@ class Settings:
     def __post_init__(self) -> None:
         """Refuse wrong values."""
         check_fields(self)
-
-
-def meanings(settings: Any) -> dict[str, str]:
-    """The meaning of every field of a dataclass of settings, or of an instance; empty where none is given."""
-    return {item.name: item.metadata.get("meaning", "") for item in fields(settings)}
 
 
 def at_least(least: float, *names: str) -> Rule:

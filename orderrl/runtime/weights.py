@@ -1,7 +1,5 @@
 """Reading published weights: safetensors, weights-only pickles, hub names, shards, and the nesting that files use."""
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import pathlib
@@ -172,9 +170,9 @@ def unwrap(contents: object, path: Path, weights: str | None = None) -> dict[str
 
 
 def _tell(path: Path, chosen: str, others: list[str]) -> None:
-    if (others or chosen in AVERAGED) and distributed.is_main():
+    if others or chosen in AVERAGED:
         averaged = " (averaged weights)" if chosen in AVERAGED else ""
-        print(f"{path}: takes {chosen}{averaged}" + (f", not {', '.join(others)}" if others else ""), flush=True)
+        distributed.print_main(f"{path}: takes {chosen}{averaged}" + (f", not {', '.join(others)}" if others else ""))
 
 
 def clean_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -217,13 +215,7 @@ def load_weights(module: nn.Module, path: str | Path, weights: str | None = None
 
 
 def missing_weights(what: str, key: str, published: str) -> ValueError:
-    """The refusal of a published model that is asked for without its weights.
-
-    Args:
-        what: the model, such as "tokenizer=vq16".
-        key: the setting that names the file.
-        published: where the authors keep it.
-    """
+    """The refusal of a published model without its weights: the setting to give, and where they are."""
     return ValueError(f"{what} needs weights: give {key}=FILE or {key}={HUB}OWNER/NAME/FILE; published as {published}")
 
 

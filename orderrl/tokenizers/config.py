@@ -1,7 +1,5 @@
 """Settings of tokenisers: which one is loaded, and the shape and training of one that is made."""
 
-from __future__ import annotations
-
 from dataclasses import MISSING, dataclass
 
 from orderrl.runtime.values import Settings, at_least, setting

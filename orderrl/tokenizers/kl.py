@@ -6,8 +6,6 @@ by level, so `up.0` is the highest resolution; the factor 0.2325 belongs to the 
 applied in `encode` and undone in `decode`. State-dict keys are the published ones.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -54,13 +52,9 @@ def _attention(config: StackConfig) -> list[bool]:
 
 @dataclass(frozen=True)
 class Posterior:
-    """Independent normal distributions of latents.
+    """Independent normal distributions of latents."""
 
-    Attributes:
-        moments: (n, 2e, h, w), mean then log-variance as the encoder gives them.
-    """
-
-    moments: Tensor
+    moments: Tensor  # (n, 2e, h, w), mean then log-variance as the encoder gives them
 
     @property
     def mean(self) -> Tensor:
@@ -82,17 +76,7 @@ class Posterior:
 
 
 class KLTokenizer(nn.Module):
-    """Images to continuous tokens and back.
-
-    Args:
-        config: the shape.
-        name: what it is called in files and messages.
-
-    Attributes:
-        downsampling: pixels along a side of a token.
-        vocab_size: None, tokens are continuous.
-        token_dim: channels of a token.
-    """
+    """Images to continuous tokens and back, see `orderrl.tokenizers.Tokenizer`."""
 
     def __init__(self, config: KLConfig, name: str = "kl") -> None:
         super().__init__()

@@ -5,8 +5,6 @@ and MAR are built from these parts; attribute names are those of the published w
 groups and eps 1e-6, swish, downsampling that pads right and bottom only, nearest-neighbour upsampling.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -171,20 +169,14 @@ class Upsample(nn.Module):
 
 
 class Names(NamedTuple):
-    """What published weights call the parts of an encoder and a decoder.
+    """What published weights call the parts of an encoder and a decoder."""
 
-    Attributes:
-        blocks: the ResNet blocks of a stage.
-        down, up: the stages of the encoder and of the decoder.
-        middle: the first ResNet block, the attention and the second ResNet block at the lowest resolution.
-        up_from_top: whether the decoder's stages are stored from high to low resolution, against their order of use.
-    """
-
-    blocks: str
-    down: str
-    up: str
+    blocks: str  # the ResNet blocks of a stage
+    down: str  # the stages of the encoder
+    up: str  # the stages of the decoder
+    # the first ResNet block, the attention and the second ResNet block at the lowest resolution
     middle: tuple[str, str, str]
-    up_from_top: bool
+    up_from_top: bool  # whether the decoder's stages are stored from high to low resolution, against their order of use
 
 
 class Stage(nn.Module):
@@ -217,7 +209,6 @@ class Encoder(nn.Module):
     """(n, 3, H, W) -> (n, out_channels, H/f, W/f).
 
     Args:
-        config: its shape.
         out_channels: of the latents.
         attention: for every resolution, from full to lowest, whether its stage has attention.
         names: of its parts.

@@ -1,7 +1,5 @@
 """What the rest of the package asks of a tokeniser."""
 
-from __future__ import annotations
-
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -9,19 +7,12 @@ from torch import Tensor
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Images to tokens and back; discrete (a codebook) or continuous.
+    """Images to tokens and back; discrete (a codebook) or continuous."""
 
-    Attributes:
-        name: what it is called in files and messages.
-        downsampling: pixels along a side of a token.
-        vocab_size: number of token values; None for continuous tokens.
-        token_dim: length of the vector that a token stands for.
-    """
-
-    name: str
-    downsampling: int
-    vocab_size: Any  # int, or None for continuous tokens
-    token_dim: int
+    name: str  # what it is called in files and messages
+    downsampling: int  # pixels along a side of a token
+    vocab_size: Any  # int, number of token values; None for continuous tokens
+    token_dim: int  # length of the vector that a token stands for
 
     @property
     def fingerprint(self) -> str:

@@ -5,8 +5,6 @@ straight-through gradient; no discriminator and no perceptual loss. Codes that n
 anew at latents of the current batch (random restarts; Dhariwal et al., 2020). The averaged weights are kept.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import cast
@@ -54,15 +52,9 @@ class TokenizerTrainingConfig:
 
 
 def tokenizer_losses(tokenizer: VQTokenizer, images: Tensor, reconstruction: str) -> tuple[dict[str, Tensor], Tensor]:
-    """Terms of the objective, and what a restart needs.
+    """Terms of the objective on images (n, 3, H, W) in [-1, 1], and what a restart needs.
 
-    Args:
-        tokenizer: gets gradients.
-        images: (n, 3, H, W) in [-1, 1].
-        reconstruction: "l1" or "l2".
-
-    Returns:
-        Scalars "reconstruction", "codebook" and "commitment", and the latents (n, h, w, e) as they were compared.
+    Scalars "reconstruction", "codebook" and "commitment", and the latents (n, h, w, e) as they were compared.
     """
     latents = tokenizer.latents(images)
     codes, indices = tokenizer.quantise(latents)
@@ -146,8 +138,6 @@ def train_tokenizer(
         tokenizer: trained in place.
         draw: gives a random batch (n, 3, H, W) uint8 of n training images.
         held_out: gives batches (n, 3, H, W) uint8 for the logged quality; never trained on.
-        config: hyper-parameters.
-        job: keeps the training's state, so that an interrupted one continues, and logs.
 
     Metrics: loss and its terms, learning_rate, restarted; with held_out_psnr (dB), held_out_l1, held_out_usage and
     held_out_perplexity at every evaluation.
@@ -172,9 +162,8 @@ def train_tokenizer(
             mirrored = torch.rand(len(images), 1, 1, 1, generator=generator).to(device) < 0.5
             images = torch.where(mirrored, images.flip(-1), images)
         losses, latents = tokenizer_losses(tokenizer, images, config.reconstruction)
-        loss = (
-            losses["reconstruction"] + config.codebook * losses["codebook"] + config.commitment * losses["commitment"]
-        )
+        pull = config.codebook * losses["codebook"]
+        loss = losses["reconstruction"] + pull + config.commitment * losses["commitment"]
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)

@@ -6,8 +6,6 @@ and at lookup (Yu et al., 2022), attention stands at the lowest resolution and i
 stages are stored from low to high resolution. State-dict keys are the published ones.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -89,17 +87,7 @@ class Codebook(nn.Module):
 
 
 class VQTokenizer(nn.Module):
-    """Images to code indices and back.
-
-    Args:
-        config: the shape.
-        name: what it is called in files and messages.
-
-    Attributes:
-        downsampling: pixels along a side of a token.
-        vocab_size: number of codes.
-        token_dim: length of a code vector.
-    """
+    """Images to code indices and back, see `orderrl.tokenizers.Tokenizer`."""
 
     def __init__(self, config: VQConfig, name: str = "vq") -> None:
         super().__init__()
@@ -123,14 +111,7 @@ class VQTokenizer(nn.Module):
         return self.quant_conv(self.encoder(images))
 
     def quantise(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Replace latents by their nearest codes, with a straight-through gradient.
-
-        Args:
-            latents: (n, e, h, w).
-
-        Returns:
-            The codes (n, e, h, w) and their indices (n, h, w) int64.
-        """
+        """Latents (n, e, h, w) as their nearest codes, with a straight-through gradient, and indices (n, h, w)."""
         x = self.quantize.normalised(latents.movedim(1, -1))  # (n, h, w, e)
         indices = self.quantize.nearest(latents.movedim(1, -1))
         codes = x + (self.quantize.lookup(indices) - x).detach()

@@ -1,7 +1,5 @@
 """Recorded ARPG transformers."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

@@ -1,7 +1,5 @@
 """Replay a fixture on our implementation and compare every recorded output."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,23 +14,14 @@ Replay = Callable[[Fixture], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Comparison:
-    """One recorded output against ours.
+    """One recorded output against ours."""
 
-    Attributes:
-        name: of the output.
-        shape: as recorded.
-        difference: largest absolute difference; None without a counterpart or if the shapes differ.
-        tolerance: what is allowed; where it varies within the output, the one at the largest excess.
-        agrees: whether every element lies within its tolerance.
-        remark: why there is no difference, else empty.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    difference: float | None
-    tolerance: float
-    agrees: bool
-    remark: str = ""
+    name: str  # of the output
+    shape: tuple[int, ...]  # as recorded
+    difference: float | None  # largest absolute difference; None without a counterpart or if the shapes differ
+    tolerance: float  # what is allowed; where it varies within the output, the one at the largest excess
+    agrees: bool  # whether every element lies within its tolerance
+    remark: str = ""  # why there is no difference, else empty
 
 
 # The published model class, and a source file where one name means several models.

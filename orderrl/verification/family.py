@@ -1,15 +1,15 @@
-"""What the recorded models of the LlamaGen family have in common: LlamaGen, RandAR, ARPG."""
-
-from __future__ import annotations
+"""What recorded models have in common: those of the LlamaGen family (LlamaGen, RandAR, ARPG), and tokenisers."""
 
 import math
-from typing import TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from orderrl.backbones.llamagen import TransformerConfig
 from orderrl.runtime.checkpoint import load_state
+from orderrl.tokenizers.layers import StackConfig, stack_config
 from orderrl.verification.fixture import Fixture
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -23,7 +23,6 @@ def family_config(fixture: Fixture, one_block: bool = False) -> TransformerConfi
     """Our configuration for the published `ModelArgs`; `block_size` is there the number of tokens.
 
     Args:
-        fixture: names the arguments.
         one_block: the whole image is one block (raster models); else blocks are single tokens.
 
     Raises:
@@ -62,3 +61,8 @@ def load_recorded(model: Model, fixture: Fixture) -> Model:
         weights[LABELS] = torch.cat([table, torch.zeros_like(table[:1])])
     load_state(model, weights, fixture.path)
     return model.eval().requires_grad_(False).to(fixture.device)
+
+
+def recorded_stack(values: Mapping[str, Any], fixed: Mapping[str, Any]) -> StackConfig:
+    """Shape of an encoder or decoder, without what only says again how all of these are built (`fixed`)."""
+    return stack_config({key: value for key, value in values.items() if key not in fixed or fixed[key] != value})

@@ -1,7 +1,5 @@
 """Recorded numbers of a published implementation, and how far ours may lie from them."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,23 +20,14 @@ _SCALE = re.compile(r"\b(?:cfg_scales?|guidance_scale|cfg)\b\s*=?\s*\(?\s*(\d+(?
 
 @dataclass(frozen=True)
 class Fixture:
-    """What one run of a published implementation got and gave.
+    """What one run of a published implementation got and gave."""
 
-    Attributes:
-        path: the safetensors file; the JSON lies beside it under the same name.
-        description: the whole JSON: source, config, meaning of every tensor, numerics.
-        weights: the complete state dict under its published keys.
-        inputs: recorded inputs by name.
-        outputs: recorded outputs by name.
-        device: where it is replayed, and where the inputs lie.
-    """
-
-    path: Path
-    description: dict[str, Any]
-    weights: dict[str, Tensor]
-    inputs: dict[str, Tensor]
-    outputs: dict[str, Tensor]
-    device: torch.device
+    path: Path  # the safetensors file; the JSON lies beside it under the same name
+    description: dict[str, Any]  # the whole JSON: source, config, meaning of every tensor, numerics
+    weights: dict[str, Tensor]  # the complete state dict under its published keys
+    inputs: dict[str, Tensor]  # recorded inputs by name
+    outputs: dict[str, Tensor]  # recorded outputs by name
+    device: torch.device  # where it is replayed, and where the inputs lie
 
     @property
     def constructor(self) -> str:

@@ -1,20 +1,15 @@
 """Replays recorded runs of MAR's KL autoencoder."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from orderrl.tokenizers.kl import KLConfig, KLTokenizer
-from orderrl.tokenizers.layers import StackConfig, stack_config
 from orderrl.tokenizers.registry import load_weights
+from orderrl.verification.family import recorded_stack
 from orderrl.verification.fixture import Fixture
 
 _ENCODER_ATTENTION = (16,)  # nominal resolution at which the published encoder has attention
 _FIXED = {"in_channels": 3, "out_ch": 3, "double_z": True, "give_pre_end": False}
-_ABSENT = object()
 
 
 def config_of(fixture: Fixture) -> KLConfig:
@@ -26,23 +21,14 @@ def config_of(fixture: Fixture) -> KLConfig:
     names = ("embed_dim", "use_variational")
     return KLConfig(
         **{name: arguments[name] for name in names if name in arguments},
-        encoder=_stack(encoder),
-        decoder=_stack(decoder),
+        encoder=recorded_stack(encoder, _FIXED),
+        decoder=recorded_stack(decoder, _FIXED),
     )
-
-
-def _stack(values: dict[str, Any]) -> StackConfig:
-    """Drops what only says again how all of these models are built; anything else unknown is refused."""
-    return stack_config({key: value for key, value in values.items() if _FIXED.get(key, _ABSENT) != value})
 
 
 @torch.no_grad()
 def replay(fixture: Fixture) -> dict[str, Tensor]:
-    """Compute every recorded output with our autoencoder under the recorded weights and inputs.
-
-    Raises:
-        ValueError: if the weights do not fit.
-    """
+    """Compute every recorded output with our autoencoder under the recorded weights and inputs."""
     model = KLTokenizer(config_of(fixture)).eval()
     load_weights(model, fixture.weights, fixture.path)
     model = model.to(fixture.device)

@@ -1,7 +1,5 @@
 """Recorded LlamaGen class-conditional transformers."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

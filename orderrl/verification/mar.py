@@ -1,9 +1,8 @@
 """Replay what the published MAR code computed, from the recorded inputs."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -11,27 +10,11 @@ from torch import Tensor
 
 from orderrl.backbones.diffloss import GaussianDiffusion, respaced_timesteps
 from orderrl.backbones.mar import MAR, MARConfig
+from orderrl.verification.family import load_recorded
 from orderrl.verification.fixture import Fixture
 
 _DEFAULTS: dict[str, Any] = {"img_size": 256, "vae_stride": 16, "vae_embed_dim": 16}  # of the published constructor
-_SAME_NAME = (
-    "patch_size",
-    "vae_embed_dim",
-    "class_num",
-    "encoder_embed_dim",
-    "encoder_depth",
-    "encoder_num_heads",
-    "decoder_embed_dim",
-    "decoder_depth",
-    "decoder_num_heads",
-    "mlp_ratio",
-    "buffer_size",
-    "diffloss_d",
-    "diffloss_w",
-    "num_sampling_steps",
-    "attn_dropout",
-    "proj_dropout",
-)
+_SAME_NAME = {item.name for item in fields(MARConfig)} - {"height", "width", "norm_eps"}
 _NUMBER = r"\d+(?:\.\d+)?(?:e-?\d+)?"
 
 
@@ -45,7 +28,7 @@ def config_of(fixture: Fixture) -> MARConfig:
         raise ValueError(f"{fixture.path}: constructor must be 'MAR', got {fixture.constructor!r}")
     arguments = _DEFAULTS | fixture.arguments
     side = int(arguments["img_size"]) // int(arguments["vae_stride"]) // int(arguments.get("patch_size", 1))
-    shape = {name: arguments[name] for name in _SAME_NAME if name in arguments}
+    shape = {name: arguments[name] for name in _SAME_NAME & arguments.keys()}
     if "num_sampling_steps" in shape:
         shape["num_sampling_steps"] = int(shape["num_sampling_steps"])
     stated = re.search(rf"eps ({_NUMBER})", str(fixture.description["config"].get("norm_layer", "")))
@@ -54,28 +37,10 @@ def config_of(fixture: Fixture) -> MARConfig:
     return MARConfig(height=side, width=side, **shape)
 
 
-def build(fixture: Fixture) -> MAR:
-    """The model in eval mode with the recorded weights, every one of them used, on the fixture's device.
-
-    Raises:
-        ValueError: if the recorded weights and the model's parameters are not the same set of names and shapes.
-    """
-    model = MAR(config_of(fixture))
-    try:
-        model.load_state_dict(fixture.weights, strict=True)
-    except RuntimeError as error:
-        raise ValueError(f"{fixture.path}: the recorded weights do not fit: {error}") from error
-    return model.eval().requires_grad_(False).to(fixture.device)
-
-
 @torch.no_grad()
 def replay(fixture: Fixture) -> dict[str, Tensor]:
-    """Every recorded output by name, computed by our model from the recorded weights and inputs.
-
-    Raises:
-        ValueError: if the weights do not fit.
-    """
-    model = build(fixture)
+    """Every recorded output by name, computed by our model from the recorded weights and inputs."""
+    model = load_recorded(MAR(config_of(fixture)), fixture)
     groups: list[tuple[str, Callable[[MAR, Fixture], dict[str, Tensor]]]] = [
         (r"tokens|enc|dec|dec_null", _transformer),
         (r"diff_\w+|x_t|forward_loss", _losses),

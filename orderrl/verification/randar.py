@@ -1,7 +1,5 @@
 """Recorded RandAR transformers."""
 
-from __future__ import annotations
-
 import re
 
 import torch

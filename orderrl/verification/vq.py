@@ -1,20 +1,17 @@
 """Replays recorded runs of LlamaGen's VQ tokeniser."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from orderrl.tokenizers.layers import StackConfig, stack_config
 from orderrl.tokenizers.registry import load_weights
 from orderrl.tokenizers.vq import VQConfig, VQTokenizer
+from orderrl.verification.family import recorded_stack
 from orderrl.verification.fixture import Fixture
 
 _DEFAULT_CH_MULT = (1, 1, 2, 2, 4)
 _FIXED = {"in_channels": 3, "out_channels": 3, "norm_type": "group"}
-_ABSENT = object()
 
 
 def config_of(fixture: Fixture) -> VQConfig:
@@ -22,30 +19,17 @@ def config_of(fixture: Fixture) -> VQConfig:
     arguments = fixture.arguments
     stacks: dict[str, Any] = {}
     for part in ("encoder", "decoder"):
-        overrides = dict(fixture.description["config"].get(f"{part}_overrides") or {})
-        stacks[part] = _stack(
-            {
-                "ch_mult": arguments.get(f"{part}_ch_mult", _DEFAULT_CH_MULT),
-                "dropout": arguments.get("dropout_p", 0.0),
-                **overrides,
-            }
-        )
+        known = {"ch_mult": arguments.get(f"{part}_ch_mult", _DEFAULT_CH_MULT)}
+        known |= {"dropout": arguments.get("dropout_p", 0.0)}
+        overrides = fixture.description["config"].get(f"{part}_overrides") or {}
+        stacks[part] = recorded_stack(known | overrides, _FIXED)
     names = ("codebook_size", "codebook_embed_dim", "codebook_l2_norm", "z_channels")
     return VQConfig(**{name: arguments[name] for name in names if name in arguments}, **stacks)
 
 
-def _stack(values: dict[str, Any]) -> StackConfig:
-    """Drops what only says again how all of these models are built; anything else unknown is refused."""
-    return stack_config({key: value for key, value in values.items() if _FIXED.get(key, _ABSENT) != value})
-
-
 @torch.no_grad()
 def replay(fixture: Fixture) -> dict[str, Tensor]:
-    """Compute every recorded output with our tokeniser under the recorded weights and inputs.
-
-    Raises:
-        ValueError: if the weights do not fit.
-    """
+    """Compute every recorded output with our tokeniser under the recorded weights and inputs."""
     model = VQTokenizer(config_of(fixture)).eval()
     load_weights(model, fixture.weights, fixture.path)
     model = model.to(fixture.device)

@@ -52,9 +52,13 @@ POLICIES: dict[str, Maker] = {
     "low_entropy": ranking("low_entropy"),
     "high_entropy": ranking("high_entropy"),
     "planner": lambda budgets: PlannerPolicy(tiny_planner(num_budgets=len(budgets)), budgets),
-    "sampled_planner": lambda budgets: PlannerPolicy(tiny_planner(num_budgets=len(budgets)), budgets, False, 2),
+    "sampled_planner": lambda budgets: PlannerPolicy(
+        tiny_planner(reasoning_steps=2, num_budgets=len(budgets)), budgets, False
+    ),
     "planner_scores": lambda budgets: RankingPolicy(planner_scorer(tiny_planner()), GEOMETRY, budgets),
-    "paired": lambda budgets: PairedPolicy(tiny_planner(pairs=True), budgets, fixed(len(budgets) - 1), 2),
+    "paired": lambda budgets: PairedPolicy(
+        tiny_planner(pairs=True, reasoning_steps=2), budgets, fixed(len(budgets) - 1)
+    ),
     "threshold": lambda budgets: RankingPolicy(
         SCORERS["low_entropy"], GEOMETRY, budgets, entropy_threshold(budgets, 1.4)
     ),
@@ -156,7 +160,7 @@ def test_spacing_keeps_blocks_of_one_step_apart() -> None:
 
 @pytest.mark.parametrize("budgets", [(1, 2), (1, 2, 4, 8)])
 def test_a_planner_with_another_number_of_budgets_is_refused(budgets: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=rf"need a planner with {len(budgets)} budgets, this one has 3"):
+    with pytest.raises(ValueError, match=rf"need a planner with {len(budgets)} budgets, not 3"):
         PlannerPolicy(tiny_planner(num_budgets=3), budgets)
 
 

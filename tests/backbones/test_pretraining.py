@@ -153,7 +153,7 @@ def test_held_out_losses_are_means_over_the_set() -> None:
     losses = order_losses(backbone, data, repeats=2)
     grid, n = backbone.geometry, len(data)
     generator = torch.Generator().manual_seed(0)
-    expected = [mean_loss(backbone, data, block_orders(grid, n, 1.0, generator), batch_size=3) for _ in range(2)]
+    expected = [mean_loss(backbone, data, block_orders(grid, n, 1.0, generator)) for _ in range(2)]
     assert losses["loss_random"] == pytest.approx(sum(expected) / 2, abs=1e-5)
     logits = backbone.teacher_forced(data.tokens, data.labels, torch.arange(36).expand(n, -1))
     raster = -logits.log_softmax(-1).gather(-1, data.tokens[..., None]).mean()

@@ -13,7 +13,7 @@ from tensordict import TensorDict
 
 from orderrl.backbones import load_backbone
 from orderrl.envs import NextBlockEnv, NextBlockTorchRLEnv, NextBlockVectorEnv
-from orderrl.oracle import distance_weights
+from orderrl.envs.reward import RewardConfig
 from orderrl.runtime.integers import LARGEST_SEED, as_int64, as_seed
 from tests.envs.helpers import make_core
 
@@ -110,9 +110,9 @@ def test_chosen_step_costs_are_numbers_in_the_range(cost: Any) -> None:
 
 
 @pytest.mark.parametrize("sigma", [0.0, -1.0, float("inf"), float("nan")])
-def test_a_reach_is_finite(backbone: Any, sigma: float) -> None:
-    with pytest.raises(ValueError, match="sigma must be positive and finite"):
-        distance_weights(backbone.geometry, "far", sigma)
+def test_a_reach_is_finite(sigma: float) -> None:
+    with pytest.raises(ValueError, match="sigma must be"):
+        RewardConfig(weight="far", sigma=sigma)
 
 
 def test_a_device_beside_a_backbone_that_lies_elsewhere_is_refused() -> None:

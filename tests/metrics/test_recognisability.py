@@ -177,7 +177,6 @@ def test_the_shipped_classifier_is_that_of_its_data_set_alone(digits: tuple[Tens
     [
         ("resnet", "grey", "classifier='resnet' is unknown; choose one of own, digits, canvas, timm:MODEL"),
         ("own", "noise", "hidden_fill='noise' is unknown; choose one of grey, completion"),
-        (None, "noise", "hidden_fill='noise' is unknown; choose one of grey, completion"),
         ("timm:resnet_tiny", "grey", "timm has no model 'resnet_tiny'"),
         (f"timm:{TINY}:nowhere.pth", "grey", "the checkpoint file nowhere.pth does not exist"),
     ],
@@ -206,7 +205,7 @@ def played() -> tuple[OrderRobustTransformer, TokenSet, Rollout]:
 
 
 def visible_tokens(rollout: Rollout, moment: int) -> Tensor:
-    return rollout.geometry.join(rollout.visible[moment][..., None].expand(-1, -1, 4))
+    return rollout.visible[moment][:, rollout.geometry.token_block]
 
 
 def test_completions_keep_what_is_visible_and_draw_the_rest(

@@ -28,7 +28,7 @@ from orderrl.evaluation.transitions import record_dataset
 from orderrl.factory import setup_of
 from orderrl.labels import find_or_make_labels
 from orderrl.metrics.classifier import load_classifier, save_classifier
-from orderrl.metrics.references import Gaussian, Reference, open_reference, save_reference
+from orderrl.metrics.references import Gaussian, Reference, open_reference
 from orderrl.planner import load_planner
 from orderrl.runtime.cache import Cache
 from orderrl.runtime.job import Job
@@ -36,7 +36,7 @@ from orderrl.runtime.tables import open_table
 from orderrl.runtime.weights import weights_fingerprint
 from orderrl.tokenizers import load_tokenizer
 from orderrl.training import newest_planner
-from tests.helpers import tiny_backbone, tiny_images
+from tests.helpers import save_reference, tiny_backbone, tiny_images
 from tests.jobs import trained
 from tests.tokenizers.helpers import image_folder, save_tiny_vq, tiny_vq
 
