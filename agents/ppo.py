@@ -36,11 +36,9 @@ class Config(PolicyGradientConfig):
     baseline: what the image itself is worth cancels). gamma is 1. `minibatch_size` counts frames.
     """
 
-    iterations: int = redefault(PolicyGradientConfig, "iterations", 10)
     group_size: int = setting(8, "Episodes that play the same image; 2 or more centre advantages by image", at_least(1))
     frames_per_batch: int = setting(2048, "Environment steps of a round, over all images", at_least(1))
     minibatch_size: int = setting(256, "Frames of a gradient step", at_least(1))
-    learning_rate: float = redefault(PolicyGradientConfig, "learning_rate", 4e-4)
     critic_learning_rate: float = setting(3e-3, "Learning rate of the critic; falls linearly to a tenth", positive())
     gae_lambda: float = setting(0.95, "Lambda of generalised advantage estimation", between("[0, 1]"))
     sharpness: float | None = redefault(PolicyGradientConfig, "sharpness", 20.0)
