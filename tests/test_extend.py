@@ -72,7 +72,6 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    keep_registries(monkeypatch)
     return tmp_path
 
 
@@ -90,8 +89,9 @@ def installed(files: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def forgotten() -> Any:
-    """What entry points a test made is not known to the next one."""
+def forgotten(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What a test registers, looks up or installs is not known to the next one."""
+    keep_registries(monkeypatch)
     yield
     _entry_points.cache_clear()
     for registry in REGISTRIES:

@@ -72,9 +72,9 @@ def load_split(name: str, split: str) -> TokenSet:
 
 
 @lru_cache(maxsize=8)
-def _own_split(load: Callable[[str], TokenSet], name: str, split: str) -> TokenSet:
+def _own_split(loader: Callable[[str], TokenSet], name: str, split: str) -> TokenSet:
     """A split of a user's data set, under its name."""
-    found = load(split)
+    found = loader(split)
     if not isinstance(found, TokenSet):
         raise ValueError(f"data set {name!r} must give a TokenSet for a split, got {type(found).__name__}")
     return replace(found, name=name, split=split)
