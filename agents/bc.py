@@ -29,6 +29,7 @@ from orderrl.agents.agent import Agent
 from orderrl.agents.dagger import label_sets
 from orderrl.backbones.protocol import backbone_device
 from orderrl.data.token_set import random_window
+from orderrl.envs.observation import labelled
 from orderrl.factory import Setup
 from orderrl.geometry import BlockGrid
 from orderrl.labels import open_joined
@@ -175,7 +176,7 @@ def clone(
     if pairs is not None:
         planner.set_pair_strength(2 * pairs.spread / (geometry.num_tokens * spread))
     train, held_out = split_images(labels["image"], config.held_out, generator)
-    kept_back = _observations(labels, held_out)
+    kept_back = labelled(labels, held_out)
     # everything that a step changes
     optimizer = torch.optim.AdamW(planner.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     schedule = one_cycle(optimizer, config.steps, config.learning_rate)
@@ -189,7 +190,7 @@ def clone(
         # a gradient step on this process's rows of a batch
         drawn = train[torch.randint(len(train), (config.batch_size,), generator=generator)]
         rows = distributed.rows_of(drawn)
-        batch = _observations(labels, rows).to(planner.position.device)
+        batch = labelled(labels, rows).to(planner.position.device)
         planner.train()
         reasoning = reasoning_steps_at(step, config.steps, final)
         losses = cloning_losses(planner(batch, reasoning), utility, pairs, labels, rows, drawn, config)
@@ -244,7 +245,7 @@ def _held_out_losses(
     planner.eval()
     found = [
         cloning_losses(
-            planner(_observations(labels, part).to(planner.position.device)), utility, pairs, labels, part, rows, config
+            planner(labelled(labels, part).to(planner.position.device)), utility, pairs, labels, part, rows, config
         )
         for part in rows.split(_FORWARD)
     ]
@@ -303,14 +304,6 @@ def split_images(image: Tensor, share: float, generator: torch.Generator) -> tup
     count = min(max(1, int(share * len(images))), len(images) - 1)
     kept_back = torch.isin(image, images[random_window(len(images), count, generator)])
     return (~kept_back).nonzero().flatten(), kept_back.nonzero().flatten()
-
-
-def _observations(labels: TensorDict, rows: Tensor) -> TensorDict:
-    """What a planner sees of some contexts."""
-    batch = labels.exclude("order", "length", "gains", "loss")[rows]
-    batch["action_mask"] = ~batch["visible"]
-    batch["fraction"] = batch["visible"].float().mean(-1, keepdim=True)
-    return batch
 
 
 def _weight(labels: TensorDict, rows: Tensor, drawn: Tensor, target: str) -> float:

@@ -30,6 +30,7 @@ from orderrl.backbones.protocol import backbone_device
 from orderrl.backbones.registry import with_block_size
 from orderrl.data import AUGMENTATIONS, TokenSet, load_split
 from orderrl.envs.core import CoreConfig, NextBlockCore, Transition
+from orderrl.envs.observation import observed
 from orderrl.factory import Setup
 from orderrl.labels import open_labels, random_label_sets
 from orderrl.planner import OrderHead, PlannerOutput
@@ -176,17 +177,7 @@ def observe(backbone: OrderRobustTransformer, images: TokenSet, contexts: Tensor
     visible, length = contexts["visible"].to(device), contexts["length"].to(device)
     revealed = contexts["order"][:, : int(contexts["length"].max())].to(device)
     hidden, entropy = backbone.observe_contexts(tokens, labels, revealed, length)
-    return TensorDict(
-        {
-            "hidden": hidden.masked_fill(visible[..., None], 0.0),
-            "entropy": entropy.masked_fill(visible, 0.0),
-            "visible": visible,
-            "label": labels,
-            "fraction": visible.float().mean(-1, keepdim=True),
-            "action_mask": ~visible,
-        },
-        batch_size=[len(visible)],
-    )
+    return observed(hidden.masked_fill(visible[..., None], 0.0), entropy.masked_fill(visible, 0.0), visible, labels)
 
 
 class JointTuning:

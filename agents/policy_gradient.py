@@ -23,6 +23,7 @@ from torchrl.objectives import ClipPPOLoss
 from orderrl.agents.distribution import RankedBlocks
 from orderrl.data import load_split
 from orderrl.envs.core import NextBlockCore
+from orderrl.envs.observation import SEEN
 from orderrl.envs.torchrl import NextBlockTorchRLEnv
 from orderrl.factory import Setup
 from orderrl.planner import OrderHead
@@ -32,7 +33,6 @@ from orderrl.runtime.job import Job
 from orderrl.runtime.values import Settings, at_least, positive, setting
 
 _PROCESS_SEEDS = 1_000_000_007  # between the random numbers of processes
-OBSERVATION_KEYS = ("hidden", "entropy", "visible", "label", "fraction")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +147,7 @@ class PolicyGradient(ABC):
         budgets, reward = env.core.config.budgets, env.core.config.reward
         torch.manual_seed(seed)
         self.config, self.env, self.seed = config, env, seed
-        self.keys = OBSERVATION_KEYS if reward.step_cost_range is None else (*OBSERVATION_KEYS, "step_cost")
+        self.keys = SEEN if reward.step_cost_range is None else (*SEEN, "step_cost")
         if planner.config.step_cost_range and reward.step_cost_range is None:  # a start told many costs goes on at one
             planner = planner.at_step_cost(reward.typical_step_cost)
         # in eval mode: with dropout the ratio of new to old probabilities would not start at 1

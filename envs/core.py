@@ -22,6 +22,7 @@ from orderrl.backbones.protocol import Backbone, backbone_device, check_fits
 from orderrl.data import TokenSet
 from orderrl.envs.books import Books, Look, Rows
 from orderrl.envs.config import CoreConfig, Transition
+from orderrl.envs.observation import legal_budgets, observed
 from orderrl.envs.reward import ILLEGAL_REWARD, Reward, RewardConfig, chosen_step_cost, drawn_step_cost
 from orderrl.runtime.integers import as_choices, as_int64, as_seed
 from orderrl.runtime.isolation import isolated
@@ -138,9 +139,7 @@ class NextBlockCore:
         return self._to_device(self._legal_budgets())
 
     def _legal_budgets(self) -> Tensor:
-        mask = self._budgets <= self._books.hidden_count[:, None]
-        mask[:, 0] = True
-        return mask
+        return legal_budgets(self._books.hidden_count, self._budgets)
 
     def _to_device(self, values: Tensor) -> Tensor:
         return values.to(self.device, non_blocking=True)
@@ -162,21 +161,8 @@ class NextBlockCore:
         fraction (1,) float32, action_mask (B,) bool; with several budgets budget_mask (n,) bool; if the cost of a step
         is drawn anew for every episode, step_cost (1,) float32, nats per image.
         """
-        from tensordict import TensorDict  # takes long to import
-
-        parts = {
-            "hidden": self.hidden,
-            "entropy": self.entropy,
-            "visible": self.visible,
-            "label": self.labels,
-            "fraction": self.visible.float().mean(-1, keepdim=True),
-            "action_mask": ~self.visible,
-        }
-        if self.multi:
-            parts["budget_mask"] = self.budget_mask()
-        if self.step_cost is not None:
-            parts["step_cost"] = self.step_cost[:, None]
-        return TensorDict({k: v.clone() for k, v in parts.items()}, batch_size=[self.num_envs])
+        mask = self.budget_mask() if self.multi else None
+        return observed(self.hidden, self.entropy, self.visible, self.labels, mask, self.step_cost).clone()
 
     # ------------------------------------------------------------------ episodes
 

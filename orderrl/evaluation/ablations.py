@@ -28,12 +28,13 @@ from orderrl.backbones import Backbone
 from orderrl.backbones.protocol import backbone_device
 from orderrl.data import TokenSet
 from orderrl.envs.core import CoreConfig, NextBlockCore
+from orderrl.envs.observation import labelled
 from orderrl.evaluation.columns import all_columns
 from orderrl.evaluation.comparison import Pair, compare
 from orderrl.evaluation.protocol import EvaluationProtocol
 from orderrl.evaluation.row_entries import image_average, image_means, image_sums
 from orderrl.evaluation.rows import Evaluated
-from orderrl.metrics.calibration import rank_correlation, state_observation
+from orderrl.metrics.calibration import rank_correlation
 from orderrl.metrics.order import order_agreement
 from orderrl.metrics.recognisability import area_over_fraction, at_fractions, complete, recognise, shown_images
 from orderrl.metrics.statistics import Interval, bootstrap_band, bootstrap_sums, sums_difference
@@ -88,7 +89,7 @@ def ablated_observations(p: EvaluationProtocol) -> dict[str, TensorDict]:
     assert states is not None
     image, images = states["image"], len(p.data)
     shift = torch.randint(1, images, image.shape, generator=torch.Generator().manual_seed(p.seed))
-    own = state_observation(states).to(p.device)
+    own = labelled(states).to(p.device)
     other = other_images(p.backbone, p.data, states, (image + shift) % images)  # never an image itself
     return {"true": own, "other image": other, "mean": without_content(own)}
 

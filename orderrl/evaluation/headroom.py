@@ -26,12 +26,13 @@ from orderrl.agents.bc import Config as CloningConfig
 from orderrl.agents.bc import clone
 from orderrl.backbones import Backbone
 from orderrl.data import TokenSet
+from orderrl.envs.observation import labelled
 from orderrl.evaluation.ablations import moments_by_image, pooled_r2
 from orderrl.evaluation.protocol import EvaluationProtocol
 from orderrl.evaluation.row_entries import state_mean
 from orderrl.evaluation.settings import HeadroomConfig
 from orderrl.geometry import BlockGrid
-from orderrl.metrics.calibration import rank_correlation, regret, state_observation
+from orderrl.metrics.calibration import rank_correlation, regret
 from orderrl.metrics.statistics import bootstrap_sums, sums_difference
 from orderrl.oracle import Contexts, LabelConfig, label_contexts, utilities
 from orderrl.planner import OrderHead, PlannerConfig
@@ -78,7 +79,7 @@ def clone_level(
 @torch.no_grad()
 def level_prediction(level: str, planner: OrderHead, states: TensorDict) -> Prediction:
     """What a planner of a level says in labelled states, batch (m,)."""
-    output = planner(_as_seen(level, state_observation(states)).to(planner.position.device))
+    output = planner(_as_seen(level, labelled(states)).to(planner.position.device))
     return Prediction(output.scores.cpu(), output.dependence.cpu())
 
 

@@ -23,11 +23,12 @@ from torch import Tensor
 
 from orderrl.agents.policies import PlannerPolicy
 from orderrl.agents.registry import NamedPolicy
+from orderrl.envs.observation import labelled
 from orderrl.evaluation.comparison import Pair, compare
 from orderrl.evaluation.protocol import EvaluationProtocol
 from orderrl.evaluation.row_entries import image_average, image_means, image_sums
 from orderrl.geometry import BlockGrid
-from orderrl.metrics.calibration import rank_correlation, regret, state_observation
+from orderrl.metrics.calibration import rank_correlation, regret
 from orderrl.metrics.statistics import bootstrap_sums, ratio, sums_difference
 from orderrl.oracle import utilities
 from orderrl.planner import OrderHead
@@ -224,7 +225,7 @@ def latent_probes(
 
 
 def _observed(planner: OrderHead, states: TensorDict) -> TensorDict:
-    return state_observation(states).to(planner.position.device)
+    return labelled(states).to(planner.position.device)
 
 
 # ---------------------------------------------------------------------- all planners

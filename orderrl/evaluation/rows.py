@@ -21,6 +21,7 @@ from orderrl.backbones.protocol import backbone_device, check_fits
 from orderrl.backbones.registry import TrainableBackbone
 from orderrl.data import TokenSet
 from orderrl.envs.core import CoreConfig, NextBlockCore
+from orderrl.envs.observation import labelled
 from orderrl.evaluation.columns import all_columns, empty_row
 from orderrl.evaluation.drawing import balanced_labels, generate_images
 from orderrl.evaluation.protocol import EvaluationProtocol
@@ -34,7 +35,7 @@ from orderrl.evaluation.row_entries import (
     recognisability_curve,
     state_mean,
 )
-from orderrl.metrics.calibration import calibrate, regret, state_observation
+from orderrl.metrics.calibration import calibrate, regret
 from orderrl.metrics.features import extract_features, own_features
 from orderrl.metrics.images import save_images
 from orderrl.metrics.order import first_choice_entropy, visible_neighbours
@@ -250,7 +251,7 @@ def first_choices(p: EvaluationProtocol, named: NamedPolicy) -> tuple[Tensor, Te
         scores = all_scores(policy, core) if isinstance(policy, ReferencePolicy) else None
         action = act(policy, core, generator) if scores is None else None
     else:
-        observation = state_observation(states, named.budgets).to(p.device)
+        observation = labelled(states, budgets=named.budgets).to(p.device)
         scores = None if named.scorer is None else named.scorer(observation, generator)
         action = policy(observation, generator) if scores is None else None
     if scores is None:

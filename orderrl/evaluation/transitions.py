@@ -20,13 +20,13 @@ from orderrl.agents.policies import Policy, ReferencePolicy
 from orderrl.backbones import Backbone
 from orderrl.data import TokenSet
 from orderrl.envs.core import CoreConfig, NextBlockCore, Transition
+from orderrl.envs.observation import MASKS, SEEN
 from orderrl.envs.spaces import action_space, observation_space, to_numpy
 from orderrl.runtime.progress import progress
 from orderrl.runtime.storage import filled_aside
 from orderrl.runtime.tables import TableWriter, open_table, write_checksums
 
 ENVIRONMENT = "orderrl/NextBlock-v0"
-OBSERVATION = ("hidden", "entropy", "visible", "label", "fraction", "action_mask", "budget_mask", "step_cost")
 
 
 def record(
@@ -186,7 +186,7 @@ def _episodes(transitions: TensorDict, seed: int) -> Iterator[Any]:
 
     lengths = torch.unique_consecutive(transitions["episode"], return_counts=True)[1].tolist()
     for number, episode in enumerate(transitions.split(lengths)):
-        keys = [key for key in OBSERVATION if key in episode]
+        keys = [key for key in (*SEEN, *MASKS, "step_cost") if key in episode]
         before, last = episode.select(*keys), episode["next"].select(*keys)[-1:]
         observations = to_numpy(torch.cat([before, last]))
         illegal = torch.cat([torch.zeros(1, dtype=torch.bool), episode["next", "illegal"][:, 0]])

@@ -128,18 +128,6 @@ def reliability(scores: NDArray[np.float64], utility: NDArray[np.float64], bins:
     )
 
 
-def state_observation(states: TensorDict, budgets: tuple[int, ...] = (1,)) -> TensorDict:
-    """What an environment shows in labelled states, batch (m,): labels store it, so no forward is needed."""
-    visible = states["visible"]
-    parts = {key: states[key] for key in ("hidden", "entropy", "visible", "label")}
-    parts |= {"fraction": visible.float().mean(-1, keepdim=True), "action_mask": ~visible}
-    if budgets != (1,):
-        legal = torch.tensor(budgets) <= (~visible).sum(-1, keepdim=True)
-        legal[:, 0] = True
-        parts["budget_mask"] = legal
-    return TensorDict(parts, batch_size=states.batch_size)
-
-
 class LookaheadUtility(NamedTuple):
     """Expected utility over the backbone's own draws in some of the shared states."""
 

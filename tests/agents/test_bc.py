@@ -121,22 +121,19 @@ def test_training_follows_the_curriculum() -> None:
 @pytest.mark.parametrize(("share", "expected"), [(0.1, 6), (0.5, 30), (0.001, 1), (0.999, 59)])
 def test_images_are_kept_back_whole(share: float, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """No context of a kept-back image is trained on, and all of them are evaluated on."""
-    kept: list[Tensor] = []
-    trained: list[Tensor] = []
-    original = bc.held_out_metrics
+    shown: list[Tensor] = []
+    original = bc.labelled
 
-    def spy(planner: OrderHead, data: TensorDict, utility: Tensor) -> dict[str, float]:
-        kept.append(data["image"])
-        return original(planner, data, utility)
+    def spy(states: TensorDict, rows: Tensor) -> TensorDict:
+        shown.append(rows)
+        return original(states, rows)
 
-    monkeypatch.setattr(bc, "held_out_metrics", spy)
-    planner = tiny_planner(noisy=False)
-    planner.register_forward_pre_hook(
-        lambda _, inputs: trained.append(inputs[0]["image"]) if planner.training else None
-    )
-    train(planner, tiny_labels(), steps=20, held_out=share, evaluate_every=20)
-    images = set(kept[0].tolist())
-    assert len(images) == expected and len(kept[0]) == 8 * expected
+    monkeypatch.setattr(bc, "labelled", spy)
+    labels = tiny_labels()
+    train(tiny_planner(noisy=False), labels, steps=20, held_out=share, evaluate_every=20)
+    kept, *trained = (labels["image"][rows] for rows in shown[:21])  # what is kept back, and the batches of 20 steps
+    images = set(kept.tolist())
+    assert len(images) == expected and len(kept) == 8 * expected
     assert not images & set(torch.cat(trained).tolist())
 
 

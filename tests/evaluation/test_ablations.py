@@ -19,6 +19,7 @@ from orderrl.agents.policies import RankingPolicy, fixed_order, planner_scorer, 
 from orderrl.analyze import analyze
 from orderrl.backbones import save_backbone
 from orderrl.data import load_split
+from orderrl.envs.observation import labelled
 from orderrl.evaluation.ablations import (
     ablated_observations,
     best_blocks,
@@ -34,7 +35,6 @@ from orderrl.evaluation.ablations import (
 from orderrl.evaluation.protocol import EvaluationProtocol
 from orderrl.evaluation.row_entries import image_average
 from orderrl.evaluation.settings import EvalConfig
-from orderrl.metrics.calibration import state_observation
 from orderrl.metrics.recognisability import Recogniser
 from orderrl.oracle import LabelConfig, label_contexts, random_contexts, utilities
 from orderrl.train import train
@@ -78,7 +78,7 @@ def test_labelled_states_are_observed_as_in_the_environment(
     core = tiny_core(budgets, len(states))
     core.reset(index=states["image"])
     core.show(states["order"], states["length"])
-    expected, found = core.observation(), state_observation(states, budgets)
+    expected, found = core.observation(), labelled(states, budgets=budgets)
     assert set(found.keys()) == set(expected.keys())
     for key in set(expected.keys()):
         assert found[key].dtype == expected[key].dtype, key
@@ -87,7 +87,7 @@ def test_labelled_states_are_observed_as_in_the_environment(
 
 def test_another_image_stands_in_the_same_context(protocol: EvaluationProtocol) -> None:
     states = states_of(protocol)
-    own, other = state_observation(states), other_images(BACKBONE, DATA, states, (states["image"] + 1) % len(DATA))
+    own, other = labelled(states), other_images(BACKBONE, DATA, states, (states["image"] + 1) % len(DATA))
     assert torch.equal(own["visible"], other["visible"])
     shown = states["length"] > 0  # with nothing visible, only the class differs
     assert ((own["hidden"] - other["hidden"]).abs().amax((1, 2)) > 1e-3)[shown].all()
@@ -95,7 +95,7 @@ def test_another_image_stands_in_the_same_context(protocol: EvaluationProtocol) 
 
 
 def test_without_content_states_of_one_mask_and_class_look_alike(protocol: EvaluationProtocol) -> None:
-    own = state_observation(states_of(protocol))
+    own = labelled(states_of(protocol))
     blank = without_content(own)
     assert torch.equal(blank["visible"], own["visible"]) and torch.equal(blank["label"], own["label"])
     for block in range(9):

@@ -7,6 +7,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
+from orderrl.envs.observation import labelled
 from orderrl.evaluation.latents import (
     edited_latents,
     latent_ablation,
@@ -18,7 +19,7 @@ from orderrl.evaluation.latents import (
     variant_scores,
 )
 from orderrl.evaluation.row_entries import image_average
-from orderrl.metrics.calibration import calibrate, state_observation
+from orderrl.metrics.calibration import calibrate
 from orderrl.oracle import LabelConfig, label_contexts, random_contexts, utilities
 from orderrl.planner import OrderHead
 from tests.agents.helpers import tiny_planner
@@ -52,7 +53,7 @@ def reasoning(passes: int) -> OrderHead:
 
 
 def test_the_last_pass_is_what_scores_are_read_from(states: TensorDict) -> None:
-    planner, seen = reasoning(3), state_observation(states)
+    planner, seen = reasoning(3), labelled(states)
     passes = run_passes(planner, seen)
     assert len(passes) == 4
     assert (passes[0].latents == planner.scratchpad).all()
@@ -62,7 +63,7 @@ def test_the_last_pass_is_what_scores_are_read_from(states: TensorDict) -> None:
 
 
 def test_edits_hold_inside_alone(states: TensorDict) -> None:
-    planner, seen = reasoning(2), state_observation(states)
+    planner, seen = reasoning(2), labelled(states)
     before = planner(seen).scores
     with edited_latents(planner, lambda latents: latents):
         torch.testing.assert_close(planner(seen).scores, before)
@@ -77,14 +78,14 @@ def test_edits_hold_inside_alone(states: TensorDict) -> None:
 
 
 def test_with_one_pass_nobody_reads_the_latents(states: TensorDict) -> None:
-    scores = variant_scores(reasoning(1), state_observation(states))
+    scores = variant_scores(reasoning(1), labelled(states))
     assert set(scores) == {"trained", "R = 0", "R = 2", "R = 4", "reset", "mean"}
     assert torch.equal(scores["reset"], scores["trained"]) and torch.equal(scores["mean"], scores["trained"])
     assert not torch.allclose(scores["R = 0"], scores["trained"])
 
 
 def test_with_two_passes_the_second_reads_what_it_is_given(states: TensorDict) -> None:
-    planner, seen = reasoning(2), state_observation(states)
+    planner, seen = reasoning(2), labelled(states)
     scores = variant_scores(planner, seen)
     first = run_passes(planner, seen)[1]
     given = {
@@ -108,7 +109,7 @@ class BlindCore(nn.Module):
 def test_a_core_that_ignores_the_latents_loses_nothing_without_them(states: TensorDict) -> None:
     planner = reasoning(4)
     planner.core = BlindCore()  # type: ignore[assignment]
-    scores = variant_scores(planner, state_observation(states))
+    scores = variant_scores(planner, labelled(states))
     assert torch.equal(scores["reset"], scores["trained"]) and torch.equal(scores["mean"], scores["trained"])
 
 
@@ -117,7 +118,7 @@ def test_variants_are_calibrated_as_policies_are(states: TensorDict) -> None:
     found = latent_ablation(planner, states, GRID)
     hidden = ~states["visible"]
     utility = utilities(states["gains"], GRID, torch.ones(9, 9))
-    scores = planner(state_observation(states), 4).scores.detach()
+    scores = planner(labelled(states), 4).scores.detach()
     first = scores.masked_fill(~hidden, -torch.inf).argmax(1)
     expected = calibrate(first, scores, utility, hidden)
     assert expected.spearman is not None
