@@ -410,6 +410,7 @@ def everything(path: Path) -> Any:
     return found, metrics(path.parent), json.loads((path.parent / "results.json").read_text())
 
 
+@pytest.mark.very_slow
 def test_a_command_that_is_killed_twice_ends_with_the_same_result(home: Path, tmp_path: Path) -> None:
     overrides = [*places(home, "")[:2], *SMALL, f"agent.start={home / 'clone.safetensors'}", "agent.steps=30", OFTEN]
     kill_and_compare(Case("train", "orderrl.train:train", overrides, everything), tmp_path, kills=2, seed=0)

@@ -306,7 +306,7 @@ def test_what_was_built_in_inference_mode_can_be_trained(tmp_path: Path) -> None
         assert planner.value_head.weight.grad is not None
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 def test_the_main_job_is_the_same_with_every_switch_on(tmp_path: Path) -> None:
     """Labels, a clone, PPO from it, samples and the table, as functions of a notebook."""
 

@@ -133,8 +133,8 @@ COMMANDS = [
 ]
 
 
-OFTEN_RUN = ["label", "ppo", "fitted_q", "pretrain", "tokenize", "evaluate"]
-"""One of every kind of work: pieces, steps with an environment, steps on tensors, files, rows."""
+OFTEN_RUN = ["label", "ppo", "tokenize", "evaluate"]
+"""One of every kind of work: pieces, steps, files, rows."""
 
 
 @pytest.mark.parametrize("name", OFTEN_RUN)
