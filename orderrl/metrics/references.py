@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from torch_fidelity.metric_fid import fid_features_to_statistics
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
+from orderrl.backbones.memory import free_memory
 from orderrl.data.token_files import DESCRIPTION, token_set_splits
 from orderrl.metrics.features import INCEPTION, Features, extract_features, register_features
 from orderrl.metrics.images import ImageFolder, TokenImages
@@ -144,6 +145,10 @@ def open_reference(
 
 def _from_npz(path: Path, features: str, weights: Path | None, device: torch.device | None) -> Reference:
     try:
+        with zipfile.ZipFile(path) as archive:  # a small file may unpack to more than there is memory
+            unpacked = sum(member.file_size for member in archive.infolist())
+        if unpacked > (free := free_memory(torch.device("cpu"))):
+            raise ValueError(f"its arrays take {unpacked / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free")
         with np.load(path, allow_pickle=False) as file:
             values = {key: file[key] for key in file.files}
     except _DAMAGED as error:

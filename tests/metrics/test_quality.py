@@ -193,6 +193,16 @@ def test_statistics_without_images_give_the_same_distances_and_nothing_else(foun
     assert ours.kid is ours.precision is ours.recall is None and wanted.kid is not None
 
 
+def test_an_archive_larger_than_the_memory_is_refused_before_it_is_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.savez_compressed(tmp_path / "bomb.npz", arr_0=np.zeros((1000, 32, 32, 3), dtype=np.uint8))
+    assert (tmp_path / "bomb.npz").stat().st_size < 100_000
+    monkeypatch.setattr("orderrl.metrics.references.free_memory", lambda device: 1e6)
+    with pytest.raises(ValueError, match=r"bomb.npz.*take 0.0 GB, and 0.0 GB of memory are free"):
+        open_reference(tmp_path / "bomb.npz", DIGITS)
+
+
 def test_images_in_an_npz_are_a_reference(real: Tensor, tmp_path: Path) -> None:
     images = real[:200]
     np.savez(tmp_path / "adm.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
