@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from orderrl.backbones import Backbone, Sampling, load_backbone
-from orderrl.backbones.protocol import check_fits
+from orderrl.backbones.protocol import check_fits, require_finite_outputs
 from orderrl.data import TokenSet, load_split
 from orderrl.data.token_files import decode_in_parts
 from orderrl.envs.config import CoreConfig
@@ -122,7 +122,7 @@ def open_backbone(config: DictConfig) -> Backbone:
     """The frozen backbone of a config, checked against its data unless that is `NO_DATA`.
 
     Raises:
-        ValueError: if the config names none, or it can't be loaded or doesn't fit the data.
+        ValueError: if the config names none, or it can't be loaded, doesn't fit the data or overflows in its dtype.
     """
     chosen = config.backbone
     if chosen.name is None:
@@ -142,6 +142,8 @@ def open_backbone(config: DictConfig) -> Backbone:
     )
     if config.data.name != NO_DATA:
         check_fits(backbone, load_split(config.data.name, "test"))
+    if not config.get("shard"):
+        require_finite_outputs(backbone, chosen.name)
     return backbone
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from orderrl.backbones.sampling import Sampling
 from orderrl.data import TokenSet
 from orderrl.geometry import BlockGrid
+from orderrl.runtime.finite import OVERFLOW, require_finite
 
 
 class BlockLosses(NamedTuple):
@@ -125,6 +126,19 @@ def backbone_device(backbone: Backbone) -> torch.device:
         for parameter in backbone.parameters():
             return parameter.device
     return torch.device("cpu")
+
+
+@torch.no_grad()
+def require_finite_outputs(backbone: Backbone, where: object) -> None:
+    """Refuse a backbone that overflows in its dtype already where nothing is visible.
+
+    Raises:
+        NotFiniteError: naming the backbone, and what is not finite.
+    """
+    device = backbone_device(backbone)
+    blocks = torch.arange(backbone.geometry.num_blocks, device=device).expand(2, -1)  # two: one compiles specially
+    hidden, entropy = backbone.observe(backbone.start(torch.zeros(2, dtype=torch.int64, device=device)), blocks)
+    require_finite(where, {"hidden state": hidden, "entropy": entropy}, OVERFLOW)
 
 
 def check_fits(backbone: Backbone, data: TokenSet) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from orderrl.backbones import load_backbone, save_backbone
 from orderrl.backbones.sampling import Sampling, sample_tokens
+from orderrl.generate import generate
 from orderrl.labels import make_shards
 from orderrl.metrics.classifier import Classifier, load_classifier, save_classifier
 from orderrl.planner import OrderHead, PlannerConfig, load_planner, require_described, save_planner
@@ -91,6 +92,18 @@ def test_weights_that_overflow_in_a_dtype_are_refused(tmp_path: Path) -> None:
     load_backbone(changed(path, weights), dtype="bfloat16")
     with pytest.raises(ValueError, match=r"large.safetensors: not finite: output.weight .* overflow in this dtype"):
         load_backbone(path, dtype="float16")
+
+
+def test_a_backbone_whose_outputs_overflow_is_refused_before_anything_is_drawn(tmp_path: Path) -> None:
+    backbone = tiny_backbone(8, 8, vocab_size=17, num_classes=10)
+    with torch.no_grad():
+        backbone.output.weight.mul_(6e4 / backbone.output.weight.abs().max())  # finite in float16, its products are not
+    save_backbone(tmp_path / "loud.safetensors", backbone, {})
+    own = ["backbone=digits", "policy=raster", "n=2", f"output_dir={tmp_path}"]
+    own += [f"backbone.name={tmp_path / 'loud.safetensors'}"]
+    assert generate(compose("generate", own)).exists()
+    with pytest.raises(NotFiniteError, match=r"loud.safetensors: not finite: entropy .*or overflow in this dtype"):
+        generate(compose("generate", [*own, "backbone.dtype=float16"]))
 
 
 def test_published_weights_are_refused_too(tmp_path: Path) -> None:
