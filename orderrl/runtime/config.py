@@ -73,11 +73,12 @@ def compose(command: str, overrides: Sequence[str] = (), *, config_module: str =
     overrides = with_new_names(overrides)
     with _loader(command, config_module, overrides) as loader:
         config = _load(loader, command, overrides)
+        parts = _parts(loader, command, overrides, config_module)
     try:
         OmegaConf.resolve(config)
     except OmegaConfBaseException as error:
         raise ValueError(f"{command}: {_line(error)}") from error
-    _check(command, config, overrides, config_module)
+    schema.check(parts, _plain(config))
     return config
 
 
@@ -342,7 +343,8 @@ def _is_override(argument: str) -> bool:
 
 
 def _is_group(loader: ConfigLoader, name: str) -> bool:
-    return bool(loader.get_group_options(name.lstrip("+").split("@")[0]))
+    name = name.lstrip("+").split("@")[0]
+    return "." not in name and bool(loader.get_group_options(name))
 
 
 def _choices(loader: ConfigLoader, group: str) -> list[str]:
