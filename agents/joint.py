@@ -324,7 +324,8 @@ class JointTuning:
         device = backbone_device(self.backbone)
         self.backbone.train()
         tokens, labels, order = (part[mine].to(device) for part in (tokens, labels, order))
-        return training_loss(self.backbone, tokens, labels, order, generator) * (len(mine) / c.batch_size)
+        losses = training_loss(self.backbone, tokens, labels, order, generator)
+        return losses["loss"] * (len(mine) / c.batch_size)
 
     def _planner_loss(self) -> Tensor:
         """L_OH of the next contexts: this process's share of its mean."""

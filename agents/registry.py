@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
+from orderrl.agents.confidence import Confidence, ConfidenceRule, HindsightConfidence
 from orderrl.agents.orders import ORDERS, block_order
 from orderrl.agents.policies import (
     POLICIES,
     SCORERS,
-    Confidence,
     Lookahead,
     Oracle,
     PairedPolicy,
@@ -30,12 +30,13 @@ from orderrl.agents.policies import (
 )
 from orderrl.agents.schedules import Schedule, entropy_threshold, fixed, growing, information_threshold
 from orderrl.agents.spec import PAIRED, REFERENCES, SPACED, THRESHOLD, PolicySpec, written_cost
+from orderrl.agents.specialist import Native, ThroughStart, open_start, require_head
 from orderrl.backbones.protocol import Backbone
 from orderrl.envs.reward import OBJECTIVES
 from orderrl.planner import load_planner, require_described
 from orderrl.runtime.isolation import isolated_float32
 
-NEED_PROBABILITIES = ("lookahead", "confidence")
+NEED_PROBABILITIES = ("lookahead",)
 SPACING = 1.0
 THRESHOLD_BUDGETS = (1, 2, 4)
 _SETTINGS_IN_A_NAME = 3
@@ -119,7 +120,7 @@ def make_policy(
         )
     chosen, schedule = _schedule(spec, backbone)
     if spec.kind == "reference":
-        return _named(spec, _reference(spec, chosen, schedule), chosen)
+        return _named(spec, _reference(spec, backbone, chosen, schedule), chosen)
     scorer = _scorer(spec, backbone, fitted)
     policy = RankingPolicy(scorer, backbone.geometry, chosen, schedule, SPACING if spec.prefix == SPACED else 0.0)
     return _named(spec, policy, chosen, scorer)
@@ -190,10 +191,19 @@ def _threshold(spec: PolicySpec, backbone: Backbone) -> tuple[tuple[int, ...], S
     return budgets, information_threshold(budgets, float(nats))
 
 
-def _reference(spec: PolicySpec, budgets: tuple[int, ...], schedule: Schedule) -> ReferencePolicy:
+def _reference(spec: PolicySpec, backbone: Backbone, budgets: tuple[int, ...], schedule: Schedule) -> ReferencePolicy:
     if spec.name == "lookahead":
         return Lookahead(spec.draws or 1, budgets, schedule)
-    return {"oracle": Oracle, "confidence": Confidence}[spec.name](budgets, schedule)
+    if spec.name == "oracle":
+        return Oracle(budgets, schedule)
+    if spec.name == "native":
+        require_head(backbone)
+        return Native(budgets, schedule)
+    rule = ConfidenceRule.parse(spec.rule)
+    if spec.name == "hindsight_confidence":
+        return HindsightConfidence(budgets, schedule, rule.distance)
+    rule.require(backbone, str(spec))
+    return Confidence(budgets, schedule, rule)
 
 
 def _planner_policy(spec: PolicySpec, backbone: Backbone) -> NamedPolicy:
@@ -224,11 +234,15 @@ def _planner_policy(spec: PolicySpec, backbone: Backbone) -> NamedPolicy:
         else:
             spacing = SPACING if spec.prefix == SPACED else 0.0
             policy = RankingPolicy(planner_scorer(planner), backbone.geometry, budgets, schedule, spacing)
+    scorer: Scorer = planner_scorer(planner)
+    acting: Policy | ReferencePolicy = policy
+    if (start := open_start(backbone, description.get("backbone", ""))) is not None:
+        acting = ThroughStart(policy, start, budgets, scorer)
     return NamedPolicy(
         f"{family}{told}{'@' + spec.schedule if spec.schedule else ''}",
-        policy,
+        acting,
         budgets,
-        planner_scorer(planner),
+        scorer,
         description["objective"],
         planner.config.reasoning_steps,
         description["seed"],

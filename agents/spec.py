@@ -1,7 +1,7 @@
 """What a policy's name means, parsed once: everything else reads the fields of a `PolicySpec`.
 
     NAME[@SCHEDULE]                     a baseline: raster, spaced_random@4, halton@1+1+2+4+8, random@i<6/1,2,4,8
-    NAME[:DRAWS][@SCHEDULE]             a reference: oracle, confidence, lookahead:4
+    NAME[:ARGUMENT][@SCHEDULE]          a reference: oracle, lookahead:4, confidence:highest+near0.1, native
     PATH.safetensors[@costC][@SCHEDULE] a planner; spaced_PATH and paired_PATH choose the blocks of a step in other ways
     newest[@costC][@SCHEDULE]           the newest planner in the cache, where a command knows which that is
     MODULE:ATTRIBUTE[@SCHEDULE]         a user's own policy, or the NAME under which it is registered
@@ -17,16 +17,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from orderrl.agents.confidence import ConfidenceRule
 from orderrl.agents.policies import POLICIES
 
-REFERENCES = ("confidence", "lookahead", "oracle")
+REFERENCES = ("confidence", "hindsight_confidence", "lookahead", "native", "oracle")
+HINDSIGHT = ("hindsight_confidence", "oracle")  # read the tokens that they rank: no code length belongs to their orders
 SPACED = "spaced_"
 PAIRED = "paired_"
 NEWEST = "newest"
 SUFFIX = ".safetensors"
 THRESHOLD = re.compile(r"(i?)<(-?\d*\.?\d+)(?:/(\d+(?:,\d+)*))?")  # kind, nats, budgets
 STEPS = re.compile(r"\d+(?:\+\d+)*")
-_NO_RIVALS = ("lookahead", "oracle")
+_NO_RIVALS = ("hindsight_confidence", "lookahead", "oracle")
 _PLANNER = re.compile(rf"(.*{re.escape(SUFFIX)}|{NEWEST})(?:@(.*))?", re.DOTALL)
 _COST = re.compile(r"cost(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+(?:e[+-]?\d+)?)(?:@(.*))?", re.DOTALL)  # nats, schedule
 
@@ -42,6 +44,7 @@ class PolicySpec:
         name: of a baseline, reference or registered policy; a planner's path; MODULE:ATTRIBUTE.
         prefix: `SPACED`, `PAIRED` (planners alone) or "".
         draws: of lookahead; None takes one.
+        rule: of confidence, as `orderrl.agents.confidence.ConfidenceRule` reads it; "" is OAR's own.
         step_cost: nats per image that a planner is told; None tells it nothing.
         schedule: how many blocks a step reveals, "4", "1+1+2+4+8", "<1.5" or "i<6/1,2,4,8"; "" is one block a step, or
             what a planner or a user's policy chooses itself.
@@ -54,6 +57,7 @@ class PolicySpec:
     name: str
     prefix: str = ""
     draws: int | None = None
+    rule: str = ""
     step_cost: float | None = None
     schedule: str = ""
 
@@ -84,7 +88,9 @@ class PolicySpec:
             raise _no_schedule(text, "")
         name, colon, argument = base.partition(":")
         if name in REFERENCES:
-            return cls("reference", name, draws=_draws(text, name, argument) if colon else None, schedule=schedule)
+            if colon and name != "lookahead":
+                return cls("reference", name, rule=_rule(text, name, argument), schedule=schedule)
+            return cls("reference", name, draws=_draws(text, argument) if colon else None, schedule=schedule)
         if colon or base in POLICIES:
             return cls("own", base, schedule=schedule)
         prefix = SPACED if base.startswith(SPACED) else ""
@@ -102,7 +108,7 @@ class PolicySpec:
         return cls(kind, name, prefix, step_cost=float(told[1]) if told else None, schedule=schedule or "")
 
     def __str__(self) -> str:
-        draws = "" if self.draws is None else f":{self.draws}"
+        draws = f":{self.rule}" if self.rule else "" if self.draws is None else f":{self.draws}"
         cost = "" if self.step_cost is None else f"@{written_cost(self.step_cost)}"
         schedule = f"@{self.schedule}" if self.schedule else ""
         return f"{self.prefix}{self.name}{draws}{cost}{schedule}"
@@ -114,8 +120,13 @@ class PolicySpec:
 
     @property
     def rival(self) -> bool:
-        """False for lookahead and oracle, which try out or know hidden tokens and are evaluated on the first images."""
+        """False for references that try out or know hidden tokens; they are evaluated on the first images."""
         return not (self.kind == "reference" and self.name in _NO_RIVALS)
+
+    @property
+    def hindsight(self) -> bool:
+        """Whether it reads the tokens that it ranks."""
+        return self.kind == "reference" and self.name in HINDSIGHT
 
     @property
     def path(self) -> Path | None:
@@ -133,12 +144,23 @@ def written_cost(step_cost: float) -> str:
     return f"cost{short if float(short) == step_cost else repr(float(step_cost))}"
 
 
-def _draws(text: str, name: str, argument: str) -> int:
-    if name != "lookahead":
-        raise ValueError(f"policy {text!r}: {name} takes no number of draws; write {name}, or lookahead:4")
+def _draws(text: str, argument: str) -> int:
     if not re.fullmatch("[0-9]+", argument) or int(argument) < 1:
         raise ValueError(f"policy {text!r} must name a number of draws, for example lookahead:4")
     return int(argument)
+
+
+def _rule(text: str, name: str, argument: str) -> str:
+    """The rule of confidence behind the colon of a name."""
+    if name in ("native", "oracle"):
+        raise ValueError(f"policy {text!r}: {name} takes no argument; write {name}, or lookahead:4")
+    try:
+        rule = ConfidenceRule.parse(argument)
+    except ValueError as error:
+        raise ValueError(f"policy {text!r}: {error}") from None
+    if not argument or (name == "hindsight_confidence" and rule != ConfidenceRule(distance=rule.distance)):
+        raise ValueError(f"policy {text!r} must name a rule, for example {name}:near0.1")
+    return argument
 
 
 def _no_schedule(text: str, schedule: str) -> ValueError:

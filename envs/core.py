@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orderrl.backbones.protocol import Backbone, backbone_device, check_fits
+from orderrl.backbones.protocol import Backbone, Drawing, backbone_device, check_fits
 from orderrl.data import TokenSet
 from orderrl.envs.books import Books, Look, Rows
 from orderrl.envs.config import CoreConfig, Transition
@@ -49,6 +49,7 @@ class NextBlockCore:
         track_losses: compute context losses even if the reward does not need them.
         observe: compute hidden states and entropies; off, they stay zero unless context losses bring them along. For
             policies that do not read them.
+        rewards: pay for steps; off, every reward is 0, for those who only want to know the order.
 
     Raises:
         ValueError: if data and backbone do not fit or a budget exceeds the number of blocks.
@@ -73,6 +74,7 @@ class NextBlockCore:
         seed: int | None = 0,
         track_losses: bool = False,
         observe: bool = True,
+        rewards: bool = True,
     ) -> None:
         geometry = backbone.geometry
         if isinstance(num_envs, bool) or not isinstance(num_envs, int | np.integer) or num_envs < 1:
@@ -83,8 +85,11 @@ class NextBlockCore:
         self.num_envs = num_envs
         self.device = backbone_device(backbone)
         self.reward = Reward(config.reward, geometry)
-        self._context_losses = config.mode == "teacher" and (track_losses or config.reward.form == "future_loss")
+        paid = rewards and config.mode == "teacher"
+        self._charging = paid and config.reward.form == "charged" and not track_losses
+        self._context_losses = (config.mode == "teacher" and track_losses) or (paid and not self._charging)
         self._looking = observe or self._context_losses
+        self._rewarded, self._reads_prefix = rewards, self._looking or self._charging or config.mode == "generate"
         self._budgets, self._classes = torch.tensor(config.budgets), data.classes
         self._block_tokens = geometry.block_tokens.to(self.device)
         m, b = num_envs, geometry.num_blocks
@@ -316,7 +321,7 @@ class NextBlockCore:
         count = torch.where(idle | illegal, 0, count)
         blocks = torch.where(torch.arange(blocks.shape[1]) < count[:, None], blocks, 0)
         before, revealed = self.losses.clone(), self._to_device(self._mark(blocks, count))
-        if self.config.mode == "teacher" and self.config.reward.form == "charged" and not self._context_losses:
+        if self._charging:
             before = self._charged(blocks, count)
         drawn = self._draw(blocks, count) if self.config.mode == "generate" else None
         self._append(blocks, count, drawn)
@@ -328,7 +333,9 @@ class NextBlockCore:
         self._look(books.hidden_count.nonzero().flatten())
         terminated = books.visible.all(-1)
         truncated = ~terminated & (books.step_count >= 2 * self.geometry.num_blocks)
-        if self.config.mode == "teacher":
+        if not self._rewarded:
+            reward = torch.zeros_like(self.losses[:, 0])
+        elif self.config.mode == "teacher":
             reward = self.reward(before, self.losses, revealed, self.visible, self.step_cost)
         else:
             reward = self._hindsight_return((terminated & (count > 0)).nonzero().flatten())
@@ -398,12 +405,8 @@ class NextBlockCore:
         first: list[Any] = [None, None]
         tokens = self.tokens.clone()
         for (here, rows), chosen in self._together(blocks, count):
-            positions = self._block_tokens[chosen]  # (m, k, p*p)
-            key = (self.seeds[rows], self.episode[rows], self.step_count[rows])
-            uniforms = keyed_uniform((Stream.TOKEN, *(k[:, None, None] for k in key), positions), self.device)
-            prefix, unconditional = self._some(self.prefix, here), self._some(self.unconditional, here)
-            drawing = self.backbone.decode(prefix, chosen, uniforms, self.config.sampling, unconditional)
-            tokens[rows[:, None, None], positions] = drawing.tokens
+            drawing = self._drawing(here, rows, chosen)
+            tokens[rows[:, None, None], self._block_tokens[chosen]] = drawing.tokens
             for place, entries in enumerate((drawing.entries, drawing.unconditional)):
                 if entries is not None:
                     part = entries.chain(torch.zeros_like(rows))
@@ -412,11 +415,25 @@ class NextBlockCore:
         self.tokens = tokens
         return first[0], first[1]
 
+    def _drawing(self, here: Tensor, rows: Tensor, blocks: Tensor) -> Drawing:
+        """Some blocks (m, k) of some episodes, drawn with numbers keyed by (seed, episode, step, token)."""
+        key = (self.seeds[rows], self.episode[rows], self.step_count[rows])
+        at = (*(part[:, None, None] for part in key), self._block_tokens[blocks])
+        uniforms = keyed_uniform((Stream.TOKEN, *at), self.device)
+        prefix, unconditional = self._some(self.prefix, here), self._some(self.unconditional, here)
+        return self.backbone.decode(prefix, blocks, uniforms, self.config.sampling, unconditional)
+
+    def propose(self, rows: Tensor, blocks: Tensor) -> Tensor:
+        """What the next step would draw for blocks (m, k) of some episodes: (m, k, p*p), in mode "generate"."""
+        return self._drawing(rows.cpu(), rows.to(self.device), blocks).tokens
+
     def _append(self, blocks: Tensor, count: Tensor, drawn: tuple[Any, Any] | None = None) -> None:
         """Append the revealed blocks to the prefix, reusing the first block's chain entries.
 
-        An image that becomes complete needs no prefix any more.
+        An image that becomes complete needs no prefix any more; nobody does who asks for nothing that depends on it.
         """
+        if not self._reads_prefix:
+            return
         count = torch.where(count < self._books.hidden_count, count, 0)
         together = list(self._together(blocks, count))
         if not together:

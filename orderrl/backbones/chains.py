@@ -196,6 +196,39 @@ class ChainBackbone:
             drawn = Drawn(positions[:, :, i], sample_tokens(informed, uniforms[:, :, i], Sampling()))
         return gain
 
+    def certainty(self, prefix: PrefixCache, blocks: Tensor, first: bool = False) -> tuple[Tensor, Tensor]:
+        """How sure the model is of hidden blocks, whatever they hold: a function of the prefix alone.
+
+        Means over a block's tokens, each given those before it in the block's most likely chain.
+
+        Args:
+            blocks: (M, C) int64, hidden blocks.
+            first: look at the first token alone.
+
+        Returns:
+            Expected log-probability and log-probability of the most likely token, each (M, C), nats per token.
+        """
+        rows = []
+        for states, parts in self._plan(prefix, blocks, blocks.shape[1], None):
+            seen = prefix.select(states)
+            row = [self._certainty(seen, self.block_tokens[blocks[states, part]], first) for part, _ in parts]
+            rows.append([torch.cat(columns, 1) for columns in zip(*row, strict=True)])
+        expected, highest = (torch.cat(columns) for columns in zip(*rows, strict=True))
+        return expected, highest
+
+    def _certainty(self, prefix: PrefixCache, positions: Tensor, first: bool) -> tuple[Tensor, Tensor]:
+        """`certainty` of one forward: positions (M, C, p*p)."""
+        count = 1 if first else positions.shape[2]
+        own = None if first else self._room(prefix, positions.shape[1])
+        expected = torch.zeros(positions.shape[:2], dtype=torch.float32, device=positions.device)
+        highest, drawn = torch.zeros_like(expected), None
+        for i in range(count):
+            log_probs = self.logits(self._continue(prefix, positions[:, :, i], drawn, own)).float().log_softmax(-1)
+            best = log_probs.max(-1)
+            expected, highest = expected - entropy(log_probs), highest + best.values
+            drawn = Drawn(positions[:, :, i], best.indices)
+        return expected / count, highest / count
+
     def _room(self, prefix: PrefixCache, chains: int) -> Growing:
         """Room for the entries of chains, without their last token's."""
         layers, states, heads, _, width = prefix.keys.shape

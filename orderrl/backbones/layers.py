@@ -181,10 +181,10 @@ class Attention(nn.Module):
         query = self.wqkv(x[:, :, queries], slice(dim)).unflatten(-1, (self.heads, -1))
         return _by_heads(rotate(query, rope[:, :, queries])), key, value
 
-    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
-        """Plain causal self-attention over a whole sequence, (M, S, dim)."""
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Self-attention over a whole sequence, (M, S, dim): causal, or where mask (M, 1, S, S) bool is True."""
         query, key, value = (part.transpose(1, 2) for part in self.project(x, rope))
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        mixed = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None)
         return self.wo(rearrange(mixed, "m h s d -> m s (h d)"))
 
 
@@ -222,9 +222,9 @@ class TransformerBlock(nn.Module):
         self.feed_forward = FeedForward(dim, multiple_of)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
-        """Teacher-forced pass over whole sequences, (M, S, dim)."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), rope))
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Teacher-forced pass over whole sequences, (M, S, dim); the mask as in `Attention`."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), rope, mask))
         return x + self.dropout(self.feed_forward(self.ffn_norm(x)))
 
     def chain(

@@ -19,10 +19,11 @@ from orderrl.backbones.cache import ChainEntries, PrefixCache
 from orderrl.backbones.chains import entropy
 from orderrl.backbones.cpu_linear import EVERY, Linear
 from orderrl.backbones.layers import Level, TransformerBlock, rope_table
+from orderrl.backbones.origin import Origin
 from orderrl.backbones.protocol import BlockLosses, Drawing
 from orderrl.backbones.sampling import Sampling, guide, sample_tokens
 from orderrl.geometry import BlockGrid
-from orderrl.runtime.values import at_least, between, check_fields, setting
+from orderrl.runtime.values import added_setting, at_least, between, check_fields, setting
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,9 @@ class TransformerConfig:
     heads: int = setting(4, "Attention heads", at_least(1))
     multiple_of: int = setting(32, "Divisor of the feed-forward width, which is rounded up", at_least(1))
     dropout: float = setting(0.0, "Dropout rate in training", between("[0, 1)"))
+    position_head: bool = added_setting(
+        False, "Whether the model also says which block comes next, for policy=native; learnt on extracted orders"
+    )
 
     def __post_init__(self) -> None:
         check_fields(self, at_least(1, "vocab_size", "num_classes"))
@@ -72,6 +76,7 @@ class FamilyModule(nn.Module):
     """Shape, block grid and rotary table of a model of the family; `OUTPUT` names its output matrix."""
 
     OUTPUT = "output"
+    origin: Origin | None = None  # of a specialist: the orders that it was made for
     rope: Tensor
     block_tokens: Tensor
 
@@ -112,10 +117,10 @@ class CausalTransformer(FamilyModule):
     def _blocks(self) -> Iterator[TransformerBlock]:
         return (cast(TransformerBlock, layer) for layer in self.layers)
 
-    def _forward(self, x: Tensor, rope: Tensor) -> Tensor:
-        """Teacher-forced pass over whole sequences (M, S, dim), final norm included."""
+    def _forward(self, x: Tensor, rope: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Teacher-forced pass over whole sequences (M, S, dim), final norm included; causal without a mask."""
         for layer in self._blocks():
-            x = layer(x, rope)
+            x = layer(x, rope, mask)
         return self.norm(x)
 
     def encode(

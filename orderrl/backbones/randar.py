@@ -34,6 +34,8 @@ class OrderRobustTransformer(CausalTransformer, ChainBackbone):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
         self.pos_instruct_embeddings = nn.Parameter(torch.empty(1, config.dim))
+        if config.position_head:
+            self.position_head = nn.Linear(config.dim, self.geometry.num_blocks)
         self.reset_parameters()
 
     @classmethod
@@ -71,9 +73,68 @@ class OrderRobustTransformer(CausalTransformer, ChainBackbone):
             labels: (M,) int64; num_classes is the dropped label.
             token_order: (M, N) int64, raster positions in the order of generation.
         """
+        return self.logits(self._teacher_forced(tokens, labels, token_order)[:, 1::2])
+
+    def _teacher_forced(self, tokens: Tensor, labels: Tensor, token_order: Tensor) -> Tensor:
+        """Hidden states (M, 2N, dim) of class, q1, x1, ..., qN: the last content token predicts nothing."""
         x, rope = self._sequence(tokens, labels, token_order)
-        # the last content token predicts nothing
-        return self.logits(self._forward(x[:, :-1], rope[:, :-1])[:, 1::2])
+        return self._forward(x[:, :-1], rope[:, :-1])
+
+    def sampler_forced(
+        self, tokens: Tensor, labels: Tensor, token_order: Tensor, seen: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The sampler's own sequence: what `teacher_forced` gives where blocks of a step do not see each other.
+
+        Every block is a chain behind the sequence of all blocks, of which it sees those of the steps before.
+
+        Args:
+            tokens, labels, token_order: as in `teacher_forced`.
+            seen: (M, B) int64, for each block in the order, how many blocks are visible when it is drawn; None is one
+                block a step, which is cheaper.
+
+        Returns:
+            Logits (M, N, vocab) of every token, and the hidden states (M, B, dim) before every block from which a
+            position head says which one comes next: of the class token and of the last token of each block but the
+            last.
+        """
+        block = self.entries_per_token * self.geometry.tokens_per_block
+        if seen is None:
+            hidden = self._teacher_forced(tokens, labels, token_order)
+            return self.logits(hidden[:, 1::2]), hidden[:, ::block]
+        blocks, device = self.geometry.num_blocks, tokens.device
+        x, rope = self._sequence(tokens, labels, token_order)
+        past = x.shape[1] - block  # nobody sees the last block
+        # every block once more, without its last content token
+        own = torch.arange(1, x.shape[1], device=device).view(blocks, block)[:, :-1]  # (B, block - 1)
+        place = torch.cat([torch.arange(past, device=device), own.flatten()])
+        # a chain sees the blocks of the steps before it, and itself
+        chain = torch.arange(blocks, device=device).repeat_interleave(block - 1)
+        ahead = torch.ones(len(place), len(place), dtype=torch.bool, device=device).tril()
+        itself = ahead[past:, past:] & (chain[:, None] == chain)
+        before = torch.arange(past, device=device) < 1 + block * seen[:, chain, None]  # (M, chains, past)
+        mask = ahead.expand(len(x), -1, -1).clone()
+        mask[:, past:, :past], mask[:, past:, past:] = before, itself
+        hidden = self._forward(x[:, place], rope[:, place], mask[:, None])
+        queries = hidden[:, past:].unflatten(1, (blocks, block - 1))[:, :, ::2]
+        return self.logits(queries.flatten(1, 2)), hidden[:, :past:block]
+
+    def next_block(self, prefix: PrefixCache, tokens: Tensor, labels: Tensor, last: Tensor) -> Tensor:
+        """What the position head says comes next: scores (M, B), of visible blocks too.
+
+        The cache keeps no hidden states, so the last entry is encoded once more in its own place.
+
+        Args:
+            tokens: (M, N) int64, raster order.
+            labels: (M,) int64.
+            last: (M,) int64, the block that was revealed last; -1 where nothing is visible.
+        """
+        position = self.block_tokens[last, -1]
+        token = self.tok_embeddings(tokens.gather(1, position[:, None])[:, 0])
+        begun = last >= 0
+        x = torch.where(begun[:, None], token, self.cls_embedding(labels))[:, None, None]
+        rope = self.rope[torch.where(begun, position + 1, 0)][:, None, None]
+        hidden, _ = self.encode(x, rope, PrefixCache(prefix.keys, prefix.values, prefix.length - 1))
+        return self.position_head(self.norm(hidden[:, 0, 0])).float()
 
     def observe_contexts(self, tokens: Tensor, labels: Tensor, blocks: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
         """What `observe` gives for every block after `start` and `extend`, in one forward that has gradients.

@@ -17,6 +17,7 @@ from orderrl.backbones.layers import TransformerBlock
 from orderrl.backbones.llamagen import RasterTransformer, TransformerConfig
 from orderrl.backbones.mar_backbone import MaskedConfig, MaskedTransformer
 from orderrl.backbones.memory import Packing
+from orderrl.backbones.origin import Origin
 from orderrl.backbones.presets import PRESETS
 from orderrl.backbones.protocol import Backbone
 from orderrl.backbones.randar import OrderRobustTransformer
@@ -223,6 +224,7 @@ def _from_file(path: Path) -> TrainableBackbone:
         raise ValueError(f"{path}: does not describe a backbone ({type(error).__name__}: {error})") from error
     backbone: TrainableBackbone = build_to_fit(lambda: _FAMILIES[family][0](config), shape, tensors, path)
     load_state(backbone, tensors, path)
+    backbone.origin = Origin.of(description, path)
     return backbone
 
 
