@@ -301,7 +301,8 @@ def test_policies_are_evaluated(home: Path, cloned: Path) -> None:
             home, "evaluate", *LABELS, "eval.policies=[random@2,oracle]", f"eval.planners=[{cloned}]",
             "eval.token_raster=[self]",
             "eval.images=2", "eval.samples=4", "eval.states=2", "eval.reference_images=2", "eval.resamples=10",
-            "eval.real_images=10", "eval.kid_subsets=2", "eval.distance_resamples=0", "eval.lookahead_states=2",
+            "eval.real_images=10", "eval.kid_subsets=2", "eval.distance_resamples=0", "eval.lookahead_states=1",
+            "eval.lookahead_draws=2",
         )
     )  # fmt: skip
     assert (folder / "results.json").exists()
