@@ -77,8 +77,7 @@ class _StoredNode(ConfigNode):
     own: Any = None
 
     def __init__(self, name: str, group: str | None, made: Node) -> None:
-        self.made = made
-        super().__init__(name=name, node=None, group=group, package=None, provider="orderrl")
+        self.name, self.group, self.package, self.provider, self.made = name, group, None, "orderrl", made
 
     @property
     def node(self) -> Any:
