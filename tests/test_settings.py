@@ -161,6 +161,13 @@ def test_commands_that_use_a_frozen_backbone_have_no_keys_of_its_making() -> Non
     assert not of_pretrain & alone.keys() and "tokenizer.training.steps" in alone
 
 
+@pytest.mark.parametrize("agent", ["fitted_q", "schedule", "imitation"])
+def test_agents_without_labels_have_no_keys_of_labels(agent: str) -> None:
+    assert not compose("train", [f"agent={agent}"]).labels
+    with pytest.raises(ValueError, match=r"train has no key labels.contexts"):
+        compose("train", [f"agent={agent}", "labels.contexts=5"])
+
+
 def test_the_old_name_of_a_key_is_answered_with_the_new_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert compose("pretrain", ["backbone.training.steps=7"]).training.steps == 7
     assert capsys.readouterr().err == "backbone.training is called training now\n"

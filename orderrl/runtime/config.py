@@ -306,6 +306,8 @@ def _explain(error: Exception, loader: ConfigLoader, command: str, overrides: Se
     level = OmegaConf.select(config, parent) if parent else config
     keys = sorted(str(key) for key in level if key != "hydra")
     where = f"{parent}." if parent else ""
+    if not keys:
+        return f"{command} has no key {where}{name}: with these choices {parent} has none"
     return (
         f"{command} has no key {where}{name}{_closest(name, keys)}; keys {f'of {parent}' if parent else 'here'}: "
         + (", ".join(keys))
