@@ -225,7 +225,7 @@ class PolicyGradient(ABC):
                 for rows in torch.randperm(len(samples)).to(core.device).split(minibatch):
                     row |= self._update(samples[rows])
             self.iteration += 1
-            self.planner.require_sound(f"round {self.iteration}: the planner")
+            self.planner.require_finite_outputs(f"round {self.iteration}: the planner")
             job.log(frames=self.frames, **distributed.mean_of(row))
         return self.planner
 

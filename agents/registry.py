@@ -7,8 +7,9 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from orderrl.agents.confidence import Confidence, ConfidenceRule, HindsightConfidence
@@ -31,10 +32,14 @@ from orderrl.agents.policies import (
 from orderrl.agents.schedules import Schedule, entropy_threshold, fixed, growing, information_threshold
 from orderrl.agents.spec import PAIRED, REFERENCES, SPACED, THRESHOLD, PolicySpec, written_cost
 from orderrl.agents.specialist import Native, ThroughStart, open_start, require_head
-from orderrl.backbones.protocol import Backbone
+from orderrl.backbones.protocol import Backbone, backbone_device
+from orderrl.envs.observation import observed
 from orderrl.envs.reward import OBJECTIVES
 from orderrl.planner import load_planner, require_described
 from orderrl.runtime.isolation import isolated_float32
+
+if TYPE_CHECKING:
+    from tensordict import TensorDict
 
 NEED_PROBABILITIES = ("lookahead",)
 SPACING = 1.0
@@ -344,4 +349,27 @@ def _own_policy(spec: PolicySpec, backbone: Backbone, budgets: tuple[int, ...]) 
     if not spec.schedule:
         return _named(spec, policy, tuple(budgets))
     budgets, schedule = _schedule(spec, backbone)
-    return _named(spec, with_schedule(policy, budgets, schedule, f"policy '{spec}'"), budgets)
+    scheduled = with_schedule(policy, budgets, schedule, f"policy '{spec}'")
+    if not isinstance(scheduled, ReferencePolicy):  # what cannot follow its schedule is refused here, not when it acts
+        if hasattr(scheduled, "reset"):
+            scheduled.reset(torch.ones(1, dtype=torch.bool))
+        scheduled(_first_observation(backbone, budgets), torch.Generator().manual_seed(0))
+    return _named(spec, scheduled, budgets)
+
+
+def _first_observation(backbone: Backbone, budgets: tuple[int, ...]) -> TensorDict:
+    """What a policy sees of one image of which nothing is visible, without what the backbone says about it."""
+    blocks, tokens, device = backbone.geometry.num_blocks, backbone.geometry.num_tokens, backbone_device(backbone)
+    hidden = torch.zeros(1, blocks, backbone.hidden_size, device=device)
+    observation = observed(
+        hidden,
+        hidden[..., 0],
+        torch.zeros(1, blocks, dtype=torch.bool, device=device),
+        torch.zeros(1, dtype=torch.int64, device=device),
+        None if budgets == (1,) else torch.ones(1, len(budgets), dtype=torch.bool, device=device),
+    )
+    discrete = torch.full((1, tokens), -1, device=device)
+    observation["tokens"] = (
+        discrete if backbone.vocab_size else hidden.new_zeros(1, tokens, getattr(backbone, "token_dim", 0))
+    )
+    return observation

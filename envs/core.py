@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +22,8 @@ from orderrl.data import TokenSet
 from orderrl.envs.books import Books, Look, Rows
 from orderrl.envs.config import CoreConfig, Transition
 from orderrl.envs.observation import legal_budgets, observed
-from orderrl.envs.reward import ILLEGAL_REWARD, Reward, RewardConfig, chosen_step_cost, drawn_step_cost
+from orderrl.envs.replay import replay_return
+from orderrl.envs.reward import ILLEGAL_REWARD, Reward, chosen_step_cost, drawn_step_cost
 from orderrl.runtime.integers import as_choices, as_int64, as_seed
 from orderrl.runtime.isolation import isolated
 from orderrl.runtime.random import Stream, drawn_seed, keyed_index, keyed_uniform
@@ -31,7 +31,7 @@ from orderrl.runtime.random import Stream, drawn_seed, keyed_index, keyed_unifor
 if TYPE_CHECKING:
     from tensordict import TensorDict
 
-__all__ = ["CoreConfig", "NextBlockCore", "Transition", "replay_return"]
+__all__ = ["CoreConfig", "NextBlockCore", "Transition"]
 
 BUCKET = 3  # episodes in one packed forward hide numbers of blocks that differ by less than this
 
@@ -233,11 +233,11 @@ class NextBlockCore:
         if self._process != os.getpid():  # forked: the parent goes on with the drawn seeds
             self._process = os.getpid()
             books.seeds = torch.where(self._drawn, drawn_seed() + torch.arange(self.num_envs), books.seeds)
-        told = None if step_cost is None else chosen_step_cost(self.config.reward, step_cost, len(here))
+        given_cost = None if step_cost is None else chosen_step_cost(self.config.reward, step_cost, len(here))
         books.episode[here] += 1
         seeds, episode = books.seeds[here], books.episode[here]
         if self.step_cost is not None:
-            drawn = drawn_step_cost(self.config.reward, seeds, episode) if told is None else told
+            drawn = drawn_step_cost(self.config.reward, seeds, episode) if given_cost is None else given_cost
             self.step_cost[there] = self._to_device(drawn)
         key = (Stream.IMAGE, seeds, episode)
         if self.config.mode == "generate":
@@ -519,64 +519,5 @@ class NextBlockCore:
         if not self.config.hindsight or not len(finished):
             return reward
         rows = self._to_device(finished)
-        reward[rows] = replay_return(
-            self.backbone,
-            self.data,
-            self.tokens[rows],
-            self.labels[rows],
-            self.reveal_step[rows],
-            self.reveal_rank[rows],
-            self.config.reward,
-            None if self.step_cost is None else self.step_cost[rows],
-        )
+        reward[rows] = replay_return(self, rows)
         return reward
-
-
-@isolated
-def replay_return(
-    backbone: Backbone,
-    data: TokenSet,
-    tokens: Tensor,
-    labels: Tensor,
-    reveal_step: Tensor,
-    reveal_rank: Tensor,
-    reward: RewardConfig,
-    step_cost: Tensor | None = None,
-) -> Tensor:
-    """Return of finished images under the order in which they were revealed.
-
-    Args:
-        data: any token set of the same shape.
-        tokens: (m, N) int64, finished images.
-        labels: (m,) int64.
-        reveal_step: (m, B) int64, the step that revealed each block; void steps are skipped numbers.
-        reveal_rank: (m, B) int64, its place in the action of that step.
-        step_cost: (m,) float32, what a step cost each image, nats per image; given where the reward's is a range.
-
-    Returns:
-        (m,) float32, nats per image token; every planner step that revealed something is charged.
-
-    Raises:
-        ValueError: if the reward's step_cost is a range and what the images had of it is not given.
-    """
-    if reward.step_cost_range is not None and step_cost is None:
-        raise ValueError(f"step_cost must be given for every image: the reward's is the range {reward.step_cost}")
-    images = replace(data, split="replay", tokens=tokens.cpu(), labels=labels.cpu(), identity=None)
-    sizes = torch.nn.functional.one_hot(reveal_step).sum(1)  # (m, steps)
-    largest = int(sizes.max())
-    config = CoreConfig(budgets=tuple(range(1, largest + 1)), reward=reward)
-    core = NextBlockCore(backbone, images, len(tokens), config)
-    core.reset(index=torch.arange(len(tokens)), step_cost=step_cost)
-    total = torch.zeros(len(tokens), dtype=torch.float32, device=core.device)
-    places = torch.arange(largest, device=core.device)
-    for step in range(sizes.shape[1]):
-        count = sizes[:, step]
-        acting = (count > 0) & ~core.visible.all(-1)
-        rank = torch.where(reveal_step == step, reveal_rank, largest)
-        blocks = rank.argsort(dim=1, stable=True)[:, :largest]
-        # a row without a step here is given a void action: its reward is dropped below
-        blocks = torch.where((places < count[:, None]), blocks, 0)
-        actions = torch.cat([blocks, (count - 1).clamp_min(0)[:, None]], 1) if core.multi else blocks[:, 0]
-        actions = torch.where(acting[:, None] if core.multi else acting, actions, -1)
-        total += torch.where(acting, core.step(actions).reward, 0.0)
-    return total

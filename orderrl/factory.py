@@ -94,8 +94,7 @@ def setup_of(config: DictConfig, backbone: Backbone) -> Setup:
     own = {key: config[key] for key in ("seed", "checkpoint_seconds", "device", "shard", "name") if key in config}
     planner = section(config, "planner") if "planner" in config else {}
     parts: dict[str, Any] = {}
-    if "labels" in config:
-        labels = section(config, "labels")
+    if labels := section(config, "labels") if "labels" in config else {}:  # empty for agents that need none
         parts |= {"shard_size": labels.pop("shard_size"), "labels": LabelConfig(**labels)}
     if "env" in config:
         parts["environment"] = environment_of(config)

@@ -202,7 +202,7 @@ class OrderHead(nn.Module):
         )
 
     @torch.no_grad()
-    def require_sound(self, where: object) -> None:
+    def require_finite_outputs(self, where: object) -> None:
         """Refuse weights from which scores would not be finite; weights that are may still overflow.
 
         Args:
@@ -300,7 +300,7 @@ def save_planner(path: Path, planner: OrderHead, description: dict[str, Any]) ->
     Raises:
         NotFiniteError: if its weights or its scores are not finite.
     """
-    planner.require_sound(path)
+    planner.require_finite_outputs(path)
     tensors = {key: value.detach().cpu() for key, value in planner.state_dict().items()}
     save_checkpoint(path, tensors, {**description, "kind": "planner", "shape": asdict(planner.config)})
 

@@ -46,12 +46,12 @@ def reproduce(config: DictConfig) -> Path:
 
 def training_config(config: DictConfig, overrides: list[str], seed: int) -> DictConfig:
     """The config of `python -m orderrl.train` for a planner: its overrides come after the labels of the suite."""
-    labels = section(config, "labels")
+    wanted = compose("train", [*overrides, f"seed={seed}"])
     given = {override.lstrip("+").partition("=")[0] for override in overrides}
-    kind = [] if given & {"labels", "labels.kind"} else [f"labels={labels['kind']}"]
-    wanted = compose("train", [*kind, *overrides, f"seed={seed}"])
-    shared = {key: value for key, value in labels.items() if key != "kind" and f"labels.{key}" not in given}
-    return with_values(wanted, {"labels": shared} | {key: config[key] for key in SHARED})
+    own = {"labels.kind"} if "labels" in given else set()  # a group of labels names their kind
+    labels = {key: value for key, value in section(config, "labels").items() if f"labels.{key}" not in given | own}
+    shared: dict[str, object] = {key: config[key] for key in SHARED}
+    return with_values(wanted, shared | ({"labels": labels} if wanted.labels else {}))
 
 
 def specialist_configs(config: DictConfig, seed: int, planners: list[str]) -> Iterator[DictConfig]:

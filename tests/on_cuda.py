@@ -227,7 +227,8 @@ def test_a_gradient_step_of_ppo_asks_little_of_the_device() -> None:
 # ---------------------------------------------------------------------- commands
 
 LABELS = ["labels.contexts=24"]
-PLANNER = [*LABELS, "planner.dim=16", "planner.stem=1", "planner.heads=2", "planner.latents=2"]
+SHAPE = ["planner.dim=16", "planner.stem=1", "planner.heads=2", "planner.latents=2"]
+PLANNER = [*LABELS, *SHAPE]
 ROUNDS = ["agent.iterations=1", "agent.num_envs=4", "agent.epochs=1"]
 BC = [*PLANNER, "agent=bc", "agent.steps=3", "agent.evaluate_every=2"]
 AGENTS = {
@@ -242,14 +243,14 @@ AGENTS = {
         *(*PLANNER, "agent=grpo", "env=likelihood", *ROUNDS, "agent.group_size=2", "agent.episodes=4"),
         *("agent.minibatch_size=4", "agent.kl_coeff=0.1", "agent.start={bc}"),
     ],
-    "fitted_q": [*PLANNER, "agent=fitted_q", "agent.images=6", "agent.steps=2", "agent.batch_size=4"],
+    "fitted_q": [*SHAPE, "agent=fitted_q", "agent.images=6", "agent.steps=2", "agent.batch_size=4"],
     "schedule": [
-        *(*PLANNER, "agent=schedule", "agent.search.episodes=16", "agent.search.refinements=1"),
+        *(*SHAPE, "agent=schedule", "agent.search.episodes=16", "agent.search.refinements=1"),
         *("agent.search.epochs=1", "agent.search.moves=4", "agent.search.chains=2"),
         *("agent.imitation.steps=2", "agent.imitation.num_envs=4"),
     ],
     "imitation": [
-        *(*PLANNER, "agent=imitation", "agent.policy=random@2", "agent.imitation.steps=3"),
+        *(*SHAPE, "agent=imitation", "agent.policy=random@2", "agent.imitation.steps=3"),
         "agent.imitation.num_envs=4",
     ],
     "joint": [
@@ -301,7 +302,8 @@ def test_policies_are_evaluated(home: Path, cloned: Path) -> None:
             home, "evaluate", *LABELS, "eval.policies=[random@2,oracle]", f"eval.planners=[{cloned}]",
             "eval.token_raster=[self]",
             "eval.images=2", "eval.samples=4", "eval.states=2", "eval.reference_images=2", "eval.resamples=10",
-            "eval.real_images=10", "eval.kid_subsets=2", "eval.distance_resamples=0", "eval.lookahead_states=2",
+            "eval.real_images=10", "eval.kid_subsets=2", "eval.distance_resamples=0", "eval.lookahead_states=1",
+            "eval.lookahead_draws=2",
         )
     )  # fmt: skip
     assert (folder / "results.json").exists()

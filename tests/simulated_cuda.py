@@ -18,6 +18,7 @@ import contextlib
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -200,8 +201,18 @@ def _each(value: Any, change: Callable[[Tensor], Any]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
     if type(value) in (list, tuple):
-        return type(value)(_each(part, change) for part in value)
+        return type(value)([_each(part, change) for part in value])
     return value
+
+
+@cache
+def _name(func: Any) -> str:
+    return str(func._schema.name.removeprefix("aten::"))
+
+
+@cache
+def _draws(func: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in func.tags
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -213,7 +224,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     here = bool(ours) if named is None else named.type in ("cuda", _CLAIMED)
     if not ours and not here:
         return func(*args, **kwargs)
-    name = func._schema.name.removeprefix("aten::")
+    name = _name(func)
     if name in ("_to_copy", "copy_"):
         _count_copy(name, args, kwargs, here if name == "_to_copy" else isinstance(args[0], Simulated))
     else:
@@ -230,7 +241,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     def wrapped(found: Tensor) -> Tensor:
         return ours[id(found)] if id(found) in ours else Simulated(found)
 
-    with _drawing_here(func, kwargs):
+    own_draws = _draws(func) and kwargs.get("generator") is None
+    with _drawing_here() if own_draws else contextlib.nullcontext():
         found = func(*_each(args, raw), **{key: _each(value, raw) for key, value in kwargs.items()})
     if name == "copy_":
         return args[0]
@@ -280,11 +292,8 @@ def _count(func: Any, name: str, args: Any) -> None:
 
 
 @contextlib.contextmanager
-def _drawing_here(func: Any, kwargs: dict[str, Any]) -> Iterator[None]:
+def _drawing_here() -> Iterator[None]:
     """Random operators that were given no generator use the device's, not the CPU's."""
-    if torch.Tag.nondeterministic_seeded not in func.tags or kwargs.get("generator") is not None:
-        yield
-        return
     outer = torch.get_rng_state()
     torch.set_rng_state(_own_generator.get_state())
     try:

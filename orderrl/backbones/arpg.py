@@ -22,6 +22,7 @@ from orderrl.backbones.chains import ChainBackbone, Drawn, Growing
 from orderrl.backbones.cpu_linear import Linear
 from orderrl.backbones.layers import FeedForward, Level, causal_mask, chain_attention, rotate
 from orderrl.backbones.llamagen import FamilyModule, TransformerConfig
+from orderrl.backbones.protocol import answers_alike
 
 
 class _SelfAttention(nn.Module):
@@ -73,6 +74,7 @@ class _Decoder(nn.Module):
         self.cross_dec = nn.ModuleList(_Layer(_CrossAttention(config.dim), config) for _ in range(half))
 
 
+@answers_alike
 class ARPG(FamilyModule, ChainBackbone):
     """Two-pass decoder for any token order.
 

@@ -20,7 +20,7 @@ from orderrl.backbones.chains import entropy
 from orderrl.backbones.cpu_linear import EVERY, Linear
 from orderrl.backbones.layers import Level, TransformerBlock, rope_table
 from orderrl.backbones.origin import Origin
-from orderrl.backbones.protocol import BlockLosses, Drawing
+from orderrl.backbones.protocol import BlockLosses, Drawing, answers_alike
 from orderrl.backbones.sampling import Sampling, guide, sample_tokens
 from orderrl.geometry import BlockGrid
 from orderrl.runtime.values import added_setting, at_least, between, check_fields, setting
@@ -181,6 +181,7 @@ class RasterState:
         return RasterState(labels)
 
 
+@answers_alike
 class RasterTransformer(CausalTransformer):
     """LlamaGen: the sequence [class, x1, x2, ...] in raster order; entry i predicts token i + 1.
 

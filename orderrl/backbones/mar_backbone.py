@@ -21,7 +21,7 @@ from orderrl.backbones.diffloss import TRAINING_STEPS, GaussianDiffusion
 from orderrl.backbones.mar import MAR, MARConfig
 from orderrl.backbones.memory import Packing, plan
 from orderrl.backbones.origin import Origin
-from orderrl.backbones.protocol import BlockLosses, Drawing
+from orderrl.backbones.protocol import BlockLosses, Drawing, answers_alike
 from orderrl.backbones.sampling import Sampling
 from orderrl.geometry import BlockGrid
 from orderrl.runtime.random import Stream, keyed_normal, mix_content
@@ -96,6 +96,7 @@ class MaskedChains:
         return onto
 
 
+@answers_alike
 class MaskedTransformer(MAR):
     """MAR on a grid of blocks; it satisfies `orderrl.backbones.Backbone`, whose methods are documented there.
 

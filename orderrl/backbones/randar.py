@@ -20,8 +20,10 @@ from orderrl.backbones.chains import ChainBackbone, Drawn, Growing, entropy
 from orderrl.backbones.cpu_linear import EVERY
 from orderrl.backbones.layers import Level, rotate
 from orderrl.backbones.llamagen import CausalTransformer, RasterTransformer, TransformerConfig
+from orderrl.backbones.protocol import answers_alike
 
 
+@answers_alike
 class OrderRobustTransformer(CausalTransformer, ChainBackbone):
     """Causal transformer over [class, q1, x1, q2, x2, ...] for any token order.
 

@@ -258,9 +258,8 @@ def test_an_own_policys_own_budget_gives_way_to_the_schedule(backbone: OrderRobu
 
 
 def test_an_own_policy_that_cannot_do_what_its_name_says_is_refused(backbone: OrderRobustTransformer) -> None:
-    one = make_policy(f"{HERE}:last_hidden@4", backbone)
     with pytest.raises(ValueError, match=r"last_hidden@4' is to reveal up to 4 blocks a step, .* \(batch, 4\)"):
-        sizes_of_steps(one)
+        make_policy(f"{HERE}:last_hidden@4", backbone)
     assert sizes_of_steps(make_policy(f"{HERE}:last_hidden@1", backbone)) == [1] * 9
     with pytest.raises(ValueError, match=r"own_way@4' takes no schedule: OwnWay has an `act` of its own"):
         make_policy(f"{HERE}:own_way@4", backbone)

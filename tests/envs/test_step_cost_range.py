@@ -32,8 +32,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def configure(home: Path, command: str, *overrides: str) -> DictConfig:
-    folders = [f"output_dir={home / 'runs'}", f"cache_dir={home / 'cache'}", "labels.contexts=16"]
-    return compose(command, [*overrides, *folders, "backbone=digits", f"backbone.name={home / 'tiny.safetensors'}"])
+    places = [
+        f"output_dir={home / 'runs'}",
+        f"cache_dir={home / 'cache'}",
+        f"backbone.name={home / 'tiny.safetensors'}",
+    ]
+    labels = [] if "agent=schedule" in overrides else ["labels.contexts=16"]
+    return compose(command, ["backbone=digits", *overrides, *places, *labels])
 
 
 @pytest.fixture(scope="module")

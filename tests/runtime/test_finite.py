@@ -177,7 +177,7 @@ def test_a_state_that_is_not_finite_is_never_continued(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "agent",
     [
-        ["agent=bc", "agent.steps=6", "agent.batch_size=16", "agent.learning_rate=1e30"],
+        ["agent=bc", "labels.contexts=16", "agent.steps=6", "agent.batch_size=16", "agent.learning_rate=1e30"],
         ["agent=fitted_q", "agent.images=8", "agent.steps=6", "agent.learning_rate=1e30"],
         [
             "agent=imitation",
@@ -189,7 +189,7 @@ def test_a_state_that_is_not_finite_is_never_continued(tmp_path: Path) -> None:
     ids=lambda agent: agent[0],
 )
 def test_a_planner_that_diverges_is_not_published(agent: list[str], tmp_path: Path) -> None:
-    places = [f"cache_dir={tmp_path}/cache", f"output_dir={tmp_path}/runs", "planner=one_shot", "labels.contexts=16"]
+    places = [f"cache_dir={tmp_path}/cache", f"output_dir={tmp_path}/runs", "planner=one_shot"]
     with pytest.raises(NotFiniteError, match=r"step \d: loss is nan; the training diverged"):
         train(compose("train", [*agent, *places]))
     assert not list(tmp_path.rglob("planner.safetensors"))
