@@ -32,6 +32,7 @@ from orderrl.backbones.registry import TrainableBackbone, backbone_fingerprint
 from orderrl.data import TokenSet
 from orderrl.envs.config import CoreConfig
 from orderrl.envs.core import NextBlockCore
+from orderrl.planner import load_planner
 from orderrl.runtime import distributed
 from orderrl.runtime.cache import Cache, fingerprint
 from orderrl.runtime.isolation import isolated
@@ -44,7 +45,6 @@ from orderrl.runtime.tables import Column, floats, open_table
 ORDERS = "orders"  # in the cache
 PLANNER = "planner.safetensors"  # beside the checkpoint of a planner's specialist
 _PART = 1024  # images
-_NOT_EXTRACTED = ("newest", "own")
 Augment = Callable[[Tensor, torch.Generator, float], Tensor]
 
 
@@ -70,6 +70,13 @@ class ImageOrders:
         if self.spec.kind == "newest":
             raise ValueError("order='newest' names no planner for good; give its file")
         self.policy(self.start)
+        if self.spec.path is not None:
+            made, here = load_planner(self.spec.path)[1].get("backbone"), backbone_fingerprint(self.start)
+            if made != here:
+                raise ValueError(
+                    f"order={self.order!r}: a planner for backbone {made} does not read training.start, which is {here}; "
+                    "start from the backbone that it was trained with"
+                )
 
     @cached_property
     def spec(self) -> PolicySpec:

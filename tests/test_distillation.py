@@ -381,6 +381,14 @@ def test_bad_orders_get_one_line(wrong: list[str], message: str, tmp_path: Path)
         pretrain_command(compose("pretrain", ["backbone=digits", *wrong, *places]))
 
 
+def test_a_planner_for_another_backbone_is_refused(tmp_path: Path) -> None:
+    other = trainable().requires_grad_(False)
+    torch.nn.init.normal_(other.output.weight)
+    planner_of(other, tmp_path / "planner.safetensors")
+    with pytest.raises(ValueError, match=r"a planner for backbone \w+ does not read training.start, which is"):
+        orders(tmp_path, str(tmp_path / "planner.safetensors"))
+
+
 # ---------------------------------------------------------------------- the leak
 
 
