@@ -139,6 +139,7 @@ def open_backbone(config: DictConfig) -> Backbone:
         memory_gb=chosen.get("memory_gb"),
         compile=chosen.get("compile"),
         pack_weights=chosen.get("pack_weights", True),
+        cuda_graph=chosen.get("cuda_graph"),
     )
     if config.data.name != NO_DATA:
         check_fits(backbone, load_split(config.data.name, "test"))

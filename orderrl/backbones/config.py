@@ -54,11 +54,16 @@ class RunningBackbone(Settings):
     )
     compile: str | None = setting(
         None,
-        "Mode of torch.compile for the layers: default, reduce-overhead (CUDA graphs), ...; null is eager",
+        "Mode of torch.compile for the layers: default or max-autotune-no-cudagraphs; null is eager",
         one_of(COMPILE_MODES),
     )
     pack_weights: bool = setting(
         True, "On CPUs, keep a second copy of the weights in the layout that products read fastest"
+    )
+    cuda_graph: bool | None = setting(
+        None,
+        "On CUDA, draw a block as one recorded graph: null where shapes come again and it can, true always or not at "
+        "all, false never",
     )
 
     def __post_init__(self) -> None:

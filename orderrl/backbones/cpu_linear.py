@@ -56,8 +56,13 @@ class Linear(nn.Linear):
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_packs": {}}  # copies pack anew
 
-    def forward(self, x: Tensor, outputs: slice = EVERY) -> Tensor:
-        """x (..., in_features) -> (..., out_features), or only a slice of the outputs."""
+    def forward(self, x: Tensor, outputs: slice = EVERY, onto: Tensor | None = None) -> Tensor:
+        """x (..., in_features) -> (..., out_features), or only a slice of the outputs.
+
+        What the product is added to, `onto`, is overwritten where that saves a launch.
+        """
+        if onto is not None:
+            return self._added(x, onto)
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
         if outputs != EVERY:
@@ -65,6 +70,15 @@ class Linear(nn.Linear):
         if not self._gains(x, weight):
             return F.linear(x, weight, bias)
         return torch.ops.mkldnn._linear_pointwise(x, self._pack(weight, outputs), bias, "none", [], "")
+
+    def _added(self, x: Tensor, onto: Tensor) -> Tensor:
+        """The product and what it is added to, of one shape."""
+        free = not torch.compiler.is_compiling() and not torch.is_grad_enabled() and onto.is_contiguous()
+        if x.device.type == "cpu" or not free or self.bias is not None or x.dtype != onto.dtype:
+            return onto + self(x)
+        rows = onto.view(-1, self.out_features)
+        torch.addmm(rows, x.reshape(-1, self.in_features), self.weight.t(), out=rows)
+        return onto
 
     def _gains(self, x: Tensor, weight: Tensor) -> bool:
         """Whether the packed product can be used, and is the faster one."""
