@@ -55,8 +55,8 @@ def _random(family: str, shape: dict[str, Any]) -> Callable[[str], Backbone]:
     return make
 
 
-def _randar_l(dtype: str) -> Backbone:
-    return frozen(build_backbone("randar_l"), dtype)
+def _published(name: str) -> Callable[[str], Backbone]:
+    return lambda dtype: frozen(build_backbone(name), dtype)
 
 
 def frozen(module: Any, dtype: str) -> Any:
@@ -72,7 +72,8 @@ SHAPES = {
         Shape("digits", lambda dtype: load_backbone("digits", dtype=dtype), batch=256),
         Shape("llamagen-b", _random("randar", LLAMAGEN_B), batch=8),
         Shape("arpg-b", _random("arpg", LLAMAGEN_B), batch=8),
-        Shape("randar-l", _randar_l, batch=4),
+        Shape("randar-l", _published("randar_l"), batch=4),
+        Shape("randar-xl", _published("randar_xl"), batch=64),
     )
 }
 

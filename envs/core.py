@@ -24,6 +24,7 @@ from orderrl.envs.books import Books, Look, Rows
 from orderrl.envs.config import CoreConfig, Transition
 from orderrl.envs.observation import legal_budgets, observed
 from orderrl.envs.reward import ILLEGAL_REWARD, Reward, RewardConfig, chosen_step_cost, drawn_step_cost
+from orderrl.runtime.devices import moved
 from orderrl.runtime.integers import as_choices, as_int64, as_seed
 from orderrl.runtime.isolation import isolated
 from orderrl.runtime.random import Stream, drawn_seed, keyed_index, keyed_uniform
@@ -243,7 +244,7 @@ class NextBlockCore:
         else:
             chosen = keyed_index(key, len(self.data)) if index is None else self._chosen_images(index, here)
             books.image_index[here], books.labels[here] = chosen, self.data.labels[chosen]
-            self.tokens[there] = self._to_device(self.data.tokens[chosen])
+            self.tokens[there] = moved(self.data.tokens[chosen], self.device)
         if labels is not None:
             classes = self.backbone.num_classes + 1
             given = as_choices("labels", labels, len(here), classes, "labels, the last for no class")

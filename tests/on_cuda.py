@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from copy import deepcopy
@@ -20,6 +22,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torchrl.envs.utils import check_env_specs
 
+from benchmarks import gpu
+from benchmarks.shapes import SHAPES, Shape
 from orderrl import compose
 from orderrl.agents.distribution import RankedBlocks
 from orderrl.agents.play import roll_out
@@ -234,6 +238,12 @@ def test_a_gradient_step_of_ppo_asks_little_of_the_device() -> None:
     within("PPO, minibatch", counts)
 
 
+def test_backbones_compute_in_bfloat16_on_gpus_by_default(home: Path) -> None:
+    for place, dtype in (("cuda", torch.bfloat16), ("cpu", torch.float32)):
+        backbone: Any = load_backbone(home / "tiny.safetensors", device=place, dtype="auto")
+        assert backbone.output.weight.dtype == dtype and backbone.output.weight.device.type == place
+
+
 # ---------------------------------------------------------------------- blocks as CUDA graphs
 
 
@@ -346,7 +356,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def configure(home: Path, command: str, *overrides: str, device: str = "cuda") -> DictConfig:
-    own = ["backbone=digits", "data=digits", f"backbone.name={home / 'tiny.safetensors'}"]
+    own = ["backbone=digits", "data=digits", f"backbone.name={home / 'tiny.safetensors'}", "backbone.dtype=float32"]
     own = [] if command in ("pretrain", "tokenize") else own
     cache = [] if command == "tokenize" else [f"cache_dir={home / device}"]
     return compose(command, [*own, *overrides, f"device={device}", f"output_dir={home / 'runs'}", *cache])
@@ -358,7 +368,7 @@ def cloned(home: Path) -> Path:
 
 
 def test_labels_are_made(home: Path) -> None:
-    assert label(configure(home, "label", *LABELS)).exists()
+    assert label(configure(home, "label", *LABELS, "backbone.dtype=auto")).exists()
 
 
 @pytest.mark.parametrize("agent", AGENTS)
@@ -473,3 +483,24 @@ def test_images_become_tokens_and_tokens_pixels_on_the_device(home: Path, tmp_pa
 def test_recorded_numbers_are_replayed(request: pytest.FixtureRequest) -> None:
     recorded = request.getfixturevalue("fixture")
     assert main([str(recorded), "--allow-missing", "--device", "cuda"]) == 0
+
+
+@simulated_only
+def test_the_script_for_a_gpu_measures_and_writes_everything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = Shape("tiny", lambda dtype: deepcopy(tiny("randar")), batch=2)
+    monkeypatch.setattr("benchmarks.limits.SIZE", 64)
+    monkeypatch.setattr("benchmarks.limits.COPIED", 2**12)
+    monkeypatch.setitem(SHAPES, "tiny", shape)
+    monkeypatch.setattr(gpu, "run_tests", lambda: {"counts": {"passed": 3}, "ok": True, "output": ""})
+    monkeypatch.setattr(sys, "argv", ["gpu", "--runs", "1", "--json", str(tmp_path / "gpu.json")])
+    plan = tuple(gpu.Piece(suite, "tiny", 2, ("float32",)) for suite in ("env", "context", "generation", "ppo"))
+    gpu.main(plan)
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found["tests"]["counts"] == {"passed": 3} and found["left_out"] == []
+    assert {row["suite"] for row in found["rows"]} == {"env", "context", "generation", "ppo"}
+    assert all(row["seconds"] > 0 for row in found["rows"]) and "reveals" in capsys.readouterr().out
+    sys.argv += ["--minutes", "0"]
+    gpu.main(plan)
+    assert "left out for want of time: env at tiny" in capsys.readouterr().out

@@ -389,7 +389,7 @@ _QUERIES: dict[str, Callable[..., Any]] = {
     "memory_reserved": lambda *_: 0,
     "memory_allocated": lambda *_: 0,
     "get_device_name": lambda *_: "simulated",
-    "is_bf16_supported": lambda *_: True,
+    "is_bf16_supported": lambda *_, **__: True,
     "empty_cache": lambda: None,
     "synchronize": lambda *_: None,
     "Event": _Event,

@@ -45,9 +45,9 @@ class RunningBackbone(Settings):
     """How a frozen backbone runs."""
 
     dtype: str | None = setting(
-        None,
+        "auto",
         "Type of the parameters: float32, bfloat16 or float16; null leaves them as they are, and makes published ones "
-        "float32",
+        "float32; auto is bfloat16 on GPUs that have it, elsewhere null",
     )
     memory_gb: float | None = setting(
         None, "Memory that the activations of one forward may take, 10^9 bytes; null is what is free", positive()
@@ -68,7 +68,7 @@ class RunningBackbone(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.dtype is not None:
+        if self.dtype not in (None, "auto"):
             as_dtype(self.dtype)
 
 

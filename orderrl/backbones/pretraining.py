@@ -20,6 +20,7 @@ from orderrl.backbones.sharding import WholeTraining, shard_backbone
 from orderrl.data import TokenSet
 from orderrl.geometry import BlockGrid
 from orderrl.runtime import distributed
+from orderrl.runtime.devices import moved
 from orderrl.runtime.isolation import isolated, isolated_float32
 from orderrl.runtime.job import Job, Part
 from orderrl.runtime.learning_rate import warmed_cosine
@@ -87,8 +88,7 @@ def mean_loss(backbone: TrainableBackbone, data: TokenSet, orders: Tensor) -> fl
     batch_size = min(500, max(1, MAX_LOGITS // (orders.shape[1] * max(backbone.vocab_size, 1024))))
     total = 0.0
     for rows in torch.arange(len(data)).split(batch_size):
-        tokens, order = data.tokens[rows].to(device), orders[rows].to(device)
-        labels = data.labels[rows].to(device)
+        tokens, order, labels = (moved(part[rows], device) for part in (data.tokens, orders, data.labels))
         if isinstance(backbone, MaskedTransformer):
             total += backbone.mean_loss(tokens, labels, order) * order.numel()
         else:
@@ -186,7 +186,7 @@ def pretrain(
         else:
             order = block_orders(backbone.geometry, config.batch_size, share, generator)
         mine = distributed.rows_of(torch.arange(config.batch_size))
-        tokens, labels, order = tokens[mine].to(device), labels[mine].to(device), order[mine].to(device)
+        tokens, labels, order = (moved(part[mine], device) for part in (tokens, labels, order))
         backbone.train()
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
             loss = training_loss(backbone, tokens, labels, order, _noise_generator(generator, config.seed, step))

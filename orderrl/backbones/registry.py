@@ -22,7 +22,7 @@ from orderrl.backbones.presets import PRESETS
 from orderrl.backbones.protocol import Backbone, backbone_device
 from orderrl.backbones.randar import OrderRobustTransformer
 from orderrl.runtime.checkpoint import build_to_fit, load_checkpoint, load_state, save_checkpoint
-from orderrl.runtime.devices import checked_device
+from orderrl.runtime.devices import checked_device, default_dtype
 from orderrl.runtime.finite import OVERFLOW, require_finite
 from orderrl.runtime.isolation import isolated_float32
 from orderrl.runtime.registry import Registry
@@ -80,7 +80,8 @@ def load_backbone(
         path: weights of a published model: .safetensors (also the index of shards), .pt, .pth, or
             `hf://OWNER/NAME[@REVISION]/FILE`.
         device: where it runs; None is the CPU.
-        dtype: of the parameters: float32, bfloat16 or float16; None leaves them, and makes published models float32.
+        dtype: of the parameters: float32, bfloat16 or float16; None leaves them, and makes published models float32;
+            "auto" is bfloat16 on GPUs that have it, elsewhere None.
         shape: values of a published model's configuration to replace, such as block_size.
         memory_gb: what the activations of one forward may take, 10^9 bytes; None is what is free. Results do not depend
             on it.
@@ -97,6 +98,7 @@ def load_backbone(
     """
     name = str(name_or_path)
     where = None if device is None else checked_device(device)
+    dtype = default_dtype(where or torch.device("cpu")) if dtype == "auto" else dtype
     if name in PRESETS:
         if path is None:
             raise missing_weights(f"backbone {name!r}", "path", PRESETS[name].weights)
