@@ -261,7 +261,7 @@ def compare(
 
 
 def _seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of a call; of one thread of a CPU the processor's own, which other work on the machine does not add to."""
+    """Seconds of a call; of one thread of a CPU its own, to which other work on the machine does not add."""
     if device.type != "cpu" or torch.get_num_threads() > 1:
         return timed(call, device)
     start = time.process_time()

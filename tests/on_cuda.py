@@ -268,7 +268,7 @@ def drawn(backbone: Any, count: Tensor, guided: bool, seed: int) -> Any:
 def test_a_recorded_block_is_the_eager_one(family: str, count: list[int], guided: bool) -> None:
     graphed, eager = on_cuda(family), on_cuda(family)
     graphed.graphs.wanted, eager.graphs.wanted = True, False
-    for seed in range(3):  # the second and third replay what the first recorded
+    for seed in range(2):  # the second replays what the first recorded
         mine, expected = (drawn(backbone, torch.tensor(count), guided, seed) for backbone in (graphed, eager))
         assert torch.equal(mine.tokens.cpu(), expected.tokens.cpu())
         for side, other in ((mine.entries, expected.entries), (mine.unconditional, expected.unconditional)):
@@ -305,11 +305,10 @@ def test_what_cannot_be_recorded_is_drawn_eagerly_with_a_warning(monkeypatch: py
     with pytest.raises(RuntimeError, match="captur"):
         drawn(backbone, torch.tensor([1, 1, 1]), False, 0)
     backbone.graphs.wanted = None
-    for _ in range(2):
-        drawn(backbone, torch.tensor([1, 1, 1]), False, 0)
     with pytest.warns(UserWarning, match="without CUDA graphs"):
-        drawn(backbone, torch.tensor([1, 1, 1]), False, 0)
-    drawn(backbone, torch.tensor([1, 1, 1]), False, 0)
+        for _ in range(3):
+            drawn(backbone, torch.tensor([1, 1, 1]), False, 0)
+    assert backbone.graphs.wanted is False
 
 
 # ---------------------------------------------------------------------- commands

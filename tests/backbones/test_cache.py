@@ -38,6 +38,12 @@ def test_append_equals_concatenation_of_what_counts() -> None:
         assert torch.equal(keys[:, row], torch.cat(wanted[row], 2))
 
 
+def test_entries_with_gradients_are_appended_too() -> None:
+    new = entries(2, 1, 3).map(lambda part: part.requires_grad_())
+    cache = empty(2, 3).append(new, torch.tensor([3, 3]))
+    assert torch.equal(cache.keys[0, :, :, :3], new.keys[0][:, :, 0]) and cache.keys.requires_grad
+
+
 def test_append_fills_the_last_slot() -> None:
     new = entries(2, 1, 3)
     cache = empty(2, 3).append(new, torch.tensor([3, 1]))
