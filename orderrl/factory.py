@@ -20,6 +20,7 @@ from orderrl.envs.config import CoreConfig
 from orderrl.envs.reward import RewardConfig
 from orderrl.oracle import LabelConfig
 from orderrl.planner import OrderHead, PlannerConfig
+from orderrl.runtime.devices import checked_device, default_dtype
 from orderrl.runtime.values import named
 from orderrl.tokenizers import KLTokenizer, VQTokenizer, load_tokenizer
 
@@ -133,11 +134,12 @@ def open_backbone(config: DictConfig) -> Backbone:
         chosen.name,
         chosen.get("path"),
         device="cpu" if config.get("shard") else config.device,  # no device ever holds all of a backbone to be split
-        dtype=chosen.get("dtype"),
+        dtype=default_dtype(checked_device(config.device)) if chosen.get("dtype") == "auto" else chosen.get("dtype"),
         shape=chosen.get("shape"),
         memory_gb=chosen.get("memory_gb"),
         compile=chosen.get("compile"),
         pack_weights=chosen.get("pack_weights", True),
+        cuda_graph=chosen.get("cuda_graph"),
     )
     if config.data.name != NO_DATA:
         check_fits(backbone, load_split(config.data.name, "test"))

@@ -67,6 +67,7 @@ class Counts:
 
 
 _counts = Counts()
+_recording: list[tuple[Any, Any, Any, Any]] | None = None  # operators of a graph, with what they were given and gave
 _own_generator = torch.Generator()  # of the device
 
 
@@ -120,6 +121,10 @@ class Simulated(torch.Tensor):
 
     def __array__(self, dtype: Any = None) -> Any:
         return self.numpy()
+
+    def data_ptr(self) -> int:
+        """Where the values lie."""
+        return self.raw.data_ptr()
 
     def tolist(self) -> Any:
         """Values, after waiting for them."""
@@ -187,7 +192,7 @@ def _rms_norm(x: Tensor, shape: Any, weight: Any = None, eps: float | None = Non
     if not isinstance(x, Simulated) or torch.is_grad_enabled():
         return _RMS_NORM(x, shape, weight, eps)
     _counts.launched["rms_norm"] += 1
-    return Simulated(_RMS_NORM(x.raw, shape, None if weight is None else weight.raw, eps))
+    return Simulated(_computed(_RMS_NORM, (x.raw, shape, None if weight is None else weight.raw, eps), {}))
 
 
 _AS_TENSOR, _TENSOR, _RMS_NORM = torch.as_tensor, torch.tensor, torch.rms_norm
@@ -225,6 +230,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if not ours and not here:
         return func(*args, **kwargs)
     name = _name(func)
+    if _recording is not None and (name in _WAITING or len(ours) < len({id(leaf) for leaf in leaves}) or not here):
+        raise RuntimeError(f"operation not permitted when stream is capturing: {name} waits or reads a CPU tensor")
     if name in ("_to_copy", "copy_"):
         _count_copy(name, args, kwargs, here if name == "_to_copy" else isinstance(args[0], Simulated))
     else:
@@ -243,10 +250,18 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
     own_draws = _draws(func) and kwargs.get("generator") is None
     with _drawing_here() if own_draws else contextlib.nullcontext():
-        found = func(*_each(args, raw), **{key: _each(value, raw) for key, value in kwargs.items()})
+        found = _computed(func, _each(args, raw), {key: _each(value, raw) for key, value in kwargs.items()})
     if name == "copy_":
         return args[0]
     return _each(found, wrapped) if here else found
+
+
+def _computed(func: Any, args: Any, kwargs: Any) -> Any:
+    """What an operator gives; a graph that is being recorded remembers how."""
+    found = func(*args, **kwargs)
+    if _recording is not None and not getattr(func, "is_view", False):
+        _recording.append((func, args, kwargs, found))
+    return found
 
 
 def _check(name: str, args: Any, leaves: list[Tensor]) -> None:
@@ -311,6 +326,50 @@ class _Device(TorchDispatchMode):
 # ---------------------------------------------------------------------- the process
 
 
+class _Graph:
+    """A recorded sequence of operators, all of which are run again at every replay, over the same tensors."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.operators: list[tuple[Any, Any, Any, Any]] = []
+
+    def replay(self) -> None:
+        """One launch."""
+        _counts.launched["graph"] += 1
+        for func, args, kwargs, found in self.operators:
+            olds: list[Any] = []
+            news: list[Any] = []
+            _each(found, olds.append)
+            _each(func(*args, **kwargs), news.append)
+            for old, new in zip(olds, news, strict=True):
+                if old is not new:
+                    old.copy_(new)
+
+
+@contextlib.contextmanager
+def _graph(graph: _Graph, pool: Any = None, stream: Any = None, capture_error_mode: str = "global") -> Iterator[None]:
+    """Record a graph; what is recorded is not launched."""
+    global _recording
+    _recording = graph.operators
+    try:
+        with counting():
+            yield
+    finally:
+        _recording = None
+
+
+class _Stream:
+    """There is one stream."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Stream)
+
+    __hash__ = object.__hash__
+    wait_stream = synchronize = lambda self, *_: None
+
+
 class _Event:
     """Everything is done at once."""
 
@@ -339,10 +398,17 @@ _QUERIES: dict[str, Callable[..., Any]] = {
     "memory_reserved": lambda *_: 0,
     "memory_allocated": lambda *_: 0,
     "get_device_name": lambda *_: "simulated",
-    "is_bf16_supported": lambda *_: True,
+    "is_bf16_supported": lambda *_, **__: True,
     "empty_cache": lambda: None,
     "synchronize": lambda *_: None,
     "Event": _Event,
+    "Stream": _Stream,
+    "stream": _Current,
+    "current_stream": _Stream,
+    "CUDAGraph": _Graph,
+    "graph": _graph,
+    "graph_pool_handle": lambda: (0, 1),
+    "is_current_stream_capturing": lambda: _recording is not None,
     "device": _Current,
     "manual_seed": _own_generator.manual_seed,
     "manual_seed_all": _own_generator.manual_seed,

@@ -20,6 +20,12 @@ class ChainEntries:
     keys: tuple[Tensor, ...]  # one tensor a layer, (M, heads, C, T, head_dim)
     values: tuple[Tensor, ...]  # one tensor a layer, (M, heads, C, T, head_dim)
 
+    @classmethod
+    def of(cls, parts: Tensor) -> ChainEntries:
+        """Views of keys of all layers, then values: (2 * layers, M, heads, C, T, head_dim)."""
+        layers = parts.unbind()
+        return cls(layers[: len(layers) // 2], layers[len(layers) // 2 :])
+
     @property
     def length(self) -> int:
         """T, entries of a chain."""
@@ -103,6 +109,8 @@ class PrefixCache:
     keys: Tensor  # (layers, M, heads, slots + 1, head_dim); the last slot takes writes of padding
     values: Tensor
     length: Tensor  # (M,) int64 on the CPU, so that nobody waits for it: entries in use; those behind it are undefined
+    # (M, L) bool, which of the first L entries are undefined, L the largest length; None is made of the lengths
+    unseen: Tensor | None = None
 
     @property
     def slots(self) -> int:
@@ -116,12 +124,13 @@ class PrefixCache:
         Kept, because chains that grow token by token ask every time.
         """
         shortest, longest = (int(end) for end in self.length.aminmax()) if len(self.length) else (0, 0)
-        mask = None
-        if shortest < longest:  # broadcast to (M, heads, C, T, L)
-            mask = (torch.arange(longest) < self.length[:, None])[:, None, None, None]
-            mask = mask.to(self.keys.device, non_blocking=True)
+        unseen = self.unseen
+        if unseen is None and shortest < longest:
+            unseen = (torch.arange(longest) >= self.length[:, None]).to(self.keys.device, non_blocking=True)
+        if unseen is not None:  # broadcast to (M, heads, C, T, L)
+            unseen = unseen[:, None, None, None]
         return [
-            Level(keys[:, :, None, :longest], values[:, :, None, :longest], mask)
+            Level(keys[:, :, None, :longest], values[:, :, None, :longest], unseen)
             for keys, values in zip(self.keys, self.values, strict=True)
         ]
 
@@ -130,14 +139,32 @@ class PrefixCache:
 
         Writes in place and returns the cache with its new lengths.
         """
-        count, step = count.cpu(), torch.arange(entries.length)
-        slot = torch.where(step < count[:, None], self.length[:, None] + step, self.slots)  # (M, T)
-        slot = slot.to(self.keys.device, non_blocking=True)
-        rows = torch.arange(len(slot), device=slot.device)[:, None]
-        for layer in range(len(self.keys)):
-            self.keys[layer][rows, :, slot] = entries.keys[layer][:, :, 0].transpose(1, 2)
-            self.values[layer][rows, :, slot] = entries.values[layer][:, :, 0].transpose(1, 2)
+        count = count.cpu()
+        both = (self.keys, entries.keys), (self.values, entries.values)
+        ends = torch.stack([self.length, count]).unique(dim=1)
+        if ends.shape[1] == 1:  # all states at the same place
+            start, new = ends[:, 0].tolist()
+            for held, parts in both:
+                _write(held[:, :, :, start : start + new], [part[:, :, 0, :new] for part in parts])
+        else:
+            step = torch.arange(entries.length)
+            slot = torch.where(step < count[:, None], self.length[:, None] + step, self.slots)  # (M, T)
+            slot = slot.to(self.keys.device, non_blocking=True)
+            rows = torch.arange(len(slot), device=slot.device)[:, None]
+            for held, parts in both:
+                for layer, part in zip(held, parts, strict=True):
+                    layer[rows, :, slot] = part[:, :, 0].transpose(1, 2)
         return PrefixCache(self.keys, self.values, self.length + count)
+
+    @staticmethod
+    def cat(parts: Sequence[PrefixCache]) -> PrefixCache:
+        """The states of several caches one behind the other."""
+        if len(parts) == 1:
+            return parts[0]
+        keys, values = (
+            torch.cat(whole, 1) for whole in zip(*((part.keys, part.values) for part in parts), strict=True)
+        )
+        return PrefixCache(keys, values, torch.cat([part.length for part in parts]))
 
     def select(self, rows: Tensor | slice) -> PrefixCache:
         """Some states: rows is a (K,) int64 index or an (M,) bool mask, for a copy, or a slice, for a view."""
@@ -158,3 +185,11 @@ class PrefixCache:
         if isinstance(rows, slice):
             return rows, rows
         return rows.cpu(), rows.to(self.keys.device, non_blocking=True)
+
+
+def _write(held: Tensor, parts: Sequence[Tensor]) -> None:
+    """Write one tensor a layer into a view of all layers; off the CPU, where that is a launch for each, by a copy."""
+    if held.device.type == "cpu" and not (torch.is_grad_enabled() and parts[0].requires_grad):
+        torch.stack(tuple(parts), out=held)
+    else:
+        held.copy_(torch.stack(tuple(parts)))

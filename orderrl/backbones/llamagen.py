@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from orderrl.backbones.cache import ChainEntries, PrefixCache
 from orderrl.backbones.chains import entropy
 from orderrl.backbones.cpu_linear import EVERY, Linear
-from orderrl.backbones.layers import Level, TransformerBlock, rope_table
+from orderrl.backbones.layers import Level, TransformerBlock, rope_table, unseen_later
 from orderrl.backbones.origin import Origin
 from orderrl.backbones.protocol import BlockLosses, Drawing, answers_alike
 from orderrl.backbones.sampling import Sampling, guide, sample_tokens
@@ -146,13 +146,14 @@ class CausalTransformer(FamilyModule):
             Hidden states (M, C, outputs, dim) before the final norm, and the new entries.
         """
         shared, keys, values = prefix.levels, [], []
+        unseen = unseen_later(x.shape[2], x.shape[2] if own is None else own.length, x.device)
         for number, layer in enumerate(self._blocks()):
             levels = [shared[number]]
             if past is not None:
                 levels.append(Level(past.keys[number], past.values[number]))
             room = None if own is None else (own.keys[number], own.values[number])
             last = number + 1 == self.config.layers
-            x, key, value = layer.chain(x, rope, levels, room, outputs if last else EVERY)
+            x, key, value = layer.chain(x, rope, levels, room, outputs if last else EVERY, unseen)
             keys.append(key)
             values.append(value)
         return x, ChainEntries(tuple(keys), tuple(values))

@@ -26,7 +26,7 @@ from orderrl.backbones.sharding import WholeTraining, shard_backbone
 from orderrl.data import TokenSet
 from orderrl.geometry import BlockGrid
 from orderrl.runtime import distributed
-from orderrl.runtime.devices import has_bfloat16
+from orderrl.runtime.devices import has_bfloat16, moved
 from orderrl.runtime.isolation import isolated, isolated_float32
 from orderrl.runtime.job import Job, Part
 from orderrl.runtime.learning_rate import warmed_cosine
@@ -186,8 +186,7 @@ def mean_loss(backbone: TrainableBackbone, data: TokenSet, orders: Tensor, seen:
     batch_size = min(500, max(1, MAX_LOGITS // (orders.shape[1] * max(backbone.vocab_size, 1024))))
     total = 0.0
     for rows in torch.arange(len(data)).split(batch_size):
-        tokens, order = data.tokens[rows].to(device), orders[rows].to(device)
-        labels = data.labels[rows].to(device)
+        tokens, order, labels = (moved(part[rows], device) for part in (data.tokens, orders, data.labels))
         if isinstance(backbone, MaskedTransformer):
             total += backbone.mean_loss(tokens, labels, order) * order.numel()
             continue
@@ -365,8 +364,8 @@ def pretrain(
         labels = torch.where(dropped, backbone.num_classes, labels)
         order, seen = _batch_orders(backbone.geometry, config, share, images, rows, generator)
         mine = distributed.rows_of(torch.arange(config.batch_size))
-        tokens, labels, order = tokens[mine].to(device), labels[mine].to(device), order[mine].to(device)
-        seen = None if seen is None else seen[mine].to(device)
+        tokens, labels, order = (moved(part[mine], device) for part in (tokens, labels, order))
+        seen = None if seen is None else moved(seen[mine], device)
         # a step of the optimiser
         backbone.train()
         noise = _noise_generator(generator, config.seed, step)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from orderrl.backbones.cache import ChainEntries, PrefixCache
 from orderrl.backbones.chains import ChainBackbone, Drawn, Growing, entropy
 from orderrl.backbones.cpu_linear import EVERY
-from orderrl.backbones.layers import Level, rotate
+from orderrl.backbones.layers import Level, rotate, unseen_later
 from orderrl.backbones.llamagen import CausalTransformer, RasterTransformer, TransformerConfig
 from orderrl.backbones.protocol import answers_alike
 
@@ -158,11 +158,12 @@ class OrderRobustTransformer(CausalTransformer, ChainBackbone):
         query, query_rope = self.instructions(self.block_tokens[:, 0].expand(len(tokens), -1))
         query, query_rope = query[:, :, None], query_rope[:, :, None]  # (M, B, 1, ...): a chain for each block
         visible = 1 + self.entries_per_token * self.geometry.tokens_per_block * count
-        mask = (torch.arange(x.shape[2], device=x.device) < visible[:, None])[:, None, None, None]
+        hidden_part = (torch.arange(x.shape[2], device=x.device) >= visible[:, None])[:, None, None, None]
+        unseen = unseen_later(x.shape[2], x.shape[2], x.device)
         for number, layer in enumerate(self._blocks()):
             last = number + 1 == self.config.layers  # of which the context leaves keys and values alone
-            x, key, value = layer.chain(x, rope, [], queries=None if last else EVERY)
-            query, _, _ = layer.chain(query, query_rope, [Level(key, value, mask)])
+            x, key, value = layer.chain(x, rope, [], queries=None if last else EVERY, unseen=unseen)
+            query, _, _ = layer.chain(query, query_rope, [Level(key, value, hidden_part)])
         hidden = self.norm(query[:, :, 0])
         return hidden.float(), entropy(self.logits(hidden).float().log_softmax(-1))
 

@@ -207,12 +207,21 @@ def _run_job(
         if missing:
             raise ValueError(f"{command} needs {missing[0]}=...; see --help")
         OmegaConf.resolve(config)
+        if str(config.get("device", "cpu")).startswith("cuda"):
+            _use_tensor_cores()
         _check(command, config, HydraConfig.get().overrides.task, config_module)
         return main(config)
     except Exception as error:
         if full_error or not _is_refusal(error):
             raise
         _refuse(_line(error))
+
+
+def _use_tensor_cores() -> None:
+    """Let products in float32 on GPUs round their factors (TF32)."""
+    import torch
+
+    torch.set_float32_matmul_precision("high")
 
 
 def _is_refusal(error: Exception) -> bool:

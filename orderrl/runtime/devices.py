@@ -27,6 +27,19 @@ def checked_device(device: torch.device | str) -> torch.device:
     return torch.device(str(device))
 
 
+def moved(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A batch of a host's data on a device; nobody waits for a copy to a GPU, for which it is pinned."""
+    if device.type != "cuda" or values.device.type != "cpu":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+def default_dtype(device: torch.device) -> torch.dtype | None:
+    """What frozen models compute in where nobody says: bfloat16 on GPUs that have it; None leaves their parameters."""
+    able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if able else None
+
+
 def current_device(device: torch.device) -> AbstractContextManager[object]:
     """Make a device the one that "cuda" without a number means; the CPU needs nothing."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
