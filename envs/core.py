@@ -424,8 +424,7 @@ class NextBlockCore:
         The blocks come on the host too, where the keys are: a hundred small operations.
         """
         key = (part[here, None, None] for part in (self.books.seeds, self.books.episode, self.books.step_count))
-        at = (Stream.TOKEN, *key, self.geometry.block_tokens[blocks_here])
-        uniforms = self._to_device(keyed_uniform(at))
+        uniforms = self._to_device(keyed_uniform((Stream.TOKEN, *key, self.geometry.block_tokens[blocks_here])))
         prefix, unconditional = self._some(self.prefix, here), self._some(self.unconditional, here)
         return self.backbone.decode(prefix, blocks, uniforms, self.config.sampling, unconditional)
 

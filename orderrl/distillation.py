@@ -74,8 +74,8 @@ class ImageOrders:
             made, here = load_planner(self.spec.path)[1].get("backbone"), backbone_fingerprint(self.start)
             if made != here:
                 raise ValueError(
-                    f"order={self.order!r}: a planner for backbone {made} does not read training.start, which is {here}; "
-                    "start from the backbone that it was trained with"
+                    f"order={self.order!r}: a planner for backbone {made} does not read training.start, which is "
+                    f"{here}; start from the backbone that it was trained with"
                 )
 
     @cached_property

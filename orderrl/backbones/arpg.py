@@ -65,6 +65,7 @@ class _Decoder(nn.Module):
     """Both passes and the shared keys and values between them."""
 
     def __init__(self, config: TransformerConfig) -> None:
+        config.require_plain("arpg")
         super().__init__()
         half = config.layers // 2
         self.self_dec = nn.ModuleList(_Layer(_SelfAttention(config.dim), config) for _ in range(half))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +19,7 @@ class ChainEntries:
 
     keys: tuple[Tensor, ...]  # one tensor a layer, (M, heads, C, T, head_dim)
     values: tuple[Tensor, ...]  # one tensor a layer, (M, heads, C, T, head_dim)
+    last: Tensor | None = None  # (M, C) int64, raster position of each chain's last token, for models that ask for it
 
     @classmethod
     def of(cls, parts: Tensor) -> ChainEntries:
@@ -41,22 +42,22 @@ class ChainEntries:
         """M."""
         return self.keys[0].shape[0] if self.keys else 0
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> ChainEntries:
-        """The same change of every tensor."""
-        return ChainEntries(tuple(map(change, self.keys)), tuple(map(change, self.values)))
+    def map(self, change: Callable[[Tensor], Tensor], last: Tensor | None = None) -> ChainEntries:
+        """The same change of every tensor of keys and values."""
+        return ChainEntries(tuple(map(change, self.keys)), tuple(map(change, self.values)), last)
 
     def chain(self, index: Tensor) -> ChainEntries:
-        """Entries of one chain per state: index (M,) int64 -> C = 1."""
+        """Entries of one chain per state: index (M,) int64 -> C = 1. What they end with is not kept."""
         rows = torch.arange(len(index), device=index.device)
         return self.map(lambda part: part[rows, :, index].unsqueeze(2))
 
     def select(self, rows: Tensor | slice) -> ChainEntries:
         """The entries of some states: rows (K,) int64, a copy, or a slice, a view."""
-        return self.map(lambda part: part[rows])
+        return self.map(lambda part: part[rows], None if self.last is None else self.last[rows])
 
     def narrow(self, chains: slice) -> ChainEntries:
         """A view of consecutive chains of every state."""
-        return self.map(lambda part: part[:, :, chains])
+        return self.map(lambda part: part[:, :, chains], None if self.last is None else self.last[:, chains])
 
     def until(self, length: int) -> ChainEntries:
         """A view of the first entries of every chain."""
@@ -77,7 +78,9 @@ class ChainEntries:
             return parts[0]
         keys = zip(*(part.keys for part in parts), strict=True)
         values = zip(*(part.values for part in parts), strict=True)
-        return ChainEntries(tuple(torch.cat(k, dim) for k in keys), tuple(torch.cat(v, dim) for v in values))
+        ends = [part.last for part in parts if part.last is not None]
+        last = torch.cat(ends, min(dim, 1)) if ends else None
+        return ChainEntries(tuple(torch.cat(k, dim) for k in keys), tuple(torch.cat(v, dim) for v in values), last)
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,8 @@ class PrefixCache:
     length: Tensor  # (M,) int64 on the CPU, so that nobody waits for it: entries in use; those behind it are undefined
     # (M, L) bool, which of the first L entries are undefined, L the largest length; None is made of the lengths
     unseen: Tensor | None = None
+    # (M,) int64 on the device, raster position of the last token, -1 before the first; for models that ask for it
+    last: Tensor | None = None
 
     @property
     def slots(self) -> int:
@@ -154,7 +159,7 @@ class PrefixCache:
             for held, parts in both:
                 for layer, part in zip(held, parts, strict=True):
                     layer[rows, :, slot] = part[:, :, 0].transpose(1, 2)
-        return PrefixCache(self.keys, self.values, self.length + count)
+        return replace(self, length=self.length + count, unseen=None)
 
     @staticmethod
     def cat(parts: Sequence[PrefixCache]) -> PrefixCache:
@@ -164,12 +169,16 @@ class PrefixCache:
         keys, values = (
             torch.cat(whole, 1) for whole in zip(*((part.keys, part.values) for part in parts), strict=True)
         )
-        return PrefixCache(keys, values, torch.cat([part.length for part in parts]))
+        ends = [part.last for part in parts if part.last is not None]
+        return PrefixCache(
+            keys, values, torch.cat([part.length for part in parts]), last=torch.cat(ends) if ends else None
+        )
 
     def select(self, rows: Tensor | slice) -> PrefixCache:
         """Some states: rows is a (K,) int64 index or an (M,) bool mask, for a copy, or a slice, for a view."""
         here, there = self._places(rows)
-        return PrefixCache(self.keys[:, there], self.values[:, there], self.length[here])
+        last = None if self.last is None else self.last[there]
+        return PrefixCache(self.keys[:, there], self.values[:, there], self.length[here], last=last)
 
     def put(self, rows: Tensor, other: PrefixCache) -> PrefixCache:
         """Overwrite some states in place: the inverse of `select`."""
@@ -178,7 +187,9 @@ class PrefixCache:
         self.values[:, there] = other.values
         length = self.length.clone()
         length[here] = other.length
-        return PrefixCache(self.keys, self.values, length)
+        if self.last is not None and other.last is not None:
+            self.last[there] = other.last
+        return PrefixCache(self.keys, self.values, length, last=self.last)
 
     def _places(self, rows: Any) -> tuple[Any, Any]:
         """Rows as they index what lies on the CPU and what lies on the device."""

@@ -262,7 +262,12 @@ class ChainBackbone:
             known = None if first is None else first.select(states)
             part = self._extend(prefix.select(states), tokens[states], blocks[states], count[states], known)
             lengths.append(part.length)  # its entries are written into the prefix's own
-        return PrefixCache(prefix.keys, prefix.values, torch.cat(lengths))
+        last = prefix.last
+        if last is not None:
+            count = count.to(last.device)
+            ends = self.block_tokens[blocks.gather(1, (count - 1).clamp_min(0)[:, None])[:, 0], -1]
+            last = torch.where(count > 0, ends, last)
+        return PrefixCache(prefix.keys, prefix.values, torch.cat(lengths), last=last)
 
     def _extend(
         self, prefix: PrefixCache, tokens: Tensor, blocks: Tensor, count: Tensor, first: ChainEntries | None
@@ -289,7 +294,9 @@ class ChainBackbone:
         positions = self.block_tokens[blocks]  # (M, K, p*p)
         sides = [prefix] if unconditional is None else [prefix, unconditional]
         visible = (prefix.length - 1) // self.entries_per_token
-        found = self.graphs.draw(self, sides, positions, uniforms, visible, sampling)
+        found = None
+        if prefix.last is None:  # a graph reads nothing else of a prefix
+            found = self.graphs.draw(self, sides, positions, uniforms, visible, sampling)
         if found is not None:
             tokens, room = found
             rooms = list(room.split(len(blocks), 1))

@@ -23,7 +23,9 @@ from orderrl.backbones.origin import Origin
 from orderrl.backbones.protocol import BlockLosses, Drawing, answers_alike
 from orderrl.backbones.sampling import Sampling, guide, sample_tokens
 from orderrl.geometry import BlockGrid
-from orderrl.runtime.values import added_setting, at_least, between, check_fields, setting
+from orderrl.runtime.values import added_setting, at_least, between, check_fields, one_of, setting
+
+ABSOLUTE, RELATIVE = "absolute", "relative"
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,12 @@ class TransformerConfig:
     heads: int = setting(4, "Attention heads", at_least(1))
     multiple_of: int = setting(32, "Divisor of the feed-forward width, which is rounded up", at_least(1))
     dropout: float = setting(0.0, "Dropout rate in training", between("[0, 1)"))
+    next_position: str = added_setting(
+        ABSOLUTE,
+        "What an instruction token says: absolute (where the next token lies), or relative (how far from the last one, "
+        "as in OAR)",
+        one_of((ABSOLUTE, RELATIVE)),
+    )
     position_head: bool = added_setting(
         False, "Whether the model also says which block comes next, for policy=native; learnt on extracted orders"
     )
@@ -55,6 +63,19 @@ class TransformerConfig:
         BlockGrid(self.height, self.width, self.block_size)
         if self.dim % self.heads:
             raise ValueError(f"heads={self.heads} must divide dim={self.dim}")
+
+    def require_plain(self, family: str) -> None:
+        """Refuse what models with instruction tokens alone have.
+
+        Raises:
+            ValueError: naming the setting and the family.
+        """
+        for name, plain in (("next_position", ABSOLUTE), ("position_head", False)):
+            if getattr(self, name) != plain:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is for models with instruction tokens (family randar), not for "
+                    f"family {family}; use {plain!r}"
+                )
 
     def to_dict(self) -> dict[str, int | float]:
         """Plain values, as stored in checkpoints."""
@@ -193,6 +214,7 @@ class RasterTransformer(CausalTransformer):
     order_robust = False
 
     def __init__(self, config: TransformerConfig) -> None:
+        config.require_plain("llamagen")
         super().__init__(config)
         if not config.block_size == config.height == config.width:
             raise ValueError(

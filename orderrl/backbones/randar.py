@@ -19,7 +19,7 @@ from orderrl.backbones.cache import ChainEntries, PrefixCache
 from orderrl.backbones.chains import ChainBackbone, Drawn, Growing, entropy
 from orderrl.backbones.cpu_linear import EVERY
 from orderrl.backbones.layers import Level, rotate, unseen_later
-from orderrl.backbones.llamagen import CausalTransformer, RasterTransformer, TransformerConfig
+from orderrl.backbones.llamagen import RELATIVE, CausalTransformer, RasterTransformer, TransformerConfig
 from orderrl.backbones.protocol import answers_alike
 
 
@@ -36,6 +36,8 @@ class OrderRobustTransformer(CausalTransformer, ChainBackbone):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
         self.pos_instruct_embeddings = nn.Parameter(torch.empty(1, config.dim))
+        if self.relative:
+            self.offset_embeddings = nn.Embedding((2 * config.height - 1) * (2 * config.width - 1), config.dim)
         if config.position_head:
             self.position_head = nn.Linear(config.dim, self.geometry.num_blocks)
         self.reset_parameters()
@@ -50,20 +52,58 @@ class OrderRobustTransformer(CausalTransformer, ChainBackbone):
 
     # ------------------------------------------------------------------ embeddings
 
-    def instructions(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Instruction tokens of raster positions (...): embeddings (..., dim) and rotations."""
+    @property
+    def relative(self) -> bool:
+        """Whether instruction tokens say how far the next token lies from the last one."""
+        return self.config.next_position == RELATIVE
+
+    def instructions(self, positions: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Instruction tokens of raster positions (...): embeddings (..., dim) and rotations.
+
+        They say where the next token lies, or of a relative model, how far from the token `before` (...), in whose
+        place they stand: one row of a table for every offset (OAR, arXiv:2504.17069). The first token, before which
+        stands -1, has its absolute position.
+        """
         rope = self.rope[positions + 1]
         shared = self.pos_instruct_embeddings.view(self.config.heads, -1).expand(*positions.shape, -1, -1)
-        return rotate(shared, rope).flatten(-2), rope
+        absolute = rotate(shared, rope).flatten(-2)
+        if not self.relative:
+            return absolute, rope
+        assert before is not None
+        height, width = self.config.height, self.config.width
+        down = positions // width - before // width + height - 1
+        right = positions % width - before % width + width - 1
+        begun = before >= 0
+        offset = torch.where(begun, down * (2 * width - 1) + right, 0)
+        found = torch.where(begun[..., None], self.offset_embeddings(offset), absolute)
+        return found, torch.where(begun[..., None, None], self.rope[before + 1], rope)
 
-    def interleave(self, positions: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """q1, x1, q2, x2, ...: positions and tokens (..., n) -> embeddings (..., 2n, dim), rotations."""
-        queries, rope = self.instructions(positions)
+    def interleave(self, positions: Tensor, tokens: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """q1, x1, q2, x2, ...: positions and tokens (..., n) -> embeddings (..., 2n, dim), rotations.
+
+        A relative model needs the position (...) `before` the first, or -1.
+        """
+        earlier = None
+        if self.relative:
+            assert before is not None
+            earlier = torch.cat([before[..., None], positions[..., :-1]], -1)
+        queries, query_rope = self.instructions(positions, earlier)
+        rope = self.rope[positions + 1]
         contents = self.tok_embeddings(tokens)
         return (
             torch.stack([queries, contents], dim=-2).flatten(-3, -2),
-            torch.stack([rope, rope], dim=-3).flatten(-4, -3),
+            torch.stack([query_rope, rope], dim=-3).flatten(-4, -3),
         )
+
+    def _before(self, prefix: PrefixCache, chains: int, past: ChainEntries | None = None) -> Tensor | None:
+        """Position (M, C) of the token before each chain, of a relative model."""
+        if not self.relative:
+            return None
+        if past is not None:
+            assert past.last is not None
+            return past.last.repeat_interleave(chains // past.last.shape[1], 1)
+        assert prefix.last is not None
+        return prefix.last[:, None].expand(-1, chains)
 
     # ------------------------------------------------------------------ training
 
@@ -104,19 +144,21 @@ class OrderRobustTransformer(CausalTransformer, ChainBackbone):
             hidden = self._teacher_forced(tokens, labels, token_order)
             return self.logits(hidden[:, 1::2]), hidden[:, ::block]
         blocks, device = self.geometry.num_blocks, tokens.device
-        x, rope = self._sequence(tokens, labels, token_order)
-        past = x.shape[1] - block  # nobody sees the last block
-        # every block once more, without its last content token
-        own = torch.arange(1, x.shape[1], device=device).view(blocks, block)[:, :-1]  # (B, block - 1)
-        place = torch.cat([torch.arange(past, device=device), own.flatten()])
+        x, rope = (part[:, :-block] for part in self._sequence(tokens, labels, token_order))  # nobody sees the last one
+        past = x.shape[1]
+        # every block once more behind what it sees, without its last content token
+        positions = token_order.unflatten(1, (blocks, -1))  # (M, B, p*p)
+        values = tokens.gather(1, token_order).view_as(positions)
+        ends = torch.cat([torch.full_like(token_order[:, :1], -1), positions[:, :, -1]], 1)  # of the first k blocks
+        own, own_rope = self.interleave(positions, values, ends.gather(1, seen))
+        chains, chain_rope = own[:, :, :-1].flatten(1, 2), own_rope[:, :, :-1].flatten(1, 2)
         # a chain sees the blocks of the steps before it, and itself
         chain = torch.arange(blocks, device=device).repeat_interleave(block - 1)
-        ahead = torch.ones(len(place), len(place), dtype=torch.bool, device=device).tril()
-        itself = ahead[past:, past:] & (chain[:, None] == chain)
-        before = torch.arange(past, device=device) < 1 + block * seen[:, chain, None]  # (M, chains, past)
+        ahead = torch.ones(past + len(chain), past + len(chain), dtype=torch.bool, device=device).tril()
         mask = ahead.expand(len(x), -1, -1).clone()
-        mask[:, past:, :past], mask[:, past:, past:] = before, itself
-        hidden = self._forward(x[:, place], rope[:, place], mask[:, None])
+        mask[:, past:, :past] = torch.arange(past, device=device) < 1 + block * seen[:, chain, None]
+        mask[:, past:, past:] &= chain[:, None] == chain
+        hidden = self._forward(torch.cat([x, chains], 1), torch.cat([rope, chain_rope], 1), mask[:, None])
         queries = hidden[:, past:].unflatten(1, (blocks, block - 1))[:, :, ::2]
         return self.logits(queries.flatten(1, 2)), hidden[:, :past:block]
 
@@ -155,7 +197,11 @@ class OrderRobustTransformer(CausalTransformer, ChainBackbone):
             blocks mean nothing.
         """
         x, rope = (part[:, None] for part in self._sequence(tokens, labels, self.geometry.token_order(blocks)))
-        query, query_rope = self.instructions(self.block_tokens[:, 0].expand(len(tokens), -1))
+        end = torch.where(
+            count > 0, self.block_tokens[blocks.gather(1, (count - 1).clamp_min(0)[:, None])[:, 0], -1], -1
+        )
+        first = self.block_tokens[:, 0].expand(len(tokens), -1)
+        query, query_rope = self.instructions(first, end[:, None].expand_as(first))
         query, query_rope = query[:, :, None], query_rope[:, :, None]  # (M, B, 1, ...): a chain for each block
         visible = 1 + self.entries_per_token * self.geometry.tokens_per_block * count
         hidden_part = (torch.arange(x.shape[2], device=x.device) >= visible[:, None])[:, None, None, None]
@@ -169,7 +215,8 @@ class OrderRobustTransformer(CausalTransformer, ChainBackbone):
 
     def _sequence(self, tokens: Tensor, labels: Tensor, token_order: Tensor) -> tuple[Tensor, Tensor]:
         """class, q1, x1, ..., qn, xn for a token order (M, n): embeddings (M, 2n + 1, dim) and rotations."""
-        pairs, pair_rope = self.interleave(token_order, tokens.gather(1, token_order))
+        none = torch.full_like(labels, -1)
+        pairs, pair_rope = self.interleave(token_order, tokens.gather(1, token_order), none)
         start_rope = self.rope[:1].expand(len(tokens), -1, -1, -1)
         return torch.cat([self.cls_embedding(labels)[:, None], pairs], 1), torch.cat([start_rope, pair_rope], 1)
 
@@ -180,16 +227,17 @@ class OrderRobustTransformer(CausalTransformer, ChainBackbone):
         x = self.cls_embedding(labels)[:, None, None]
         rope = self.rope[:1].expand(len(labels), 1, -1, -1, -1)
         _, entries = self.encode(x, rope, empty, outputs=None)
-        return empty.append(entries, torch.ones(len(labels), dtype=torch.int64))
+        started = empty.append(entries, torch.ones(len(labels), dtype=torch.int64))
+        return replace(started, last=torch.full_like(labels, -1)) if self.relative else started
 
     def _teach(
         self, prefix: PrefixCache, positions: Tensor, tokens: Tensor, past: ChainEntries | None, whole: bool
     ) -> tuple[Tensor, ChainEntries]:
-        pairs, rope = self.interleave(positions, tokens)
+        pairs, rope = self.interleave(positions, tokens, self._before(prefix, positions.shape[1], past))
         if not whole:  # the last content token predicts nothing
             pairs, rope = pairs[:, :, :-1], rope[:, :, :-1]
         hidden, entries = self.encode(pairs, rope, prefix, past, outputs=slice(0, None, 2))
-        return self.norm(hidden), entries
+        return self.norm(hidden), replace(entries, last=positions[..., -1]) if self.relative else entries
 
     def _continue(
         self,
@@ -199,7 +247,8 @@ class OrderRobustTransformer(CausalTransformer, ChainBackbone):
         own: Growing | None,
         past: ChainEntries | None = None,
     ) -> Tensor:
-        x, rope = self.instructions(position[..., None])
+        before = self._before(prefix, position.shape[1], past) if drawn is None else drawn.position
+        x, rope = self.instructions(position[..., None], None if before is None else before[..., None])
         if drawn is not None:  # the token just drawn goes in together with the next instruction
             x = torch.cat([self.tok_embeddings(drawn.token)[:, :, None], x], dim=2)
             rope = torch.cat([self.rope[drawn.position + 1][:, :, None], rope], dim=2)
@@ -208,7 +257,7 @@ class OrderRobustTransformer(CausalTransformer, ChainBackbone):
         return self.norm(hidden[:, :, 0])
 
     def _contents(self, prefix: PrefixCache, positions: Tensor, tokens: Tensor, skip: int) -> ChainEntries:
-        pairs, rope = self.interleave(positions, tokens)
+        pairs, rope = self.interleave(positions, tokens, prefix.last)
         _, entries = self.encode(pairs[:, None, skip:], rope[:, None, skip:], prefix, outputs=None)
         return entries
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from orderrl.backbones.llamagen import RasterTransformer
+from orderrl.backbones.llamagen import ABSOLUTE, RasterTransformer
 from orderrl.backbones.origin import NATIVE, ORIGIN, Origin
 from orderrl.backbones.pretraining import RANDOM, OrderSource, PretrainConfig, order_losses, pretrain
 from orderrl.backbones.protocol import Backbone, check_fits
@@ -34,7 +34,7 @@ from orderrl.runtime.run import Run
 from orderrl.runtime.sources import source_identity
 from orderrl.runtime.weights import load_weights
 
-_MAY_CHANGE = ("dropout", "position_head")  # of a model that is trained further
+_MAY_CHANGE = ("dropout", "position_head", "next_position")  # of a model that is trained further
 MakeOrders = Callable[[Backbone, TokenSet, PretrainConfig], OrderSource]
 """(what planners read, images of the backbone split, settings) -> the orders of a policy."""
 BACKBONES_FOLDER = "backbones"  # in the cache
@@ -165,6 +165,8 @@ class BackboneRecipe:
             said.append(f"{config.random_share:.0%} random")
         if config.locality:
             said.append(f"locality {config.locality:g}")
+        if self.backbone.get("model", {}).get("next_position", ABSOLUTE) != ABSOLUTE:
+            said.append("relative")
         if self._has_head:
             said.append("position head")
         name = config.order if config.policy is None else Path(config.order).name
@@ -221,7 +223,7 @@ def fine_tuned(start: Backbone, chosen: Mapping[str, Any], data: TokenSet) -> Tr
     changed = {key: wanted[key] for key in _MAY_CHANGE if key in wanted}
     copied: TrainableBackbone = type(start)(replace(start.config, **changed))  # type: ignore[arg-type]
     missing, unexpected = copied.load_state_dict(start.state_dict(), strict=False)
-    unknown = [key for key in (*missing, *unexpected) if not key.startswith("position_head.")]
+    unknown = [key for key in (*missing, *unexpected) if not key.startswith(("position_head.", "offset_embeddings."))]
     assert not unknown, unknown
     return copied
 
