@@ -158,13 +158,13 @@ class PrefixCache:
 
     @staticmethod
     def cat(parts: Sequence[PrefixCache]) -> PrefixCache:
-        """The states of several caches one behind the other."""
+        """The states of several caches one behind the other, to be read: without places for more entries."""
         if len(parts) == 1:
             return parts[0]
-        keys, values = (
-            torch.cat(whole, 1) for whole in zip(*((part.keys, part.values) for part in parts), strict=True)
-        )
-        return PrefixCache(keys, values, torch.cat([part.length for part in parts]))
+        length = torch.cat([part.length for part in parts])
+        used = slice(int(length.max()) if len(length) else 0)
+        keys = torch.cat([part.keys[:, :, :, used] for part in parts], 1)
+        return PrefixCache(keys, torch.cat([part.values[:, :, :, used] for part in parts], 1), length)
 
     def select(self, rows: Tensor | slice) -> PrefixCache:
         """Some states: rows is a (K,) int64 index or an (M,) bool mask, for a copy, or a slice, for a view."""
