@@ -189,7 +189,8 @@ class PrefixCache:
 
 def _write(held: Tensor, parts: Sequence[Tensor]) -> None:
     """Write one tensor a layer into a view of all layers; off the CPU, where that is a launch for each, by a copy."""
-    if held.device.type == "cpu" and not (torch.is_grad_enabled() and parts[0].requires_grad):
+    learning = torch.is_grad_enabled() and any(part.requires_grad for part in (held, *parts))
+    if held.device.type == "cpu" and not learning:
         torch.stack(tuple(parts), out=held)
     else:
         held.copy_(torch.stack(tuple(parts)))
