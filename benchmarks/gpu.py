@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu --json gpu.json      (or: make gpu)
 
-First the tests of `tests/on_cuda.py`, then the suites of `python -m benchmarks` at digits, LlamaGen-B and RandAR-XL
+First the tests of `tests/on_cuda*.py`, then the suites of `python -m benchmarks` at digits, LlamaGen-B and RandAR-XL
 shapes, each beside its naive twin, drawing beside plain cached decoding; shares are of the matrix rate that is measured
 in the same run. What has not begun when the minutes are over is left out and named. docs/gpu.md explains the rows.
 """
@@ -52,7 +52,8 @@ PLAN = (  # what issue and page ask for first
 
 def run_tests() -> dict[str, Any]:
     """How many of the tests on CUDA pass; what fails in full."""
-    call = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "tests/on_cuda.py"]
+    files = sorted(str(path) for path in ROOT.glob("tests/on_cuda*.py"))
+    call = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files]
     answer = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
     said = answer.stdout.strip().splitlines()
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", said[-1])}

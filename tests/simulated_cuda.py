@@ -34,6 +34,7 @@ except ImportError:
     MISSING = f"PyTorch {torch.__version__} has no _setup_privateuseone_for_python_backend"
 
 CUDA = torch.device("cuda:0")
+_claimed = False
 _CLAIMED = "simulated"  # the name that C++ knows the device by
 aten = torch.ops.aten
 _FREE_BYTES = 2**33
@@ -421,7 +422,10 @@ _QUERIES: dict[str, Callable[..., Any]] = {
 @contextlib.contextmanager
 def simulated_cuda() -> Iterator[None]:
     """A process whose one CUDA device is simulated; it is not meant to do anything else afterwards."""
-    _setup_privateuseone_for_python_backend(_CLAIMED)
+    global _claimed
+    if not _claimed:  # which a process can do once
+        _setup_privateuseone_for_python_backend(_CLAIMED)
+        _claimed = True
     torch.__future__.set_swap_module_params_on_conversion(True)
     torch._C._set_only_lift_cpu_tensors(True)
     with contextlib.ExitStack() as stack:

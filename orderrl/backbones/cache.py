@@ -163,16 +163,16 @@ class PrefixCache:
 
     @staticmethod
     def cat(parts: Sequence[PrefixCache]) -> PrefixCache:
-        """The states of several caches one behind the other."""
+        """The states of several caches one behind the other, to be read: without places for more entries."""
         if len(parts) == 1:
             return parts[0]
+        length = torch.cat([part.length for part in parts])
+        used = slice(int(length.max()) if len(length) else 0)
         keys, values = (
-            torch.cat(whole, 1) for whole in zip(*((part.keys, part.values) for part in parts), strict=True)
+            torch.cat([getattr(part, name)[:, :, :, used] for part in parts], 1) for name in ("keys", "values")
         )
         ends = [part.last for part in parts if part.last is not None]
-        return PrefixCache(
-            keys, values, torch.cat([part.length for part in parts]), last=torch.cat(ends) if ends else None
-        )
+        return PrefixCache(keys, values, length, last=torch.cat(ends) if ends else None)
 
     def select(self, rows: Tensor | slice) -> PrefixCache:
         """Some states: rows is a (K,) int64 index or an (M,) bool mask, for a copy, or a slice, for a view."""
@@ -200,7 +200,8 @@ class PrefixCache:
 
 def _write(held: Tensor, parts: Sequence[Tensor]) -> None:
     """Write one tensor a layer into a view of all layers; off the CPU, where that is a launch for each, by a copy."""
-    if held.device.type == "cpu" and not (torch.is_grad_enabled() and parts[0].requires_grad):
+    learning = torch.is_grad_enabled() and any(part.requires_grad for part in (held, *parts))
+    if held.device.type == "cpu" and not learning:
         torch.stack(tuple(parts), out=held)
     else:
         held.copy_(torch.stack(tuple(parts)))
