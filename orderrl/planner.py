@@ -236,9 +236,10 @@ class OrderHead(nn.Module):
         """Set what one unit of dependence takes from a block's score, a learnable number.
 
         Raises:
-            ValueError: if the planner has no `pairs`.
+            ValueError: if the planner has no `pairs`, or the strength is not finite.
         """
         self.config.require_pairs(f"pair_strength={strength:g}")
+        require_kind("strength", strength, float)
         assert self.pair_head is not None
         self.pair_head.strength.fill_(strength)
 
