@@ -43,7 +43,7 @@ def test_the_family_is_corrected_by_holm_with_resamples_enough_to_decide() -> No
     assert p_values[-1] < stats.norm.sf(3)
 
 
-def test_seeds_are_averaged_and_their_spread_is_told() -> None:
+def test_seeds_are_averaged_and_their_spread_is_given() -> None:
     opponent, shift = noise(4, 50), torch.tensor([0.1, 0.5, 0.3]).double()
     policy = opponent + shift[:, None]
     (found,) = compare([Pair("a - b", "gain_auc", policy, opponent[None])], resamples=200, seed=0)
