@@ -126,7 +126,7 @@ def train(setup: Setup, config: Config, job: Job) -> Trained:
 
 
 def require_tunable(backbone: Backbone, layers: int) -> None:
-    """Refuse a backbone that can't be tuned.
+    """Refuse a backbone that cannot be tuned.
 
     Raises:
         ValueError: if it is no order-robust causal transformer in float32, or has fewer layers.
@@ -147,7 +147,7 @@ def copy_to_tune(backbone: Backbone, layers: int) -> OrderRobustTransformer:
     """A copy of a backbone, to be tuned while the original stays as it is.
 
     Raises:
-        ValueError: if it can't be tuned, see `require_tunable`.
+        ValueError: if it cannot be tuned, see `require_tunable`.
     """
     require_tunable(backbone, layers)
     assert isinstance(backbone, OrderRobustTransformer)

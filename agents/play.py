@@ -100,7 +100,7 @@ class Rollout:
 
 @isolated
 def act(policy: Policy | ReferencePolicy, core: NextBlockCore, generator: torch.Generator) -> Tensor:
-    """Actions of a policy for a core's current states; a policy is told of episodes that begin, see there."""
+    """Actions of a policy for a core's current states; a policy with a memory forgets episodes that ended."""
     if hasattr(policy, "reset") and bool((core.books.step_count == 0).any()):
         policy.reset(core.step_count == 0)
     if isinstance(policy, ReferencePolicy):

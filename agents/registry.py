@@ -61,8 +61,8 @@ class NamedPolicy:
         objective: what a planner was trained for, else None.
         reasoning_steps: R of a planner, else None.
         seed: training seed of a planner, else None.
-        step_cost: nats per image that a step cost it in training, or that it is told; None of other policies.
-        step_cost_range: of a planner that still must be told what a step costs, by the observation; else None.
+        step_cost: nats per image that a step cost it in training, or at which it acts; None of other policies.
+        step_cost_range: of a planner that still needs the cost of a step in its observation; else None.
         spec: what it was made of; None if it was made of no name.
         family: the name without schedule and step cost; None is the name.
         settings: what determined a planner's training, apart from its seed; nothing of other policies.
@@ -222,14 +222,14 @@ def _planner_policy(spec: PolicySpec, backbone: Backbone) -> NamedPolicy:
         OBJECTIVES.find(description["objective"])
     costs, cost = planner.config.step_cost_range, description.get("env", {}).get("step_cost")
     family = spec.prefix + _planner_name(description, planner.config.reasoning_steps, costs is not None)
-    step_cost = None if isinstance(cost, list) else cost  # a range: it is told, or what it imitates knows no costs
+    step_cost = None if isinstance(cost, list) else cost  # of a range the observation has it, or it knows no costs
     if spec.step_cost is not None:
         step_cost = spec.step_cost
         try:
             planner, costs = planner.at_step_cost(step_cost), None
         except ValueError as error:
             raise ValueError(f"policy '{spec}': {error}") from None
-    told = f"@{written_cost(spec.step_cost)}" if spec.step_cost is not None else ""
+    at_cost = f"@{written_cost(spec.step_cost)}" if spec.step_cost is not None else ""
     budgets: tuple[int, ...] = tuple(description["budgets"])
     policy: Policy = PlannerPolicy(planner, budgets)
     if spec.schedule or spec.prefix:
@@ -244,7 +244,7 @@ def _planner_policy(spec: PolicySpec, backbone: Backbone) -> NamedPolicy:
     if (start := open_start(backbone, description.get("backbone", ""))) is not None:
         acting = ThroughStart(policy, start, budgets, scorer)
     return NamedPolicy(
-        f"{family}{told}{'@' + spec.schedule if spec.schedule else ''}",
+        f"{family}{at_cost}{'@' + spec.schedule if spec.schedule else ''}",
         acting,
         budgets,
         scorer,
@@ -322,10 +322,10 @@ def _what_differs(policy: NamedPolicy, family: Sequence[NamedPolicy]) -> str:
     """The settings in which planners of one name differ, in brackets; a hash of them if they are many."""
     settings = _flat(policy.settings)
     keys = [key for key in differing_settings(*(other.settings for other in family)) if key != "env.step_cost"]
-    told = ", ".join(f"{key}={settings.get(key)}" for key in keys)
+    named = ", ".join(f"{key}={settings.get(key)}" for key in keys)
     if len(keys) > _SETTINGS_IN_A_NAME:
-        told = f"settings {hashlib.sha256(told.encode()).hexdigest()[:6]}"
-    return f" ({told})" if told else ""
+        named = f"settings {hashlib.sha256(named.encode()).hexdigest()[:6]}"
+    return f" ({named})" if named else ""
 
 
 def differing_settings(*settings: Mapping[str, Any]) -> list[str]:

@@ -45,7 +45,7 @@ class PolicySpec:
         prefix: `SPACED`, `PAIRED` (planners alone) or "".
         draws: of lookahead; None takes one.
         rule: of confidence, as `orderrl.agents.confidence.ConfidenceRule` reads it; "" is OAR's own.
-        step_cost: nats per image that a planner is told; None tells it nothing.
+        step_cost: nats per image at which a planner acts; None where the name gives none.
         schedule: how many blocks a step reveals, "4", "1+1+2+4+8", "<1.5" or "i<6/1,2,4,8"; "" is one block a step, or
             what a planner or a user's policy chooses itself.
 
@@ -101,11 +101,11 @@ class PolicySpec:
         kind: Kind = "newest" if name == NEWEST else "planner"
         if rest is None:
             return cls(kind, name, prefix)
-        told = _COST.fullmatch(rest)
-        schedule = told[2] if told else rest
+        cost = _COST.fullmatch(rest)
+        schedule = cost[2] if cost else rest
         if schedule == "":
             raise _no_schedule(text, "")
-        return cls(kind, name, prefix, step_cost=float(told[1]) if told else None, schedule=schedule or "")
+        return cls(kind, name, prefix, step_cost=float(cost[1]) if cost else None, schedule=schedule or "")
 
     def __str__(self) -> str:
         draws = f":{self.rule}" if self.rule else "" if self.draws is None else f":{self.draws}"

@@ -25,7 +25,7 @@ from orderrl.envs.observation import legal_budgets, observed
 from orderrl.envs.replay import replay_return
 from orderrl.envs.reward import ILLEGAL_REWARD, Reward, chosen_step_cost, drawn_step_cost
 from orderrl.runtime.devices import moved
-from orderrl.runtime.integers import as_choices, as_int64, as_seed
+from orderrl.runtime.integers import as_choices, as_int64, as_rows, as_seed
 from orderrl.runtime.isolation import isolated
 from orderrl.runtime.random import Stream, drawn_seed, keyed_index, keyed_uniform
 
@@ -82,6 +82,8 @@ class NextBlockCore:
             raise ValueError(f"num_envs must be a whole number, at least 1, got {num_envs!r}")
         config.require_blocks(geometry.num_blocks)
         check_fits(backbone, data)
+        if config.mode == "teacher" and not len(data):
+            raise ValueError(f"data {data.name!r}, split {data.split!r}, has no image to reveal")
         self.backbone, self.data, self.config, self.geometry = backbone, data, config, geometry
         self.num_envs = num_envs
         self.device = backbone_device(backbone)
@@ -181,12 +183,15 @@ class NextBlockCore:
             rows: (m,) int64 sub-environments; None is all.
 
         Raises:
-            ValueError: if a seed is no whole number.
+            ValueError: if a seed is no whole number, or there are not as many as rows.
         """
-        rows, books = self._rows(rows).here, self.books
+        rows, books = self._rows(None if rows is None else as_rows(rows, self.num_envs)).here, self.books
         books.seeds, books.episode, self._drawn = books.seeds.clone(), books.episode.clone(), self._drawn.clone()
         if isinstance(seeds, Tensor) and seeds.ndim:
-            books.seeds[rows] = as_int64("seeds", seeds).cpu()
+            given = as_int64("seeds", seeds).cpu()
+            if given.shape != rows.shape:
+                raise ValueError(f"seeds must be {len(rows)}, one for each sub-environment, got {tuple(given.shape)}")
+            books.seeds[rows] = given
         else:
             books.seeds[rows] = rows + (drawn_seed() if seeds is None else as_seed(seeds))
         books.episode[rows] = -1
@@ -214,7 +219,7 @@ class NextBlockCore:
             ValueError: if an index lies outside the data set, a label outside the classes, a cost outside the config's
                 range, or one of them is no whole number.
         """
-        chosen = self._rows(rows)
+        chosen = self._rows(None if rows is None else as_rows(rows, self.num_envs))
         self._begin(chosen, index, labels, step_cost)
         self._looks = [] if len(chosen.here) == self.num_envs else self._looks
         self._look(chosen.here)
@@ -308,6 +313,8 @@ class NextBlockCore:
         if (books.episode < 0).any():
             raise ValueError("step was called before reset; begin the episodes first")
         restart = torch.zeros_like(books.visible[:, 0]) if restart is None else restart.cpu()
+        if restart.shape != (self.num_envs,) or restart.dtype != torch.bool:
+            raise ValueError(f"restart must be ({self.num_envs},) bool, got {tuple(restart.shape)} {restart.dtype}")
         blocks, count, legal = self.read_actions(actions)
         idle = restart | books.finished
         illegal = ~legal & ~idle

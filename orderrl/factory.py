@@ -122,7 +122,7 @@ def open_backbone(config: DictConfig) -> Backbone:
     """The frozen backbone of a config, checked against its data unless that is `NO_DATA`.
 
     Raises:
-        ValueError: if the config names none, or it can't be loaded, doesn't fit the data or overflows in its dtype.
+        ValueError: if the config names none, or it cannot be loaded, does not fit the data or overflows in its dtype.
     """
     chosen = config.backbone
     if chosen.name is None:

@@ -315,7 +315,7 @@ def test_another_content_of_a_users_file_is_another_key(files: Path) -> None:
 
 
 class Watching:
-    """Plays in raster order; remembers what it was told and shown."""
+    """Plays in raster order; remembers what it was given."""
 
     reads_tokens = True
 
@@ -331,7 +331,7 @@ class Watching:
         return observation["action_mask"].long().argmax(-1)
 
 
-def test_a_policy_is_told_where_episodes_begin(backbone: OrderRobustTransformer, data: TokenSet) -> None:
+def test_a_policy_forgets_where_episodes_begin(backbone: OrderRobustTransformer, data: TokenSet) -> None:
     policy, core = Watching(), NextBlockCore(backbone, data, 2, CoreConfig())
     core.reset()
     play(core, policy, steps=11, restart=True)  # nine steps, one that restarts, and the next episode's first

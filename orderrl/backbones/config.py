@@ -108,7 +108,7 @@ class OrderRobustStart(Settings):
 
 
 def _check_shape(family: str, model: Any, tokens: Mapping[str, int]) -> None:
-    """Refuse shapes that can't be built, on the smallest grid that has blocks of this size."""
+    """Refuse shapes that cannot be built, on the smallest grid that has blocks of this size."""
     side = model["block_size"]
     with named("model"):
         backbone_config(family, {**model, "height": side, "width": side, **tokens})

@@ -19,7 +19,7 @@ from orderrl.runtime import distributed
 if TYPE_CHECKING:
     from orderrl.backbones.registry import TrainableBackbone
 
-# What is called on a backbone and uses its own weights; FSDP gathers weights for `forward` alone unless it is told.
+# What is called on a backbone and uses its own weights; FSDP by itself gathers weights for `forward` alone.
 _BACKBONE_METHODS = ("start", "context_loss", "observe", "extend", "decode", "expected_gain", "teacher_forced")
 _LAYER_METHODS = ("chain",)
 

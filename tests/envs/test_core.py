@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -361,6 +362,26 @@ def test_index_chooses_the_image() -> None:
     assert torch.equal(core.tokens, core.data.tokens[[4, 0, 11]]) and core.image_index.tolist() == [4, 0, 11]
     core.reset(torch.tensor([1]), 7)
     assert core.image_index.tolist() == [4, 7, 11]
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda core: NextBlockCore(core.backbone, core.data.first(0), 1, core.config), "has no image to reveal"),
+        (lambda core: core.reset(torch.tensor([4])), r"rows must be distinct numbers \(m,\) from 0 to 3, got \[4\]"),
+        (lambda core: core.reset(torch.tensor([-1])), "rows must be distinct"),
+        (lambda core: core.reset(torch.tensor([0, 0])), "rows must be distinct"),
+        (lambda core: core.reset(torch.tensor([True, False, True, True])), "rows must be int64"),
+        (lambda core: core.seed(torch.tensor([1, 2])), "seeds must be 4, one for each sub-environment"),
+        (lambda core: core.step(torch.arange(4), torch.ones(4)), r"restart must be \(4,\) bool"),
+        (lambda core: core.step(torch.arange(4), torch.tensor([True])), r"restart must be \(4,\) bool"),
+    ],
+)
+def test_what_a_core_cannot_play_is_refused(call: Callable[[NextBlockCore], Any], match: str) -> None:
+    core = make_core(4)
+    core.reset()
+    with pytest.raises(ValueError, match=match):
+        call(core)
 
 
 # ---------------------------------------------------------------------- generate

@@ -1,4 +1,4 @@
-"""What an unfinished job keeps: pieces, states, and what happens when they are damaged or can't be written."""
+"""What an unfinished job keeps: pieces, states, and what happens when they are damaged or cannot be written."""
 
 from __future__ import annotations
 
