@@ -175,7 +175,7 @@ LIMITS = {  # (launches, synchronisations)
     "digits, teacher": (200, 1),  # 199, 1
     "digits, teacher, mixed budgets": (480, 1),  # 458, 1
     "digits, generate": (620, 1),  # 605, 1
-    "RandAR-XL, teacher": (2600, 1),  # 2228, 1
+    "RandAR-XL, teacher": (1500, 1),  # 1415, 1
     "a block as a graph": (20, 0),
     "PPO, minibatch": (1200, 20),  # 1102, 7; real CUDA updates all weights of AdamW in a few launches
 }
