@@ -68,7 +68,9 @@ class RankingPolicy:
 
     def __call__(self, observation: TensorDictBase, generator: torch.Generator) -> Tensor:
         scores = self.scorer(observation, generator).float()
-        return scheduled_action(scores, self.closeness.to(scores), observation, self.budgets, self.schedule)
+        return scheduled_action(
+            scores, self.closeness.to(scores, non_blocking=True), observation, self.budgets, self.schedule
+        )
 
 
 class PairedPolicy:
@@ -134,7 +136,8 @@ def fixed_order(order: Tensor) -> Scorer:
 
     @places_only
     def score(observation: TensorDictBase, generator: torch.Generator) -> Tensor:
-        return -rank.to(observation["visible"].device).expand(observation["visible"].shape)
+        visible = observation["visible"]
+        return -rank.to(visible.device, non_blocking=True).expand(visible.shape)
 
     return score
 

@@ -144,7 +144,7 @@ def check_module(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPa
         assert all((ROOT / word).is_file() for word in arguments if word.startswith("tests/"))
         return
     if command not in COMMANDS:
-        name = module if module.startswith("orderrl.") else f"{module}.__main__"
+        name = f"{module}.__main__" if hasattr(importlib.import_module(module), "__path__") else module
         reads(importlib.import_module(name).main, module, arguments, monkeypatch)
         return
     overrides = [word for word in arguments if not word.startswith(("--", "hydra.", "hydra/", "device="))]

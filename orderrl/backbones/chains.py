@@ -326,14 +326,17 @@ class ChainBackbone:
             visible: (M,) int64, visible tokens.
             rooms: of every side, filled with the chains' entries.
         """
-        drawn, tokens = None, []
+        drawn: Drawn | None = None
+        tokens: list[Tensor] = []
         chains = [Growing(room) for room in rooms]
         for i in range(positions.shape[-1]):
             logits: list[Tensor] = []
             for side, own in zip(sides, chains, strict=True):
                 both = len(side.length) // max(len(positions), 1)  # sides in one batch
-                known = drawn if drawn is None or both == 1 else Drawn(*(part.repeat(both, 1) for part in drawn))
-                asked = positions[:, :, i] if both == 1 else positions[:, :, i].repeat(both, 1)
+                known, asked = drawn, positions[:, :, i]
+                if both > 1:
+                    known = None if drawn is None else Drawn(*(part.repeat(both, 1) for part in drawn))
+                    asked = asked.repeat(both, 1)
                 logits += self.logits(self._continue(side, asked, known, own)).float().chunk(both)
             scale = sampling.scale(visible + i, self.geometry.num_tokens)[:, None]
             guided = guide(logits[0], logits[1] if len(logits) > 1 else None, scale, sampling)

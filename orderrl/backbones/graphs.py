@@ -12,7 +12,7 @@ import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +20,6 @@ from torch import Tensor
 from orderrl.backbones.cache import PrefixCache
 from orderrl.backbones.memory import free_memory
 from orderrl.backbones.sampling import Sampling
-
-if TYPE_CHECKING:
-    from orderrl.backbones.chains import ChainBackbone
 
 MOST_GRAPHS = 64  # that are kept, those used last
 SEEN_BEFORE = 2  # how often shapes are drawn eagerly before they are worth a graph
@@ -88,14 +85,14 @@ class BlockGraphs:
 
     def draw(
         self,
-        backbone: ChainBackbone,
+        backbone: Any,
         sides: Sequence[PrefixCache],
         positions: Tensor,
         uniforms: Tensor,
         visible: Tensor,
         sampling: Sampling,
     ) -> tuple[Tensor, Tensor] | None:
-        """Tokens and the room of the chains' entries, as `ChainBackbone._draw` leaves them; None to draw eagerly."""
+        """Tokens and the room of the chains' entries, as `_draw` of the backbone leaves them; None to draw eagerly."""
         if self.wanted is False or positions.device.type != "cuda" or torch.is_grad_enabled() or not len(positions):
             return None
         if torch.cuda.is_current_stream_capturing():  # in a graph of the caller's
@@ -145,7 +142,7 @@ class BlockGraphs:
     def _record(
         self,
         key: Hashable,
-        backbone: ChainBackbone,
+        backbone: Any,
         longest: int,
         sampling: Sampling,
         sides: Sequence[PrefixCache],
@@ -173,7 +170,7 @@ class BlockGraphs:
 
     def _inputs(
         self,
-        backbone: ChainBackbone,
+        backbone: Any,
         longest: int,
         sides: Sequence[PrefixCache],
         positions: Tensor,

@@ -175,7 +175,8 @@ class Attention(nn.Module):
         if queries == EVERY:
             mixed = self.wqkv(x).unflatten(-1, (3 * self.heads, -1))
             query_key, value = mixed.split([2 * self.heads, self.heads], dim=-2)
-            return *by_heads(rotate(query_key, rope), self.heads), *by_heads(value, self.heads)
+            (query, key), (value,) = by_heads(rotate(query_key, rope), self.heads), by_heads(value, self.heads)
+            return query, key, value
         dim = x.shape[-1]
         key, value = self.wqkv(x, slice(dim, None)).unflatten(-1, (2 * self.heads, -1)).chunk(2, dim=-2)
         (key,), (value,) = by_heads(rotate(key, rope), self.heads), by_heads(value, self.heads)

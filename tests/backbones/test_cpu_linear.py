@@ -121,7 +121,12 @@ def test_few_rows_of_large_matrices_take_the_product_that_was_measured_to_be_fas
     gaining: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[torch.dtype] = []
-    monkeypatch.setattr(cpu_linear, "few_rows_that_gain", lambda dtype, threads: asked.append(dtype) or gaining)
+
+    def measured(dtype: torch.dtype, threads: int) -> tuple[int, ...]:
+        asked.append(dtype)
+        return gaining
+
+    monkeypatch.setattr(cpu_linear, "few_rows_that_gain", measured)
     layer, few, many = frozen(512, 512), torch.randn(3, 512), torch.randn(17, 512)
     assert torch.allclose(layer(few), plain(layer, few), atol=1e-5) and packs(layer) == int(bool(gaining))
     assert torch.allclose(layer(many), plain(layer, many), atol=1e-5) and packs(layer) == 1
