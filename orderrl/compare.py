@@ -16,6 +16,7 @@ from orderrl.metrics.statistics import RESAMPLES
 from orderrl.report.runs_page import write_runs_page
 from orderrl.report.screen import print_comparisons, print_leaderboard
 from orderrl.runtime.run import Run
+from orderrl.runtime.terminal import show_anything
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; exit code 0, or 2 if the runs cannot be compared."""
+    show_anything()
     options = parser().parse_args(arguments)
     try:
         evaluations = open_evaluations(options.runs)

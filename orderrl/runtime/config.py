@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 
 import hydra
 import yaml
+from hydra._internal.defaults_list import DefaultsList
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -44,6 +45,7 @@ from rich.table import Table
 from orderrl.runtime import schema
 from orderrl.runtime.renamed import with_new_names
 from orderrl.runtime.schema import Nodes, Part
+from orderrl.runtime.terminal import show_anything
 
 CONFIGS = "orderrl.configs"
 _FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -73,7 +75,7 @@ def compose(command: str, overrides: Sequence[str] = (), *, config_module: str =
     overrides = with_new_names(overrides)
     with _loader(command, config_module, overrides) as loader:
         config = _load(loader, command, overrides)
-        parts = _parts(loader, command, overrides, config_module)
+        parts = _parts(_defaults(loader, command, overrides), overrides, config_module)
     try:
         OmegaConf.resolve(config)
     except OmegaConfBaseException as error:
@@ -85,14 +87,18 @@ def compose(command: str, overrides: Sequence[str] = (), *, config_module: str =
 def parts_of(command: str, overrides: Sequence[str] = (), *, config_module: str = CONFIGS) -> list[Part]:
     """The dataclasses that a command's configuration is made of, under the groups that the overrides choose."""
     with _loader(command, config_module, overrides) as loader:
-        return _parts(loader, command, overrides, config_module)
+        return _parts(_defaults(loader, command, overrides), overrides, config_module)
 
 
-def _parts(loader: ConfigLoader, command: str, overrides: Sequence[str], config_module: str) -> list[Part]:
+def _defaults(loader: ConfigLoader, command: str, overrides: Sequence[str]) -> DefaultsList:
+    """What a command is composed of, with the options that the overrides choose."""
     choices = [item for item in overrides if _is_group(loader, item.partition("=")[0])]
-    entries = loader.compute_defaults_list(command, choices, RunMode.RUN).defaults
-    nodes = _nodes(config_module, overrides)
-    places = {entry.config_path: (entry.package or "").removeprefix("_global_") for entry in entries}
+    return loader.compute_defaults_list(command, choices, RunMode.RUN)
+
+
+def _parts(composed: DefaultsList, overrides: Sequence[str], config_module: str) -> list[Part]:
+    nodes = nodes_of(config_module, overrides)
+    places = {entry.config_path: (entry.package or "").removeprefix("_global_") for entry in composed.defaults}
     return [Part(place, nodes[path]) for path, place in places.items() if path in nodes]
 
 
@@ -100,7 +106,7 @@ def _check(command: str, config: DictConfig, overrides: Sequence[str], config_mo
     schema.check(parts_of(command, overrides, config_module=config_module), _plain(config))
 
 
-def _nodes(config_module: str, overrides: Sequence[str]) -> Nodes:
+def nodes_of(config_module: str = CONFIGS, overrides: Sequence[str] = ()) -> Nodes:
     """What a package of configuration has as dataclasses, with those that overrides name by module:attribute."""
     nodes: Nodes = import_module(f"{config_module}.schema").nodes(overrides)
     return nodes
@@ -125,15 +131,14 @@ def _plain(config: DictConfig) -> dict[str, Any]:
 def documented_keys(command: str, overrides: Sequence[str] = (), *, config_module: str = CONFIGS) -> dict[str, str]:
     """The one-line meaning of every key of a command, by dotted names in the order of the configuration."""
     with _loader(command, config_module, overrides) as loader:
-        return {key: meaning for key, _, meaning in _rows(loader, command, overrides, config_module)}
+        config = _load(loader, command, overrides)
+        parts = _parts(_defaults(loader, command, overrides), overrides, config_module)
+    return {key: meaning for key, _, meaning in _rows(config, parts)}
 
 
-def _rows(
-    loader: ConfigLoader, command: str, overrides: Sequence[str], config_module: str
-) -> list[tuple[str, Any, str]]:
+def _rows(config: DictConfig, parts: Sequence[Part]) -> list[tuple[str, Any, str]]:
     """Every key, its value, not resolved, and its meaning."""
-    config = _load(loader, command, overrides)
-    settings = schema.settings_of(_parts(loader, command, overrides, config_module))
+    settings = schema.settings_of(parts)
     return [
         (key, value, settings[key].meaning if key in settings else "")
         for key, value in _leaves(config)
@@ -143,18 +148,17 @@ def _rows(
 
 def command_names(*, config_module: str = CONFIGS) -> list[str]:
     """All commands that have a configuration."""
-    return sorted(path for path in _nodes(config_module, ()) if "/" not in path and not path.startswith("_"))
+    return sorted(path for path in nodes_of(config_module, ()) if "/" not in path and not path.startswith("_"))
 
 
 def group_choices(command: str, overrides: Sequence[str] = (), *, config_module: str = CONFIGS) -> dict[str, list[str]]:
     """What each group of a command offers."""
     with _loader(command, config_module, overrides) as loader:
-        return _group_choices(loader, command, overrides)
+        return _group_choices(loader, _defaults(loader, command, overrides))
 
 
-def _group_choices(loader: ConfigLoader, command: str, overrides: Sequence[str]) -> dict[str, list[str]]:
-    choices = [item for item in overrides if _is_group(loader, item.partition("=")[0])]
-    chosen = loader.compute_defaults_list(command, choices, RunMode.RUN).overrides.known_choices
+def _group_choices(loader: ConfigLoader, composed: DefaultsList) -> dict[str, list[str]]:
+    chosen = composed.overrides.known_choices
     groups = sorted(group for group in chosen if not group.startswith("hydra/"))
     return {group: _choices(loader, group.partition("@")[0]) for group in groups}
 
@@ -172,6 +176,7 @@ def run_application(command: str, main: Callable[[DictConfig], Any], *, config_m
         main: called with the resolved configuration.
         config_module: the package that holds the configuration.
     """
+    show_anything()
     arguments = with_new_names(sys.argv[1:])
     full_error = os.environ.get(_FULL_ERROR) == "1"
     try:
@@ -203,7 +208,7 @@ def _run_hydra(command: str, job: Callable[[DictConfig], Any], arguments: list[s
     overrides = list(filter(_is_override, arguments))
     sys.argv = [argv[0], *(item for item in arguments if not _is_override(item)), *ours, *overrides]
     try:
-        with schema.registered(_nodes(config_module, arguments)):
+        with schema.registered(nodes_of(config_module, arguments)):
             application()
     finally:
         sys.argv = argv
@@ -258,7 +263,7 @@ def _loader(command: str, config_module: str, overrides: Sequence[str]) -> Itera
     GlobalHydra.instance().clear()
     try:
         with (
-            schema.registered(_nodes(config_module, overrides)),
+            schema.registered(nodes_of(config_module, overrides)),
             hydra.initialize_config_module(config_module, job_name=command, version_base="1.3"),
         ):
             yield GlobalHydra.instance().config_loader()
@@ -378,8 +383,10 @@ def _line(error: Exception) -> str:
 
 def _print_help(command: str, overrides: Sequence[str], config_module: str) -> None:
     with _loader(command, config_module, overrides) as loader:
-        rows = _rows(loader, command, overrides, config_module)
-        groups = _group_choices(loader, command, overrides)
+        config = _load(loader, command, overrides)
+        composed = _defaults(loader, command, overrides)
+        groups = _group_choices(loader, composed)
+    rows = _rows(config, _parts(composed, overrides, config_module))
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console = Console(highlight=False, markup=False, width=120)

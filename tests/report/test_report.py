@@ -21,7 +21,6 @@ from orderrl.metrics.statistics import RULE
 from orderrl.report import figures, markdown, style, viewer, write_report
 from orderrl.report.cost import Point, cost_figure, cost_points, pareto_front
 from orderrl.report.summary import summary
-from orderrl.runtime.run import Run
 from tests.report_data import BLOCKS, RESULTS, comparison, detail, details, episode, examples, reliability, row
 
 VOID = {"meta", "img", "br", "link", "input", "hr", "wbr", "image", "use", "path"}
@@ -219,18 +218,6 @@ def test_figures_lie_beside_the_page(folder: Path) -> None:
     for path in (folder / "figures").iterdir():
         start = path.read_bytes()[:2000]
         assert start.startswith(b"\x89PNG") if path.suffix == ".png" else b"<svg" in start
-
-
-def test_pictures_go_to_the_logger(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import wandb
-
-    logged: list[dict[str, Any]] = []
-    monkeypatch.setattr(wandb, "Image", lambda path: path)
-    with Run("evaluate", {"output_dir": str(tmp_path)}) as run:
-        run.log_figures([folder / "figures" / "gain_auc.png"])  # the local logger has them in the run's folder
-        monkeypatch.setattr(run, "_wandb", type("Logger", (), {"log": logged.append, "finish": lambda **_: None}))
-        run.log_figures([folder / "figures" / "gain_auc.png"])
-    assert logged == [{"figures/gain_auc": str(folder / "figures" / "gain_auc.png")}]
 
 
 # -- the summary ------------------------------------------------------------------------------------------------------
