@@ -22,7 +22,7 @@ from orderrl.data import TokenSet
 from orderrl.envs.reward import OBJECTIVES
 from orderrl.evaluation.columns import all_columns, empty_row
 from orderrl.evaluation.comparison import comparisons
-from orderrl.evaluation.detail import Curve, PolicyDetail
+from orderrl.evaluation.detail import Curve, Drawn, PolicyDetail
 from orderrl.evaluation.protocol import EvaluationProtocol
 from orderrl.evaluation.recording import episodes
 from orderrl.evaluation.rows import Evaluated, evaluate_policy, evaluate_token_raster, free_folder
@@ -184,6 +184,12 @@ def details(protocol: EvaluationProtocol, rows: Sequence[Evaluated]) -> list[Pol
     """What the report's pictures show: orders of planners of one seed, and of everything else that has an order."""
     shown = [row for row in rows if row.rollout is not None and row.row["seed"] in (None, 0)]
     return [policy_detail(protocol, row) for row in shown]
+
+
+def drawn_images(rows: Sequence[Evaluated]) -> list[Drawn]:
+    """What the report shows of the images that policies drew, planners of one seed."""
+    shown = [row for row in rows if row.row["seed"] in (None, 0)]
+    return [Drawn(row.row["policy"], row.drawn) for row in shown if row.drawn is not None]
 
 
 def policy_detail(protocol: EvaluationProtocol, evaluated: Evaluated) -> PolicyDetail:
