@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from orderrl.factory import setup_of
 from orderrl.planner import OrderHead, load_planner
 from orderrl.runtime import hub
 from tests.helpers import tiny_backbone
+from tests.hub import put_in_place_of_the_hub
 
 IMAGES = 16
 
@@ -63,16 +63,7 @@ def test_commands_take_the_shipped_planner_where_none_was_trained(
 
 @pytest.fixture
 def online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder in the place of the Hub: OWNER/NAME/FILE."""
-    root = tmp_path / "hub"
-
-    def upload(api: Any, *, repo_id: str, folder_path: str) -> str:
-        shutil.copytree(folder_path, root / repo_id)
-        return f"https://hub/{repo_id}"
-
-    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda api, repository, **_: None)
-    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file, revision=None: str(root / name / file))
+    put_in_place_of_the_hub(root := tmp_path / "hub", monkeypatch)
     return root
 
 
