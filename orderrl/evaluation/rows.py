@@ -36,11 +36,12 @@ from orderrl.evaluation.row_entries import (
     state_mean,
 )
 from orderrl.metrics.calibration import calibrate, regret
-from orderrl.metrics.features import extract_features, own_features
+from orderrl.metrics.features import Features, extract_features, own_features
 from orderrl.metrics.images import save_images
 from orderrl.metrics.order import first_choice_entropy, visible_neighbours
 from orderrl.metrics.quality import class_accuracy, fid_infinity, sample_quality
 from orderrl.metrics.recognisability import complete, recognise
+from orderrl.metrics.references import open_reference
 from orderrl.metrics.statistics import bootstrap_sums, ratio
 from orderrl.oracle import utilities
 
@@ -146,6 +147,20 @@ def evaluate_token_raster(p: EvaluationProtocol, name: str, backbone: TrainableB
     return Evaluated(row | found, per_image, drawn=drawn)
 
 
+def evaluate_foreign(p: EvaluationProtocol, name: str, path: Path) -> Evaluated:
+    """Row of images that something else drew: their quality under the protocol; the name says that they are foreign.
+
+    Raises:
+        ValueError: if they are no images that `open_reference` reads.
+    """
+    assert p.reference is not None  # the settings see to it
+    found = open_reference(path, p.reference.features, p.config.weights, p.device).found
+    if found is None:
+        raise ValueError(f"foreign={name}={path}: holds statistics alone; give the images, arr_0 (n, H, W, 3) uint8")
+    row = {"policy": f"{name} (foreign, {len(found)} images)", "family": name}
+    return Evaluated(empty_row() | row | _quality(p, found))
+
+
 @torch.no_grad()
 def _whole_image_losses(backbone: Backbone, data: TokenSet, batch_size: int = 64) -> Tensor:
     """Code length of each image under a backbone whose one block is the image, (n,), nats."""
@@ -189,16 +204,19 @@ def _against_reference(p: EvaluationProtocol, images: Tensor, labels: Tensor) ->
     """What samples are worth compared with real images, and how many a classifier recognises, with intervals."""
     if p.reference is None:
         return {}
-    features = p.reference.features
-    found = extract_features(images, features, p.config.weights, p.device)
-    scores: dict[str, Any] = asdict(sample_quality(found, p.reference, p.config.kid_subsets))
     own = own_features(p.data.name)
-    if own is not None:
-        scores["accuracy"] = class_accuracy(images, labels, own)
+    known = {} if own is None else {"accuracy": class_accuracy(images, labels, own)}
+    return _quality(p, extract_features(images, p.reference.features, p.config.weights, p.device), known)
+
+
+def _quality(p: EvaluationProtocol, found: Features, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What samples of these features are worth, with intervals, and of scores that are known."""
+    assert p.reference is not None
+    scores: dict[str, Any] = asdict(sample_quality(found, p.reference, p.config.kid_subsets)) | dict(known or {})
     if p.config.fid_infinity:
         scores["frechet_distance_infinity"] = fid_infinity(found, p.reference, seed=p.seed)
     intervals = quality_intervals(scores, found, p.reference, p.config.distance_resamples, p.seed)
-    return {"features": features} | scores | intervals
+    return {"features": p.reference.features} | scores | intervals
 
 
 def free_folder(parent: Path, name: str) -> Path:

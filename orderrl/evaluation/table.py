@@ -25,7 +25,7 @@ from orderrl.evaluation.comparison import comparisons
 from orderrl.evaluation.detail import Curve, Drawn, PolicyDetail
 from orderrl.evaluation.protocol import EvaluationProtocol
 from orderrl.evaluation.recording import episodes
-from orderrl.evaluation.rows import Evaluated, evaluate_policy, evaluate_token_raster, free_folder
+from orderrl.evaluation.rows import Evaluated, evaluate_foreign, evaluate_policy, evaluate_token_raster, free_folder
 from orderrl.evaluation.settings import EvalConfig
 from orderrl.factory import Setup
 from orderrl.geometry import BlockGrid
@@ -68,7 +68,14 @@ def pending_rows(config: EvalConfig, setup: Setup, policies: Sequence[tuple[Name
             for named, sampled in policies
         ),
         *(PendingRow(name, partial(raster_row, name=name)) for name in raster),
+        *(PendingRow(name, partial(evaluate_foreign, name=name, path=path)) for name, path in _foreign(config)),
     ]
+
+
+def _foreign(config: EvalConfig) -> list[tuple[str, Path]]:
+    """Names and places of images that others drew."""
+    given = [entry.partition("=") for entry in config.foreign]
+    return [(name, Path(path).expanduser()) for name, _, path in given]
 
 
 def raster_backbones(names: Sequence[str], data: str) -> list[str]:
@@ -88,6 +95,7 @@ def evaluation_key(config: EvalConfig, setup: Setup, data: TokenSet, policies: S
         "labels": asdict(setup.labels),
         "seed": setup.seed,
         "files": [source_identity(timm_source(name) or name) for name in _files(config)],
+        "foreign": [source_identity(path) for _, path in _foreign(config)],
         "features": EXTRACTORS.version(config.features) if config.features and is_own(config.features) else None,
         "policies": [
             [policy.name, _acting(policy), source_identity(policy_source(policy.spec))] for policy in policies

@@ -261,7 +261,14 @@ def test_every_setting_names_its_part_or_chooses_rows(
     parts = {part.key: part for part in PARTS}
     other = {"sweep": [2], "step_costs": [0.5], "budgets": [2], "token_raster": [], "planners": [], "sampled": []}
     other |= {"metrics": ["tests.evaluation.test_columns:LOSS"]}
-    other |= {"policies": [], "keep_samples": True, "resamples": 5, "distance_resamples": 0, "fid_infinity": True}
+    other |= {
+        "foreign": ["adm=samples.npz"],
+        "policies": [],
+        "keep_samples": True,
+        "resamples": 5,
+        "distance_resamples": 0,
+        "fid_infinity": True,
+    }
     for field in fields(EvalConfig):
         if field.name in {sampled.name for sampled in fields(Sampling)}:
             continue
