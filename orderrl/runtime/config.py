@@ -98,7 +98,7 @@ def _defaults(loader: ConfigLoader, command: str, overrides: Sequence[str]) -> D
 
 def _parts(composed: DefaultsList, overrides: Sequence[str], config_module: str) -> list[Part]:
     nodes = nodes_of(config_module, overrides)
-    places = {entry.config_path: (entry.package or "").removeprefix("_global_") for entry in composed.defaults}
+    places = {entry.config_path or "": (entry.package or "").removeprefix("_global_") for entry in composed.defaults}
     return [Part(place, nodes[path]) for path, place in places.items() if path in nodes]
 
 

@@ -156,7 +156,8 @@ class Wandb(Settings):
         except ImportError as error:
             raise ValueError(f"logger=wandb needs the package wandb: pip install wandb ({error})") from error
 
-        given, mode = os.environ.get, self.mode
+        given = os.environ.get
+        mode: Any = self.mode
         if mode is None and given("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on"):
             mode = "disabled"  # wandb itself knows this variable no more, other trainers do
         try:
