@@ -4,6 +4,8 @@
 # make reproduce    the full table for digits: all rows, 3 seeds
 # make gpu          everything on a GPU, and its speed: tests, benchmarks, one table and gpu.json, in under 8 minutes
 # make lint         ruff and mypy only
+# make docs         the documentation's site in site/; a warning is an error
+# make dist         wheel and sdist in dist/, checked by twine
 
 PYTHON ?= python3
 VENV := .venv
@@ -14,7 +16,7 @@ PYTEST_ARGS ?= -q --durations=15
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 .DEFAULT_GOAL := quickstart
-.PHONY: quickstart test test-slow reproduce gpu lint
+.PHONY: quickstart test test-slow reproduce gpu lint docs dist
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +38,15 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(INSTALLED)
+	$(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+dist: $(INSTALLED)
+	$(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt build twine
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
 
 test: lint
 	$(PYTEST) $(PYTEST_ARGS)

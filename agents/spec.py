@@ -3,6 +3,7 @@
     NAME[@SCHEDULE]                     a baseline: raster, spaced_random@4, halton@1+1+2+4+8, random@i<6/1,2,4,8
     NAME[:ARGUMENT][@SCHEDULE]          a reference: oracle, lookahead:4, confidence:highest+near0.1, native
     PATH.safetensors[@costC][@SCHEDULE] a planner; spaced_PATH and paired_PATH choose the blocks of a step in other ways
+    hf://OWNER/NAME/planner.safetensors the same of the Hugging Face Hub
     newest[@costC][@SCHEDULE]           the newest planner in the cache, where a command knows which that is
     MODULE:ATTRIBUTE[@SCHEDULE]         a user's own policy, or the NAME under which it is registered
 
@@ -19,6 +20,7 @@ from typing import Literal
 
 from orderrl.agents.confidence import ConfidenceRule
 from orderrl.agents.policies import POLICIES
+from orderrl.runtime.weights import HUB, local_path
 
 REFERENCES = ("confidence", "hindsight_confidence", "lookahead", "native", "oracle")
 HINDSIGHT = ("hindsight_confidence", "oracle")  # read the tokens that they rank: no code length belongs to their orders
@@ -130,8 +132,10 @@ class PolicySpec:
 
     @property
     def path(self) -> Path | None:
-        """The checkpoint of a planner; None of other policies."""
-        return Path(self.name) if self.kind == "planner" else None
+        """The checkpoint of a planner, one of the Hub downloaded; None of other policies."""
+        if self.kind != "planner":
+            return None
+        return local_path(self.name) if self.name.startswith(HUB) else Path(self.name)
 
     def at(self, path: Path | str) -> PolicySpec:
         """The same with a planner's file, for `newest`."""

@@ -13,6 +13,7 @@ from orderrl.agents.agent import AGENTS, find_agent
 from orderrl.backbones.presets import PRESETS
 from orderrl.backbones.registry import BACKBONES
 from orderrl.data import DATA
+from orderrl.runtime.loggers import LOGGERS
 from orderrl.runtime.registry import Registry, is_reference
 from orderrl.runtime.schema import Node
 from orderrl.tokenizers.registry import TOKENIZERS
@@ -39,10 +40,16 @@ def _agent(name: str) -> Node:
     return Node(kind, name, defaults=PRICED if name in ADAPTIVE else ())
 
 
+def _logger(name: str) -> Node:
+    given = LOGGERS.given(name)
+    return Node(given if isinstance(given, str) else LOGGERS.find(name), name)
+
+
 _REGISTRIES: dict[str, tuple[Registry[Any], Callable[[str], Node]]] = {
     "agent": (AGENTS, _agent),
     "backbone": (BACKBONES, lambda name: Node("orderrl.backbones.config:BackboneName", values={"name": name})),
     "data": (DATA, lambda name: Node("orderrl.data.config:DataName", values={"name": name})),
+    "logger": (LOGGERS, _logger),
     "tokenizer": (TOKENIZERS, lambda name: Node("orderrl.tokenizers.config:OwnTokenizer", name)),
 }
 
@@ -100,8 +107,7 @@ GROUPS = {
     "labels/_base": Node("orderrl.oracle:LabelSetConfig"),
     "labels/_none": Node(NOTHING),
     "planner/_base": Node("orderrl.planner:PlannerConfig", build="orderrl.planner:checked_shape"),
-    "logger/local": Node("orderrl.runtime.run:LocalLogger", "local"),
-    "logger/wandb": Node("orderrl.runtime.run:WandbLogger", "wandb"),
+    **{f"logger/{name}": _logger(name) for name in LOGGERS.shipped},
     "training/_base": Node("orderrl.backbones.pretraining:PretrainConfig"),
     "tokenizer/none": Node("orderrl.tokenizers.config:NoTokenizer", "none"),
     "tokenizer/vq16": Node("orderrl.tokenizers.config:PublishedTokenizer", "vq16"),

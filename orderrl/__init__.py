@@ -35,6 +35,7 @@ __getattr__, __dir__ = lazily(
         "orderrl.metrics.features": ("register_extractor",),
         "orderrl.oracle": ("register_weight",),
         "orderrl.runtime.config": ("compose",),
+        "orderrl.runtime.loggers": ("register_logger",),
         "orderrl.tokenizers.registry": ("register_tokenizer",),
     },
 )

@@ -26,6 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(overview())
     elif command == "--version":
         print(f"orderrl {__version__}")
+    elif command == "--completion":
+        from orderrl.runtime.completion import completion_script
+
+        print(completion_script(COMMANDS), end="")
     elif command not in COMMANDS:
         close = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(COMMANDS)}"
@@ -53,7 +57,8 @@ def overview() -> str:
             "",
             *lines,
             "",
-            "`orderrl COMMAND --help` lists the keys of a command.",
+            "`orderrl COMMAND --help` lists the keys of a command; `orderrl --completion` prints the script with which",
+            "bash and zsh complete them.",
         ]
     )
 

@@ -13,9 +13,10 @@ from orderrl.evaluation.columns import all_columns
 from orderrl.evaluation.comparison import compare_runs, run_pairs
 from orderrl.evaluation.runs import leaderboard, open_evaluations, ranked_rows
 from orderrl.metrics.statistics import RESAMPLES
-from orderrl.report.runs_page import write_runs_page
+from orderrl.report.runs_page import chosen_rows, save_metric_figures, write_runs_page
 from orderrl.report.screen import print_comparisons, print_leaderboard
 from orderrl.runtime.run import Run
+from orderrl.runtime.terminal import show_anything
 
 
 def parser() -> argparse.ArgumentParser:
@@ -25,6 +26,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("runs", nargs="+", metavar="RUN", help="runs/evaluate/DATE, or NAME=FOLDER to call it NAME")
     made.add_argument("--rank", metavar="KEY", help="rank all rows by this metric, such as gain_auc, and test nothing")
     made.add_argument("--metrics", nargs="+", default=usual, metavar="KEY", help=f"default: {' '.join(usual)}")
+    made.add_argument(
+        "--rows", nargs="+", metavar="POLICY", help="policies in the figures of the metrics, for papers (default: all)"
+    )
     made.add_argument("--resamples", type=int, default=RESAMPLES, help="bootstrap resamples (default: %(default)s)")
     made.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: %(default)s)")
     made.add_argument("--output-dir", default="runs", help="where run folders are made (default: %(default)s)")
@@ -33,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; exit code 0, or 2 if the runs cannot be compared."""
+    show_anything()
     options = parser().parse_args(arguments)
     try:
         evaluations = open_evaluations(options.runs)
@@ -41,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ranked_rows(evaluations, options.rank)
         else:
             run_pairs(evaluations, options.metrics)
+        chosen_rows([row.row for run in evaluations for row in run.rows], options.rows)
         with Run("compare", vars(options)) as run:
             if options.rank is not None:
                 name, results = "leaderboard", leaderboard(evaluations, options.rank)
@@ -49,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 results = compare_runs(evaluations, options.metrics, options.resamples, options.seed)
             run.write_json(f"{name}.json", results)
             page = write_runs_page(run.folder / f"{name}.html", results, evaluations[0].protocol)
+            metrics = options.metrics if options.rank is None else [options.rank]
+            save_metric_figures(run.folder / "figures", chosen_rows(results["rows"], options.rows), metrics)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -10,7 +10,15 @@ from orderrl.evaluation.protocol import open_protocol
 from orderrl.evaluation.recording import example_images
 from orderrl.evaluation.runs import save_results
 from orderrl.evaluation.settings import eval_config
-from orderrl.evaluation.table import details, evaluation_key, make_rows, pending_rows, publish_samples, tabulated
+from orderrl.evaluation.table import (
+    details,
+    drawn_images,
+    evaluation_key,
+    make_rows,
+    pending_rows,
+    publish_samples,
+    tabulated,
+)
 from orderrl.factory import open_backbone, section, setup_of
 from orderrl.report import write_all
 from orderrl.runtime.config import run_application
@@ -47,7 +55,7 @@ def evaluate(config: DictConfig) -> Path:
             save_results(run.folder, results, rows)
             pictured = details(protocol, rows)
             examples = example_images(protocol.data, setup.backbone.geometry) if pictured else None
-            report = write_all(run.folder, results, pictured, examples)
+            report = write_all(run.folder, results, pictured, examples, drawn_images(rows))
             run.log_figures(sorted((run.folder / "figures").glob("*.png")))
             print_main(f"results: {run.folder / 'results.json'}\nreport: {report}")
     return run.folder

@@ -16,16 +16,20 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from orderrl.backbones.protocol import Backbone, backbone_device
+from orderrl.backbones.registry import backbone_fingerprint
 from orderrl.runtime.checkpoint import build_to_fit, load_checkpoint, load_state, save_checkpoint
 from orderrl.runtime.finite import DIVERGED, require_finite
+from orderrl.runtime.hub import hub_file, push_to_hub
 from orderrl.runtime.isolation import isolated_float32
 from orderrl.runtime.values import at_least, between, check_fields, require_kind, setting
+from orderrl.runtime.weights import HUB
 
 if TYPE_CHECKING:
     from tensordict import TensorDictBase
@@ -152,6 +156,35 @@ class OrderHead(nn.Module):
         self.repulsion = nn.Parameter(torch.zeros(config.num_blocks, config.num_blocks))
         self.sharpness = nn.Parameter(torch.zeros(()))  # log of the factor from scores to policy logits
         self.pair_head = PairHead(dim) if config.pairs else None
+
+    @classmethod
+    def from_pretrained(cls, source: Path | str, backbone: Backbone | None = None) -> OrderHead:
+        """A trained planner, in eval mode.
+
+        Args:
+            source: a file, the folder of a run, or a repository of the Hugging Face Hub, `OWNER/NAME[@REVISION]`.
+            backbone: the one that it was trained on; the planner is then on its device.
+
+        Raises:
+            ValueError: if it cannot be found, is no planner or was trained on another backbone.
+        """
+        planner, description = load_planner(hub_file(source, "planner"), backbone)
+        if backbone is not None and description.get("backbone") != backbone_fingerprint(backbone):
+            raise ValueError(
+                f"{source}: was trained on another backbone, {description.get('data')} {description.get('backbone')}; "
+                "its scores mean nothing here, train one with `python -m orderrl.train agent=bc`"
+            )
+        return planner
+
+    def push_to_hub(self, repository: str, description: Mapping[str, Any], results: str = "") -> str:
+        """Upload the planner with a model card made of its description, as `load_planner` gives it.
+
+        Arguments and result as of `orderrl.runtime.hub.push_to_hub`, which takes a file.
+        """
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "planner.safetensors"
+            save_planner(path, self, dict(description))
+            return push_to_hub(path, repository, results)
 
     def _blocks(self, depth: int) -> list[nn.Module]:
         from timm.models.vision_transformer import Block  # takes long to import
@@ -310,10 +343,15 @@ def save_planner(path: Path, planner: OrderHead, description: dict[str, Any]) ->
 def load_planner(path: Path | str, backbone: Backbone | None = None) -> tuple[OrderHead, dict[str, Any]]:
     """Read a planner and its description.
 
+    Args:
+        path: a file, the folder of a run, or `hf://OWNER/NAME` of the Hub.
+        backbone: it must fit.
+
     Raises:
         ValueError: if the file is no planner, its shape is none of this version's or does not fit the backbone.
     """
-    tensors, description = load_checkpoint(Path(path), "planner")
+    path = hub_file(path, "planner") if str(path).startswith(HUB) or Path(path).is_dir() else Path(path)
+    tensors, description = load_checkpoint(path, "planner")
     try:
         config = PlannerConfig(**description["shape"])
     except (KeyError, TypeError, ValueError) as error:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from orderrl.runtime.isolation import isolated_float32
+from orderrl.runtime.terminal import show_anything
 from orderrl.verification.compare import Comparison, compare
 from orderrl.verification.fixture import load_fixture
 
@@ -51,6 +52,7 @@ def _verdict(row: Comparison, allow_missing: bool) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; exit code 0 if all agree, 1 if not, 2 if the fixture cannot be replayed."""
+    show_anything()
     parser = argparse.ArgumentParser(prog="python -m orderrl.verify", description=__doc__)
     parser.add_argument("path", nargs="+", metavar="PATH.safetensors", help="fixture; its JSON lies beside it")
     parser.add_argument("--allow-missing", action="store_true", help="list outputs without a counterpart, don't fail")

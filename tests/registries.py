@@ -15,11 +15,12 @@ from orderrl.envs.reward import OBJECTIVES
 from orderrl.evaluation.columns import METRICS
 from orderrl.metrics.features import EXTRACTORS
 from orderrl.oracle import WEIGHTS
+from orderrl.runtime.loggers import LOGGERS
 from orderrl.runtime.registry import Registry
 from orderrl.tokenizers.registry import TOKENIZERS
 
 REGISTRIES: list[Registry[Any]] = [
-    *(ORDERS, POLICIES, OBJECTIVES, WEIGHTS, METRICS, AGENTS, BACKBONES, TOKENIZERS, DATA, EXTRACTORS),
+    *(ORDERS, POLICIES, OBJECTIVES, WEIGHTS, METRICS, AGENTS, BACKBONES, TOKENIZERS, DATA, EXTRACTORS, LOGGERS),
 ]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from orderrl.evaluation.columns import empty_row
-from orderrl.evaluation.detail import Curve, Episode, Examples, PolicyDetail
+from orderrl.evaluation.detail import Curve, Drawn, Episode, Examples, PolicyDetail
 
 ROWS = COLUMNS_OF_BLOCKS = 4
 BLOCKS = ROWS * COLUMNS_OF_BLOCKS
@@ -52,6 +52,12 @@ def examples(images: int = 4, size: int = 8) -> Examples:
     """Images of noise."""
     pixels = np.random.default_rng(1).integers(0, 256, (images, 3, size, size), dtype=np.uint8)
     return Examples(torch.from_numpy(pixels), list(range(images)), ROWS, COLUMNS_OF_BLOCKS)
+
+
+def drawn(*names: str, images: int = 6, size: int = 8) -> list[Drawn]:
+    """Images of noise that policies drew."""
+    pixels = torch.from_numpy(np.random.default_rng(2).integers(0, 256, (images, 3, size, size), dtype=np.uint8))
+    return [Drawn(name, pixels) for name in names]
 
 
 def reliability(r2: float) -> dict[str, Any]:

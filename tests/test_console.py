@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 
 from orderrl import __main__, __version__
 from orderrl.configs.schema import COMMANDS
+from orderrl.runtime.completion import completion_script
 
 ROOT = Path(__file__).parents[1]
 SLOW = {"timm", "torchrl", "tensordict", "torchvision", "wandb", "matplotlib", "sklearn", "scipy", "torch._dynamo"}
@@ -46,6 +49,34 @@ def test_an_unknown_command_is_answered_with_the_right_one(command: str, answer:
 def test_a_command_runs_as_its_module_does() -> None:
     composed = output("label", "labels.contexts=7", "--cfg", "job")
     assert "contexts: 7" in composed
+
+
+def test_a_terminal_without_unicode_gets_like_signs(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii"))
+    monkeypatch.setattr(sys, "argv", ["orderrl"])
+    __main__.main(["evaluate", "--help"])
+    print("gain ↑ 0.19 ± 0.01, ≥ −3 … ☃", flush=True)
+    shown = written.getvalue().decode("ascii")
+    assert "Frechet" in shown and shown.endswith("gain ^ 0.19 +- 0.01, >= -3 ... ?\n")
+
+
+def test_the_shell_completes_commands_groups_and_keys(tmp_path: Path) -> None:
+    if (bash := shutil.which("bash")) is None:
+        pytest.skip("there is no bash")
+    (tmp_path / "script").write_text(completion_script(["train", "evaluate", "compare"]))
+    tab = 'source ./script; COMP_LINE="$0"; COMP_POINT=${#0}; _orderrl; echo "${COMPREPLY[@]}"'
+
+    def completed(line: str) -> list[str]:
+        answer = subprocess.run([bash, "-c", tab, line], capture_output=True, text=True, cwd=tmp_path, check=True)
+        return answer.stdout.split()
+
+    assert completed("orderrl tr") == ["train"]
+    assert completed("orderrl ")[:3] == ["train", "evaluate", "compare"]
+    assert completed("orderrl train data=canvas agent=p") == ["ppo"]  # readline has "agent=" as a word of its own
+    assert completed("orderrl train agent=ppo agent.gae") == ["agent.gae_lambda="]
+    assert completed("orderrl evaluate eval.resamp") == ["eval.resamples="]
+    assert completed("orderrl compare runs/") == []  # the shell's own completion takes files
 
 
 @pytest.mark.parametrize(

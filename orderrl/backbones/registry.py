@@ -25,9 +25,10 @@ from orderrl.backbones.randar import OrderRobustTransformer
 from orderrl.runtime.checkpoint import build_to_fit, load_checkpoint, load_state, save_checkpoint
 from orderrl.runtime.devices import checked_device, default_dtype
 from orderrl.runtime.finite import OVERFLOW, require_finite
+from orderrl.runtime.hub import hub_file
 from orderrl.runtime.isolation import isolated_float32
 from orderrl.runtime.registry import Registry
-from orderrl.runtime.weights import load_weights, missing_weights, weights_fingerprint
+from orderrl.runtime.weights import HUB, load_weights, missing_weights, weights_fingerprint
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 TrainableBackbone = OrderRobustTransformer | RasterTransformer | ARPG | MaskedTransformer
@@ -77,7 +78,8 @@ def load_backbone(
 
     Args:
         name_or_path: a registered name, the module:attribute of a function that makes a backbone, a checkpoint that
-            `python -m orderrl.pretrain` wrote, or a published model (`published_names`), which needs `path`.
+            `python -m orderrl.pretrain` wrote, `hf://OWNER/NAME[@REVISION]` for one on the Hub, or a published model
+            (`published_names`), which needs `path`.
         path: weights of a published model: .safetensors (also the index of shards), .pt, .pth, or
             `hf://OWNER/NAME[@REVISION]/FILE`.
         device: where it runs; None is the CPU.
@@ -107,6 +109,8 @@ def load_backbone(
         load_weights(_module(backbone), path)
     elif path is not None or shape:
         raise ValueError(f"path and shape belong to published models, {name!r} is none of {', '.join(PRESETS)}")
+    elif name.startswith(HUB):
+        backbone = _from_file(hub_file(name, "backbone"))
     elif name not in BACKBONES and (name.endswith(".safetensors") or Path(name).exists()):
         backbone = _from_file(Path(name))
     elif BACKBONES.given(name) is not None:

@@ -59,6 +59,17 @@ def look_like_synsets(names: Sequence[str]) -> bool:
     return bool(names) and all(_SYNSET.fullmatch(name) for name in names)
 
 
+def class_words(names: Sequence[str]) -> list[str]:
+    """Names of classes for people: those of ImageNet are words instead of WordNet ids."""
+    if not look_like_synsets(names):
+        return list(names)
+    from timm.data import ImageNetInfo  # takes long to import
+
+    known = ImageNetInfo()
+    ids = set(known.label_names())
+    return [known.label_name_to_description(name).partition(",")[0] if name in ids else name for name in names]
+
+
 def _read(path: Path, given: str) -> dict[str, int]:
     """Ids by folder name."""
     form = 'lines "FOLDER ID", or as .json an object of ids by folder name'

@@ -92,6 +92,14 @@ class PolicyDetail:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """The first images that a policy drew, the same classes and seeds for all policies."""
+
+    name: str  # the policy, as in the table
+    images: Tensor  # (n, 3, H, W) uint8
+
+
+@dataclass(frozen=True)
 class Examples:
     """The images of the episodes.
 

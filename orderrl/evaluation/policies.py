@@ -12,12 +12,14 @@ from orderrl.agents.agent import AGENTS
 from orderrl.agents.fitted import fit_order
 from orderrl.agents.registry import NamedPolicy, make_policy, tell_apart
 from orderrl.agents.spec import PolicySpec
-from orderrl.backbones import Backbone
+from orderrl.backbones import Backbone, backbone_fingerprint
 from orderrl.backbones.pretraining import TOKEN_RASTER
+from orderrl.backbones.registry import WEIGHTS
 from orderrl.evaluation.settings import EvalConfig
 from orderrl.factory import Setup
 from orderrl.labels import find_or_make_labels, open_labels
 from orderrl.oracle import utilities
+from orderrl.planner import load_planner
 from orderrl.runtime.distributed import print_main
 from orderrl.training import newest_planner
 
@@ -36,13 +38,16 @@ def fitted_order(setup: Setup) -> Tensor:
 
 
 def newest_planners(setup: Setup) -> list[Path]:
-    """The newest checkpoint of every agent for the backbone and the data.
+    """The newest checkpoint of every agent for the backbone and the data; without any, the planner that ships with it.
 
     Raises:
         ValueError: if there is none.
     """
     agents = [*AGENTS.own(), *NEWEST]
     found = [path for agent in agents if (path := newest_planner(setup, agent)) is not None]
+    if not found and (path := shipped_planner(setup.backbone)) is not None:
+        print_main(f"no planner in {setup.cache_dir} for this backbone: taking the one that ships with it")
+        found = [path]
     if not found:
         raise ValueError(
             f"no planner for backbone {setup.backbone_name!r} in {setup.cache_dir}; train one with "
@@ -67,6 +72,16 @@ def own_order(backbone: Backbone) -> PolicySpec | None:
     if not beside.is_file():
         raise ValueError(f"{beside}: is missing; the planner of a specialist lies beside its checkpoint")
     return spec.at(beside)
+
+
+def shipped_planner(backbone: Backbone) -> Path | None:
+    """The planner that ships with the package for exactly this backbone, block grid and weights; None for others.
+
+    The quick start's: cloned, then PPO for useful context first.
+    """
+    wanted = backbone_fingerprint(backbone)
+    shipped = sorted(WEIGHTS.glob("*_planner.safetensors"))
+    return next((path for path in shipped if load_planner(path)[1]["backbone"] == wanted), None)
 
 
 def found_policy(name: str, setup: Setup) -> PolicySpec:

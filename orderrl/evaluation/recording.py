@@ -10,6 +10,7 @@ from orderrl.agents.play import Rollout
 from orderrl.agents.policies import Policy, RankingPolicy, ReferencePolicy, Scorer
 from orderrl.agents.registry import NamedPolicy
 from orderrl.data import TokenSet
+from orderrl.data.classes import class_words
 from orderrl.envs.core import NextBlockCore
 from orderrl.evaluation.detail import Episode, Examples
 from orderrl.geometry import BlockGrid
@@ -92,7 +93,9 @@ class _RecordedReference(ReferencePolicy):
 def example_images(data: TokenSet, geometry: BlockGrid) -> Examples:
     """The images whose episodes the report shows."""
     images = data.images(data.tokens[:EXAMPLES])
-    return Examples(images.cpu(), data.labels[:EXAMPLES].tolist(), geometry.rows, geometry.columns)
+    labels: list[int] = data.labels[:EXAMPLES].tolist()
+    named = labels if data.class_names is None else class_words([data.class_names[label] for label in labels])
+    return Examples(images.cpu(), named, geometry.rows, geometry.columns)
 
 
 def episodes(rollout: Rollout, scores: Tensor | None) -> list[Episode]:

@@ -39,13 +39,17 @@ from orderrl.evaluation.row_entries import (
 )
 from orderrl.evaluation.settings import OWN_ORDER
 from orderrl.metrics.calibration import calibrate, regret
-from orderrl.metrics.features import extract_features, own_features
+from orderrl.metrics.features import Features, extract_features, own_features
 from orderrl.metrics.images import save_images
 from orderrl.metrics.order import first_choice_entropy, place_entropy, visible_neighbours
 from orderrl.metrics.quality import class_accuracy, fid_infinity, sample_quality
 from orderrl.metrics.recognisability import complete, recognise
+from orderrl.metrics.references import open_reference
 from orderrl.metrics.statistics import bootstrap_sums, ratio
 from orderrl.oracle import utilities
+
+SHOWN_SAMPLES = 20
+"""Images that the report shows of what each policy drew: one or two of each class where there are few."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +62,14 @@ class Evaluated:
             `decode_nll` holds `decode_loss`.
         rollout: the trajectories behind it.
         scores: (T, images, B) float32, what the policy scored on the first images; None if it has no scores.
+        drawn: (up to `SHOWN_SAMPLES`, 3, H, W) uint8, the first images that it drew; None if it drew none.
     """
 
     row: dict[str, Any]
     per_image: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     rollout: Rollout | None = field(default=None, repr=False)
     scores: Tensor | None = field(default=None, repr=False)
+    drawn: Tensor | None = field(default=None, repr=False)
 
 
 def evaluate_policy(p: EvaluationProtocol, named: NamedPolicy, sampled: bool) -> Evaluated:
@@ -100,9 +106,11 @@ def evaluate_policy(p: EvaluationProtocol, named: NamedPolicy, sampled: bool) ->
     row |= entry("far_gain", bootstrap_sums(rollout.far_gain_sums.cpu(), ratio, c.resamples, seed=p.seed))
     row |= code_lengths(row, p.backbone)
     # the images that it draws
+    drawn = None
     if sampled and not few:
-        row |= _samples(p, row, p.backbone, named.policy, named.budgets)
-    return Evaluated(row, per_image, rollout, log.scores)
+        found, drawn = _samples(p, row, p.backbone, named.policy, named.budgets)
+        row |= found
+    return Evaluated(row, per_image, rollout, log.scores, drawn)
 
 
 def evaluate_specialist(p: EvaluationProtocol, name: str, order: str = OWN_ORDER) -> Evaluated:
@@ -171,8 +179,22 @@ def evaluate_token_raster(p: EvaluationProtocol, name: str, backbone: TrainableB
     def whole_image(observation: TensorDict, generator: torch.Generator) -> Tensor:
         return torch.zeros_like(observation["label"])
 
-    row |= _samples(p, row, one_block, whole_image, (1,))
-    return Evaluated(row, per_image)
+    found, drawn = _samples(p, row, one_block, whole_image, (1,))
+    return Evaluated(row | found, per_image, drawn=drawn)
+
+
+def evaluate_foreign(p: EvaluationProtocol, name: str, path: Path) -> Evaluated:
+    """Row of images that something else drew: their quality under the protocol; the name says that they are foreign.
+
+    Raises:
+        ValueError: if they are no images that `open_reference` reads.
+    """
+    assert p.reference is not None  # the settings see to it
+    found = open_reference(path, p.reference.features, p.config.weights, p.device).found
+    if found is None:
+        raise ValueError(f"foreign={name}={path}: holds statistics alone; give the images, arr_0 (n, H, W, 3) uint8")
+    row = {"policy": f"{name} (foreign, {len(found)} images)", "family": name}
+    return Evaluated(empty_row() | row | _quality(p, found))
 
 
 @torch.no_grad()
@@ -192,41 +214,45 @@ def _samples(
     backbone: Backbone,
     policy: Policy | ReferencePolicy,
     budgets: tuple[int, ...],
-) -> dict[str, Any]:
-    """Images drawn in a policy's order, as entries of its row; they are kept if the protocol says so."""
+) -> tuple[dict[str, Any], Tensor | None]:
+    """Images drawn in a policy's order: entries of its row, and the first of them; kept if the protocol says so."""
     if not p.config.samples:
-        return {}
+        return {}, None
     wanted = balanced_labels(p.config.samples, p.data.classes)
     made = generate_images(backbone, p.data, policy, budgets, wanted, p.config.sampling, p.seed)
     found: dict[str, Any] = {"seconds_per_image": made.seconds / len(made.tokens)}
     measures = {column.name: column.per_sample for column in all_columns() if column.per_sample is not None}
     if p.clip is not None:
         measures["clip_score"] = p.clip.scores
+    drawn = p.data.images(made.tokens[:SHOWN_SAMPLES], p.device).cpu()
     if p.reference is None and p.samples_folder is None and not measures:
-        return found
+        return found, drawn
     by_class = made.labels.argsort(stable=True)  # the order of the kept files, on which random splits depend
     images, labels = p.data.images(made.tokens[by_class], p.device), made.labels[by_class]
     if p.samples_folder is not None:
         save_images(images, free_folder(p.samples_folder, folder_name(row["policy"], row["seed"])), labels)
     for name, values in measures.items():
         found |= image_means({name: one_each(name, values(images, labels), len(images))}, p.config.resamples, p.seed)
-    return found | _against_reference(p, images, labels)
+    return found | _against_reference(p, images, labels), drawn
 
 
 def _against_reference(p: EvaluationProtocol, images: Tensor, labels: Tensor) -> dict[str, Any]:
     """What samples are worth compared with real images, and how many a classifier recognises, with intervals."""
     if p.reference is None:
         return {}
-    features = p.reference.features
-    found = extract_features(images, features, p.config.weights, p.device)
-    scores: dict[str, Any] = asdict(sample_quality(found, p.reference, p.config.kid_subsets))
     own = own_features(p.data.name)
-    if own is not None:
-        scores["accuracy"] = class_accuracy(images, labels, own)
+    known = {} if own is None else {"accuracy": class_accuracy(images, labels, own)}
+    return _quality(p, extract_features(images, p.reference.features, p.config.weights, p.device), known)
+
+
+def _quality(p: EvaluationProtocol, found: Features, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What samples of these features are worth, with intervals, and of scores that are known."""
+    assert p.reference is not None
+    scores: dict[str, Any] = asdict(sample_quality(found, p.reference, p.config.kid_subsets)) | dict(known or {})
     if p.config.fid_infinity:
         scores["frechet_distance_infinity"] = fid_infinity(found, p.reference, seed=p.seed)
     intervals = quality_intervals(scores, found, p.reference, p.config.distance_resamples, p.seed)
-    return {"features": features} | scores | intervals
+    return {"features": p.reference.features} | scores | intervals
 
 
 def free_folder(parent: Path, name: str) -> Path:

@@ -143,6 +143,11 @@ class EvalConfig(Sampling):
     planners: list[str] = setting(
         ["newest"], "Planner checkpoints to evaluate; newest finds those of this configuration"
     )
+    foreign: list[str] = setting(
+        [],
+        "Images that other samplers drew, NAME=FILE.npz (arr_0 (n, H, W, 3) uint8, as ADM's evaluator reads it) or "
+        "NAME=FOLDER: a row each, of sample quality alone",
+    )
     sampled: list[str] = setting(["raster"], "Baselines whose samples are scored")
     policies: list[str] = setting(
         ["raster", "diagonal", "staggered", "centre", "multiscale", "halton", "random", "high_entropy", "fitted"],
@@ -155,6 +160,9 @@ class EvalConfig(Sampling):
             raise ValueError("budgets must not be empty, got []")
         if self.reference is not None and self.features is None:
             raise ValueError(f"reference={self.reference!r} needs features to compare samples in, but features is null")
+        wrong = [entry for entry in self.foreign if self.features is None or not all(entry.partition("="))]
+        if wrong:
+            raise ValueError(f"foreign={wrong[0]!r} must be NAME=FILE.npz or NAME=FOLDER, and needs features")
 
     @property
     def sampling(self) -> Sampling:

@@ -22,10 +22,17 @@ from orderrl.data import TokenSet
 from orderrl.envs.reward import OBJECTIVES
 from orderrl.evaluation.columns import all_columns, empty_row
 from orderrl.evaluation.comparison import comparisons
-from orderrl.evaluation.detail import Curve, PolicyDetail
+from orderrl.evaluation.detail import Curve, Drawn, PolicyDetail
 from orderrl.evaluation.protocol import EvaluationProtocol
 from orderrl.evaluation.recording import episodes
-from orderrl.evaluation.rows import Evaluated, evaluate_policy, evaluate_specialist, evaluate_token_raster, free_folder
+from orderrl.evaluation.rows import (
+    Evaluated,
+    evaluate_foreign,
+    evaluate_policy,
+    evaluate_specialist,
+    evaluate_token_raster,
+    free_folder,
+)
 from orderrl.evaluation.settings import EvalConfig
 from orderrl.factory import Setup
 from orderrl.geometry import BlockGrid
@@ -73,7 +80,14 @@ def pending_rows(config: EvalConfig, setup: Setup, policies: Sequence[tuple[Name
             for name in config.specialists
             for order in config.specialist_orders
         ),
+        *(PendingRow(name, partial(evaluate_foreign, name=name, path=path)) for name, path in _foreign(config)),
     ]
+
+
+def _foreign(config: EvalConfig) -> list[tuple[str, Path]]:
+    """Names and places of images that others drew."""
+    given = [entry.partition("=") for entry in config.foreign]
+    return [(name, Path(path).expanduser()) for name, _, path in given]
 
 
 def raster_backbones(names: Sequence[str], data: str) -> list[str]:
@@ -93,6 +107,7 @@ def evaluation_key(config: EvalConfig, setup: Setup, data: TokenSet, policies: S
         "labels": asdict(setup.labels),
         "seed": setup.seed,
         "files": [source_identity(timm_source(name) or name) for name in _files(config)],
+        "foreign": [source_identity(path) for _, path in _foreign(config)],
         "features": EXTRACTORS.version(config.features) if config.features and is_own(config.features) else None,
         "policies": [
             [policy.name, _acting(policy), source_identity(policy_source(policy.spec))] for policy in policies
@@ -189,6 +204,12 @@ def details(protocol: EvaluationProtocol, rows: Sequence[Evaluated]) -> list[Pol
     """What the report's pictures show: orders of planners of one seed, and of everything else that has an order."""
     shown = [row for row in rows if row.rollout is not None and row.row["seed"] in (None, 0)]
     return [policy_detail(protocol, row) for row in shown]
+
+
+def drawn_images(rows: Sequence[Evaluated]) -> list[Drawn]:
+    """What the report shows of the images that policies drew, planners of one seed."""
+    shown = [row for row in rows if row.row["seed"] in (None, 0)]
+    return [Drawn(row.row["policy"], row.drawn) for row in shown if row.drawn is not None]
 
 
 def policy_detail(protocol: EvaluationProtocol, evaluated: Evaluated) -> PolicyDetail:

@@ -8,9 +8,10 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
+from torch import Tensor
 
 from orderrl.data.pictures import hide_blocks
-from orderrl.evaluation.detail import Curve, Examples, PolicyDetail
+from orderrl.evaluation.detail import Curve, Drawn, Examples, PolicyDetail
 from orderrl.geometry import BlockGrid
 from orderrl.report.style import (
     COLOUR_MAP,
@@ -29,27 +30,29 @@ from orderrl.report.viewer import steps_at
 STRIP_FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
-def gain_figure(rows: Sequence[dict[str, Any]], colours: dict[str, str], ink: str = INK) -> Figure:
-    """Information-gain AUC of every row that has one, best first, with its interval; one row is drawn as one line.
+def metric_figure(
+    rows: Sequence[dict[str, Any]], metric: str, label: str, colours: dict[str, str], ink: str = INK
+) -> Figure:
+    """A metric of every row that has it, the highest on top, with its interval; one row is drawn as one line.
 
-    Policies without a colour are grey.
+    Policies without a colour are grey; a dashed line stands at raster's value.
     """
-    shown = sorted((row for row in rows if row.get("gain_auc") is not None), key=lambda row: float(row["gain_auc"]))
+    shown = sorted((row for row in rows if row.get(metric) is not None), key=lambda row: float(row[metric]))
     with new_figure(WIDTH, 0.9 + 0.23 * len(shown), ink) as figure:
         axes = figure.subplots()
         for height, row in enumerate(shown):
             colour = colours.get(row["policy"], MUTED)
-            low, high = row.get("gain_auc_ci") or (row["gain_auc"], row["gain_auc"])
+            low, high = row.get(f"{metric}_ci") or (row[metric], row[metric])
             axes.plot([low, high], [height, height], color=colour, linewidth=1.6, solid_capstyle="round")
-            axes.plot(row["gain_auc"], height, "o", color=colour, markersize=4.5)
+            axes.plot(row[metric], height, "o", color=colour, markersize=4.5)
             if row["policy"] == "raster":
-                axes.axvline(row["gain_auc"], color=ink, linewidth=0.7, linestyle=(0, (4, 3)), zorder=0)
+                axes.axvline(row[metric], color=ink, linewidth=0.7, linestyle=(0, (4, 3)), zorder=0)
         axes.set_yticks(range(len(shown)), [_row_name(row, rows) for row in shown])
-        for label, row in zip(axes.get_yticklabels(), shown, strict=True):
-            label.set_color(ink)
-            label.set_alpha(1.0 if row["policy"] in colours else 0.7)
+        for name, row in zip(axes.get_yticklabels(), shown, strict=True):
+            name.set_color(ink)
+            name.set_alpha(1.0 if row["policy"] in colours else 0.7)
         axes.set_ylim(-0.7, len(shown) - 0.3)
-        axes.set_xlabel("information-gain AUC")
+        axes.set_xlabel(label)
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         grid_lines(axes, "x")
@@ -151,8 +154,8 @@ def orders_figure(details: Sequence[PolicyDetail], colours: dict[str, str], ink:
             axes.text(left, top - 0.04 * width, name, fontsize=7, va="bottom", fontweight=weight, clip_on=False)
         axes.set(xlim=(0, columns * pitch[0]), ylim=(lines * pitch[1], 0))
         if details:
-            bar = figure.colorbar(image, ax=axes, shrink=0.8, ticks=[0, 0.5, 1])
-            bar.set_label("mean reveal step (0 first, 1 last)", color=ink)
+            bar = figure.colorbar(image, ax=axes, shrink=0.8)
+            bar.set_ticks([0, 1], labels=["first", "last"])
     return figure
 
 
@@ -181,12 +184,44 @@ def strips_figure(details: Sequence[PolicyDetail], examples: Examples, index: in
     return figure
 
 
+def samples_figure(drawn: Sequence[Drawn], distances: Mapping[str, str], ink: str = INK) -> Figure:
+    """Images that policies drew, a line each, beside their Fréchet distances as text."""
+    lines = [sample_line(line.images, len(line.images)) for line in drawn]
+    height, width = (max(line.shape[side] for line in lines) for side in (0, 1))
+    sheet = np.full((len(lines) * height, width, 3), 255, dtype=np.uint8)
+    for number, line in enumerate(lines):
+        sheet[number * height : number * height + line.shape[0], : line.shape[1]] = line
+    with new_figure(WIDTH, (WIDTH - 1.8) * len(lines) * height / width + 0.3, ink) as figure:
+        axes = figure.subplots()
+        axes.imshow(sheet, interpolation="nearest")
+        names = [f"{shorten(line.name, 24)}\n{distances.get(line.name, '')}".rstrip() for line in drawn]
+        axes.set_yticks([(number + 0.5) * height for number in range(len(lines))], names)
+        axes.set_xticks([])
+        axes.tick_params(length=0)
+        axes.set_frame_on(False)
+    return figure
+
+
+def sample_line(images: Tensor, count: int) -> NDArray[np.uint8]:
+    """Images (n, 3, H, W) uint8 side by side in two lines, with gaps of white: (rows, columns, 3) uint8."""
+    columns, (height, width) = -(-count // 2), images.shape[-2:]
+    gap = max(1, height // 12)
+    sheet = np.full((2 * (height + gap), columns * (width + gap), 3), 255, dtype=np.uint8)
+    for number, image in enumerate(images[:count].permute(0, 2, 3, 1).numpy()):
+        line, column = divmod(number, columns)
+        top, left = line * (height + gap), column * (width + gap)
+        sheet[top : top + height, left : left + width] = image
+    return sheet
+
+
 def order_pixels(detail: PolicyDetail) -> NDArray[np.uint8]:
     """Mean order as a picture of one pixel a block: (rows, columns, 3) uint8."""
     return colour_pixels(np.asarray(detail.mean_reveal_step, dtype=np.float64))
 
 
 def _row_name(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
-    """The policy, with its seed where several rows have the same policy."""
-    twins = sum(other["policy"] == row["policy"] for other in rows)
-    return shorten(row["policy"], 28) + (f" (seed {row['seed']})" if twins > 1 and row.get("seed") is not None else "")
+    """The policy, with its run or its seed where several rows have the same policy."""
+    twins = [other for other in rows if other["policy"] == row["policy"]]
+    differ = [key for key in ("run", "seed") if len({str(other.get(key)) for other in twins}) > 1]
+    told = [row[key] if key == "run" else f"seed {row[key]}" for key in differ if row.get(key) is not None]
+    return shorten(row["policy"], 28) + (f" ({', '.join(told)})" if told else "")

@@ -1,7 +1,7 @@
 """The page: results and pictures of an evaluation in one HTML file that needs no network."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
+from matplotlib.figure import Figure
+from torch.nn import functional as F
 
-from orderrl.evaluation.columns import all_columns, learned_policies, shown_columns
-from orderrl.evaluation.detail import Curve, Examples, PolicyDetail
+from orderrl.evaluation.columns import all_columns, column_of, in_features, learned_policies, shown_columns
+from orderrl.evaluation.detail import Curve, Drawn, Examples, PolicyDetail
 from orderrl.report import cost, figures, style
 from orderrl.report.summary import summary
 from orderrl.report.tables import comparison_values, loss_unit, protocol_values, results_values
@@ -34,9 +36,15 @@ class Plot:
 
 
 def write_report(
-    folder: Path, results: dict[str, Any], details: Sequence[PolicyDetail], examples: Examples | None = None
+    folder: Path,
+    results: dict[str, Any],
+    details: Sequence[PolicyDetail],
+    examples: Examples | None = None,
+    drawn: Sequence[Drawn] = (),
 ) -> Path:
-    """Write `report.html` (self-contained), and its figures as `figures/NAME.png` and `figures/NAME.svg` beside it.
+    """Write `report.html` (self-contained), and its figures as `figures/NAME.png`, `.svg` and `.pdf` beside it.
+
+    The PDF is as wide as a paper's column, with its fonts embedded.
 
     Args:
         folder: an existing or new folder.
@@ -46,6 +54,7 @@ def write_report(
         details: what the pictures show, one for each policy with pictures. Curves and maps are drawn of learned
             planners and of policies that reveal one block a step; the viewer has all.
         examples: the images of the episodes in the details; None shows neither viewer nor images.
+        drawn: images that policies drew.
 
     Returns:
         The path of the page.
@@ -53,6 +62,20 @@ def write_report(
     Raises:
         ValueError: if results lack protocol or rows, or a row lacks its policy.
     """
+    text, beside = report_page(results, details, examples, drawn)
+    save_figures(folder / "figures", beside)
+    path = folder / "report.html"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def report_page(
+    results: dict[str, Any],
+    details: Sequence[PolicyDetail],
+    examples: Examples | None = None,
+    drawn: Sequence[Drawn] = (),
+) -> tuple[str, dict[str, Callable[[], Figure]]]:
+    """The page as HTML, and the figures beside it by name; as `write_report`, which writes them."""
     for key in ("protocol", "rows"):
         if key not in results:
             raise ValueError(f"results must have the key {key!r}, got {', '.join(map(repr, results)) or 'none'}")
@@ -61,30 +84,28 @@ def write_report(
         raise ValueError("results['rows'] must name a policy in every row")
     learned = learned_policies(rows)
     several = {row["policy"] for row in rows if _several_blocks(row)} - set(learned)
-    drawn = [detail for detail in details if detail.name not in several]
-    plots = _plots(rows, drawn, learned)
-    _save_figures(folder / "figures", plots, drawn, examples, style.policy_colours(learned))
-    path = folder / "report.html"
-    path.write_text(
-        render(
-            "report.html.jinja",
-            summary=summary(results),
-            written=datetime.now().strftime("%Y-%m-%d %H:%M"),
-            plots=[_on_page(plot) for plot in plots],
-            scale=style.png_uri(style.colour_pixels(np.linspace(0, 1, 64)[None])),
-            maps=[
-                {"name": detail.name, "image": style.png_uri(figures.order_pixels(detail)), "alt": _order_text(detail)}
-                for detail in drawn
-            ],
-            highlighted=["raster", *learned],
-            **results_values(rows, learned, shown_columns(rows)),
-            **comparison_values(results.get("comparisons") or []),
-            **protocol_values(results["protocol"]),
-            **_images(details, drawn, examples, learned, loss_unit(rows)),
-        ),
-        encoding="utf-8",
+    single = [detail for detail in details if detail.name not in several]
+    plots = _plots(rows, single, learned)
+    distances = _distances(rows)
+    beside = _figures_beside(plots, single, examples, drawn, distances, style.policy_colours(learned))
+    text = render(
+        "report.html.jinja",
+        summary=summary(results),
+        written=datetime.now().strftime("%Y-%m-%d %H:%M"),
+        plots=[_on_page(plot) for plot in plots],
+        scale=style.png_uri(style.colour_pixels(np.linspace(0, 1, 64)[None])),
+        maps=[
+            {"name": detail.name, "image": style.png_uri(figures.order_pixels(detail)), "alt": _order_text(detail)}
+            for detail in single
+        ],
+        samples=[_line_of_samples(line, distances) for line in drawn],
+        highlighted=["raster", *learned],
+        **results_values(rows, learned, shown_columns(rows)),
+        **comparison_values(results.get("comparisons") or []),
+        **protocol_values(results["protocol"]),
+        **_images(details, single, examples, learned, loss_unit(rows)),
     )
-    return path
+    return text, beside
 
 
 def render(template: str, **values: Any) -> str:
@@ -115,7 +136,9 @@ def _plots(rows: Sequence[dict[str, Any]], details: Sequence[PolicyDetail], lear
         plots.append(Plot(name, title, caption, draw))
 
     caption = "Dots: mean over test images. Bars: 95 % bootstrap interval. Dashed: raster."
-    add("gain_auc", "Information-gain AUC", caption, lambda ink: figures.gain_figure(rows, colours(ink), ink))
+    label = "information-gain AUC"
+    draw = partial(figures.metric_figure, rows, "gain_auc", label)
+    add("gain_auc", "Information-gain AUC", caption, lambda ink: draw(colours(ink), ink))
     caption = "Learned planners and raster are highlighted, with 95 % bands over images. Below: mean minus raster's."
     if details:
         title, gain = "Information gained against revealed fraction", {detail.name: detail.gain for detail in details}
@@ -170,25 +193,37 @@ def _on_page(plot: Plot) -> dict[str, Any]:
     return {"title": plot.title, "caption": plot.caption, "svg": svg}
 
 
-def _save_figures(
-    folder: Path,
+def _figures_beside(
     plots: Sequence[Plot],
     details: Sequence[PolicyDetail],
     examples: Examples | None,
+    drawn: Sequence[Drawn],
+    distances: dict[str, str],
     colours: dict[str, str],
-) -> None:
-    """The figures for slides and papers, beside the page."""
-    folder.mkdir(parents=True, exist_ok=True)
-    drawn = {plot.name: plot.draw(style.INK) for plot in plots}
+) -> dict[str, Callable[[], Figure]]:
+    """The figures for slides and papers, by the names of their files."""
+    found: dict[str, Callable[[], Figure]] = {plot.name: partial(plot.draw, style.INK) for plot in plots}
     if details:
-        drawn["mean_orders"] = figures.orders_figure(details, colours)
+        found["mean_orders"] = partial(figures.orders_figure, details, colours)
+    if drawn:
+        found["samples"] = partial(figures.samples_figure, drawn, distances)
     if examples is not None:
         shown = [detail for detail in details if detail.episodes]
         for index in range(_strip_count(shown)):
-            drawn[f"strips_{index + 1}"] = figures.strips_figure(shown, examples, index)
-    for name, figure in drawn.items():
+            found[f"strips_{index + 1}"] = partial(figures.strips_figure, shown, examples, index)
+    return found
+
+
+def save_figures(folder: Path, wanted: Mapping[str, Callable[[], Figure]]) -> None:
+    """Draw figures and write each as PNG and SVG, and in a column's width as PDF."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, draw in wanted.items():
+        figure = draw()
         for suffix in ("png", "svg"):
             style.save_figure(figure, folder / f"{name}.{suffix}")
+            figure.set_layout_engine("none")  # it is laid out, and looks the same in all formats
+        with style.for_column():
+            style.save_figure(draw(), folder / f"{name}.pdf")
 
 
 def _breakable(name: str) -> Markup:
@@ -230,6 +265,23 @@ def _images(
             for index in range(min(count, _strip_count(drawn)))
         ],
     }
+
+
+def _distances(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """The Fréchet distance of each policy of the first seed, in words."""
+    column = in_features(column_of("frechet_distance"), rows)
+    known = {row["policy"]: row for row in reversed(rows) if row.get(column.name) is not None}
+    return {name: f"{column.heading} {column.show(row[column.name])}" for name, row in known.items()}
+
+
+def _line_of_samples(line: Drawn, distances: dict[str, str]) -> dict[str, Any]:
+    """The images that a policy drew, made small where they are large."""
+    images = line.images
+    if images.shape[-1] > SMALL:
+        images = F.interpolate(images.float(), scale_factor=SMALL / images.shape[-1], mode="area").round().byte()
+    uri = style.png_uri(figures.sample_line(images, len(images)))
+    alt = f"{len(images)} images drawn by {line.name}"
+    return {"name": line.name, "uri": uri, "alt": alt, "distance": distances.get(line.name, "")}
 
 
 def _strip_count(details: Sequence[PolicyDetail]) -> int:

@@ -5,6 +5,7 @@ import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import matplotlib
@@ -24,12 +25,14 @@ DASHES: tuple[Any, ...] = ("solid", (0, (6, 1.5)), (0, (3, 1, 1, 1)), (0, (1.5, 
 MARKERS = "osD^vPX<>*"
 COLOUR_MAP = "viridis"
 WIDTH = 4.5  # inches; the text keeps its size from a phone to a desktop column
+_COLUMN, _COLUMN_FONT = 3.3, 7  # inches and points in a paper's column
 _STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.linewidth": 0.7,
     "svg.fonttype": "none",
+    "pdf.fonttype": 42,  # TrueType, embedded, as publishers ask for
     "text.parse_math": False,
     "figure.dpi": 72,
 }
@@ -43,12 +46,26 @@ def policy_colours(learned: Sequence[str], ink: str = INK) -> dict[str, str]:
     return {"raster": ink} | {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(learned)}
 
 
+_in_column: ContextVar[bool] = ContextVar("in_column", default=False)
+
+
+@contextmanager
+def for_column() -> Iterator[None]:
+    """Inside, figures of the page's width are drawn in the width of a paper's column, in its small print."""
+    token = _in_column.set(True)
+    yield
+    _in_column.reset(token)
+
+
 @contextmanager
 def new_figure(width: float, height: float, ink: str) -> Iterator[Figure]:
     """A figure of the house style that no window system knows about; sizes in inches."""
     colours = dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "text.color"), ink)
-    with matplotlib.rc_context(_STYLE | colours):
-        yield Figure(figsize=(width, height), layout="constrained")
+    style, scale = _STYLE | colours, 1.0
+    if _in_column.get():
+        style, scale = style | {"font.size": _COLUMN_FONT}, _COLUMN / WIDTH
+    with matplotlib.rc_context(style):
+        yield Figure(figsize=(scale * width, scale * height), layout="constrained")
 
 
 def grid_lines(axes: Any, axis: str = "both") -> None:
@@ -61,7 +78,7 @@ def save_figure(figure: Figure, path: Any) -> None:
     """Write a figure on white in the format of the file's suffix; PNG with 144 dots per inch."""
     FigureCanvasAgg(figure)
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": path.stem}):
-        metadata = {"Date": None} if path.suffix == ".svg" else None
+        metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix)
         figure.savefig(path, dpi=144, facecolor="white", metadata=metadata)
 
 

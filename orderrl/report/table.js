@@ -1,5 +1,6 @@
 // Sortable tables. A click on a header sorts by its column, best first; the next one turns the order round.
-// Cells without a value stay at the end.
+// Cells without a value stay at the end. One header at a time is a tab stop, and arrow keys move it. Columns that are
+// not main ones are shown on demand; without this script all are.
 for (const table of document.querySelectorAll("table.sortable")) {
   const headers = [...table.tHead.rows].at(-1).cells;
 
@@ -26,4 +27,34 @@ for (const table of document.querySelectorAll("table.sortable")) {
       sort(column, direction);
     });
   });
+
+  const buttons = [...headers].map((header) => header.querySelector("button"));
+  const stop = (chosen) => buttons.forEach((button) => { button.tabIndex = button === chosen ? 0 : -1; });
+  stop(buttons[0]);
+  table.tHead.addEventListener("keydown", (event) => {
+    const shown = buttons.filter((button) => button.offsetParent !== null);
+    const place = shown.indexOf(document.activeElement) + { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (!shown[place]) return;
+    event.preventDefault();
+    stop(shown[place]);
+    shown[place].focus();
+  });
+
+  const choice = table.closest("details")?.querySelector('[data-part="more"]');
+  if (choice) {
+    const groups = [...table.tHead.rows[0].cells].map((group) => [group, group.colSpan]);
+    const all = choice.querySelector("input");
+    const show = () => {
+      table.classList.toggle("main", !all.checked);
+      let column = 0;
+      for (const [group, width] of groups) {
+        const members = [...headers].slice(column, (column += width));
+        group.colSpan = Math.max(1, members.filter((header) => all.checked || !header.classList.contains("more")).length);
+      }
+      stop(buttons[0]);
+    };
+    choice.hidden = false;
+    all.addEventListener("change", show);
+    show();
+  }
 }

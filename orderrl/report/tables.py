@@ -63,6 +63,7 @@ def loss_unit(rows: Sequence[dict[str, Any]]) -> str:
 
 def _header_cell(column: Column, rows: Sequence[dict[str, Any]], groups: dict[str, list[Column]]) -> dict[str, Any]:
     header = in_features(column, rows).header
+    group = next(group for group, members in groups.items() if column in members)
     starts = any(column is members[0] for members in list(groups.values())[1:])
     return {
         "key": column.name,
@@ -70,7 +71,8 @@ def _header_cell(column: Column, rows: Sequence[dict[str, Any]], groups: dict[st
         "unit": column.unit.replace("nats per token", loss_unit(rows)),
         "meaning": column.help,
         "text": column.text,
-        "group": next(group for group, members in groups.items() if column in members),
+        "main": group == "policy" or "screen" in column.places.split(),
+        "group": group,
         "order": "descending" if column.direction > 0 else "ascending",
         "starts": starts,
     }

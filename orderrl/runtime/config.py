@@ -44,6 +44,7 @@ from rich.table import Table
 from orderrl.runtime import schema
 from orderrl.runtime.renamed import with_new_names
 from orderrl.runtime.schema import Nodes, Part
+from orderrl.runtime.terminal import show_anything
 
 CONFIGS = "orderrl.configs"
 _FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -90,7 +91,7 @@ def parts_of(command: str, overrides: Sequence[str] = (), *, config_module: str 
 
 
 def _parts(loader: ConfigLoader, command: str, overrides: Sequence[str], config_module: str) -> list[Part]:
-    nodes = _nodes(config_module, overrides)
+    nodes = nodes_of(config_module, overrides)
     choices = tuple(item for item in overrides if _is_group(loader, item.partition("=")[0]))
     # where nodes stand takes half as long as the whole configuration, and only the choices of groups change it
     key = (config_module, command, choices, *nodes)
@@ -104,7 +105,7 @@ def _check(command: str, config: DictConfig, overrides: Sequence[str], config_mo
     schema.check(parts_of(command, overrides, config_module=config_module), _plain(config))
 
 
-def _nodes(config_module: str, overrides: Sequence[str]) -> Nodes:
+def nodes_of(config_module: str = CONFIGS, overrides: Sequence[str] = ()) -> Nodes:
     """What a package of configuration has as dataclasses, with those that overrides name by module:attribute."""
     nodes: Nodes = import_module(f"{config_module}.schema").nodes(overrides)
     return nodes
@@ -158,6 +159,7 @@ def run_application(command: str, main: Callable[[DictConfig], Any], *, config_m
         main: called with the resolved configuration.
         config_module: the package that holds the configuration.
     """
+    show_anything()
     arguments = with_new_names(sys.argv[1:])
     full_error = os.environ.get(_FULL_ERROR) == "1"
     try:
@@ -189,7 +191,7 @@ def _run_hydra(command: str, job: Callable[[DictConfig], Any], arguments: list[s
     overrides = list(filter(_is_override, arguments))
     sys.argv = [argv[0], *(item for item in arguments if not _is_override(item)), *ours, *overrides]
     try:
-        with schema.registered(_nodes(config_module, arguments)):
+        with schema.registered(nodes_of(config_module, arguments)):
             application()
     finally:
         sys.argv = argv
@@ -253,7 +255,7 @@ def _loader(command: str, config_module: str, overrides: Sequence[str]) -> Itera
     GlobalHydra.instance().clear()
     try:
         with (
-            schema.registered(_nodes(config_module, overrides)),
+            schema.registered(nodes_of(config_module, overrides)),
             hydra.initialize_config_module(config_module, job_name=command, version_base="1.3"),
         ):
             yield GlobalHydra.instance().config_loader()

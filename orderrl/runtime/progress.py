@@ -1,9 +1,10 @@
-"""How far a loop is: bars on a terminal, plain lines elsewhere."""
+"""How far a loop is: bars on a terminal and in notebooks, plain lines elsewhere."""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib.util import find_spec
 from typing import Protocol
 
 from rich.console import Console
@@ -35,8 +36,9 @@ class Advance(Protocol):
 def progress(total: int | None, description: str, unit: str = "it") -> Iterator[Advance]:
     """Show how far a loop is: a bar with count, rate, time passed and time left.
 
-    When the standard output is not a terminal, plain lines are printed instead, one in ten seconds and one at the end.
-    Of many processes the main one shows its own.
+    In a notebook with ipywidgets the bar moves in the cell's output. Where the standard output is no terminal either,
+    plain lines are printed instead, one in ten seconds and one at the end. Of many processes the main one shows its
+    own.
 
     Args:
         total: number of items, None if it is not known.
@@ -49,7 +51,7 @@ def progress(total: int | None, description: str, unit: str = "it") -> Iterator[
         yield lambda count=1, note="": None
         return
     console = Console()
-    if not console.is_terminal:
+    if not (console.is_terminal or (console.is_jupyter and find_spec("ipywidgets"))):
         lines = _PlainLines(total, description, unit)
         yield lines
         lines.show()

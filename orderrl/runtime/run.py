@@ -1,46 +1,24 @@
 """One run of a command: its folder, its log, and what it records of machine and versions."""
 
-import json
-import os
 import platform
 import shutil
 import subprocess
-import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import Any, Self
 
 from omegaconf import OmegaConf
 
 from orderrl.runtime import distributed
-from orderrl.runtime.storage import finite_or_none, write_json
-from orderrl.runtime.values import Settings, one_of, setting
+from orderrl.runtime.loggers import LOGGERS, Local, Log, Logger
+from orderrl.runtime.storage import write_json
 
 _PACKAGES = (
     *("orderrl", "torch", "torchvision", "torchrl", "tensordict", "gymnasium", "timm", "torch-fidelity"),
     *("hydra-core", "numpy", "scikit-learn", "safetensors"),
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class LocalLogger:
-    """Logger: files in the run's folder only."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class WandbLogger(Settings):
-    """Logger: the same metrics to Weights & Biases too."""
-
-    project: str | None = setting(None, "Project of Weights & Biases; null takes WANDB_PROJECT, else orderrl")
-    mode: str | None = setting(
-        None,
-        "Mode of Weights & Biases: online, offline (no network) or disabled; null takes WANDB_MODE or WANDB_DISABLED, "
-        "else online",
-        one_of(("online", "offline", "disabled")),
-    )
 
 
 def git_revision() -> dict[str, Any] | None:
@@ -85,35 +63,29 @@ class Run:
 
     Args:
         command: the entry point, such as ``train``.
-        config: its configuration. Used here: ``output_dir`` (default ``runs``) and ``logger``; with
-            ``logger.name=wandb`` the same metrics go to Weights & Biases, under ``logger.project`` and
-            ``logger.mode`` (online, offline or disabled), with its files in the run's folder. Where these are null
-            its own environment variables decide: WANDB_MODE, WANDB_DISABLED, WANDB_PROJECT, WANDB_NAME, WANDB_DIR.
+        config: its configuration. Used here: ``output_dir`` (default ``runs``) and ``logger``, the name and the
+            settings of one in `loggers.LOGGERS`, which gets metrics and pictures too.
 
     Raises:
-        ValueError: if Weights & Biases cannot be started (nobody is logged in); the folder is then removed.
+        ValueError: if the logger cannot be started (nobody is logged in); the folder is then removed.
     """
 
     def __init__(self, command: str, config: Mapping[str, Any]) -> None:
         self.command = command
         self.config: dict[str, Any] = _plain(config)
-        self._logger: dict[str, Any] = self.config.get("logger") or {}
         parent = Path(self.config.get("output_dir", "runs")) / command
         self.folder = distributed.on_main(lambda: _new_folder(parent))
-        self._start = time.monotonic()
-        self._metrics: TextIO | None = None
-        self._wandb: Any = None
+        self.logs: list[Log] = []
         if distributed.is_main():
             (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(self.config), encoding="utf-8")
             self.write_json("versions.json", versions())
-            self._metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
-            if self._logger.get("name") == "wandb":
-                try:
-                    self._wandb = self._start_wandb()
-                except ValueError:
-                    self._metrics.close()
-                    shutil.rmtree(self.folder)
-                    raise
+            try:
+                for logger in _loggers(**(self.config.get("logger") or {})):
+                    self.logs.append(logger.start(command, self.folder, self.config))
+            except ValueError:
+                self.close(failed=True)
+                shutil.rmtree(self.folder)
+                raise
 
     def __enter__(self) -> Self:
         return self
@@ -123,14 +95,10 @@ class Run:
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Append one line of metrics (numbers or one-element tensors); what steps count is the command's choice."""
-        if self._metrics is None:
-            return
-        values = {name: float(value) for name, value in metrics.items()}
-        line = {"step": int(step), "time": round(time.monotonic() - self._start, 3), **finite_or_none(values)}
-        self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
-        self._metrics.flush()
-        if self._wandb is not None:
-            self._wandb.log(values, step=int(step))
+        if self.logs:
+            values = {name: float(value) for name, value in metrics.items()}
+            for log in self.logs:
+                log.log(values, int(step))
 
     def write_json(self, name: str, value: Any) -> Path:
         """Write ``<folder>/<name>`` in one move and return its path; NaN and infinities become null."""
@@ -140,42 +108,19 @@ class Run:
 
     def log_figures(self, paths: Iterable[Path]) -> None:
         """Send pictures (PNG) to the logger, each under its file's name; the run's folder has them already."""
-        if self._wandb is not None:
-            import wandb
-
-            self._wandb.log({f"figures/{path.stem}": wandb.Image(str(path)) for path in paths})
+        figures = list(paths)
+        for log in self.logs:
+            log.log_figures(figures)
 
     def close(self, failed: bool = False) -> None:
         """Finish the logs; called by the context manager."""
-        if self._metrics is not None:
-            self._metrics.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=int(failed))
-            self._wandb = None
+        while self.logs:
+            self.logs.pop().close(failed)
 
-    def _start_wandb(self) -> Any:
-        """Start logging to Weights & Biases; what the config leaves open its environment variables decide."""
-        try:
-            import wandb
-        except ImportError as error:
-            raise ValueError(f"logger=wandb needs the package wandb: pip install wandb ({error})") from error
 
-        given, mode = os.environ.get, self._logger.get("mode")
-        if mode is None and given("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on"):
-            mode = "disabled"  # wandb itself knows this variable no more, other trainers do
-        try:
-            return wandb.init(
-                project=self._logger.get("project") or given("WANDB_PROJECT") or "orderrl",
-                mode=mode,
-                name=given("WANDB_NAME") or f"{self.command}_{self.folder.name}",
-                dir=given("WANDB_DIR") or self.folder,
-                config=self.config,
-            )
-        except (wandb.Error, ValueError, OSError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(
-                f"logger=wandb cannot be started: {reason}; log in with `wandb login`, or use logger.mode=offline"
-            ) from error
+def _loggers(name: str = "local", **settings: Any) -> list[Logger]:
+    """The run's own lines, and what the configuration names beside them."""
+    return [Local()] if name == "local" else [Local(), LOGGERS.find(name, "logger")(**settings)]
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

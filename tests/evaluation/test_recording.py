@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -99,3 +100,10 @@ def test_examples_are_the_first_images(backbone: OrderRobustTransformer, data: T
     found = example_images(data, backbone.geometry)
     assert torch.equal(found.images, data.images(data.tokens[:8]))
     assert (found.labels, found.rows, found.columns) == (data.labels[:8].tolist(), 3, 3)
+
+
+def test_examples_have_the_names_of_their_classes(backbone: OrderRobustTransformer, data: TokenSet) -> None:
+    named = example_images(replace(data, class_names=("cat", "dog", "cow")), backbone.geometry)
+    assert named.labels == [("cat", "dog", "cow")[label] for label in data.labels[:8]]
+    synsets = example_images(replace(data, class_names=("n02099601", "n01440764", "n99999999")), backbone.geometry)
+    assert set(synsets.labels) == {"golden retriever", "tench", "n99999999"}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
@@ -18,7 +20,7 @@ from orderrl.evaluation.columns import all_columns, empty_row
 from orderrl.evaluation.drawing import balanced_labels, generate_images
 from orderrl.evaluation.protocol import EvaluationProtocol
 from orderrl.evaluation.row_entries import code_lengths, image_means, quality_intervals, state_mean
-from orderrl.evaluation.rows import Evaluated, evaluate_policy, evaluate_token_raster
+from orderrl.evaluation.rows import Evaluated, evaluate_foreign, evaluate_policy, evaluate_token_raster
 from orderrl.evaluation.settings import EvalConfig
 from orderrl.metrics.calibration import lookahead_utility
 from orderrl.metrics.features import DIGITS, extract_features
@@ -134,8 +136,8 @@ def test_samples_are_extrapolated_and_their_distances_lie_in_their_intervals(
     assert without["precision_ci"] == row["precision_ci"]
 
 
-def test_the_extrapolated_distance_is_that_of_the_same_samples(
-    protocol: EvaluationProtocol, random_row: Evaluated
+def test_the_same_samples_from_elsewhere_have_the_same_numbers(
+    protocol: EvaluationProtocol, random_row: Evaluated, tmp_path: Path
 ) -> None:
     assert protocol.reference is not None
     named = make_policy("random@4", BACKBONE)
@@ -144,6 +146,12 @@ def test_the_extrapolated_distance_is_that_of_the_same_samples(
     found = extract_features(protocol.data.images(made.tokens[by_class]), DIGITS)
     expected = fid_infinity(found, protocol.reference, seed=0)
     assert random_row.row["frechet_distance_infinity"] == pytest.approx(expected, rel=1e-6)
+    pixels = protocol.data.images(made.tokens[by_class]).permute(0, 2, 3, 1).numpy()
+    np.savez(tmp_path / "samples.npz", arr_0=pixels)
+    foreign = evaluate_foreign(protocol, "paper", tmp_path / "samples.npz").row
+    assert foreign["policy"] == "paper (foreign, 70 images)" and foreign["gain_auc"] is None
+    for key in ("frechet_distance", "kid", "precision", "recall", "frechet_distance_infinity"):
+        assert foreign[key] == pytest.approx(random_row.row[key], rel=1e-6), key
 
 
 def test_code_length_in_raster_tokens_is_the_teacher_forced_loss(protocol: EvaluationProtocol) -> None:

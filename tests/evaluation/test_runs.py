@@ -183,6 +183,20 @@ def test_the_comparison_is_written_and_shown(before: Path, after: Path, capsys: 
     assert "compared with before" in text and "://" not in text
 
 
+def test_the_figures_of_a_comparison_show_the_chosen_rows(before: Path, after: Path) -> None:
+    out = before.parent / "figures"
+    chosen = ["--rank", "gain_auc", "--rows", "raster", "bc", "--output-dir", str(out)]
+    assert compare.main([str(before), str(after), *chosen]) == 0
+    (folder,) = (out / "compare").iterdir()
+    assert sorted(path.name for path in (folder / "figures").iterdir()) == [
+        f"gain_auc.{x}" for x in ("pdf", "png", "svg")
+    ]
+    drawn = set(re.findall(r"<text[^>]*>([^<]*)</text>", (folder / "figures" / "gain_auc.svg").read_text()))
+    assert {"raster", "bc (before, seed 0)", "bc (after, seed 0)", "gain AUC ↑ (share of loss)"} <= drawn
+    assert not any("random" in text or "real" in text for text in drawn)
+    assert compare.main([str(before), str(after), "--rows", "rastre"]) == 2
+
+
 def test_the_leaderboard_ranks_best_first(before: Path, after: Path) -> None:
     runs = open_evaluations([str(before), str(after)])
     rows = ranked_rows(runs, "gain_auc")
@@ -247,7 +261,14 @@ def test_every_setting_names_its_part_or_chooses_rows(
     parts = {part.key: part for part in PARTS}
     other = {"sweep": [2], "step_costs": [0.5], "budgets": [2], "token_raster": [], "planners": [], "sampled": []}
     other |= {"metrics": ["tests.evaluation.test_columns:LOSS"]}
-    other |= {"policies": [], "keep_samples": True, "resamples": 5, "distance_resamples": 0, "fid_infinity": True}
+    other |= {
+        "foreign": ["adm=samples.npz"],
+        "policies": [],
+        "keep_samples": True,
+        "resamples": 5,
+        "distance_resamples": 0,
+        "fid_infinity": True,
+    }
     for field in fields(EvalConfig):
         if field.name in {sampled.name for sampled in fields(Sampling)}:
             continue

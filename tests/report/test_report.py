@@ -1,6 +1,8 @@
 """The report: one self-contained page that shows every policy and claims no more than the numbers do."""
 
+import base64
 import html
+import io
 import itertools
 import json
 import re
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from markdown_it import MarkdownIt
+from PIL import Image
 
 from orderrl.data.pictures import HIDDEN_GREY
 from orderrl.evaluation.columns import empty_row, shown_columns
@@ -20,9 +23,9 @@ from orderrl.evaluation.detail import Curve, Episode, Examples, PolicyDetail
 from orderrl.metrics.statistics import RULE
 from orderrl.report import figures, markdown, style, viewer, write_report
 from orderrl.report.cost import Point, cost_figure, cost_points, pareto_front
+from orderrl.report.page import report_page
 from orderrl.report.summary import summary
-from orderrl.runtime.run import Run
-from tests.report_data import BLOCKS, RESULTS, comparison, detail, details, episode, examples, reliability, row
+from tests.report_data import BLOCKS, RESULTS, comparison, detail, details, drawn, episode, examples, reliability, row
 
 VOID = {"meta", "img", "br", "link", "input", "hr", "wbr", "image", "use", "path"}
 
@@ -70,7 +73,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report") / "new"
-    path = write_report(folder, RESULTS, details(), examples())
+    path = write_report(folder, RESULTS, details(), examples(), drawn("raster", "bc_utility"))
     assert path == folder / "report.html"
     return folder
 
@@ -100,7 +103,7 @@ def test_page_is_well_formed_and_needs_no_network(page: str) -> None:
 def test_every_picture_has_an_alternative_text(page: str) -> None:
     tags = Page(page).tags
     assert all(attributes.get("alt") for tag, attributes in tags if tag == "img")
-    assert sum(tag == "img" for tag, _ in tags) == 1 + 4  # colour scale, maps
+    assert sum(tag == "img" for tag, _ in tags) == 1 + 4 + 2  # colour scale, maps, drawn images
     drawings = [attributes for tag, attributes in tags if attributes.get("role") == "img"]
     assert all(drawing["aria-label"] for drawing in drawings)
     strips = [drawing for drawing in drawings if drawing.get("class") == "moments"]
@@ -149,7 +152,7 @@ def test_fid_is_written_only_for_inception_features(page: str, tmp_path: Path) -
     assert "FID ↓" not in page
     scores: dict[str, Any] = {"frechet_distance": 9.0, "kid": 0.01, "spatial_frechet_distance": 7.0}
     rows = [row("raster", 0.06, features="inception-v3-compat", **scores)]
-    text = write_report(tmp_path, {"protocol": {}, "rows": rows}, []).read_text(encoding="utf-8")
+    text = report_page({"protocol": {}, "rows": rows}, [])[0]
     assert all(header in text for header in (">FID ↓", ">KID ↓", ">sFID ↓"))
 
 
@@ -165,7 +168,7 @@ def test_sample_quality_is_shown_where_a_row_has_it(page: str, tmp_path: Path) -
         "spatial_frechet_distance": 3.25,
     }
     rows = [row("raster", 0.06, frechet_distance=9.0, features="orderrl-digits", **scored), row("oracle", 0.1)]
-    text = write_report(tmp_path, {"protocol": {}, "rows": rows}, []).read_text(encoding="utf-8")
+    text = report_page({"protocol": {}, "rows": rows}, [])[0]
     for header, shown in zip(headers, ("9.50", "−0.0012", "75.0", "50.0", "3.25"), strict=True):
         assert header in text and shown in text
     table = markdown.markdown_table(rows)
@@ -176,7 +179,7 @@ def test_sample_quality_is_shown_where_a_row_has_it(page: str, tmp_path: Path) -
 
 def test_masked_models_have_no_nats(tmp_path: Path) -> None:
     results = {"protocol": {}, "rows": [row("raster", 0.06, decode_loss=3.0, regret=0.1)]}
-    text = write_report(tmp_path, results, [detail("raster")], examples()).read_text(encoding="utf-8")
+    text = report_page(results, [detail("raster")], examples())[0]
     assert "nats per token" not in text and "DiffLoss per token" in text
 
 
@@ -184,7 +187,7 @@ def test_only_differences_that_are_found_are_bold(page: str, tmp_path: Path) -> 
     assert page.count("<b>") == 1 and "<b>+0.0250</b>" in page
     assert "−0.40 to +0.20" in page and RULE in html.unescape(page)
     corrected = comparison(0.02, 0.03) | {"p_holm": 0.07, "effect_size": -0.21}
-    text = write_report(tmp_path, RESULTS | {"comparisons": [corrected]}, []).read_text(encoding="utf-8")
+    text = report_page(RESULTS | {"comparisons": [corrected]}, [])[0]
     assert "<b>" not in text and ">0.070<" in text and ">−0.21<" in text
 
 
@@ -195,7 +198,7 @@ def test_names_are_escaped_everywhere(tmp_path: Path) -> None:
         "rows": [row("raster", 0.06), row(name, 0.07, R=1, reliability=reliability(0.1))],
         "comparisons": [comparison(0.01, 0.02, f"{name} - raster")],
     }
-    text = write_report(tmp_path, results, [detail(name), detail("raster")], examples()).read_text(encoding="utf-8")
+    text = report_page(results, [detail(name), detail("raster")], examples())[0]
     assert "<script>alert" not in text
     assert "<i>" not in text
     assert "&lt;script&gt;" in text
@@ -203,7 +206,7 @@ def test_names_are_escaped_everywhere(tmp_path: Path) -> None:
 
 
 def test_page_without_pictures_or_baselines_is_written(tmp_path: Path) -> None:
-    text = write_report(tmp_path, {"protocol": {}, "rows": []}, []).read_text(encoding="utf-8")
+    text = report_page({"protocol": {}, "rows": []}, [])[0]
     Page(text)
     assert "No learned planner was evaluated." in text
     assert "viewer-data" not in text
@@ -212,25 +215,32 @@ def test_page_without_pictures_or_baselines_is_written(tmp_path: Path) -> None:
 def test_figures_lie_beside_the_page(folder: Path) -> None:
     names = [
         *("calibration", "gain_auc", "gain_curves", "mean_orders", "quality_seconds", "quality_steps"),
-        *("recognisability_curves", "strips_1", "strips_2", "strips_3"),
+        *("recognisability_curves", "samples", "strips_1", "strips_2", "strips_3"),
     ]
     found = sorted(path.name for path in (folder / "figures").iterdir())
-    assert found == [f"{name}.{suffix}" for name in names for suffix in ("png", "svg")]
-    for path in (folder / "figures").iterdir():
-        start = path.read_bytes()[:2000]
-        assert start.startswith(b"\x89PNG") if path.suffix == ".png" else b"<svg" in start
+    assert found == [f"{name}.{suffix}" for name in names for suffix in ("pdf", "png", "svg")]
+    begin = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}
+    assert all(path.read_bytes().startswith(begin[path.suffix]) for path in (folder / "figures").iterdir())
 
 
-def test_pictures_go_to_the_logger(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import wandb
+def test_figures_for_papers_fit_a_column_and_embed_their_fonts(folder: Path) -> None:
+    for name in ("gain_auc", "gain_curves", "calibration", "quality_steps"):
+        written = (folder / "figures" / f"{name}.pdf").read_bytes()
+        (width,) = re.findall(rb"/MediaBox \[ 0 0 ([\d.]+) ", written)
+        assert float(width) <= 3.3 * 72 + 0.1
+        assert b"/FontFile2" in written and b"/Type3" not in written
 
-    logged: list[dict[str, Any]] = []
-    monkeypatch.setattr(wandb, "Image", lambda path: path)
-    with Run("evaluate", {"output_dir": str(tmp_path)}) as run:
-        run.log_figures([folder / "figures" / "gain_auc.png"])  # the local logger has them in the run's folder
-        monkeypatch.setattr(run, "_wandb", type("Logger", (), {"log": logged.append, "finish": lambda **_: None}))
-        run.log_figures([folder / "figures" / "gain_auc.png"])
-    assert logged == [{"figures/gain_auc": str(folder / "figures" / "gain_auc.png")}]
+
+def test_drawn_images_stand_beside_their_distance(tmp_path: Path) -> None:
+    rows = [row("raster", 0.06, frechet_distance=2.25, features="own"), row("a", 0.1, R=0, seed=0)]
+    text = report_page({"protocol": {}, "rows": rows}, [], None, drawn("raster", "a", size=120))[0]
+    section = text.partition('<section aria-labelledby="samples">')[2].partition("</section>")[0]
+    found = re.findall(r'base64,(.*?)" alt="(.*?)"><figcaption>(.*?)</figcaption>', section)
+    assert [alt for _, alt, _ in found] == ["6 images drawn by raster", "6 images drawn by a"]
+    captions = [re.sub("<.*?>", "", caption) for _, _, caption in found]
+    assert captions == ["raster, Fréchet distance 2.25", "a"]
+    with Image.open(io.BytesIO(base64.b64decode(found[0][0]))) as picture:
+        assert 3 * 100 <= picture.width < 3 * 120  # three columns; what is large is made small
 
 
 # -- the summary ------------------------------------------------------------------------------------------------------
@@ -319,7 +329,7 @@ def test_viewer_drops_images_that_do_not_fit(monkeypatch: pytest.MonkeyPatch, tm
     half, images = viewer.viewer_data(known, examples(), "nats")
     assert images == 2 and len(half) < len(whole)
     assert [len(policy["episodes"]) for policy in json.loads(half)["policies"]] == [2, 2]
-    page = write_report(tmp_path, RESULTS, known, examples()).read_text(encoding="utf-8")
+    page = report_page(RESULTS, known, examples())[0]
     assert page.count('<image id="example-') == page.count("<h3>Image ") == 2
 
 

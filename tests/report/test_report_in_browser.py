@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from orderrl.report import write_report
+from orderrl.report.page import report_page
 from orderrl.report.runs_page import write_runs_page
 from orderrl.report.style import colour_pixels
-from tests.report_data import RESULTS, details, examples
+from tests.report_data import RESULTS, details, drawn, examples
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed (pip install -e '.[dev]')")
 
@@ -35,7 +35,8 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = write_report(tmp_path_factory.mktemp("report"), RESULTS, details(), examples())
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    path.write_text(report_page(RESULTS, details(), examples(), drawn("raster"))[0], encoding="utf-8")
     return path.as_uri()
 
 
@@ -213,6 +214,36 @@ def test_table_sorts_both_ways_and_keeps_empty_cells_last(page: Page, with_keybo
     assert order() == sorted(order())
 
 
+def test_few_tab_stops_lead_to_the_viewer_and_arrow_keys_move_among_headers(page: Page) -> None:
+    table = page.locator("table.results.sortable")
+    stops = 0
+    while page.evaluate("document.activeElement.name") != "image":
+        page.keyboard.press("Tab")
+        stops += 1
+        assert stops <= 15
+    table.get_by_role("button").first.focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    assert table.locator("thead tr").last.locator("th").nth(1).get_attribute("aria-sort")
+    page.keyboard.press("ArrowLeft")
+    assert page.evaluate("document.activeElement.innerText") == "policy"
+
+
+def test_the_table_shows_its_main_columns_first_and_can_be_closed(page: Page) -> None:
+    table = page.locator("table.results.sortable")
+    headers = table.locator("thead tr").last.locator("th:visible")
+    few = headers.count()
+    page.get_by_label("columns").check()
+    assert headers.count() == len(table.locator("tbody tr").first.locator("th, td").all()) > few > 2
+    spans = table.locator("thead tr").first.locator("th:visible").evaluate_all("all => all.map(cell => cell.colSpan)")
+    assert sum(spans) == headers.count()
+    page.get_by_label("columns").uncheck()
+    spans = table.locator("thead tr").first.locator("th:visible").evaluate_all("all => all.map(cell => cell.colSpan)")
+    assert sum(spans) == headers.count() == few
+    page.get_by_text("Table of 6 rows").click()
+    assert table.is_hidden()
+
+
 @pytest.mark.parametrize(
     "watched",
     [{"viewport": {"width": 360, "height": 740}}, {"viewport": {"width": 820, "height": 740}}],
@@ -229,6 +260,7 @@ def test_nothing_overflows(page: Page) -> None:
         width,
     )
     assert wide == []
+    page.get_by_label("columns").check()
     table = page.locator(".scroll").first
     assert table.evaluate("element => element.scrollWidth > element.clientWidth")  # the table scrolls by itself
     move_slider(page, 7)

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import yaml
 from omegaconf import OmegaConf
+from PIL import Image
 
 from orderrl.runtime import run as runs
 from orderrl.runtime.cache import Cache, fingerprint
 from orderrl.runtime.config import compose
+from orderrl.runtime.loggers import register_logger
 from orderrl.runtime.progress import progress
 from orderrl.runtime.run import Run
 from orderrl.runtime.storage import write_json
@@ -106,7 +108,9 @@ def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path: Path) -> Non
     assert len(set(folders)) == 6
 
 
-def test_wandb_gets_the_same_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def fake_wandb(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What Weights & Biases is told, without it."""
     calls: list[Any] = []
 
     class Fake:
@@ -116,23 +120,52 @@ def test_wandb_gets_the_same_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyP
             return Fake
 
         @staticmethod
-        def log(values: dict[str, float], step: int) -> None:
+        def log(values: dict[str, Any], step: int | None = None) -> None:
             calls.append((values, step))
 
         @staticmethod
         def finish(exit_code: int) -> None:
             calls.append(exit_code)
 
+        Image = staticmethod(str)
+        Error = RuntimeError
+
     monkeypatch.setitem(sys.modules, "wandb", Fake)
+    return calls
+
+
+def test_wandb_gets_the_same_metrics_and_figures(tmp_path: Path, fake_wandb: list[Any]) -> None:
     with (
         pytest.raises(RuntimeError),
         Run("train", _config(tmp_path, name="wandb", mode="offline", project="p")) as run,
     ):
         run.log({"loss": 1.0}, step=4)
+        run.log_figures([tmp_path / "gain.png"])
         raise RuntimeError
-    settings, line, code = calls
+    settings, line, figures, code = fake_wandb
     assert (settings["project"], settings["mode"], settings["dir"]) == ("p", "offline", run.folder)
     assert line == ({"loss": 1.0}, 4) and code == 1
+    assert figures == ({"figures/gain": str(tmp_path / "gain.png")}, None)
+    assert json.loads((run.folder / "metrics.jsonl").read_text())["loss"] == 1.0
+
+
+def test_tensorboard_gets_the_same_metrics_and_figures(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    Image.new("RGB", (4, 3), "red").save(tmp_path / "gain.png")
+    with Run("train", _config(tmp_path, name="tensorboard")) as run:
+        run.log({"loss": 1.5, "gain": float("nan")}, step=1)
+        run.log({"loss": 1.25}, step=2)
+        run.log_figures([tmp_path / "gain.png"])
+    found = EventAccumulator(str(run.folder)).Reload()
+    assert [(event.step, event.value) for event in found.Scalars("loss")] == [(1, 1.5), (2, 1.25)]
+    assert (found.Images("figures/gain")[0].width, found.Images("figures/gain")[0].height) == (4, 3)
+
+
+def test_what_cannot_start_a_log_is_refused() -> None:
+    with pytest.raises(ValueError, match="logger 'wrong' has no method start"):
+        register_logger("wrong", object())
 
 
 def start_wandb(tmp_path: Path, environment: dict[str, str], **logger: str) -> subprocess.CompletedProcess[str]:
@@ -141,7 +174,7 @@ def start_wandb(tmp_path: Path, environment: dict[str, str], **logger: str) -> s
         "import orderrl.runtime.run, sys\n"
         f"with orderrl.runtime.run.Run('train', {_config(tmp_path / 'runs', name='wandb', **logger)!r}) as run:\n"
         "    run.log({'loss': 1.0}, 1)\n"
-        "    print(run._wandb.settings.mode, run._wandb.settings.project)\n"
+        "    print(run.logs[-1].run.settings.mode, run.logs[-1].run.settings.project)\n"
     )
     known = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
     home = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "WANDB_CONFIG_DIR": str(tmp_path / "config")}
@@ -179,7 +212,7 @@ def test_nobody_logged_in_to_wandb_is_one_line_and_leaves_no_folder(tmp_path: Pa
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["logger=tensorboard"], "choose one of local, wandb"),
+        (["logger=aim"], "choose one of local, tensorboard, wandb"),
         (["logger=wandb", "logger.mode=of"], r"logger\.mode='of' is unknown; choose one of online, offline, disabled"),
     ],
 )
@@ -308,3 +341,18 @@ def test_a_terminal_gets_a_bar_with_rate(capsys: pytest.CaptureFixture[str], mon
         advance(50)
     output = capsys.readouterr().out
     assert "counting" in output and "50/50" in output
+
+
+@pytest.mark.parametrize("widgets", [True, False])
+def test_a_notebook_gets_a_bar_where_it_can_move(
+    widgets: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setattr("orderrl.runtime.progress.find_spec", lambda name: widgets or None)
+    monkeypatch.setattr("rich.live.Live.start", lambda live, refresh: shown.append("bar"))
+    monkeypatch.setattr("rich.live.Live.stop", lambda live: None)
+    with progress(50, "counting", "numbers") as advance:
+        advance(50)
+    assert bool(shown) == widgets
+    assert ("counting: 50/50" in capsys.readouterr().out) != widgets

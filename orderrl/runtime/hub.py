@@ -1,0 +1,118 @@
+"""Trained planners and backbones on the Hugging Face Hub: one checkpoint and a card, made of what the file says.
+
+A repository holds `planner.safetensors` or `backbone.safetensors`, as `train` and `pretrain` write them, and a README.
+"""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from orderrl.runtime.checkpoint import load_checkpoint
+from orderrl.runtime.weights import HUB, local_path
+
+KINDS = ("planner", "backbone")
+_CARD = """\
+---
+library_name: orderrl
+tags: [orderrl, generation-order, image-generation, reinforcement-learning]
+---
+# {title}
+
+{what} Made with [OrderRL](https://pypi.org/project/orderrl/).
+
+## How to load it
+
+```python
+{load}
+```
+
+## What it was trained on
+
+{described}
+{results}"""
+_LOAD = {
+    "planner": "from orderrl import load_backbone\nfrom orderrl.planner import OrderHead\n\n"
+    'planner = OrderHead.from_pretrained("{repository}", load_backbone("{backbone}"))  # refuses another shape',
+    "backbone": 'from orderrl import load_backbone\n\nbackbone = load_backbone("hf://{repository}")',
+}
+_WHAT = {
+    "planner": "A planner: it says in which order a frozen, order-robust image generator draws its blocks.",
+    "backbone": "An image generator that draws its blocks in any order.",
+}
+
+
+def hub_file(source: Path | str, kind: str) -> Path:
+    """The checkpoint of a kind on this machine; from the Hub it is downloaded, or found in the Hub's cache.
+
+    Args:
+        source: a file, a folder that holds `<kind>.safetensors`, `OWNER/NAME[@REVISION]` or `hf://...` of the Hub.
+
+    Raises:
+        ValueError: if it cannot be downloaded or found.
+        FileNotFoundError: if there is no such file.
+    """
+    text, path = str(source), Path(source)
+    if path.is_dir():
+        return local_path(path / f"{kind}.safetensors")
+    if path.is_file() or text.endswith(".safetensors"):
+        return local_path(source)
+    if not text.startswith(HUB):
+        text = HUB + text
+    return local_path(f"{text}/{kind}.safetensors")
+
+
+def push_to_hub(path: Path | str, repository: str, results: str = "", private: bool = False) -> str:
+    """Upload a planner or a backbone with its model card, and return the address of the commit.
+
+    Args:
+        path: a checkpoint that `train` or `pretrain` wrote.
+        repository: OWNER/NAME, made if need be.
+        results: Markdown for the card, such as an evaluation's `results.md`.
+        private: of a repository that is made.
+
+    Raises:
+        ValueError: if the file is no such checkpoint.
+    """
+    from huggingface_hub import HfApi
+
+    kind, description = _described(Path(path))
+    api = HfApi()
+    with TemporaryDirectory() as folder:
+        shutil.copyfile(path, Path(folder) / f"{kind}.safetensors")
+        (Path(folder) / "README.md").write_text(model_card(kind, description, repository, results), encoding="utf-8")
+        api.create_repo(repository, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repository, folder_path=folder))
+
+
+def model_card(kind: str, description: Mapping[str, Any], repository: str, results: str = "") -> str:
+    """A card from a checkpoint's description: how to load it, what it was trained on, and results if there are any."""
+    return _CARD.format(
+        title=repository.partition("/")[2] or repository,
+        what=_WHAT[kind],
+        load=_LOAD[kind].format(repository=repository, backbone=description.get("data", "BACKBONE")),
+        described="\n".join(_lines(description)),
+        results=f"\n## Results\n\n{results.strip()}\n" if results else "",
+    )
+
+
+def _lines(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """One line of a list for every value that is known."""
+    found: list[str] = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found += _lines(value, f"{prefix}{key}.")
+        elif value is not None and key != "kind":
+            found.append(f"- `{prefix}{key}`: {value}")
+    return found
+
+
+def _described(path: Path) -> tuple[str, dict[str, Any]]:
+    """The kind and the description of a checkpoint."""
+    for kind in KINDS:
+        try:
+            return kind, load_checkpoint(path, kind)[1]
+        except ValueError as error:
+            refusal = error
+    raise refusal
