@@ -95,6 +95,11 @@ class OrderRobustTransformer(CausalTransformer, ChainBackbone):
             torch.stack([query_rope, rope], dim=-3).flatten(-4, -3),
         )
 
+    def _ends(self, blocks: Tensor, count: Tensor) -> Tensor:
+        """Position (M,) of the last token of the first `count` (M,) of the blocks (M, K); -1 where there is none."""
+        ends = torch.cat([blocks.new_full((len(blocks), 1), -1), self.block_tokens[blocks][:, :, -1]], 1)
+        return ends.gather(1, count[:, None])[:, 0]
+
     def _before(self, prefix: PrefixCache, chains: int, past: ChainEntries | None = None) -> Tensor | None:
         """Position (M, C) of the token before each chain, of a relative model."""
         if not self.relative:
@@ -197,11 +202,8 @@ class OrderRobustTransformer(CausalTransformer, ChainBackbone):
             blocks mean nothing.
         """
         x, rope = (part[:, None] for part in self._sequence(tokens, labels, self.geometry.token_order(blocks)))
-        end = torch.where(
-            count > 0, self.block_tokens[blocks.gather(1, (count - 1).clamp_min(0)[:, None])[:, 0], -1], -1
-        )
         first = self.block_tokens[:, 0].expand(len(tokens), -1)
-        query, query_rope = self.instructions(first, end[:, None].expand_as(first))
+        query, query_rope = self.instructions(first, self._ends(blocks, count)[:, None].expand_as(first))
         query, query_rope = query[:, :, None], query_rope[:, :, None]  # (M, B, 1, ...): a chain for each block
         visible = 1 + self.entries_per_token * self.geometry.tokens_per_block * count
         hidden_part = (torch.arange(x.shape[2], device=x.device) >= visible[:, None])[:, None, None, None]

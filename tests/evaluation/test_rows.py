@@ -77,7 +77,7 @@ def test_every_mean_of_a_row_has_an_interval_around_it(random_row: Evaluated) ->
         low, high = row[f"{key}_ci"]
         assert low <= row[key] <= high, key
     # without an interval: nothing, names, lists, and what is no mean over images
-    plain = {"calibration_error", "calibration_r2", "first_choice_entropy"}
+    plain = {"calibration_error", "calibration_r2", "first_choice_entropy", "place_entropy"}
     seconds = {column.name for column in all_columns() if column.clock}
     scores = {"frechet_distance_infinity", "inception_score", "kid"}
     assert {key for key in set(row) - with_interval if isinstance(row[key], float)} == plain | seconds | scores

@@ -262,6 +262,8 @@ def test_every_setting_names_its_part_or_chooses_rows(
     other = {"sweep": [2], "step_costs": [0.5], "budgets": [2], "token_raster": [], "planners": [], "sampled": []}
     other |= {"metrics": ["tests.evaluation.test_columns:LOSS"]}
     other |= {
+        "specialists": ["specialist.safetensors"],
+        "specialist_orders": ["raster"],
         "foreign": ["adm=samples.npz"],
         "policies": [],
         "keep_samples": True,

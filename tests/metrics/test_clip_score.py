@@ -185,7 +185,7 @@ def test_what_can_not_be_scored_is_refused_in_one_line(folder: Path, weights: st
         (lambda: load_clip(TINY, str(folder / "other.safetensors")), f"do not fit clip_model='{TINY}'"),
         (lambda: class_captions(data, TINY, weights, "a photo"), "clip_prompt='a photo' must hold {} once"),
         (lambda: class_captions(replace(data, class_names=None), TINY, weights), "data 'digits' has no class names"),
-        (lambda: class_captions(replace(data, num_classes=7), TINY, weights), "has 7 classes, but 10 class_names"),
+        (lambda: class_captions(replace(data, num_classes=11), TINY, weights), "has 11 classes, but 10 class_names"),
         (lambda: clip_scores(load_clip(TINY, weights), images.float(), CAPTIONS), "images must be uint8"),
     ):
         with pytest.raises(ValueError, match=message) as error:
