@@ -15,7 +15,7 @@ from orderrl.backbones.registry import BACKBONES
 from orderrl.data import DATA
 from orderrl.runtime.registry import Registry, is_reference
 from orderrl.runtime.schema import Node
-from orderrl.tokenizers.registry import TOKENIZERS
+from orderrl.tokenizers.registry import PATCHES, TOKENIZERS
 
 ADAPTIVE = ("fitted_q", "schedule", "imitation")  # agents that choose how many blocks a step reveals
 LIKELIHOOD = [{"override /env@_global_.env": "likelihood"}]
@@ -106,6 +106,7 @@ GROUPS = {
     "tokenizer/vq16": Node("orderrl.tokenizers.config:PublishedTokenizer", "vq16"),
     "tokenizer/vq8": Node("orderrl.tokenizers.config:PublishedTokenizer", "vq8"),
     "tokenizer/kl16": Node("orderrl.tokenizers.config:ContinuousTokenizer", "kl16"),
+    **{f"tokenizer/{name}": Node("orderrl.tokenizers.config:Patches", name) for name in PATCHES},
     "tokenizer/small": Node("orderrl.tokenizers.config:SmallTokenizer", "small"),
     "new_tokenizer/_base": Node("orderrl.tokenizers.config:NewTokenizer"),
 }

@@ -47,7 +47,7 @@ BACKBONES: Registry[Callable[[], Backbone]] = Registry(
     "backbone",
     "orderrl.backbones",
     {name: partial(_shipped, name) for name in ("digits", "digits_raster", "canvas")},
-    taken=(*PRESETS, "small", "none", "digits_mar"),
+    taken=(*PRESETS, "small", "none", "digits_mar", "cifar_mar"),
 )
 register_backbone = BACKBONES.register
 
