@@ -34,7 +34,7 @@ from orderrl.factory import Setup
 from orderrl.geometry import BlockGrid
 from orderrl.labels import open_joined
 from orderrl.oracle import WEIGHTS, distance_weights, utilities
-from orderrl.planner import OrderHead, PlannerOutput
+from orderrl.planner import OrderHead, PlannerOutput, new_planner
 from orderrl.runtime import distributed
 from orderrl.runtime.isolation import isolated_float32
 from orderrl.runtime.job import Job
@@ -89,7 +89,7 @@ def train(setup: Setup, config: Config, job: Job) -> OrderHead:
     if config.dagger_rounds:
         config = replace(config, steps=config.dagger_steps)
     torch.manual_seed(setup.seed)
-    planner = OrderHead(setup.planner).to(backbone_device(setup.backbone))
+    planner = new_planner(setup.planner).to(backbone_device(setup.backbone))
     contexts = open_joined(setup.label_sets, setup.backbone, job)
     clone(planner, contexts, setup.backbone.geometry, config, setup.seed, job)
     return planner
@@ -326,4 +326,4 @@ def _idle(config: Config) -> list[str]:
     return [] if config.dagger_rounds else [item.name for item in fields(config) if item.name.startswith("dagger_")]
 
 
-AGENT = Agent(Config, train, environment=False, label_sets=label_sets, check=_check, idle=_idle)
+AGENT = Agent(Config, train, environment=False, label_sets=label_sets, check=_check, idle=_idle, scores_alone=True)

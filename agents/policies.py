@@ -6,9 +6,10 @@ on the device; actions may lie on either.
 Baselines rank the hidden blocks by an order or by a score and let a schedule choose the budget; planners choose
 both. Only references (oracle, lookahead, confidence) look at the state behind the observation.
 
-A policy may have two attributes. `reset(starting)` is called before it acts in states of which some begin an episode,
+A policy may have three attributes. `reset(starting)` is called before it acts in states of which some begin an episode,
 those of starting (batch,) bool: one that remembers something forgets it there. `reads_tokens = True` adds the key
 `tokens` to its observation: (batch, N) int64 in raster order, -1 where hidden; continuous ones (batch, N, C) are 0.
+`reads_visible_states = True` fills `hidden` where blocks are visible, too, with the state that a query there has.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from tensordict import TensorDictBase
 
 Policy = Callable[["TensorDictBase", torch.Generator], Tensor]
+ASKING = ("reset", "reads_tokens", "reads_visible_states")  # attributes by which policies ask for more
 _LOWEST = -1e9
 
 
@@ -65,6 +67,7 @@ class RankingPolicy:
         self.scorer, self.budgets, self.schedule = scorer, tuple(budgets), schedule or fixed(0)
         self.closeness = spacing * torch.exp(-(geometry.distances**2) / 2)
         self.reads_content = reads_content(scorer) or reads_content(self.schedule)
+        self.reads_visible_states = getattr(scorer, "reads_visible_states", False)
 
     def __call__(self, observation: TensorDictBase, generator: torch.Generator) -> Tensor:
         scores = self.scorer(observation, generator).float()
@@ -169,6 +172,7 @@ def planner_scorer(planner: OrderHead) -> Scorer:
     def score(observation: TensorDictBase, generator: torch.Generator) -> Tensor:
         return planner(observation).scores
 
+    score.reads_visible_states = planner.config.visible_states  # type: ignore[attr-defined]
     return score
 
 
@@ -181,6 +185,7 @@ class PlannerPolicy:
     def __init__(self, planner: OrderHead, budgets: tuple[int, ...] = (1,), deterministic: bool = True) -> None:
         planner.config.require_budgets(budgets)
         self.planner, self.budgets, self.deterministic = planner, tuple(budgets), deterministic
+        self.reads_visible_states = planner.config.visible_states
 
     @torch.no_grad()
     def __call__(self, observation: TensorDictBase, generator: torch.Generator) -> Tensor:
@@ -199,7 +204,7 @@ class AmongBudgets:
     def __init__(self, policy: Policy, own: tuple[int, ...], offered: tuple[int, ...]) -> None:
         self.policy, self.own, self.offered = policy, tuple(own), tuple(offered)
         self.place = _places(self.own, self.offered)
-        _take_attributes(self, policy, reads_content(policy))
+        take_attributes(self, policy, reads_content(policy))
 
     def __call__(self, observation: TensorDictBase, generator: torch.Generator) -> Tensor:
         if self.own == self.offered:
@@ -242,7 +247,7 @@ class _Scheduled:
 
     def __init__(self, policy: Policy, budgets: tuple[int, ...], schedule: Schedule, name: str) -> None:
         self.policy, self.budgets, self.schedule, self.name = policy, budgets, schedule, name
-        _take_attributes(self, policy, reads_content(policy) or reads_content(schedule))
+        take_attributes(self, policy, reads_content(policy) or reads_content(schedule))
 
     def __call__(self, observation: TensorDictBase, generator: torch.Generator) -> Tensor:
         action, most = self.policy(observation, generator), self.budgets[-1]
@@ -260,10 +265,10 @@ class _Scheduled:
         return torch.cat([ranked, legal_place(self.schedule, observation, ranked)[:, None]], dim=-1)
 
 
-def _take_attributes(wrapper: Any, policy: Policy, content: bool) -> None:
+def take_attributes(wrapper: Any, policy: Policy, content: bool) -> None:
     """Give a policy that asks another one the attributes of that."""
     wrapper.reads_content = content
-    for name in ("reset", "reads_tokens"):
+    for name in ASKING:
         if hasattr(policy, name):
             setattr(wrapper, name, getattr(policy, name))
 

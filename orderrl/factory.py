@@ -26,7 +26,7 @@ from orderrl.tokenizers import KLTokenizer, VQTokenizer, load_tokenizer
 T = TypeVar("T")
 NO_DATA = "none"  # the data of a config that draws with a backbone and a tokeniser alone
 FORMAT = 2  # of what is cached; raised when the meaning of stored files changes
-_OF_BACKBONE = ("num_blocks", "hidden_size", "num_classes")
+_OF_BACKBONE = ("num_blocks", "hidden_size", "num_classes", "token_dim")
 _OF_AGENT = ("num_budgets", "privileged", "step_cost_range")
 
 
@@ -96,7 +96,8 @@ def setup_of(config: DictConfig, backbone: Backbone) -> Setup:
     parts: dict[str, Any] = {}
     if "labels" in config:
         labels = section(config, "labels")
-        parts |= {"shard_size": labels.pop("shard_size"), "labels": LabelConfig(**labels)}
+        seen = planner.get("visible_states", False)
+        parts |= {"shard_size": labels.pop("shard_size"), "labels": LabelConfig(**labels, visible_states=seen)}
     if "env" in config:
         parts["environment"] = environment_of(config)
     return Setup(

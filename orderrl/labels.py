@@ -51,6 +51,8 @@ def label_settings(settings: LabelConfig) -> dict[str, Any]:
     """The settings on which labels depend."""
     values = asdict(settings)
     del values["batch_size"]
+    if not values["visible_states"]:
+        del values["visible_states"]
     return values
 
 

@@ -227,6 +227,7 @@ class LabelConfig(Settings):
     target_fraction: float = setting(
         1.0, "Share of the other hidden blocks whose gains are computed for each candidate; 1 is all", between("(0, 1]")
     )
+    visible_states: bool = False  # store the hidden states of visible blocks too, for planners that read them
 
 
 @dataclass(frozen=True)
@@ -279,7 +280,8 @@ def label_contexts(
 
     Yields:
         Dicts of tensors with m rows: image (m,), order (m, B), length (m,), label (m,), observation parts
-        hidden (m, B, D), entropy (m, B), visible (m, B); loss (m, B) and gains (m, B, B) in nats.
+        hidden (m, B, D), zero where visible unless the config wants those states too, entropy (m, B), visible (m, B);
+        loss (m, B) and gains (m, B, B) in nats.
     """
     _, image, order, length = contexts
     device = backbone_device(backbone)
@@ -310,12 +312,15 @@ def label_contexts(
             )
             m, total = len(rows), geometry.num_blocks
             spread = hidden_blocks[..., None].expand(-1, -1, backbone.hidden_size)
+            states = now.hidden.new_zeros(m, total, backbone.hidden_size).scatter(1, spread, now.hidden)
+            if config.visible_states:
+                states = backbone.observe(prefix, torch.arange(total, device=device).expand(m, -1))[0]
             yield {
                 "image": image[rows],
                 "order": order[rows],
                 "length": length[rows],
                 "label": labels[image[rows]],
-                "hidden": now.hidden.new_zeros(m, total, backbone.hidden_size).scatter(1, spread, now.hidden).cpu(),
+                "hidden": states.cpu(),
                 "entropy": now.entropy.new_zeros(m, total).scatter(1, hidden_blocks, now.entropy).cpu(),
                 "visible": torch.ones(m, total, dtype=torch.bool).scatter(1, hidden_blocks.cpu(), False),
                 "loss": now.loss.new_zeros(m, total).scatter(1, hidden_blocks, now.loss).cpu(),

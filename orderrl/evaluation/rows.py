@@ -11,8 +11,8 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from orderrl.agents.play import Rollout, act, roll_out
-from orderrl.agents.policies import Policy, ReferencePolicy, all_scores
+from orderrl.agents.play import Rollout, act, roll_out, seen_by
+from orderrl.agents.policies import ASKING, Policy, ReferencePolicy, all_scores
 from orderrl.agents.registry import NamedPolicy
 from orderrl.backbones import Backbone, with_block_size
 from orderrl.backbones.mar_backbone import MaskedTransformer
@@ -244,11 +244,13 @@ def first_choices(p: EvaluationProtocol, named: NamedPolicy) -> tuple[Tensor, Te
     assert states is not None
     generator = torch.Generator().manual_seed(p.seed)
     policy = named.policy
-    if isinstance(policy, ReferencePolicy) or hasattr(policy, "reset") or getattr(policy, "reads_tokens", False):
+    if isinstance(policy, ReferencePolicy) or any(getattr(policy, name, False) for name in ASKING):
         core = NextBlockCore(p.backbone, p.data, len(states), CoreConfig(budgets=named.budgets, strict=True), p.seed)
         core.reset(index=states["image"])
         core.show(states["order"], states["length"])
         scores = all_scores(policy, core) if isinstance(policy, ReferencePolicy) else None
+        if named.scorer is not None and not isinstance(policy, ReferencePolicy):
+            scores = named.scorer(seen_by(policy, core), generator)
         action = act(policy, core, generator) if scores is None else None
     else:
         observation = labelled(states, budgets=named.budgets).to(p.device)

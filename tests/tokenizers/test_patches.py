@@ -35,7 +35,7 @@ def test_a_token_is_its_own_patch_and_no_other() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="multiples of 4"):
         load_tokenizer("patches4").encode(pixels(1, 3, 6, 8))
-    with pytest.raises(ValueError, match="tokenizer=patches4 has no weights, got path='a.pt'"):
+    with pytest.raises(ValueError, match="tokenizer=patches4 has no weights, got path='a"):
         load_tokenizer("patches4", "a.pt")
 
 
