@@ -87,7 +87,7 @@ def _check(name: str, agent: Any) -> None:
         )
 
 
-_SHIPPED = ("bc", "ppo", "grpo", "fitted_q", "schedule", "imitation", "joint")
+_SHIPPED = ("bc", "ppo", "grpo", "fitted_q", "schedule", "imitation", "joint", "ste")
 AGENTS: Registry[Agent] = Registry(
     "agent", "orderrl.agents", {name: f"orderrl.agents.{name}:AGENT" for name in _SHIPPED}, _check
 )

@@ -133,15 +133,17 @@ def held_out_metrics(planner: OrderHead, data: TensorDict, utility: Tensor) -> d
     """How good the first-ranked block is on held-out contexts.
 
     Returns:
-        mean U of the first-ranked block, in standard deviations ("chosen"), and the mean regret to the best.
+        mean U of the first-ranked block, in standard deviations ("chosen"), the mean regret to the best, and score_std,
+        the mean standard deviation of a context's scores.
     """
     planner.eval()
     hidden, device = ~data["visible"], planner.position.device
     scores = torch.cat([planner(part.to(device)).scores.cpu() for part in data.split(_FORWARD)])
+    spread = score_spread(scores, hidden).mean().item()
     scores = scores.masked_fill(~hidden, -torch.inf)
     chosen = utility.gather(1, scores.argmax(-1, keepdim=True))[:, 0]
     best = utility.masked_fill(~hidden, -torch.inf).amax(-1)
-    return {"chosen": chosen.mean().item(), "regret": (best - chosen).mean().item()}
+    return {"chosen": chosen.mean().item(), "regret": (best - chosen).mean().item(), "score_std": spread}
 
 
 @isolated_float32
@@ -304,6 +306,13 @@ def split_images(image: Tensor, share: float, generator: torch.Generator) -> tup
     count = min(max(1, int(share * len(images))), len(images) - 1)
     kept_back = torch.isin(image, images[random_window(len(images), count, generator)])
     return (~kept_back).nonzero().flatten(), kept_back.nonzero().flatten()
+
+
+def score_spread(scores: Tensor, hidden: Tensor) -> Tensor:
+    """Standard deviation of scores (M, B) over the hidden blocks of each context, (M,)."""
+    count = hidden.sum(-1, keepdim=True)
+    mean = scores.masked_fill(~hidden, 0.0).sum(-1, keepdim=True) / count
+    return ((scores - mean).masked_fill(~hidden, 0.0).square().sum(-1) / count[:, 0]).sqrt()
 
 
 def _weight(labels: TensorDict, rows: Tensor, drawn: Tensor, target: str) -> float:

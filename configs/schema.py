@@ -19,6 +19,7 @@ from orderrl.tokenizers.registry import PATCHES, TOKENIZERS
 
 ADAPTIVE = ("fitted_q", "schedule", "imitation")  # agents that choose how many blocks a step reveals
 LIKELIHOOD = [{"override /env@_global_.env": "likelihood"}]
+SCORES = [{"override /planner@_global_.planner": "orderhead"}]
 NOTHING = "orderrl.runtime.schema:Nothing"  # no keys
 
 
@@ -36,7 +37,7 @@ def _agent(name: str) -> Node:
     """An agent's settings; it is imported when they are looked at."""
     given = AGENTS.given(name)
     kind = f"{given}.config" if isinstance(given, str) else find_agent(name).config
-    return Node(kind, name, defaults=LIKELIHOOD if name in ADAPTIVE else ())
+    return Node(kind, name, defaults=SCORES if name == "ste" else LIKELIHOOD if name in ADAPTIVE else ())
 
 
 _REGISTRIES: dict[str, tuple[Registry[Any], Callable[[str], Node]]] = {
