@@ -34,6 +34,9 @@ from orderrl.data import AUGMENTATIONS, TokenSet, load_split
 from orderrl.data.token_set import random_window
 from orderrl.factory import Setup
 from orderrl.geometry import BlockGrid
+from orderrl.labels import find_classifier, label_settings
+from orderrl.oracle import CLASSIFIER
+from orderrl.partial_classifier import cluster_orders, importance
 from orderrl.planner import TokenOrderHead, new_planner
 from orderrl.runtime.distributed import print_main
 from orderrl.runtime.isolation import isolated_float32
@@ -110,11 +113,26 @@ def train(setup: Setup, config: Config, job: Job) -> Trained:
     head = new_planner(setup.planner).to(backbone_device(backbone))
     assert isinstance(head, TokenOrderHead)
     body = trained_part(backbone, config.body, config.layers, config.rank)
-    importance = None
+    importance = classifier_importance(setup) if config.oracle_coeff else None
     training = SplitTraining(head, backbone, body, load_split(setup.data, "planner"), config, importance, setup.seed)
     training.train(job)
     merge_adapters(backbone)
     return Trained(head, None if config.body == "frozen" else backbone, training.outcome)
+
+
+def classifier_importance(setup: Setup) -> Importance:
+    """The importance that the labels' settings ask for, by the frozen classifier; trained if it is not in the cache."""
+    settings, geometry = setup.labels, setup.backbone.geometry
+    classifier = find_classifier(setup, settings)
+
+    def found(tokens: Tensor, labels: Tensor, scores: Tensor, generator: torch.Generator) -> Tensor:
+        keys = (torch.randint(2**53, (len(labels),), generator=generator),)
+        orders = cluster_orders(settings.grouping, geometry, settings.clusters, settings.samples, keys, scores)
+        return importance(
+            classifier, geometry, tokens, labels, orders, settings.clusters, settings.grouping == "cumulative"
+        )
+
+    return found
 
 
 # ---------------------------------------------------------------------- the estimator
@@ -360,6 +378,11 @@ def _check(setup: Setup, config: Config) -> None:
         "ste",
         (OrderRobustTransformer, MaskedTransformer),
     )
+    if config.oracle_coeff and setup.labels.kind != CLASSIFIER:
+        raise ValueError(
+            f"agent.oracle_coeff={config.oracle_coeff:g} needs labels=classifier, which says how important blocks are; "
+            f"got labels.kind={setup.labels.kind}"
+        )
     if setup.planner.network != "orderhead":
         raise ValueError(f"agent=ste trains planner=orderhead, got planner.network={setup.planner.network}")
 
@@ -371,4 +394,11 @@ def _idle(config: Config) -> list[str]:
     return sorted(unused | ({"body_learning_rate"} if config.body == "frozen" else set()))
 
 
-AGENT = Agent(Config, train, environment=False, check=_check, idle=_idle, scores_alone=True, alone=True)
+def _describe(setup: Setup, config: Config) -> dict[str, Any]:
+    """The classifier, which the labels' settings determine."""
+    return {"labels": label_settings(setup.labels)} if config.oracle_coeff else {}
+
+
+AGENT = Agent(
+    Config, train, environment=False, check=_check, idle=_idle, describe=_describe, scores_alone=True, alone=True
+)

@@ -5,7 +5,7 @@ an agent, a label set, an evaluation or a search for the newest planner depends 
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -97,7 +97,10 @@ def setup_of(config: DictConfig, backbone: Backbone) -> Setup:
     if "labels" in config:
         labels = section(config, "labels")
         seen = planner.get("visible_states", False)
-        parts |= {"shard_size": labels.pop("shard_size"), "labels": LabelConfig(**labels, visible_states=seen)}
+        parts |= {
+            "shard_size": labels.pop("shard_size"),
+            "labels": replace(typed(LabelConfig, labels), visible_states=seen),
+        }
     if "env" in config:
         parts["environment"] = environment_of(config)
     return Setup(
