@@ -74,6 +74,46 @@ class RankingPolicy:
         return scheduled_action(scores, self.closeness.to(scores), observation, self.budgets, self.schedule)
 
 
+class RescoringPolicy(RankingPolicy):
+    """A ranking policy whose scores are made at some steps only; between them the last ones stand.
+
+    Args:
+        scorer, geometry, budgets, schedule, spacing: as in `RankingPolicy`.
+        period: steps from one scoring to the next; None scores the empty image and never again.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        geometry: BlockGrid,
+        budgets: tuple[int, ...] = (1,),
+        schedule: Schedule | None = None,
+        spacing: float = 0.0,
+        period: int | None = None,
+    ) -> None:
+        super().__init__(self._kept_scores, geometry, budgets, schedule, spacing)
+        self.fresh, self.period = scorer, period
+        self.reads_content = reads_content(scorer) or reads_content(self.schedule)
+        self.reads_visible_states = period is not None and getattr(scorer, "reads_visible_states", False)
+
+    def reset(self, starting: Tensor) -> None:
+        """Forget the scores of episodes that begin, (M,) bool."""
+        if bool(starting.all()):
+            self.step = torch.zeros_like(starting, dtype=torch.int64)
+            self.scores: Tensor | None = None
+        self.step = self.step.masked_fill(starting, 0)
+
+    def _kept_scores(self, observation: TensorDictBase, generator: torch.Generator) -> Tensor:
+        due = self.step == 0 if self.period is None else self.step % self.period == 0
+        if bool(due.any()):
+            made = self.fresh(observation, generator).float()
+            old = made if self.scores is None else self.scores
+            self.scores = torch.where(due.to(made.device)[:, None], made, old)
+        self.step = self.step + 1
+        assert self.scores is not None
+        return self.scores
+
+
 class PairedPolicy:
     """Reveal the set that a planner itself values most, chosen greedily, as many blocks as the schedule says.
 

@@ -1,10 +1,14 @@
 """What a policy's name means, parsed once: everything else reads the fields of a `PolicySpec`.
 
-    NAME[@SCHEDULE]                     a baseline: raster, spaced_random@4, halton@1+1+2+4+8, random@i<6/1,2,4,8
+    NAME[@MODE][@SCHEDULE]              a baseline: raster, spaced_random@4, halton@1+1+2+4+8, low_entropy@fast@cosine:8
     NAME[:DRAWS][@SCHEDULE]             a reference: oracle, confidence, lookahead:4
-    PATH.safetensors[@costC][@SCHEDULE] a planner; spaced_PATH and paired_PATH choose the blocks of a step in other ways
-    newest[@costC][@SCHEDULE]           the newest planner in the cache, where a command knows which that is
+    PATH.safetensors[@costC][@MODE][@SCHEDULE]
+                                        a planner; spaced_PATH and paired_PATH choose the blocks of a step in other ways
+    newest[@costC][@MODE][@SCHEDULE]    the newest planner in the cache, where a command knows which that is
     MODULE:ATTRIBUTE[@SCHEDULE]         a user's own policy, or the NAME under which it is registered
+
+A mode says when scores are made: fast (once, of the empty image), semifast:8 (at 8 steps, evenly spaced) or slow (at
+every step, which no mode is too).
 
 A path may hold any character: what follows its last ".safetensors" alone is a step cost or a schedule. A relative path
 that begins like a prefix is taken whole if there is such a file, and can be written `./spaced_...`.
@@ -26,6 +30,8 @@ NEWEST = "newest"
 SUFFIX = ".safetensors"
 THRESHOLD = re.compile(r"(i?)<(-?\d*\.?\d+)(?:/(\d+(?:,\d+)*))?")  # kind, nats, budgets
 STEPS = re.compile(r"\d+(?:\+\d+)*")
+COSINE = re.compile(r"cosine:(\d+)")  # iterations
+MODE = re.compile(r"fast|slow|semifast:([1-9]\d*)")  # times that scores are made
 _NO_RIVALS = ("lookahead", "oracle")
 _PLANNER = re.compile(rf"(.*{re.escape(SUFFIX)}|{NEWEST})(?:@(.*))?", re.DOTALL)
 _COST = re.compile(r"cost(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+(?:e[+-]?\d+)?)(?:@(.*))?", re.DOTALL)  # nats, schedule
@@ -43,8 +49,9 @@ class PolicySpec:
         prefix: `SPACED`, `PAIRED` (planners alone) or "".
         draws: of lookahead; None takes one.
         step_cost: nats per image that a planner is told; None tells it nothing.
-        schedule: how many blocks a step reveals, "4", "1+1+2+4+8", "<1.5" or "i<6/1,2,4,8"; "" is one block a step, or
-            what a planner or a user's policy chooses itself.
+        mode: when scores are made, "fast", "semifast:8" or "slow"; "" is slow.
+        schedule: how many blocks a step reveals, "4", "1+1+2+4+8", "<1.5", "i<6/1,2,4,8" or "cosine:64"; "" is one
+            block a step, or what a planner or a user's policy chooses itself.
 
     Raises:
         ValueError: if the schedule is none, or a part does not belong to the kind.
@@ -55,13 +62,18 @@ class PolicySpec:
     prefix: str = ""
     draws: int | None = None
     step_cost: float | None = None
+    mode: str = ""
     schedule: str = ""
 
     def __post_init__(self) -> None:
         if self.kind == "planner" and self.name.startswith((SPACED, PAIRED)):
             object.__setattr__(self, "name", f"./{self.name}")  # written so, it is not read as a prefix
-        if self.schedule and not (THRESHOLD.fullmatch(self.schedule) or STEPS.fullmatch(self.schedule)):
+        if self.schedule and not any(form.fullmatch(self.schedule) for form in (THRESHOLD, STEPS, COSINE)):
             raise _no_schedule(str(self), self.schedule)
+        if self.mode and (self.kind in ("reference", "own") or self.prefix == PAIRED):
+            raise ValueError(
+                f"policy '{self}': modes are for block scores, of baselines and planners; leave out its mode"
+            )
 
     @classmethod
     def parse(cls, text: str) -> PolicySpec:
@@ -82,13 +94,16 @@ class PolicySpec:
             raise ValueError(f"policy {text!r} is no planner: its file must end in {SUFFIX}")
         if at and not schedule:
             raise _no_schedule(text, "")
+        mode, schedule = _mode_and_schedule(text, schedule) if at else ("", "")
         name, colon, argument = base.partition(":")
         if name in REFERENCES:
-            return cls("reference", name, draws=_draws(text, name, argument) if colon else None, schedule=schedule)
+            return cls(
+                "reference", name, draws=_draws(text, name, argument) if colon else None, mode=mode, schedule=schedule
+            )
         if colon or base in POLICIES:
-            return cls("own", base, schedule=schedule)
+            return cls("own", base, mode=mode, schedule=schedule)
         prefix = SPACED if base.startswith(SPACED) else ""
-        return cls("baseline", base.removeprefix(prefix), prefix, schedule=schedule)
+        return cls("baseline", base.removeprefix(prefix), prefix, mode=mode, schedule=schedule)
 
     @classmethod
     def _planner(cls, text: str, name: str, rest: str | None, prefix: str) -> PolicySpec:
@@ -99,13 +114,14 @@ class PolicySpec:
         schedule = told[2] if told else rest
         if schedule == "":
             raise _no_schedule(text, "")
-        return cls(kind, name, prefix, step_cost=float(told[1]) if told else None, schedule=schedule or "")
+        mode, schedule = _mode_and_schedule(text, schedule or "")
+        return cls(kind, name, prefix, step_cost=float(told[1]) if told else None, mode=mode, schedule=schedule)
 
     def __str__(self) -> str:
         draws = "" if self.draws is None else f":{self.draws}"
         cost = "" if self.step_cost is None else f"@{written_cost(self.step_cost)}"
-        schedule = f"@{self.schedule}" if self.schedule else ""
-        return f"{self.prefix}{self.name}{draws}{cost}{schedule}"
+        parts = "".join(f"@{part}" for part in (self.mode, self.schedule) if part)
+        return f"{self.prefix}{self.name}{draws}{cost}{parts}"
 
     @property
     def family(self) -> PolicySpec:
@@ -133,6 +149,16 @@ def written_cost(step_cost: float) -> str:
     return f"cost{short if float(short) == step_cost else repr(float(step_cost))}"
 
 
+def _mode_and_schedule(text: str, rest: str) -> tuple[str, str]:
+    """What stands behind an @: a mode, a schedule, or both."""
+    first, at, schedule = rest.partition("@")
+    if not MODE.fullmatch(first):
+        return "", rest
+    if at and not schedule:
+        raise _no_schedule(text, "")
+    return first, schedule
+
+
 def _draws(text: str, name: str, argument: str) -> int:
     if name != "lookahead":
         raise ValueError(f"policy {text!r}: {name} takes no number of draws; write {name}, or lookahead:4")
@@ -144,5 +170,6 @@ def _draws(text: str, name: str, argument: str) -> int:
 def _no_schedule(text: str, schedule: str) -> ValueError:
     return ValueError(
         f"policy {text!r}: {schedule!r} is no schedule; write @4, @1+1+2+4+8, or a threshold in nats: @<1.5 (mean "
-        "entropy), @i<6 (summed entropy), @i<6/1,2,4,8 (other budgets); a planner's step cost is written @cost0.5"
+        "entropy), @i<6 (summed entropy), @i<6/1,2,4,8 (other budgets), or @cosine:8 (MAR's, in 8 iterations); before it "
+        "may stand a mode, @fast, @semifast:8 or @slow; a planner's step cost is written @cost0.5"
     )

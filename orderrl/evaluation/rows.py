@@ -12,7 +12,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from orderrl.agents.play import Rollout, act, roll_out, seen_by
-from orderrl.agents.policies import ASKING, Policy, ReferencePolicy, all_scores
+from orderrl.agents.policies import ASKING, Policy, ReferencePolicy, RescoringPolicy, all_scores
 from orderrl.agents.registry import NamedPolicy
 from orderrl.backbones import Backbone, with_block_size
 from orderrl.backbones.mar_backbone import MaskedTransformer
@@ -88,6 +88,7 @@ def evaluate_policy(p: EvaluationProtocol, named: NamedPolicy, sampled: bool) ->
         "visible_neighbours_curve": visible_neighbours(rollout).mean(0).tolist(),
         "first_choice_entropy": first_choice_entropy(rollout),
         "rollout_seconds_per_image": rollout.seconds / images,
+        "scorings": None if named.scorer is None else _scorings(named.policy, rollout),
     }
     row |= image_means(per_image, c.resamples, p.seed) | _calibration(p, named)
     row |= entry("far_gain", bootstrap_sums(rollout.far_gain_sums.cpu(), ratio, c.resamples, seed=p.seed))
@@ -96,6 +97,13 @@ def evaluate_policy(p: EvaluationProtocol, named: NamedPolicy, sampled: bool) ->
     if sampled and not expensive:
         row |= _samples(p, row, p.backbone, named.policy, named.budgets)
     return Evaluated(row, per_image, rollout, log.scores)
+
+
+def _scorings(policy: Policy | ReferencePolicy, rollout: Rollout) -> float:
+    """How often an image's blocks were scored, the mean."""
+    if not isinstance(policy, RescoringPolicy):
+        return rollout.steps.mean().item()
+    return 1.0 if policy.period is None else (rollout.steps / policy.period).ceil().mean().item()
 
 
 def planning_values(rollout: Rollout, backbone: Backbone) -> dict[str, Tensor]:
