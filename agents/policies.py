@@ -213,6 +213,7 @@ def planner_scorer(planner: OrderHead) -> Scorer:
         return planner(observation).scores
 
     score.reads_visible_states = planner.config.visible_states  # type: ignore[attr-defined]
+    score.planner = planner  # type: ignore[attr-defined]
     return score
 
 

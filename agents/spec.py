@@ -170,6 +170,6 @@ def _draws(text: str, name: str, argument: str) -> int:
 def _no_schedule(text: str, schedule: str) -> ValueError:
     return ValueError(
         f"policy {text!r}: {schedule!r} is no schedule; write @4, @1+1+2+4+8, or a threshold in nats: @<1.5 (mean "
-        "entropy), @i<6 (summed entropy), @i<6/1,2,4,8 (other budgets), or @cosine:8 (MAR's, in 8 iterations); before it "
-        "may stand a mode, @fast, @semifast:8 or @slow; a planner's step cost is written @cost0.5"
+        "entropy), @i<6 (summed entropy), @i<6/1,2,4,8 (other budgets), or @cosine:8 (MAR's, in 8 iterations); before "
+        "it may stand a mode, @fast, @semifast:8 or @slow; a planner's step cost is written @cost0.5"
     )

@@ -1,5 +1,6 @@
 """A whole table: the planners of a suite, several seeds, all baselines: `python -m orderrl.reproduce suite=canvas`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -11,6 +12,7 @@ from orderrl.runtime.distributed import launched, print_main
 from orderrl.runtime.isolation import isolated_float32
 from orderrl.train import train
 
+TRAINED = "trained:"  # a teacher that the suite trains itself, by its name
 SHARED = ("backbone", "data", "logger", "output_dir", "cache_dir", "device", "checkpoint_seconds")
 
 
@@ -20,11 +22,28 @@ def reproduce(config: DictConfig) -> Path:
     # all composed first: a wrong value in the last one is refused before the first one trains
     trainings = [(seed, row, training_config(config, row, seed)) for seed in config.seeds for row in config.runs]
     checkpoints: list[str] = []
+    named: dict[str, str] = {}
     for seed, overrides, training in trainings:
         print_main(f"\n== seed {seed}: {' '.join(overrides)}")
-        checkpoints.append(str(train(training)))
+        checkpoints.append(str(train(taught(training, named))))
+        named[str(training.name)] = checkpoints[-1]  # of this seed, if the next rows ask for it
     print_main("\n== evaluation")
     return evaluate(with_values(config, {"eval": {"planners": checkpoints}}))
+
+
+def taught(training: DictConfig, named: Mapping[str, str]) -> DictConfig:
+    """A training whose teacher, if it is trained:NAME, is the planner of this name that was trained before it.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    teacher = training.agent.get("teacher") or ""
+    if not teacher.startswith(TRAINED):
+        return training
+    name = teacher.removeprefix(TRAINED)
+    if name not in named:
+        raise ValueError(f"agent.teacher={teacher}: no run before it has name={name}; there are {', '.join(named)}")
+    return with_values(training, {"agent": {"teacher": named[name]}})
 
 
 def training_config(config: DictConfig, overrides: list[str], seed: int) -> DictConfig:

@@ -24,6 +24,7 @@ from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.envs.observation import labelled
 from orderrl.evaluation.columns import all_columns, empty_row
 from orderrl.evaluation.drawing import balanced_labels, generate_images
+from orderrl.evaluation.importance import content_agreement, order_agreement
 from orderrl.evaluation.protocol import EvaluationProtocol
 from orderrl.evaluation.recording import ScoreLog, recorded
 from orderrl.evaluation.row_entries import (
@@ -75,6 +76,12 @@ def evaluate_policy(p: EvaluationProtocol, named: NamedPolicy, sampled: bool) ->
     # what that is worth, image by image
     areas, curve = _recognisability(p, rollout)
     per_image = planning_values(rollout, p.backbone) | areas
+    if p.importance is not None:
+        worth = p.importance[:images]
+        per_image["importance_spearman"] = order_agreement(rollout, worth)
+        planner = getattr(named.scorer, "planner", None)
+        if planner is not None and planner.config.network == "orderhead":
+            per_image |= content_agreement(planner, p.backbone, p.data, worth)
     row = empty_row() | {
         "policy": named.name,
         "family": named.family or named.name,

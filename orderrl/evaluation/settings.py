@@ -123,7 +123,7 @@ class EvalConfig(Sampling):
     )
     modes: list[str] = setting(
         [],
-        "Modes in which each planner acts: fast (scored once), semifast:N (N times), slow (at every step); none is slow",
+        "Modes in which planners act: fast (scored once), semifast:N (N times), slow (at every step); none is slow",
         Rule((), lambda mode: MODE.fullmatch(mode) is not None, "={} must be of fast, slow and semifast:N"),
     )
     budgets: list[int] = setting([1], "Budgets of own policies (module:attribute) without a schedule", at_least(1))
