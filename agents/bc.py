@@ -105,17 +105,19 @@ def train(setup: Setup, config: Config, job: Job) -> OrderHead:
     torch.manual_seed(setup.seed)
     planner = new_planner(setup.planner).to(backbone_device(setup.backbone))
     contexts = open_joined(setup.label_sets, setup.backbone, job)
-    worth = None if config.teacher is None else -teacher_ranks(setup, config.teacher)[contexts["image"]]
+    worth = None
+    if config.teacher is not None:
+        worth = -teacher_ranks(setup, config.teacher, int(contexts["image"].max()) + 1)[contexts["image"]]
     clone(planner, contexts, setup.backbone.geometry, config, setup.seed, job, worth)
     return planner
 
 
 @torch.no_grad()
-def teacher_ranks(setup: Setup, teacher: str) -> Tensor:
-    """Place of every block (n, B) float32 in the order in which a policy reveals the planner images, from 0."""
+def teacher_ranks(setup: Setup, teacher: str, images: int) -> Tensor:
+    """Place of every block (images, B) float32, from 0, in a policy's order of each of the first planner images."""
     named, data = make_policy(teacher, setup.backbone), load_split(setup.data, "planner")
     ranks = []
-    for rows in torch.arange(len(data)).split(_FORWARD):
+    for rows in torch.arange(images).split(_FORWARD):
         core = NextBlockCore(setup.backbone, data, len(rows), CoreConfig(budgets=named.budgets, reward=CHEAPEST))
         core.reset(index=rows)
         play(core, named.policy, torch.Generator().manual_seed(setup.seed))
