@@ -130,7 +130,7 @@ def _ranking(
 ) -> RankingPolicy:
     """A scorer's policy, scored as often as the mode of its name says."""
     spacing = SPACING if spec.prefix == SPACED else 0.0
-    if spec.mode in ("", "slow"):
+    if spec.mode in ("", "slow") or spec.candidates > 1:
         return RankingPolicy(scorer, backbone.geometry, budgets, schedule, spacing)
     found, period = MODE.fullmatch(spec.mode), None
     if found is not None and found[1]:
@@ -247,9 +247,9 @@ def _planner_policy(spec: PolicySpec, backbone: Backbone) -> NamedPolicy:
             raise ValueError(f"policy '{spec}': {error}") from None
     told = f"@{written_cost(spec.step_cost)}" if spec.step_cost is not None else ""
     budgets: tuple[int, ...] = tuple(description["budgets"])
-    policy: Policy = PlannerPolicy(planner, budgets)
+    policy: Policy = PlannerPolicy(planner, budgets, deterministic=spec.candidates == 1)  # candidates differ in order
     family += f"@{spec.mode}" if spec.mode else ""
-    if spec.schedule or spec.prefix or spec.mode:
+    if spec.schedule or spec.prefix or (spec.mode and spec.candidates == 1):
         budgets, schedule = _schedule(spec, backbone)
         if spec.prefix == PAIRED:
             policy = PairedPolicy(planner, budgets, schedule)

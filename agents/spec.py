@@ -8,7 +8,8 @@
     MODULE:ATTRIBUTE[@SCHEDULE]         a user's own policy, or the NAME under which it is registered
 
 A mode says when scores are made: fast (once, of the empty image), semifast:8 (at 8 steps, evenly spaced) or slow (at
-every step, which no mode is too).
+every step, which no mode is too). best_of:8 is slow too, and draws 8 images for one: the one with the shortest code in
+its own order is kept.
 
 A path may hold any character: what follows its last ".safetensors" alone is a step cost or a schedule. A relative path
 that begins like a prefix is taken whole if there is such a file, and can be written `./spaced_...`.
@@ -31,7 +32,7 @@ SUFFIX = ".safetensors"
 THRESHOLD = re.compile(r"(i?)<(-?\d*\.?\d+)(?:/(\d+(?:,\d+)*))?")  # kind, nats, budgets
 STEPS = re.compile(r"\d+(?:\+\d+)*")
 COSINE = re.compile(r"cosine:(\d+)")  # iterations
-MODE = re.compile(r"fast|slow|semifast:([1-9]\d*)")  # times that scores are made
+MODE = re.compile(r"fast|slow|semifast:([1-9]\d*)|best_of:([1-9]\d*)")  # scorings; images drawn for one
 _NO_RIVALS = ("lookahead", "oracle")
 _PLANNER = re.compile(rf"(.*{re.escape(SUFFIX)}|{NEWEST})(?:@(.*))?", re.DOTALL)
 _COST = re.compile(r"cost(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+(?:e[+-]?\d+)?)(?:@(.*))?", re.DOTALL)  # nats, schedule
@@ -49,7 +50,8 @@ class PolicySpec:
         prefix: `SPACED`, `PAIRED` (planners alone) or "".
         draws: of lookahead; None takes one.
         step_cost: nats per image that a planner is told; None tells it nothing.
-        mode: when scores are made, "fast", "semifast:8" or "slow"; "" is slow.
+        mode: when scores are made, "fast", "semifast:8" or "slow", or how many images are drawn for one, "best_of:8";
+            "" is slow.
         schedule: how many blocks a step reveals, "4", "1+1+2+4+8", "<1.5", "i<6/1,2,4,8" or "cosine:64"; "" is one
             block a step, or what a planner or a user's policy chooses itself.
 
@@ -127,6 +129,12 @@ class PolicySpec:
     def family(self) -> PolicySpec:
         """The same whatever its schedule and step cost."""
         return replace(self, schedule="", step_cost=None)
+
+    @property
+    def candidates(self) -> int:
+        """Images that are drawn for one."""
+        found = MODE.fullmatch(self.mode)
+        return int(found[2] or 1) if found else 1
 
     @property
     def rival(self) -> bool:

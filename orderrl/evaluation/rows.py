@@ -102,7 +102,9 @@ def evaluate_policy(p: EvaluationProtocol, named: NamedPolicy, sampled: bool) ->
     row |= code_lengths(row, p.backbone)
     # the images that it draws
     if sampled and not expensive:
-        row |= _samples(p, row, p.backbone, named.policy, named.budgets)
+        row |= _samples(
+            p, row, p.backbone, named.policy, named.budgets, 1 if named.spec is None else named.spec.candidates
+        )
     return Evaluated(row, per_image, rollout, log.scores)
 
 
@@ -171,12 +173,13 @@ def _samples(
     backbone: Backbone,
     policy: Policy | ReferencePolicy,
     budgets: tuple[int, ...],
+    candidates: int = 1,
 ) -> dict[str, Any]:
     """Images drawn in a policy's order, as entries of its row; they are kept if the protocol says so."""
     if not p.config.samples:
         return {}
     wanted = balanced_labels(p.config.samples, p.data.classes)
-    made = generate_images(backbone, p.data, policy, budgets, wanted, p.config.sampling, p.seed)
+    made = generate_images(backbone, p.data, policy, budgets, wanted, p.config.sampling, p.seed, candidates=candidates)
     found: dict[str, Any] = {"seconds_per_image": made.seconds / len(made.tokens)}
     measures = {column.name: column.per_sample for column in all_columns() if column.per_sample is not None}
     if p.clip is not None:

@@ -123,8 +123,8 @@ class EvalConfig(Sampling):
     )
     modes: list[str] = setting(
         [],
-        "Modes in which planners act: fast (scored once), semifast:N (N times), slow (at every step); none is slow",
-        Rule((), lambda mode: MODE.fullmatch(mode) is not None, "={} must be of fast, slow and semifast:N"),
+        "Modes in which planners act: fast (scored once), semifast:N (N times), slow, best_of:N; none is slow",
+        Rule((), lambda mode: MODE.fullmatch(mode) is not None, "={} must be of fast, slow, semifast:N and best_of:N"),
     )
     budgets: list[int] = setting([1], "Budgets of own policies (module:attribute) without a schedule", at_least(1))
     token_raster: list[str] = setting(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from orderrl.agents.play import Rollout, roll_out
+from orderrl.agents.play import Rollout, roll_out, scripted
 from orderrl.agents.registry import make_policy
 from orderrl.agents.schedules import cosine_sizes
 from orderrl.backbones.mar import hidden_after
 from orderrl.envs.core import CoreConfig, NextBlockCore
+from orderrl.evaluation.drawing import drawn_code_lengths, generate_images
 from tests.backbones.families import images, tiny
 
 BACKBONE = tiny("mar", block_size=1)  # 16 blocks of a token
@@ -86,6 +89,27 @@ def test_the_cosine_schedule_is_that_of_mars_own_sampler(iterations: int, blocks
         expected.append(left - (after if iteration + 1 < iterations else 0))
         left = after
     assert list(sizes) == expected and sum(sizes) == blocks and min(sizes) >= 1
+
+
+@pytest.mark.parametrize("family", ["mar", "randar"])
+def test_of_several_images_the_one_with_the_shortest_code_is_kept(family: str) -> None:
+    backbone = tiny(family)
+    data, labels = images(backbone), torch.tensor([0, 1, 2, 0])
+    named = make_policy("random@best_of:3", backbone)
+    assert named.spec is not None and named.spec.candidates == 3
+    how = (backbone, data, named.policy, named.budgets, labels, None)
+    sets = [generate_images(*how, seed=4 * number) for number in range(3)]
+    lengths = torch.stack([drawn_code_lengths(backbone, data, made) for made in sets])
+    kept = generate_images(*how, seed=0, candidates=3)
+    for image in range(4):
+        assert torch.equal(kept.tokens[image], sets[int(lengths[:, image].argmin())].tokens[image])
+    assert torch.allclose(drawn_code_lengths(backbone, data, kept), lengths.amin(0), rtol=1e-4)
+    # the length is that of revealing the drawn image in the drawn order
+    replayed = replace(data, tokens=sets[0].tokens, labels=labels, identity=None)
+    core = NextBlockCore(backbone, replayed, 4, CoreConfig())
+    policy = scripted(iter(sets[0].reveal_step.argsort(1).T))
+    charged = roll_out(core, policy, torch.Generator(), torch.arange(4)).decode_nll
+    assert torch.allclose(charged, lengths[0], rtol=1e-3)
 
 
 def test_what_cannot_be_scheduled_is_refused() -> None:

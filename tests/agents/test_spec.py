@@ -12,7 +12,7 @@ from orderrl.agents.spec import PAIRED, SPACED, PolicySpec
 
 NASTY = "@:=,+<>#?%$!&*~^'\"`()[]{}|\\ \tä字🙂.-_/"
 SCHEDULES = ("", "4", "1+1+2+4+8", "<1.5", "i<6", "i<.5/1,2,4,8", "cosine:8")
-MODES = ("", "fast", "slow", "semifast:8")
+MODES = ("", "fast", "slow", "semifast:8", "best_of:8")
 
 
 def some_path(source: random.Random) -> str:
