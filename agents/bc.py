@@ -68,7 +68,9 @@ class Config(Settings):
         "(U and gains of pairs; needs planner.pairs=true), entropy (the block's own) or ranks (in a teacher's order)",
         one_of(TARGETS),
     )
-    teacher: str | None = setting(None, "For target ranks, the policy whose orders are learnt: its name or file")
+    teacher: str | None = setting(
+        None, "For target ranks, the policy whose orders are learnt, its name or file; null for others"
+    )
     steps: int = setting(600, "Optimiser steps", at_least(1))
     passes: float | None = setting(50.0, "Passes over the labels, at most; null sets no limit", between("(0, 1000000]"))
     batch_size: int = setting(256, "Contexts per step", at_least(1))
