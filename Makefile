@@ -2,6 +2,7 @@
 # make test         set up everything, then ruff, mypy and all tests
 # make test-slow    what takes minutes: every long command killed twenty times, a Slurm sweep's launcher
 # make reproduce    the full table for digits: all rows, 3 seeds
+# make gpu          everything on a GPU, and its speed: tests, benchmarks, one table and gpu.json, in under 8 minutes
 # make lint         ruff and mypy only
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ PYTEST_ARGS ?= -q --durations=15
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 .DEFAULT_GOAL := quickstart
-.PHONY: quickstart test test-slow reproduce lint
+.PHONY: quickstart test test-slow reproduce gpu lint
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +28,9 @@ quickstart: $(INSTALLED)
 
 reproduce: $(INSTALLED)
 	$(BIN)/python -m orderrl.reproduce
+
+gpu: $(INSTALLED)
+	$(BIN)/python -m benchmarks.gpu --json gpu.json
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -60,7 +60,7 @@ class Agent:
             or those of the clone that it takes.
         label_sets: finds or makes the labels that it learns from, `setup.label_sets`; its last argument trains a
             planner of the same agent with another setup and config, and returns its file. None if it needs no labels.
-        check: refuses what it can't learn, before anything that takes long.
+        check: refuses what it cannot learn, before anything that takes long.
         idle: settings that have no effect beside the others, which do not determine the planner.
         describe: what else determines it, beside or instead of what `orderrl.training.describe` says.
         scores_alone: whether it can train planners that score blocks and do no more (network orderhead), and those that

@@ -83,7 +83,7 @@ def train(setup: Setup, config: Config, job: Job) -> OrderHead:
         print_main(
             f"best fixed schedule in {config.order} order, {steps} steps: {written}, {nats:.2f} nats (planner images)"
         )
-    # fit the budgets, with the planner told the cost of a step if that is a range
+    # fit the budgets, by a planner that sees the cost of a step if that is a range
     torch.manual_seed(setup.seed)
     shape = replace(setup.planner, num_budgets=len(budgets), step_cost_range=reward.step_cost_range)
     planner = OrderHead(shape).to(backbone_device(setup.backbone)).eval()
@@ -109,7 +109,7 @@ def record_order(
         order: (B,) int64.
         images: how many are played; all if there are fewer.
         content: keep hidden states too, B^2 times their width for every image; planners without content read none.
-        advance: told how many images were played.
+        advance: called with how many images were played.
         job: keeps every batch.
 
     Returns:
@@ -246,7 +246,7 @@ def fit_budgets(
     """Train in place: budget logits on minus the costs to go, block scores on the order.
 
     Args:
-        planner: with as many budgets; told the step cost if that is a range.
+        planner: with as many budgets; it sees the step cost if that is a range.
         played: from `record_order`.
         order: (B,) int64, the one that was played.
         step_cost: nats per image; of a range every image of every step draws its own, log-uniformly.
@@ -261,10 +261,10 @@ def fit_budgets(
     """
     require_choice(budgets, len(order))
     planner.config.require_budgets(budgets)
-    told = step_cost if isinstance(step_cost, tuple) else None
-    if planner.config.step_cost_range != told:
+    wanted = step_cost if isinstance(step_cost, tuple) else None
+    if planner.config.step_cost_range != wanted:
         raise ValueError(
-            f"step_cost={step_cost} needs a planner with step_cost_range={told}, not {planner.config.step_cost_range}"
+            f"step_cost={step_cost} needs a planner with step_cost_range={wanted}, not {planner.config.step_cost_range}"
         )
     device = planner.position.device
     order = order.to(device)

@@ -67,7 +67,7 @@ def policy_to_imitate(setup: Setup, config: Config) -> Policy:
     """The policy of a config, with the environment's budgets.
 
     Raises:
-        ValueError: if it looks behind the observation, must be told what a step costs, or chooses budgets that the
+        ValueError: if it looks behind the observation, needs a step cost, or chooses budgets that the
             environment does not have.
     """
     spec = PolicySpec.parse(config.policy)
@@ -75,7 +75,9 @@ def policy_to_imitate(setup: Setup, config: Config) -> Policy:
     if isinstance(named.policy, ReferencePolicy):
         raise ValueError(f"agent.policy={named.name!r} looks behind the observation; imitate another policy")
     if named.step_cost_range is not None:
-        raise ValueError(f"agent.policy='{spec}' must be told what a step costs; imitate it at one cost: PATH@cost0.5")
+        raise ValueError(
+            f"agent.policy='{spec}' was trained on a range of step costs; imitate it at one of them: PATH@cost0.5"
+        )
     return AmongBudgets(named.policy, named.budgets, setup.environment.budgets)
 
 

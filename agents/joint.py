@@ -129,7 +129,7 @@ def copy_to_tune(backbone: Backbone, layers: int) -> OrderRobustTransformer:
     """A copy of a backbone, to be tuned while the original stays as it is.
 
     Raises:
-        ValueError: if it can't be tuned, see `require_tunable`.
+        ValueError: if it cannot be tuned, see `require_tunable`.
     """
     require_tunable(backbone, layers, "joint")
     assert isinstance(backbone, OrderRobustTransformer)
@@ -301,7 +301,8 @@ class JointTuning:
         device = backbone_device(self.backbone)
         self.backbone.train()
         tokens, labels, order = (part[mine].to(device) for part in (tokens, labels, order))
-        return training_loss(self.backbone, tokens, labels, order, generator) * (len(mine) / c.batch_size)
+        losses = training_loss(self.backbone, tokens, labels, order, generator)
+        return losses["loss"] * (len(mine) / c.batch_size)
 
     def _planner_loss(self) -> Tensor:
         """L_OH of the next contexts: this process's share of its mean."""

@@ -10,7 +10,17 @@ from orderrl.geometry import BlockGrid
 from orderrl.runtime.registry import Registry
 
 OTHER_POLICIES = (
-    *("random", "low_entropy", "high_entropy", "fitted", "confidence", "lookahead", "oracle"),
+    *(
+        "random",
+        "low_entropy",
+        "high_entropy",
+        "fitted",
+        "confidence",
+        "hindsight_confidence",
+        "lookahead",
+        "native",
+        "oracle",
+    ),
     *("newest", "published", "token_raster", "self", "own"),
 )
 """Names that tables and commands have for what is no order."""

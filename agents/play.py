@@ -100,9 +100,9 @@ class Rollout:
 
 @isolated
 def act(policy: Policy | ReferencePolicy, core: NextBlockCore, generator: torch.Generator) -> Tensor:
-    """Actions of a policy for a core's current states; a policy is told of episodes that begin, see there."""
-    if hasattr(policy, "reset") and bool((starting := core.step_count == 0).any()):
-        policy.reset(starting)
+    """Actions of a policy for a core's current states; a policy with a memory forgets episodes that ended."""
+    if hasattr(policy, "reset") and bool((core.books.step_count == 0).any()):
+        policy.reset(core.step_count == 0)
     if isinstance(policy, ReferencePolicy):
         return policy.act(core)
     actions = policy(seen_by(policy, core), generator)
@@ -157,9 +157,9 @@ def play(
     check_policy(getattr(policy, "__name__", type(policy).__name__), policy)
     generator = torch.Generator() if generator is None else generator
     left = 2 * core.geometry.num_blocks if steps is None else steps
-    while left and (restart or not bool(core.finished.all())):
+    while left and (restart or not bool(core.books.finished.all())):
         actions = act(policy, core, generator)
-        transition = core.step(actions, restart=core.finished if restart else None)
+        transition = core.step(actions, restart=core.books.finished if restart else None)
         if record is not None:
             record(actions, transition)
         left -= 1
@@ -199,7 +199,7 @@ def roll_out(
         visible.append(core.visible.clone())
 
     play(core, policy, generator, record=record)
-    if not bool(core.visible.all()):
+    if not bool(core.books.visible.all()):
         raise ValueError(
             f"policy left blocks hidden after {2 * core.geometry.num_blocks} steps, its actions were illegal; reveal "
             "only blocks of observation['action_mask']"

@@ -71,7 +71,9 @@ class RankingPolicy:
 
     def __call__(self, observation: TensorDictBase, generator: torch.Generator) -> Tensor:
         scores = self.scorer(observation, generator).float()
-        return scheduled_action(scores, self.closeness.to(scores), observation, self.budgets, self.schedule)
+        return scheduled_action(
+            scores, self.closeness.to(scores, non_blocking=True), observation, self.budgets, self.schedule
+        )
 
 
 class RescoringPolicy(RankingPolicy):
@@ -177,7 +179,8 @@ def fixed_order(order: Tensor) -> Scorer:
 
     @places_only
     def score(observation: TensorDictBase, generator: torch.Generator) -> Tensor:
-        return -rank.to(observation["visible"].device).expand(observation["visible"].shape)
+        visible = observation["visible"]
+        return -rank.to(visible.device, non_blocking=True).expand(visible.shape)
 
     return score
 
@@ -415,21 +418,6 @@ class Lookahead(ReferencePolicy):
         prefix = core.prefix.select(rows)
         gains = block_gains(core.backbone, prefix, core.tokens[rows], hidden, "expected", uniforms, self.samples)
         return utilities(gains, core.geometry, core.reward.pair_weights)
-
-
-class Confidence(ReferencePolicy):
-    """OAR: draw every hidden block and reveal the one whose draw is most likely (arXiv:2504.17069)."""
-
-    def scores(self, core: NextBlockCore, rows: Tensor, hidden: Tensor) -> Tensor:
-        geometry, prefix = core.geometry, core.prefix.select(rows)
-        keys = (core.seeds[rows], core.episode[rows], core.step_count[rows])
-        uniforms = gain_uniforms(geometry, keys, 1, core.device)[:, 0]
-        noise = uniforms.gather(1, hidden[..., None].expand(-1, -1, geometry.tokens_per_block))
-        unconditional = None if core.unconditional is None else core.unconditional.select(rows)
-        drawn = core.backbone.decode(prefix, hidden, noise, core.config.sampling, unconditional).tokens
-        tokens = geometry.write(core.tokens[rows], hidden, drawn)
-        losses, _ = core.backbone.context_loss(prefix, tokens, hidden)
-        return torch.zeros_like(core.losses[rows]).scatter(1, hidden, -losses.loss)
 
 
 # ---------------------------------------------------------------------- policies of users

@@ -131,7 +131,7 @@ class PolicyGradient(ABC):
         frames: environment steps that they played, in all processes.
 
     Raises:
-        ValueError: if the environment is not the one that the config describes, or the config can't be shared out.
+        ValueError: if the environment is not the one that the config describes, or the config cannot be shared out.
     """
 
     config: PolicyGradientConfig
@@ -148,7 +148,7 @@ class PolicyGradient(ABC):
         torch.manual_seed(seed)
         self.config, self.env, self.seed = config, env, seed
         self.keys = SEEN if reward.step_cost_range is None else (*SEEN, "step_cost")
-        if planner.config.step_cost_range and reward.step_cost_range is None:  # a start told many costs goes on at one
+        if planner.config.step_cost_range and reward.step_cost_range is None:  # a start for many costs goes on at one
             planner = planner.at_step_cost(reward.typical_step_cost)
         # in eval mode: with dropout the ratio of new to old probabilities would not start at 1
         self.planner = planner.with_budgets(len(budgets), reward.step_cost_range).to(env.core.device).eval()
@@ -225,7 +225,7 @@ class PolicyGradient(ABC):
                 for rows in torch.randperm(len(samples)).to(core.device).split(minibatch):
                     row |= self._update(samples[rows])
             self.iteration += 1
-            self.planner.require_sound(f"round {self.iteration}: the planner")
+            self.planner.require_finite_outputs(f"round {self.iteration}: the planner")
             job.log(frames=self.frames, **distributed.mean_of(row))
         return self.planner
 

@@ -7,15 +7,16 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
+from orderrl.agents.confidence import Confidence, ConfidenceRule, HindsightConfidence
 from orderrl.agents.orders import ORDERS, block_order
 from orderrl.agents.policies import (
     POLICIES,
     SCORERS,
-    Confidence,
     Lookahead,
     Oracle,
     PairedPolicy,
@@ -31,12 +32,17 @@ from orderrl.agents.policies import (
 )
 from orderrl.agents.schedules import Schedule, cosine_sizes, entropy_threshold, fixed, growing, information_threshold
 from orderrl.agents.spec import COSINE, MODE, PAIRED, REFERENCES, SPACED, THRESHOLD, PolicySpec, written_cost
-from orderrl.backbones.protocol import Backbone
+from orderrl.agents.specialist import Native, ThroughStart, open_start, require_head
+from orderrl.backbones.protocol import Backbone, backbone_device
+from orderrl.envs.observation import observed
 from orderrl.envs.reward import OBJECTIVES
 from orderrl.planner import load_planner, require_described
 from orderrl.runtime.isolation import isolated_float32
 
-NEED_PROBABILITIES = ("lookahead", "confidence")
+if TYPE_CHECKING:
+    from tensordict import TensorDict
+
+NEED_PROBABILITIES = ("lookahead",)
 SPACING = 1.0
 THRESHOLD_BUDGETS = (1, 2, 4)
 _SETTINGS_IN_A_NAME = 3
@@ -56,8 +62,8 @@ class NamedPolicy:
         objective: what a planner was trained for, else None.
         reasoning_steps: R of a planner, else None.
         seed: training seed of a planner, else None.
-        step_cost: nats per image that a step cost it in training, or that it is told; None of other policies.
-        step_cost_range: of a planner that still must be told what a step costs, by the observation; else None.
+        step_cost: nats per image that a step cost it in training, or at which it acts; None of other policies.
+        step_cost_range: of a planner that still needs the cost of a step in its observation; else None.
         spec: what it was made of; None if it was made of no name.
         family: the name without schedule and step cost; None is the name.
         settings: what determined a planner's training, apart from its seed; nothing of other policies.
@@ -120,7 +126,7 @@ def make_policy(
         )
     chosen, schedule = _schedule(spec, backbone)
     if spec.kind == "reference":
-        return _named(spec, _reference(spec, chosen, schedule), chosen)
+        return _named(spec, _reference(spec, backbone, chosen, schedule), chosen)
     scorer = _scorer(spec, backbone, fitted)
     return _named(spec, _ranking(spec, scorer, backbone, chosen, schedule), chosen, scorer)
 
@@ -221,10 +227,19 @@ def _threshold(spec: PolicySpec, backbone: Backbone) -> tuple[tuple[int, ...], S
     return budgets, information_threshold(budgets, float(nats))
 
 
-def _reference(spec: PolicySpec, budgets: tuple[int, ...], schedule: Schedule) -> ReferencePolicy:
+def _reference(spec: PolicySpec, backbone: Backbone, budgets: tuple[int, ...], schedule: Schedule) -> ReferencePolicy:
     if spec.name == "lookahead":
         return Lookahead(spec.draws or 1, budgets, schedule)
-    return {"oracle": Oracle, "confidence": Confidence}[spec.name](budgets, schedule)
+    if spec.name == "oracle":
+        return Oracle(budgets, schedule)
+    if spec.name == "native":
+        require_head(backbone)
+        return Native(budgets, schedule)
+    rule = ConfidenceRule.parse(spec.rule)
+    if spec.name == "hindsight_confidence":
+        return HindsightConfidence(budgets, schedule, rule.distance)
+    rule.require(backbone, str(spec))
+    return Confidence(budgets, schedule, rule)
 
 
 def _planner_policy(spec: PolicySpec, backbone: Backbone) -> NamedPolicy:
@@ -238,14 +253,14 @@ def _planner_policy(spec: PolicySpec, backbone: Backbone) -> NamedPolicy:
         OBJECTIVES.find(description["objective"])
     costs, cost = planner.config.step_cost_range, description.get("env", {}).get("step_cost")
     family = spec.prefix + _planner_name(description, planner.config.reasoning_steps, costs is not None)
-    step_cost = None if isinstance(cost, list) else cost  # a range: it is told, or what it imitates knows no costs
+    step_cost = None if isinstance(cost, list) else cost  # of a range the observation has it, or it knows no costs
     if spec.step_cost is not None:
         step_cost = spec.step_cost
         try:
             planner, costs = planner.at_step_cost(step_cost), None
         except ValueError as error:
             raise ValueError(f"policy '{spec}': {error}") from None
-    told = f"@{written_cost(spec.step_cost)}" if spec.step_cost is not None else ""
+    at_cost = f"@{written_cost(spec.step_cost)}" if spec.step_cost is not None else ""
     budgets: tuple[int, ...] = tuple(description["budgets"])
     policy: Policy = PlannerPolicy(planner, budgets, deterministic=spec.candidates == 1)  # candidates differ in order
     family += f"@{spec.mode}" if spec.mode else ""
@@ -255,11 +270,15 @@ def _planner_policy(spec: PolicySpec, backbone: Backbone) -> NamedPolicy:
             policy = PairedPolicy(planner, budgets, schedule)
         else:
             policy = _ranking(spec, planner_scorer(planner), backbone, budgets, schedule)
+    scorer: Scorer = planner_scorer(planner)
+    acting: Policy | ReferencePolicy = policy
+    if (start := open_start(backbone, description.get("backbone", ""))) is not None:
+        acting = ThroughStart(policy, start, budgets, scorer)
     return NamedPolicy(
-        f"{family}{told}{'@' + spec.schedule if spec.schedule else ''}",
-        policy,
+        f"{family}{at_cost}{'@' + spec.schedule if spec.schedule else ''}",
+        acting,
         budgets,
-        planner_scorer(planner),
+        scorer,
         description["objective"],
         planner.config.reasoning_steps,
         description["seed"],
@@ -334,10 +353,10 @@ def _what_differs(policy: NamedPolicy, family: Sequence[NamedPolicy]) -> str:
     """The settings in which planners of one name differ, in brackets; a hash of them if they are many."""
     settings = _flat(policy.settings)
     keys = [key for key in differing_settings(*(other.settings for other in family)) if key != "env.step_cost"]
-    told = ", ".join(f"{key}={settings.get(key)}" for key in keys)
+    named = ", ".join(f"{key}={settings.get(key)}" for key in keys)
     if len(keys) > _SETTINGS_IN_A_NAME:
-        told = f"settings {hashlib.sha256(told.encode()).hexdigest()[:6]}"
-    return f" ({told})" if told else ""
+        named = f"settings {hashlib.sha256(named.encode()).hexdigest()[:6]}"
+    return f" ({named})" if named else ""
 
 
 def differing_settings(*settings: Mapping[str, Any]) -> list[str]:
@@ -361,4 +380,27 @@ def _own_policy(spec: PolicySpec, backbone: Backbone, budgets: tuple[int, ...]) 
     if not spec.schedule:
         return _named(spec, policy, tuple(budgets))
     budgets, schedule = _schedule(spec, backbone)
-    return _named(spec, with_schedule(policy, budgets, schedule, f"policy '{spec}'"), budgets)
+    scheduled = with_schedule(policy, budgets, schedule, f"policy '{spec}'")
+    if not isinstance(scheduled, ReferencePolicy):  # what cannot follow its schedule is refused here, not when it acts
+        if hasattr(scheduled, "reset"):
+            scheduled.reset(torch.ones(1, dtype=torch.bool))
+        scheduled(_first_observation(backbone, budgets), torch.Generator().manual_seed(0))
+    return _named(spec, scheduled, budgets)
+
+
+def _first_observation(backbone: Backbone, budgets: tuple[int, ...]) -> TensorDict:
+    """What a policy sees of one image of which nothing is visible, without what the backbone says about it."""
+    blocks, tokens, device = backbone.geometry.num_blocks, backbone.geometry.num_tokens, backbone_device(backbone)
+    hidden = torch.zeros(1, blocks, backbone.hidden_size, device=device)
+    observation = observed(
+        hidden,
+        hidden[..., 0],
+        torch.zeros(1, blocks, dtype=torch.bool, device=device),
+        torch.zeros(1, dtype=torch.int64, device=device),
+        None if budgets == (1,) else torch.ones(1, len(budgets), dtype=torch.bool, device=device),
+    )
+    discrete = torch.full((1, tokens), -1, device=device)
+    observation["tokens"] = (
+        discrete if backbone.vocab_size else hidden.new_zeros(1, tokens, getattr(backbone, "token_dim", 0))
+    )
+    return observation

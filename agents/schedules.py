@@ -89,8 +89,10 @@ def growing(budgets: tuple[int, ...], sizes: tuple[int, ...]) -> Schedule:
                 f"sizes={sizes} sum to {sum(sizes)}, the image has {blocks} blocks; give sizes that sum to it"
             )
         visible = observation["visible"].sum(-1).contiguous()
-        step = torch.searchsorted(ends.to(visible.device), visible, right=True).clamp_max(len(sizes) - 1)
-        return places.to(visible.device)[step]
+        step = torch.searchsorted(ends.to(visible.device, non_blocking=True), visible, right=True).clamp_max(
+            len(sizes) - 1
+        )
+        return places.to(visible.device, non_blocking=True)[step]
 
     return schedule
 
@@ -119,7 +121,7 @@ def information_threshold(budgets: tuple[int, ...], threshold: float) -> Schedul
 
     def schedule(observation: TensorDictBase, ranked: Tensor) -> Tensor:
         summed = observation["entropy"].gather(-1, ranked).cumsum(-1)
-        places = torch.tensor(budgets, device=ranked.device) - 1
+        places = (torch.tensor(budgets) - 1).to(ranked.device, non_blocking=True)
         return (summed[..., places] < threshold).sum(-1).sub(1).clamp_min(0)
 
     return schedule

@@ -108,7 +108,7 @@ def search_schedule(
         budgets: numbers of blocks that a step may reveal.
         step_cost: cost of a step, nats per image; decides how many steps the schedule takes.
         seed: of orders, weights and moves.
-        advance: told how many schedules were played, of `config.played` in all.
+        advance: called with how many schedules were played, of `config.played` in all.
         job: keeps what was played and annealed, so that an interrupted search continues.
     """
     # random orders, and what is lost along them
@@ -155,7 +155,7 @@ def record_losses(
     Args:
         order: (m, B) int64, blocks in the order in which they are revealed.
         step: (m, B) int64, the step of each place of the order, ascending from 0.
-        advance: told how many schedules were played.
+        advance: called with how many schedules were played.
         job: keeps every batch under `name`.
 
     Returns:

@@ -1,7 +1,7 @@
 """What a policy's name means, parsed once: everything else reads the fields of a `PolicySpec`.
 
     NAME[@MODE][@SCHEDULE]              a baseline: raster, spaced_random@4, halton@1+1+2+4+8, low_entropy@fast@cosine:8
-    NAME[:DRAWS][@SCHEDULE]             a reference: oracle, confidence, lookahead:4
+    NAME[:ARGUMENT][@SCHEDULE]          a reference: oracle, lookahead:4, confidence:highest+near0.1, native
     PATH.safetensors[@costC][@MODE][@SCHEDULE]
                                         a planner; spaced_PATH and paired_PATH choose the blocks of a step in other ways
     newest[@costC][@MODE][@SCHEDULE]    the newest planner in the cache, where a command knows which that is
@@ -22,9 +22,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from orderrl.agents.confidence import ConfidenceRule
 from orderrl.agents.policies import POLICIES
 
-REFERENCES = ("confidence", "lookahead", "oracle")
+REFERENCES = ("confidence", "hindsight_confidence", "lookahead", "native", "oracle")
+HINDSIGHT = ("hindsight_confidence", "oracle")  # read the tokens that they rank: no code length belongs to their orders
 SPACED = "spaced_"
 PAIRED = "paired_"
 NEWEST = "newest"
@@ -33,7 +35,7 @@ THRESHOLD = re.compile(r"(i?)<(-?\d*\.?\d+)(?:/(\d+(?:,\d+)*))?")  # kind, nats,
 STEPS = re.compile(r"\d+(?:\+\d+)*")
 COSINE = re.compile(r"cosine:(\d+)")  # iterations
 MODE = re.compile(r"fast|slow|semifast:([1-9]\d*)|best_of:([1-9]\d*)")  # scorings; images drawn for one
-_NO_RIVALS = ("lookahead", "oracle")
+_NO_RIVALS = ("hindsight_confidence", "lookahead", "oracle")
 _PLANNER = re.compile(rf"(.*{re.escape(SUFFIX)}|{NEWEST})(?:@(.*))?", re.DOTALL)
 _COST = re.compile(r"cost(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+(?:e[+-]?\d+)?)(?:@(.*))?", re.DOTALL)  # nats, schedule
 
@@ -49,7 +51,8 @@ class PolicySpec:
         name: of a baseline, reference or registered policy; a planner's path; MODULE:ATTRIBUTE.
         prefix: `SPACED`, `PAIRED` (planners alone) or "".
         draws: of lookahead; None takes one.
-        step_cost: nats per image that a planner is told; None tells it nothing.
+        rule: of confidence, as `orderrl.agents.confidence.ConfidenceRule` reads it; "" is OAR's own.
+        step_cost: nats per image at which a planner acts; None where the name gives none.
         mode: when scores are made, "fast", "semifast:8" or "slow", or how many images are drawn for one, "best_of:8";
             "" is slow.
         schedule: how many blocks a step reveals, "4", "1+1+2+4+8", "<1.5", "i<6/1,2,4,8" or "cosine:64"; "" is one
@@ -63,6 +66,7 @@ class PolicySpec:
     name: str
     prefix: str = ""
     draws: int | None = None
+    rule: str = ""
     step_cost: float | None = None
     mode: str = ""
     schedule: str = ""
@@ -99,9 +103,9 @@ class PolicySpec:
         mode, schedule = _mode_and_schedule(text, schedule) if at else ("", "")
         name, colon, argument = base.partition(":")
         if name in REFERENCES:
-            return cls(
-                "reference", name, draws=_draws(text, name, argument) if colon else None, mode=mode, schedule=schedule
-            )
+            if colon and name != "lookahead":
+                return cls("reference", name, rule=_rule(text, name, argument), mode=mode, schedule=schedule)
+            return cls("reference", name, draws=_draws(text, argument) if colon else None, mode=mode, schedule=schedule)
         if colon or base in POLICIES:
             return cls("own", base, mode=mode, schedule=schedule)
         prefix = SPACED if base.startswith(SPACED) else ""
@@ -112,15 +116,15 @@ class PolicySpec:
         kind: Kind = "newest" if name == NEWEST else "planner"
         if rest is None:
             return cls(kind, name, prefix)
-        told = _COST.fullmatch(rest)
-        schedule = told[2] if told else rest
+        cost = _COST.fullmatch(rest)
+        schedule = cost[2] if cost else rest
         if schedule == "":
             raise _no_schedule(text, "")
         mode, schedule = _mode_and_schedule(text, schedule or "")
-        return cls(kind, name, prefix, step_cost=float(told[1]) if told else None, mode=mode, schedule=schedule)
+        return cls(kind, name, prefix, step_cost=float(cost[1]) if cost else None, mode=mode, schedule=schedule)
 
     def __str__(self) -> str:
-        draws = "" if self.draws is None else f":{self.draws}"
+        draws = f":{self.rule}" if self.rule else "" if self.draws is None else f":{self.draws}"
         cost = "" if self.step_cost is None else f"@{written_cost(self.step_cost)}"
         parts = "".join(f"@{part}" for part in (self.mode, self.schedule) if part)
         return f"{self.prefix}{self.name}{draws}{cost}{parts}"
@@ -138,8 +142,13 @@ class PolicySpec:
 
     @property
     def rival(self) -> bool:
-        """False for lookahead and oracle, which try out or know hidden tokens and are evaluated on the first images."""
+        """False for references that try out or know hidden tokens; they are evaluated on the first images."""
         return not (self.kind == "reference" and self.name in _NO_RIVALS)
+
+    @property
+    def hindsight(self) -> bool:
+        """Whether it reads the tokens that it ranks."""
+        return self.kind == "reference" and self.name in HINDSIGHT
 
     @property
     def path(self) -> Path | None:
@@ -167,12 +176,23 @@ def _mode_and_schedule(text: str, rest: str) -> tuple[str, str]:
     return first, schedule
 
 
-def _draws(text: str, name: str, argument: str) -> int:
-    if name != "lookahead":
-        raise ValueError(f"policy {text!r}: {name} takes no number of draws; write {name}, or lookahead:4")
+def _draws(text: str, argument: str) -> int:
     if not re.fullmatch("[0-9]+", argument) or int(argument) < 1:
         raise ValueError(f"policy {text!r} must name a number of draws, for example lookahead:4")
     return int(argument)
+
+
+def _rule(text: str, name: str, argument: str) -> str:
+    """The rule of confidence behind the colon of a name."""
+    if name in ("native", "oracle"):
+        raise ValueError(f"policy {text!r}: {name} takes no argument; write {name}, or lookahead:4")
+    try:
+        rule = ConfidenceRule.parse(argument)
+    except ValueError as error:
+        raise ValueError(f"policy {text!r}: {error}") from None
+    if not argument or (name == "hindsight_confidence" and rule != ConfidenceRule(distance=rule.distance)):
+        raise ValueError(f"policy {text!r} must name a rule, for example {name}:near0.1")
+    return argument
 
 
 def _no_schedule(text: str, schedule: str) -> ValueError:

@@ -3,8 +3,8 @@
     python -m benchmarks --suite labels --shape llamagen-b --json labels.json
 
 Suites: labels, env, generation, ppo, context. Shapes: digits (shipped weights), llamagen-b and arpg-b (16 x 16
-tokens, blocks of 4 x 4, random weights), randar-l. The limit is the machine's measured matrix product and memory
-bandwidth, with the threads that the process has.
+tokens, blocks of 4 x 4, random weights), randar-l, randar-xl. The limit is the machine's measured matrix product and
+memory bandwidth, with the threads that the process has.
 """
 
 from __future__ import annotations

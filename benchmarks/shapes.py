@@ -50,16 +50,16 @@ def _random(family: str, shape: dict[str, Any]) -> Callable[[str], Backbone]:
         for name, parameter in backbone.named_parameters():
             if name in ("output.weight", "head.weight"):  # which start at zero
                 torch.nn.init.normal_(parameter, std=0.02)
-        return _frozen(backbone, dtype)
+        return frozen(backbone, dtype)
 
     return make
 
 
-def _randar_l(dtype: str) -> Backbone:
-    return _frozen(build_backbone("randar_l"), dtype)
+def _published(name: str) -> Callable[[str], Backbone]:
+    return lambda dtype: frozen(build_backbone(name), dtype)
 
 
-def _frozen(module: Any, dtype: str) -> Any:
+def frozen(module: Any, dtype: str) -> Any:
     """Parameters in a dtype; rotary tables stay in float32."""
     for parameter in module.eval().requires_grad_(False).parameters():
         parameter.data = parameter.data.to(getattr(torch, dtype))
@@ -72,7 +72,8 @@ SHAPES = {
         Shape("digits", lambda dtype: load_backbone("digits", dtype=dtype), batch=256),
         Shape("llamagen-b", _random("randar", LLAMAGEN_B), batch=8),
         Shape("arpg-b", _random("arpg", LLAMAGEN_B), batch=8),
-        Shape("randar-l", _randar_l, batch=4),
+        Shape("randar-l", _published("randar_l"), batch=4),
+        Shape("randar-xl", _published("randar_xl"), batch=64),
     )
 }
 
@@ -87,4 +88,4 @@ def raster_twin(backbone: Any) -> RasterTransformer:
     model = RasterTransformer(config)
     torch.nn.init.normal_(model.output.weight, std=0.02)
     dtype = str(next(backbone.parameters()).dtype).removeprefix("torch.")
-    return _frozen(model.to(backbone.rope.device), dtype)
+    return frozen(model.to(backbone.rope.device), dtype)

@@ -145,10 +145,16 @@ class Reproduce(Resumable):
     """Train and evaluate all planners of a suite over several seeds."""
 
     seeds: list[int] = setting(MISSING, "Training seeds of every planner", at_least(0))
-    runs: list[list[str]] = setting(MISSING, "Overrides of `python -m orderrl.train`, one trained planner each")
+    runs: list[list[str]] = setting([], "Overrides of `python -m orderrl.train`, one trained planner each")
+    specialists: list[list[str]] = setting(
+        [],
+        "Overrides of `python -m orderrl.pretrain`, one backbone each that is trained for an order; {0} stands for the "
+        "planner of the first run",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("seeds", "runs"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} must not be empty, got []")
+        if not self.seeds:
+            raise ValueError("seeds must not be empty, got []")
+        if not self.runs and not self.specialists:
+            raise ValueError("runs and specialists must not both be empty, got [] and []")

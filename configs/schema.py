@@ -17,8 +17,8 @@ from orderrl.runtime.registry import Registry, is_reference
 from orderrl.runtime.schema import Node
 from orderrl.tokenizers.registry import PATCHES, TOKENIZERS
 
-ADAPTIVE = ("fitted_q", "schedule", "imitation")  # agents that choose how many blocks a step reveals
-LIKELIHOOD = [{"override /env@_global_.env": "likelihood"}]
+ADAPTIVE = ("fitted_q", "schedule", "imitation")  # agents that choose how many blocks a step reveals, without labels
+PRICED = [{"override /env@_global_.env": "likelihood"}, {"override /labels@_global_.labels": "_none"}]
 SCORES = [{"override /planner@_global_.planner": "orderhead"}]
 NOTHING = "orderrl.runtime.schema:Nothing"  # no keys
 
@@ -37,7 +37,7 @@ def _agent(name: str) -> Node:
     """An agent's settings; it is imported when they are looked at."""
     given = AGENTS.given(name)
     kind = f"{given}.config" if isinstance(given, str) else find_agent(name).config
-    return Node(kind, name, defaults=SCORES if name == "ste" else LIKELIHOOD if name in ADAPTIVE else ())
+    return Node(kind, name, defaults=SCORES if name == "ste" else PRICED if name in ADAPTIVE else ())
 
 
 _REGISTRIES: dict[str, tuple[Registry[Any], Callable[[str], Node]]] = {
@@ -99,6 +99,7 @@ GROUPS = {
     "eval/main": Node("orderrl.evaluation.settings:EvalConfig"),
     "env/_base": Node("orderrl.envs.config:EnvConfig", build="orderrl.envs.config:checked_env"),
     "labels/_base": Node("orderrl.oracle:LabelSetConfig"),
+    "labels/_none": Node(NOTHING),
     "planner/_base": Node("orderrl.planner:PlannerConfig", build="orderrl.planner:checked_shape"),
     "logger/local": Node("orderrl.runtime.run:LocalLogger", "local"),
     "logger/wandb": Node("orderrl.runtime.run:WandbLogger", "wandb"),

@@ -31,10 +31,15 @@ class Books:
         """(M,) int64: hidden blocks."""
         return (~self.visible).sum(-1)
 
+    @property
+    def finished(self) -> Tensor:
+        """(M,) bool: episodes whose image is complete or whose 2 * B steps are used up."""
+        return self.visible.all(-1) | (self.step_count >= 2 * self.visible.shape[1])
+
 
 class Look(NamedTuple):
-    """Reusable entries of one packed forward: which rows it covered, where each block's chain is; on the device."""
+    """Reusable entries of one packed forward: which rows it covered, and on the host where each block's chain is."""
 
-    rows: Tensor  # (m,) int64
+    rows: Rows
     place: Tensor  # (m, B) int64
     entries: Any

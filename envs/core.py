@@ -11,27 +11,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from orderrl.backbones.protocol import Backbone, backbone_device, check_fits
+from orderrl.backbones.protocol import Backbone, Drawing, backbone_device, check_fits
 from orderrl.data import TokenSet
 from orderrl.envs.books import Books, Look, Rows
 from orderrl.envs.config import CoreConfig, Transition
 from orderrl.envs.observation import legal_budgets, observed
-from orderrl.envs.reward import ILLEGAL_REWARD, Reward, RewardConfig, chosen_step_cost, drawn_step_cost
-from orderrl.runtime.integers import as_choices, as_int64, as_seed
+from orderrl.envs.replay import replay_return
+from orderrl.envs.reward import ILLEGAL_REWARD, Reward, chosen_step_cost, drawn_step_cost
+from orderrl.runtime.devices import moved
+from orderrl.runtime.integers import as_choices, as_int64, as_rows, as_seed
 from orderrl.runtime.isolation import isolated
 from orderrl.runtime.random import Stream, drawn_seed, keyed_index, keyed_uniform
 
 if TYPE_CHECKING:
     from tensordict import TensorDict
 
-__all__ = ["CoreConfig", "NextBlockCore", "Transition", "replay_return"]
+__all__ = ["CoreConfig", "NextBlockCore", "Transition"]
 
 BUCKET = 3  # episodes in one packed forward hide numbers of blocks that differ by less than this
 
@@ -49,6 +50,7 @@ class NextBlockCore:
         track_losses: compute context losses even if the reward does not need them.
         observe: compute hidden states and entropies; off, they stay zero unless context losses bring them along. For
             policies that do not read them.
+        rewards: pay for steps; off, every reward is 0, for those who only want to know the order.
 
     Raises:
         ValueError: if data and backbone do not fit or a budget exceeds the number of blocks.
@@ -73,24 +75,29 @@ class NextBlockCore:
         seed: int | None = 0,
         track_losses: bool = False,
         observe: bool = True,
+        rewards: bool = True,
     ) -> None:
         geometry = backbone.geometry
         if isinstance(num_envs, bool) or not isinstance(num_envs, int | np.integer) or num_envs < 1:
             raise ValueError(f"num_envs must be a whole number, at least 1, got {num_envs!r}")
         config.require_blocks(geometry.num_blocks)
         check_fits(backbone, data)
+        if config.mode == "teacher" and not len(data):
+            raise ValueError(f"data {data.name!r}, split {data.split!r}, has no image to reveal")
         self.backbone, self.data, self.config, self.geometry = backbone, data, config, geometry
         self.num_envs = num_envs
         self.device = backbone_device(backbone)
         self.reward = Reward(config.reward, geometry)
-        self._context_losses = config.mode == "teacher" and (track_losses or config.reward.form == "future_loss")
+        paid = rewards and config.mode == "teacher"
+        self._charging = paid and config.reward.form == "charged" and not track_losses
+        self._context_losses = (config.mode == "teacher" and track_losses) or (paid and not self._charging)
         self._looking = observe or self._context_losses
+        self._rewarded, self._reads_prefix = rewards, self._looking or self._charging or config.mode == "generate"
         self._budgets, self._classes = torch.tensor(config.budgets), data.classes
-        self._block_tokens = geometry.block_tokens.to(self.device)
         m, b = num_envs, geometry.num_blocks
         zeros = torch.zeros(m, dtype=torch.int64)
         unseen = torch.full((m, b), -1, dtype=torch.int64)
-        self._books = Books(
+        self.books = Books(
             zeros.clone(), zeros - 1, zeros.clone(), zeros.clone(), zeros.clone(),
             torch.zeros(m, b, dtype=torch.bool), unseen, unseen.clone(),
         )  # fmt: skip
@@ -132,21 +139,21 @@ class NextBlockCore:
     @property
     def finished(self) -> Tensor:
         """(M,) bool: episodes whose image is complete or whose 2 * B steps are used up."""
-        return self.visible.all(-1) | (self.step_count >= 2 * self.geometry.num_blocks)
+        return self._to_device(self.books.finished)
 
     def budget_mask(self) -> Tensor:
         """(M, number of budgets) bool: a budget is legal up to the hidden blocks; the smallest always is."""
         return self._to_device(self._legal_budgets())
 
     def _legal_budgets(self) -> Tensor:
-        return legal_budgets(self._books.hidden_count, self._budgets)
+        return legal_budgets(self.books.hidden_count, self._budgets)
 
     def _to_device(self, values: Tensor) -> Tensor:
         return values.to(self.device, non_blocking=True)
 
     def _publish(self) -> None:
         """Bring the device's copies of the books up to date; on a CPU they are the books."""
-        for name, values in vars(self._books).items():
+        for name, values in vars(self.books).items():
             setattr(self, name, self._to_device(values))
 
     def _rows(self, rows: Tensor | None) -> Rows:
@@ -176,12 +183,15 @@ class NextBlockCore:
             rows: (m,) int64 sub-environments; None is all.
 
         Raises:
-            ValueError: if a seed is no whole number.
+            ValueError: if a seed is no whole number, or there are not as many as rows.
         """
-        rows, books = self._rows(rows).here, self._books
+        rows, books = self._rows(None if rows is None else as_rows(rows, self.num_envs)).here, self.books
         books.seeds, books.episode, self._drawn = books.seeds.clone(), books.episode.clone(), self._drawn.clone()
         if isinstance(seeds, Tensor) and seeds.ndim:
-            books.seeds[rows] = as_int64("seeds", seeds).cpu()
+            given = as_int64("seeds", seeds).cpu()
+            if given.shape != rows.shape:
+                raise ValueError(f"seeds must be {len(rows)}, one for each sub-environment, got {tuple(given.shape)}")
+            books.seeds[rows] = given
         else:
             books.seeds[rows] = rows + (drawn_seed() if seeds is None else as_seed(seeds))
         books.episode[rows] = -1
@@ -209,7 +219,7 @@ class NextBlockCore:
             ValueError: if an index lies outside the data set, a label outside the classes, a cost outside the config's
                 range, or one of them is no whole number.
         """
-        chosen = self._rows(rows)
+        chosen = self._rows(None if rows is None else as_rows(rows, self.num_envs))
         self._begin(chosen, index, labels, step_cost)
         self._looks = [] if len(chosen.here) == self.num_envs else self._looks
         self._look(chosen.here)
@@ -224,15 +234,15 @@ class NextBlockCore:
         here, there = rows
         if not len(here):
             return
-        books = self._books
+        books = self.books
         if self._process != os.getpid():  # forked: the parent goes on with the drawn seeds
             self._process = os.getpid()
             books.seeds = torch.where(self._drawn, drawn_seed() + torch.arange(self.num_envs), books.seeds)
-        told = None if step_cost is None else chosen_step_cost(self.config.reward, step_cost, len(here))
+        given_cost = None if step_cost is None else chosen_step_cost(self.config.reward, step_cost, len(here))
         books.episode[here] += 1
         seeds, episode = books.seeds[here], books.episode[here]
         if self.step_cost is not None:
-            drawn = drawn_step_cost(self.config.reward, seeds, episode) if told is None else told
+            drawn = drawn_step_cost(self.config.reward, seeds, episode) if given_cost is None else given_cost
             self.step_cost[there] = self._to_device(drawn)
         key = (Stream.IMAGE, seeds, episode)
         if self.config.mode == "generate":
@@ -244,7 +254,7 @@ class NextBlockCore:
         else:
             chosen = keyed_index(key, len(self.data)) if index is None else self._chosen_images(index, here)
             books.image_index[here], books.labels[here] = chosen, self.data.labels[chosen]
-            self.tokens[there] = self._to_device(self.data.tokens[chosen])
+            self.tokens[there] = moved(self.data.tokens[chosen], self.device)
         if labels is not None:
             classes = self.backbone.num_classes + 1
             given = as_choices("labels", labels, len(here), classes, "labels, the last for no class")
@@ -280,7 +290,7 @@ class NextBlockCore:
         self._record(order, length)
         self._publish()
         self._looks = []
-        self._look(self._books.hidden_count.nonzero().flatten())
+        self._look(self.books.hidden_count.nonzero().flatten())
 
     def _chosen_images(self, index: Tensor | int, rows: Tensor) -> Tensor:
         of = f"images of {self.data.name}/{self.data.split}"
@@ -299,12 +309,14 @@ class NextBlockCore:
             ValueError: if the shape or dtype is wrong, if an episode was never begun, or with `strict` if an action
                 is illegal.
         """
-        books = self._books
+        books = self.books
         if (books.episode < 0).any():
             raise ValueError("step was called before reset; begin the episodes first")
         restart = torch.zeros_like(books.visible[:, 0]) if restart is None else restart.cpu()
+        if restart.shape != (self.num_envs,) or restart.dtype != torch.bool:
+            raise ValueError(f"restart must be ({self.num_envs},) bool, got {tuple(restart.shape)} {restart.dtype}")
         blocks, count, legal = self.read_actions(actions)
-        idle = restart | books.visible.all(-1) | (books.step_count >= 2 * self.geometry.num_blocks)
+        idle = restart | books.finished
         illegal = ~legal & ~idle
         if self.config.strict and illegal.any():
             row = int(illegal.nonzero()[0, 0])
@@ -315,8 +327,8 @@ class NextBlockCore:
             )
         count = torch.where(idle | illegal, 0, count)
         blocks = torch.where(torch.arange(blocks.shape[1]) < count[:, None], blocks, 0)
-        before, revealed = self.losses.clone(), self._to_device(self._mark(blocks, count))
-        if self.config.mode == "teacher" and self.config.reward.form == "charged" and not self._context_losses:
+        before, revealed = self.losses, self._to_device(self._mark(blocks, count))
+        if self._charging:
             before = self._charged(blocks, count)
         drawn = self._draw(blocks, count) if self.config.mode == "generate" else None
         self._append(blocks, count, drawn)
@@ -327,14 +339,17 @@ class NextBlockCore:
         self._begin(self._rows(restart.nonzero().flatten()))
         self._look(books.hidden_count.nonzero().flatten())
         terminated = books.visible.all(-1)
-        truncated = ~terminated & (books.step_count >= 2 * self.geometry.num_blocks)
-        if self.config.mode == "teacher":
+        truncated = books.finished & ~terminated
+        if not self._rewarded:
+            reward = torch.zeros_like(self.losses[:, 0])
+        elif self.config.mode == "teacher":
             reward = self.reward(before, self.losses, revealed, self.visible, self.step_cost)
         else:
             reward = self._hindsight_return((terminated & (count > 0)).nonzero().flatten())
-        idle, terminated, truncated, illegal = map(self._to_device, (idle, terminated, truncated, illegal))
-        reward = torch.where(illegal, ILLEGAL_REWARD, reward)
-        return Transition(torch.where(idle, 0.0, reward), terminated, truncated, illegal)
+        for who, paid in ((illegal, ILLEGAL_REWARD), (idle, 0.0)):
+            if who.any():
+                reward = torch.where(self._to_device(who), paid, reward)
+        return Transition(reward, *map(self._to_device, (terminated, truncated, illegal)))
 
     # ------------------------------------------------------------------ parts of a step
 
@@ -345,7 +360,7 @@ class NextBlockCore:
         if tuple(actions.shape) != expected:
             raise ValueError(f"action must have shape {expected}, got {tuple(actions.shape)}")
         actions = actions.cpu()
-        hidden_count = self._books.hidden_count
+        hidden_count = self.books.hidden_count
         if not self.multi:
             blocks, count = actions[:, None], torch.ones_like(actions)
             legal = torch.ones_like(actions, dtype=torch.bool)
@@ -358,7 +373,7 @@ class NextBlockCore:
         counted = torch.arange(blocks.shape[1]) < count[:, None]
         in_range = (blocks >= 0) & (blocks < self.geometry.num_blocks)
         safe_blocks = torch.where(in_range, blocks, 0)
-        hidden = (~self._books.visible).float()
+        hidden = (~self.books.visible).float()
         named = torch.zeros_like(hidden).scatter_add(1, safe_blocks, (counted & in_range).float())
         legal &= (in_range | ~counted).all(-1) & (named <= hidden).all(-1)
         return safe_blocks, count, legal
@@ -398,11 +413,9 @@ class NextBlockCore:
         first: list[Any] = [None, None]
         tokens = self.tokens.clone()
         for (here, rows), chosen in self._together(blocks, count):
-            positions = self._block_tokens[chosen]  # (m, k, p*p)
-            key = (self.seeds[rows], self.episode[rows], self.step_count[rows])
-            uniforms = keyed_uniform((Stream.TOKEN, *(k[:, None, None] for k in key), positions), self.device)
-            prefix, unconditional = self._some(self.prefix, here), self._some(self.unconditional, here)
-            drawing = self.backbone.decode(prefix, chosen, uniforms, self.config.sampling, unconditional)
+            blocks_here = blocks[here, : chosen.shape[1]]
+            drawing = self._drawing(here, blocks_here, chosen)
+            positions = self._to_device(self.geometry.block_tokens[blocks_here])  # (m, k, p*p)
             tokens[rows[:, None, None], positions] = drawing.tokens
             for place, entries in enumerate((drawing.entries, drawing.unconditional)):
                 if entries is not None:
@@ -412,16 +425,32 @@ class NextBlockCore:
         self.tokens = tokens
         return first[0], first[1]
 
+    def _drawing(self, here: Tensor, blocks_here: Tensor, blocks: Tensor) -> Drawing:
+        """Some blocks (m, k) of some episodes, drawn with numbers keyed by (seed, episode, step, token).
+
+        The blocks come on the host too, where the keys are: a hundred small operations.
+        """
+        key = (part[here, None, None] for part in (self.books.seeds, self.books.episode, self.books.step_count))
+        uniforms = self._to_device(keyed_uniform((Stream.TOKEN, *key, self.geometry.block_tokens[blocks_here])))
+        prefix, unconditional = self._some(self.prefix, here), self._some(self.unconditional, here)
+        return self.backbone.decode(prefix, blocks, uniforms, self.config.sampling, unconditional)
+
+    def propose(self, rows: Tensor, blocks: Tensor) -> Tensor:
+        """What the next step would draw for blocks (m, k) of some episodes: (m, k, p*p), in mode "generate"."""
+        return self._drawing(rows.cpu(), blocks.cpu(), blocks).tokens
+
     def _append(self, blocks: Tensor, count: Tensor, drawn: tuple[Any, Any] | None = None) -> None:
         """Append the revealed blocks to the prefix, reusing the first block's chain entries.
 
-        An image that becomes complete needs no prefix any more.
+        An image that becomes complete needs no prefix any more; nobody does who asks for nothing that depends on it.
         """
-        count = torch.where(count < self._books.hidden_count, count, 0)
+        if not self._reads_prefix:
+            return
+        count = torch.where(count < self.books.hidden_count, count, 0)
         together = list(self._together(blocks, count))
         if not together:
             return
-        known = (self._first_entries(self._to_device(blocks[:, 0])), None) if drawn is None else drawn
+        known = (self._first_entries(blocks[:, 0]), None) if drawn is None else drawn
         first, first_unconditional = known
         for rows, chosen in together:
             self.prefix = self._extend(self.prefix, rows, chosen, first)
@@ -433,25 +462,21 @@ class NextBlockCore:
         here, there = rows
         count = torch.full_like(here, blocks.shape[1])
         known = self._some(first, there)
-        part = self.backbone.extend(self._some(prefix, here), self.tokens[there], blocks, count, known)
+        part = self.backbone.extend(self._some(prefix, here), self._rows_of(self.tokens, rows), blocks, count, known)
         return part if len(here) == self.num_envs else prefix.put(here, part)
 
     def _first_entries(self, block: Tensor) -> Any:
-        """Chain entries of one block per row, gathered from the looks that computed them."""
-        if not self._looks:
-            return None
-        if len(self._looks) == 1 and len(self._looks[0].rows) == self.num_envs:
-            look = self._looks[0]
-            return look.entries.chain(look.place.gather(1, block[:, None])[:, 0])
+        """Chain entries of one block per row, on the host, gathered from the looks that computed them."""
         chosen = None
-        for look in self._looks:  # in order: a later look at the same row is the valid one
-            part = look.entries.chain(look.place.gather(1, block[look.rows][:, None])[:, 0])
-            chosen = part.spread(look.rows, self.num_envs, chosen)
+        for (here, there), place, entries in self._looks:  # in order: a later look at the same row is the valid one
+            chain = place.gather(1, block[here][:, None])[:, 0]
+            part = entries.chain(self._to_device(chain))
+            chosen = part if len(here) == self.num_envs else part.spread(there, self.num_envs, chosen)
         return chosen
 
     def _record(self, blocks: Tensor, count: Tensor) -> None:
         """Mark blocks as visible and remember when and in which rank they were revealed."""
-        books = self._books
+        books = self.books
         rows, ranks = (torch.arange(blocks.shape[1]) < count[:, None]).nonzero(as_tuple=True)
         chosen = blocks[rows, ranks]
         books.visible[rows, chosen] = True
@@ -460,13 +485,16 @@ class NextBlockCore:
 
     def _look(self, rows: Tensor) -> None:
         """Refresh what is known of hidden blocks: observation parts, and in mode "teacher" their losses."""
-        finished = torch.ones(self.num_envs, dtype=torch.bool)
-        finished[rows] = False
-        finished = self._to_device(finished & self._books.visible.all(-1))
-        self.hidden[finished], self.entropy[finished], self.losses[finished] = 0.0, 0.0, 0.0
+        looking = torch.zeros(self.num_envs, dtype=torch.bool)
+        looking[rows] = True
+        finished = self.books.visible.all(-1) & ~looking
+        if finished.any():
+            there = self._to_device(finished)
+            self.hidden = self.hidden.masked_fill(there[:, None, None], 0.0)
+            self.entropy, self.losses = (part.masked_fill(there[:, None], 0.0) for part in (self.entropy, self.losses))
         if not self._looking:
             return
-        hidden_count = self._books.hidden_count[rows]
+        hidden_count = self.books.hidden_count[rows]
         crowd = (hidden_count - 1) // BUCKET  # episodes that hide about equally many blocks look together
         for value in crowd.unique().tolist():
             widest = int(hidden_count[crowd == value].max())
@@ -475,26 +503,35 @@ class NextBlockCore:
 
     def _look_together(self, together: Rows, widest: int) -> None:
         """Refresh some episodes in one packed forward, padded to the one that hides most, `widest` blocks."""
-        rows = together.there
-        blocks = self.visible[rows].long().argsort(dim=1, stable=True)[:, :widest]  # hidden blocks first
-        is_hidden = ~self.visible[rows].gather(1, blocks)
-        prefix = self._some(self.prefix, together.here)
+        here = together.here
+        visible = self.books.visible[here]
+        blocks = visible.long().argsort(dim=1, stable=True)[:, :widest]  # hidden blocks first
+        place = torch.zeros_like(visible, dtype=torch.int64)  # of every hidden block among them
+        place = place.scatter(1, blocks, torch.arange(widest).expand_as(blocks))
+        chains = place  # on the host
+        blocks, place, visible = map(self._to_device, (blocks, place, visible))
+        prefix = self._some(self.prefix, here)
         if self._context_losses:
-            now, entries = self.backbone.context_loss(prefix, self.tokens[rows], blocks)
+            now, entries = self.backbone.context_loss(prefix, self._rows_of(self.tokens, together), blocks)
             if self._at_once == self.num_envs:
-                place = torch.zeros_like(self.visible[rows], dtype=torch.int64)
-                place = place.scatter(1, blocks, torch.arange(widest, device=self.device).expand_as(blocks))
-                self._looks.append(Look(rows, place, entries))
+                self._looks.append(Look(together, chains, entries))
             hidden, entropy = now.hidden, now.entropy
-            blank = torch.zeros_like(self.losses[rows])
-            self.losses[rows] = blank.scatter(1, blocks, torch.where(is_hidden, now.loss.float(), 0.0))
+            self.losses = self._shown(self.losses, together, now.loss, place, visible)
         else:
             hidden, entropy = self.backbone.observe(prefix, blocks)
-        shown = torch.zeros_like(self.hidden[rows])
-        index = blocks[..., None].expand_as(hidden)
-        self.hidden[rows] = shown.scatter(1, index, torch.where(is_hidden[..., None], hidden.float(), 0.0))
-        blank = torch.zeros_like(self.entropy[rows])
-        self.entropy[rows] = blank.scatter(1, blocks, torch.where(is_hidden, entropy.float(), 0.0))
+        self.hidden = self._shown(self.hidden, together, hidden, place, visible)
+        self.entropy = self._shown(self.entropy, together, entropy, place, visible)
+
+    def _rows_of(self, whole: Tensor, rows: Rows) -> Tensor:
+        """Some rows of what lies on the device; all of them are not copied."""
+        return whole if len(rows.here) == self.num_envs else whole[rows.there]
+
+    def _shown(self, whole: Tensor, rows: Rows, found: Tensor, place: Tensor, visible: Tensor) -> Tensor:
+        """What was found of hidden blocks (m, C, ...) at their places among all blocks (M, B, ...), 0 where visible."""
+        aligned = (..., *[None] * (found.ndim - 2))
+        index = place[aligned].expand(*place.shape, *found.shape[2:])
+        new = found.float().gather(1, index).masked_fill_(visible[aligned], 0.0)
+        return new if len(rows.here) == self.num_envs else whole.index_put((rows.there,), new)
 
     def _hindsight_return(self, finished: Tensor) -> Tensor:
         """Whole return of images that were just finished, by replaying them: their rows (m,) on the host."""
@@ -502,64 +539,5 @@ class NextBlockCore:
         if not self.config.hindsight or not len(finished):
             return reward
         rows = self._to_device(finished)
-        reward[rows] = replay_return(
-            self.backbone,
-            self.data,
-            self.tokens[rows],
-            self.labels[rows],
-            self.reveal_step[rows],
-            self.reveal_rank[rows],
-            self.config.reward,
-            None if self.step_cost is None else self.step_cost[rows],
-        )
+        reward[rows] = replay_return(self, rows)
         return reward
-
-
-@isolated
-def replay_return(
-    backbone: Backbone,
-    data: TokenSet,
-    tokens: Tensor,
-    labels: Tensor,
-    reveal_step: Tensor,
-    reveal_rank: Tensor,
-    reward: RewardConfig,
-    step_cost: Tensor | None = None,
-) -> Tensor:
-    """Return of finished images under the order in which they were revealed.
-
-    Args:
-        data: any token set of the same shape.
-        tokens: (m, N) int64, finished images.
-        labels: (m,) int64.
-        reveal_step: (m, B) int64, the step that revealed each block; void steps are skipped numbers.
-        reveal_rank: (m, B) int64, its place in the action of that step.
-        step_cost: (m,) float32, what a step cost each image, nats per image; given where the reward's is a range.
-
-    Returns:
-        (m,) float32, nats per image token; every planner step that revealed something is charged.
-
-    Raises:
-        ValueError: if the reward's step_cost is a range and what the images had of it is not given.
-    """
-    if reward.step_cost_range is not None and step_cost is None:
-        raise ValueError(f"step_cost must be given for every image: the reward's is the range {reward.step_cost}")
-    images = replace(data, split="replay", tokens=tokens.cpu(), labels=labels.cpu(), identity=None)
-    sizes = torch.nn.functional.one_hot(reveal_step).sum(1)  # (m, steps)
-    largest = int(sizes.max())
-    config = CoreConfig(budgets=tuple(range(1, largest + 1)), reward=reward)
-    core = NextBlockCore(backbone, images, len(tokens), config)
-    core.reset(index=torch.arange(len(tokens)), step_cost=step_cost)
-    total = torch.zeros(len(tokens), dtype=torch.float32, device=core.device)
-    places = torch.arange(largest, device=core.device)
-    for step in range(sizes.shape[1]):
-        count = sizes[:, step]
-        acting = (count > 0) & ~core.visible.all(-1)
-        rank = torch.where(reveal_step == step, reveal_rank, largest)
-        blocks = rank.argsort(dim=1, stable=True)[:, :largest]
-        # a row without a step here is given a void action: its reward is dropped below
-        blocks = torch.where((places < count[:, None]), blocks, 0)
-        actions = torch.cat([blocks, (count - 1).clamp_min(0)[:, None]], 1) if core.multi else blocks[:, 0]
-        actions = torch.where(acting[:, None] if core.multi else acting, actions, -1)
-        total += torch.where(acting, core.step(actions).reward, 0.0)
-    return total

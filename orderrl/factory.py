@@ -20,6 +20,7 @@ from orderrl.envs.config import CoreConfig
 from orderrl.envs.reward import RewardConfig
 from orderrl.oracle import LabelConfig
 from orderrl.planner import OrderHead, PlannerConfig
+from orderrl.runtime.devices import checked_device, default_dtype
 from orderrl.runtime.values import named
 from orderrl.tokenizers import KLTokenizer, VQTokenizer, load_tokenizer
 
@@ -94,8 +95,7 @@ def setup_of(config: DictConfig, backbone: Backbone) -> Setup:
     own = {key: config[key] for key in ("seed", "checkpoint_seconds", "device", "shard", "name") if key in config}
     planner = section(config, "planner") if "planner" in config else {}
     parts: dict[str, Any] = {}
-    if "labels" in config:
-        labels = section(config, "labels")
+    if labels := section(config, "labels") if "labels" in config else {}:  # empty for agents that need none
         seen = planner.get("visible_states", False)
         parts |= {
             "shard_size": labels.pop("shard_size"),
@@ -126,7 +126,7 @@ def open_backbone(config: DictConfig) -> Backbone:
     """The frozen backbone of a config, checked against its data unless that is `NO_DATA`.
 
     Raises:
-        ValueError: if the config names none, or it can't be loaded, doesn't fit the data or overflows in its dtype.
+        ValueError: if the config names none, or it cannot be loaded, does not fit the data or overflows in its dtype.
     """
     chosen = config.backbone
     if chosen.name is None:
@@ -138,11 +138,12 @@ def open_backbone(config: DictConfig) -> Backbone:
         chosen.name,
         chosen.get("path"),
         device="cpu" if config.get("shard") else config.device,  # no device ever holds all of a backbone to be split
-        dtype=chosen.get("dtype"),
+        dtype=default_dtype(checked_device(config.device)) if chosen.get("dtype") == "auto" else chosen.get("dtype"),
         shape=chosen.get("shape"),
         memory_gb=chosen.get("memory_gb"),
         compile=chosen.get("compile"),
         pack_weights=chosen.get("pack_weights", True),
+        cuda_graph=chosen.get("cuda_graph"),
     )
     if config.data.name != NO_DATA:
         check_fits(backbone, load_split(config.data.name, "test"))

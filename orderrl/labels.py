@@ -7,7 +7,6 @@ so no label is made twice and none that is out of date is taken.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -26,12 +25,12 @@ from orderrl.oracle import CLASSIFIER, Contexts, LabelConfig, label_contexts, ra
 from orderrl.partial_classifier import PartialClassifier, find_or_train_classifier
 from orderrl.runtime import distributed
 from orderrl.runtime.cache import Cache, fingerprint
-from orderrl.runtime.finite import OVERFLOW, require_finite
 from orderrl.runtime.job import Job, finish
+from orderrl.runtime.parts import assemble, make_parts, missing_parts, new_table
 from orderrl.runtime.progress import Advance, progress
 from orderrl.runtime.run import Run
 from orderrl.runtime.storage import read_sealed
-from orderrl.runtime.tables import Column, TableWriter, floats, open_table
+from orderrl.runtime.tables import Column, floats, open_table
 
 if TYPE_CHECKING:
     from tensordict import TensorDict
@@ -117,7 +116,7 @@ def find_or_label(
         fix_memory(backbone)
     with Job(setup.cache_dir, f"{LABELS}-{key}") as job:
         # what an interrupted run left is kept, the rest is shared out
-        missing = missing_shards(job, shards)
+        missing = missing_parts(job, LABELS, shards)
         if len(missing) < len(shards):
             there = settings.contexts - sum(map(len, missing))
             distributed.print_main(f"labels: {there} of {settings.contexts} contexts are there from an interrupted run")
@@ -133,11 +132,11 @@ def find_or_label(
                     run.log({"mean_gain": made["gains"].mean().item()}, shard.stop)
                 return made
 
-            make_shards(job, mine, make, setup.shard)
+            make_parts(job, LABELS, mine, make, setup.shard)
 
         # the whole, put in its place
         def publish() -> None:
-            assemble(job, shards, job.folder / "contexts")
+            assemble(job, LABELS, shards, job.folder / "contexts")
             with cache.store(LABELS, key, description) as folder:
                 (job.folder / "contexts").rename(folder / "contexts")
 
@@ -201,11 +200,6 @@ def plan_shards(contexts: Contexts, batch_size: int, shard_size: int) -> list[ra
     return [*shards, range(start, row)] if start < row else shards
 
 
-def shard_name(shard: range) -> str:
-    """Name of a shard's piece; with another cut it is another piece."""
-    return f"labels-{shard.start:09d}-{shard.stop:09d}"
-
-
 def label_shard(
     backbone: Backbone,
     data: TokenSet,
@@ -256,25 +250,6 @@ def label_shard_together(
     return {key: torch.cat([labels[key] for _, labels in gathered])[order] for key in here}
 
 
-def missing_shards(job: Job, shards: list[range]) -> list[range]:
-    """The shards that are still to be made."""
-    return distributed.on_main(lambda: [shard for shard in shards if not job.has(shard_name(shard))])
-
-
-def make_shards(job: Job, shards: list[range], make: Callable[[range], dict[str, Tensor]], together: bool) -> None:
-    """Make the shards of this process; those that are made together by all processes are kept by the main one.
-
-    Raises:
-        NotFiniteError: at the first shard whose labels are not finite; it is not kept.
-    """
-    for shard in shards:
-        labels = make(shard)
-        require_finite(f"labels of contexts {shard.start} to {shard.stop - 1}", labels, OVERFLOW)
-        if not together or distributed.is_main():
-            job.store(shard_name(shard), labels)
-    distributed.barrier()
-
-
 def label_columns(num_blocks: int, hidden_size: int) -> dict[str, Column]:
     """The columns of a label set, as `label_contexts` makes them."""
     return {
@@ -290,21 +265,6 @@ def label_columns(num_blocks: int, hidden_size: int) -> dict[str, Column]:
     }
 
 
-def assemble(job: Job, shards: list[range], folder: Path) -> None:
-    """Write the shards, in the order of their rows, one behind the other to a table in a folder that is made anew.
-
-    Raises:
-        ValueError: if a shard is missing, truncated, altered or of another length.
-        OSError: if the disk is full.
-    """
-    with _new_table(folder) as table:
-        for shard in shards:
-            part = job.load(shard_name(shard))
-            table.append(part)
-            if table.rows != shard.stop - shards[0].start:
-                raise ValueError(f"{job.folder}: {shard_name(shard)} does not have {len(shard)} rows")
-
-
 def join(sets: Sequence[Path], folder: Path) -> None:
     """Write label sets of one backbone one behind the other to a table; no more than a part of one is held in memory.
 
@@ -312,13 +272,7 @@ def join(sets: Sequence[Path], folder: Path) -> None:
         ValueError: if a set is damaged, or their columns differ.
         OSError: if the disk is full.
     """
-    with _new_table(folder) as table:
+    with new_table(folder) as table:
         for part in sets:
             for rows in open_table(part).split(_ROWS):
                 table.append(rows)
-
-
-def _new_table(folder: Path) -> TableWriter:
-    if folder.exists():  # half of it, from an interruption
-        shutil.rmtree(folder)
-    return TableWriter(folder)

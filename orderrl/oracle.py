@@ -18,6 +18,7 @@ from orderrl.backbones.protocol import Backbone, BlockLosses, backbone_device
 from orderrl.backbones.sampling import Sampling
 from orderrl.geometry import BlockGrid
 from orderrl.partial_classifier import GROUPINGS, ClassifierConfig, PartialClassifier, cluster_orders, importance
+from orderrl.runtime.devices import moved
 from orderrl.runtime.isolation import isolated
 from orderrl.runtime.random import Stream, keyed_uniform
 from orderrl.runtime.registry import Registry
@@ -311,7 +312,7 @@ def label_contexts(
         fitting = getattr(backbone, "states_at_once", lambda chains: config.batch_size)(geometry.num_blocks - value)
         for rows in starts[length == value].split(min(config.batch_size, fitting)):
             context = order[rows].to(device)
-            x, y = tokens[image[rows]].to(device), labels[image[rows]].to(device)
+            x, y = (moved(part[image[rows]], device) for part in (tokens, labels))
             prefix = backbone.start(y)
             if value:
                 count = torch.full((len(rows),), value)

@@ -183,7 +183,7 @@ class OrderHead(nn.Module):
         for head in (self.score_head, self.budget_head, self.value_head):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
-        if self.project_step_cost is not None:  # told costs change nothing at the start
+        if self.project_step_cost is not None:  # costs change nothing at the start
             nn.init.zeros_(self.project_step_cost.weight)
             nn.init.zeros_(self.project_step_cost.bias)
         nn.init.normal_(self.label.weight, std=0.02)
@@ -212,8 +212,8 @@ class OrderHead(nn.Module):
         if self.project_step_cost is not None:
             if "step_cost" not in observation:
                 raise ValueError(
-                    f"this planner was trained on step costs in the range {self.config.step_cost_range} and must be "
-                    "told one: act in an environment whose step_cost is a range, or at one cost, for example "
+                    f"this planner was trained on step costs in the range {self.config.step_cost_range} and needs "
+                    "one: act in an environment whose step_cost is a range, or at one cost, for example "
                     "PATH.safetensors@cost0.5 by name, or planner.at_step_cost(0.5)"
                 )
             x = x + self.project_step_cost(self._standardised(observation["step_cost"]))[:, None]
@@ -241,7 +241,7 @@ class OrderHead(nn.Module):
         )
 
     @torch.no_grad()
-    def require_sound(self, where: object) -> None:
+    def require_finite_outputs(self, where: object) -> None:
         """Refuse weights from which scores would not be finite; weights that are may still overflow.
 
         Args:
@@ -275,9 +275,10 @@ class OrderHead(nn.Module):
         """Set what one unit of dependence takes from a block's score, a learnable number.
 
         Raises:
-            ValueError: if the planner has no `pairs`.
+            ValueError: if the planner has no `pairs`, or the strength is not finite.
         """
         self.config.require_pairs(f"pair_strength={strength:g}")
+        require_kind("strength", strength, float)
         assert self.pair_head is not None
         self.pair_head.strength.fill_(strength)
 
@@ -285,17 +286,17 @@ class OrderHead(nn.Module):
     def with_budgets(self, num_budgets: int, step_cost_range: tuple[float, float] | None = None) -> OrderHead:
         """A copy with another number of budgets; the budget head starts anew (uniform) if it changes.
 
-        The copy is told costs in the range; None keeps the planner's own. Until it is trained it does what this planner
+        The copy sees costs in the range; None keeps the planner's own. Until it is trained it does what this planner
         does, at every cost.
         """
-        told = step_cost_range or self.config.step_cost_range
-        other = OrderHead(replace(self.config, num_budgets=num_budgets, step_cost_range=told)).train(self.training)
+        costs = step_cost_range or self.config.step_cost_range
+        other = OrderHead(replace(self.config, num_budgets=num_budgets, step_cost_range=costs)).train(self.training)
         kept = self.state_dict()
         if num_budgets != self.config.num_budgets:
             kept = {k: v for k, v in kept.items() if not k.startswith("budget_head.")}
-        if self.project_step_cost is not None and told != self.config.step_cost_range:
+        if self.project_step_cost is not None and costs != self.config.step_cost_range:
             # the same function of the cost in the other range's units: ours = shift + scale * theirs
-            ends = self._standardised(torch.tensor(told))
+            ends = self._standardised(torch.tensor(costs))
             shift, scale = ends.mean().item(), (ends[1] - ends[0]).item() / math.sqrt(12)
             weight = kept["project_step_cost.weight"]
             kept["project_step_cost.bias"] = kept["project_step_cost.bias"] + shift * weight[:, 0]
@@ -306,18 +307,18 @@ class OrderHead(nn.Module):
 
     @isolated_float32
     def at_step_cost(self, step_cost: float) -> OrderHead:
-        """A copy that acts at one step cost, in any environment, and need not be told it.
+        """A copy that acts at one step cost, in any environment.
 
         Args:
             step_cost: nats per image.
 
         Raises:
-            ValueError: if the planner is told no costs, or none like this one.
+            ValueError: if the planner was trained on no range of costs, or on none that has this one.
         """
         limits = self.config.step_cost_range
         if self.project_step_cost is None or limits is None:
             raise ValueError(
-                f"step_cost={step_cost:g} can't be chosen: this planner was not trained on a range of step costs "
+                f"step_cost={step_cost:g} cannot be chosen: this planner was not trained on a range of step costs "
                 "(env.step_cost=[LOW,HIGH])"
             )
         if not limits[0] <= step_cost <= limits[1]:
@@ -327,8 +328,8 @@ class OrderHead(nn.Module):
             )
         other = copy.deepcopy(self)
         with torch.no_grad():
-            told = self._standardised(torch.tensor([step_cost], device=self.position.device))
-            other.position.add_(self.project_step_cost(told))  # both are added to every block token
+            cost = self._standardised(torch.tensor([step_cost], device=self.position.device))
+            other.position.add_(self.project_step_cost(cost))  # both are added to every block token
         other.config, other.project_step_cost = replace(self.config, step_cost_range=None), None
         return other
 
@@ -407,7 +408,7 @@ def save_planner(path: Path, planner: OrderHead, description: dict[str, Any]) ->
     Raises:
         NotFiniteError: if its weights or its scores are not finite.
     """
-    planner.require_sound(path)
+    planner.require_finite_outputs(path)
     tensors = {key: value.detach().cpu() for key, value in planner.state_dict().items()}
     save_checkpoint(path, tensors, {**description, "kind": "planner", "shape": asdict(planner.config)})
 

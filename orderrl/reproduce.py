@@ -1,12 +1,19 @@
-"""A whole table: the planners of a suite, several seeds, all baselines: `python -m orderrl.reproduce suite=canvas`."""
+"""A whole table: the planners and specialists of a suite, several seeds, all baselines.
 
-from collections.abc import Mapping
+`python -m orderrl.reproduce suite=canvas`.
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
 from orderrl.evaluate import evaluate
 from orderrl.factory import section, with_values
+from orderrl.pretrain import backbone_recipe, trained
+from orderrl.runtime.cache import Cache
 from orderrl.runtime.config import compose, run_application
 from orderrl.runtime.distributed import launched, print_main
 from orderrl.runtime.isolation import isolated_float32
@@ -14,6 +21,7 @@ from orderrl.train import train
 
 TRAINED = "trained:"  # a teacher that the suite trains itself, by its name
 SHARED = ("backbone", "data", "logger", "output_dir", "cache_dir", "device", "checkpoint_seconds")
+_OF_SPECIALISTS = tuple(key for key in SHARED if key != "backbone")
 
 
 @isolated_float32
@@ -21,14 +29,22 @@ def reproduce(config: DictConfig) -> Path:
     """Train what is not in the cache, evaluate everything, and return the run folder of the evaluation."""
     # all composed first: a wrong value in the last one is refused before the first one trains
     trainings = [(seed, row, training_config(config, row, seed)) for seed in config.seeds for row in config.runs]
-    checkpoints: list[str] = []
+    for seed in config.seeds:
+        list(specialist_configs(config, seed, ["planner.safetensors"] * len(config.runs)))
     named: dict[str, str] = {}
+    # planners, then the backbones that learn their orders
+    planners: dict[int, list[str]] = {seed: [] for seed in config.seeds}
     for seed, overrides, training in trainings:
         print_main(f"\n== seed {seed}: {' '.join(overrides)}")
-        checkpoints.append(str(train(taught(training, named))))
-        named[str(training.name)] = checkpoints[-1]  # of this seed, if the next rows ask for it
+        planners[seed].append(str(train(taught(training, named))))
+        named[str(training.name)] = planners[seed][-1]  # of this seed, if the next rows ask for it
+    specialists = [
+        str(specialist(wanted)) for seed in config.seeds for wanted in specialist_configs(config, seed, planners[seed])
+    ]
     print_main("\n== evaluation")
-    return evaluate(with_values(config, {"eval": {"planners": checkpoints}}))
+    checkpoints = [path for seed in config.seeds for path in planners[seed]]
+    found: dict[str, Any] = {"planners": checkpoints, "specialists": specialists}
+    return evaluate(with_values(config, {"eval": found}))
 
 
 def taught(training: DictConfig, named: Mapping[str, str]) -> DictConfig:
@@ -48,12 +64,34 @@ def taught(training: DictConfig, named: Mapping[str, str]) -> DictConfig:
 
 def training_config(config: DictConfig, overrides: list[str], seed: int) -> DictConfig:
     """The config of `python -m orderrl.train` for a planner: its overrides come after the labels of the suite."""
-    labels = section(config, "labels")
+    wanted = compose("train", [*overrides, f"seed={seed}"])
     given = {override.lstrip("+").partition("=")[0] for override in overrides}
-    kind = [] if given & {"labels", "labels.kind"} else [f"labels={labels['kind']}"]
-    wanted = compose("train", [*kind, *overrides, f"seed={seed}"])
-    shared = {key: value for key, value in labels.items() if key != "kind" and f"labels.{key}" not in given}
-    return with_values(wanted, {"labels": shared} | {key: config[key] for key in SHARED})
+    own = {"labels.kind"} if "labels" in given else set()  # a group of labels names their kind
+    labels = {key: value for key, value in section(config, "labels").items() if f"labels.{key}" not in given | own}
+    shared: dict[str, object] = {key: config[key] for key in SHARED}
+    return with_values(wanted, shared | ({"labels": labels} if wanted.labels else {}))
+
+
+def specialist_configs(config: DictConfig, seed: int, planners: list[str]) -> Iterator[DictConfig]:
+    """The configs of `python -m orderrl.pretrain` for the specialists of a seed, in the order of the suite.
+
+    Raises:
+        ValueError: if one names a planner that no run trains.
+    """
+    for overrides in config.specialists:
+        try:
+            filled = [override.format(*planners) for override in overrides]
+        except IndexError:
+            raise ValueError(f"specialists: {list(overrides)} name a run that the suite lacks") from None
+        wanted = compose("pretrain", [*filled, f"seed={seed}"])
+        yield with_values(wanted, {key: config[key] for key in _OF_SPECIALISTS})
+
+
+def specialist(config: DictConfig) -> Path:
+    """The cached backbone of a config, or the one that is trained now."""
+    print_main(f"\n== seed {config.seed}: specialist of {config.training.order}")
+    recipe = backbone_recipe(config, config.data.name)
+    return recipe.find_or_train(Cache(config.cache_dir), partial(trained, config, recipe))
 
 
 if __name__ == "__main__":

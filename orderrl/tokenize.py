@@ -16,7 +16,7 @@ def tokenize(config: DictConfig) -> Path:
     """Make the token set of a config, or what is missing of it, and return its folder.
 
     Raises:
-        ValueError: if the output holds another token set, or a file can't be read as an image.
+        ValueError: if the output holds another token set, or a file cannot be read as an image.
     """
     folder, sizes = folder_config(section(config, "data")), {key: config[key] for key in ("batch_size", "shard_size")}
     return tokenize_with(section(config, "tokenizer"), folder, Path(config.output), config.device, **sizes)

@@ -207,7 +207,7 @@ def _differences(newest: Path, setup: Setup, name: str, config: Any) -> str:
     """In which settings a cached planner is not the one that an agent would train, "" if in none."""
     try:
         _, there = load_planner(newest)
-    except (ValueError, OSError):  # it is not taken, and whoever takes it is told
+    except (ValueError, OSError):  # whoever takes it refuses it
         return ""
     agent = find_agent(name)
     wanted = describe(setup, name, agent, config)

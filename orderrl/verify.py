@@ -50,7 +50,7 @@ def _verdict(row: Comparison, allow_missing: bool) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; exit code 0 if all agree, 1 if not, 2 if the fixture can't be replayed."""
+    """The command line; exit code 0 if all agree, 1 if not, 2 if the fixture cannot be replayed."""
     parser = argparse.ArgumentParser(prog="python -m orderrl.verify", description=__doc__)
     parser.add_argument("path", nargs="+", metavar="PATH.safetensors", help="fixture; its JSON lies beside it")
     parser.add_argument("--allow-missing", action="store_true", help="list outputs without a counterpart, don't fail")

@@ -18,6 +18,7 @@ import contextlib
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -33,6 +34,7 @@ except ImportError:
     MISSING = f"PyTorch {torch.__version__} has no _setup_privateuseone_for_python_backend"
 
 CUDA = torch.device("cuda:0")
+_claimed = False
 _CLAIMED = "simulated"  # the name that C++ knows the device by
 aten = torch.ops.aten
 _FREE_BYTES = 2**33
@@ -66,6 +68,7 @@ class Counts:
 
 
 _counts = Counts()
+_recording: list[tuple[Any, Any, Any, Any]] | None = None  # operators of a graph, with what they were given and gave
 _own_generator = torch.Generator()  # of the device
 
 
@@ -119,6 +122,10 @@ class Simulated(torch.Tensor):
 
     def __array__(self, dtype: Any = None) -> Any:
         return self.numpy()
+
+    def data_ptr(self) -> int:
+        """Where the values lie."""
+        return self.raw.data_ptr()
 
     def tolist(self) -> Any:
         """Values, after waiting for them."""
@@ -186,7 +193,7 @@ def _rms_norm(x: Tensor, shape: Any, weight: Any = None, eps: float | None = Non
     if not isinstance(x, Simulated) or torch.is_grad_enabled():
         return _RMS_NORM(x, shape, weight, eps)
     _counts.launched["rms_norm"] += 1
-    return Simulated(_RMS_NORM(x.raw, shape, None if weight is None else weight.raw, eps))
+    return Simulated(_computed(_RMS_NORM, (x.raw, shape, None if weight is None else weight.raw, eps), {}))
 
 
 _AS_TENSOR, _TENSOR, _RMS_NORM = torch.as_tensor, torch.tensor, torch.rms_norm
@@ -200,8 +207,18 @@ def _each(value: Any, change: Callable[[Tensor], Any]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
     if type(value) in (list, tuple):
-        return type(value)(_each(part, change) for part in value)
+        return type(value)([_each(part, change) for part in value])
     return value
+
+
+@cache
+def _name(func: Any) -> str:
+    return str(func._schema.name.removeprefix("aten::"))
+
+
+@cache
+def _draws(func: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in func.tags
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -213,7 +230,9 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     here = bool(ours) if named is None else named.type in ("cuda", _CLAIMED)
     if not ours and not here:
         return func(*args, **kwargs)
-    name = func._schema.name.removeprefix("aten::")
+    name = _name(func)
+    if _recording is not None and (name in _WAITING or len(ours) < len({id(leaf) for leaf in leaves}) or not here):
+        raise RuntimeError(f"operation not permitted when stream is capturing: {name} waits or reads a CPU tensor")
     if name in ("_to_copy", "copy_"):
         _count_copy(name, args, kwargs, here if name == "_to_copy" else isinstance(args[0], Simulated))
     else:
@@ -230,11 +249,20 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     def wrapped(found: Tensor) -> Tensor:
         return ours[id(found)] if id(found) in ours else Simulated(found)
 
-    with _drawing_here(func, kwargs):
-        found = func(*_each(args, raw), **{key: _each(value, raw) for key, value in kwargs.items()})
+    own_draws = _draws(func) and kwargs.get("generator") is None
+    with _drawing_here() if own_draws else contextlib.nullcontext():
+        found = _computed(func, _each(args, raw), {key: _each(value, raw) for key, value in kwargs.items()})
     if name == "copy_":
         return args[0]
     return _each(found, wrapped) if here else found
+
+
+def _computed(func: Any, args: Any, kwargs: Any) -> Any:
+    """What an operator gives; a graph that is being recorded remembers how."""
+    found = func(*args, **kwargs)
+    if _recording is not None and not getattr(func, "is_view", False):
+        _recording.append((func, args, kwargs, found))
+    return found
 
 
 def _check(name: str, args: Any, leaves: list[Tensor]) -> None:
@@ -280,11 +308,8 @@ def _count(func: Any, name: str, args: Any) -> None:
 
 
 @contextlib.contextmanager
-def _drawing_here(func: Any, kwargs: dict[str, Any]) -> Iterator[None]:
+def _drawing_here() -> Iterator[None]:
     """Random operators that were given no generator use the device's, not the CPU's."""
-    if torch.Tag.nondeterministic_seeded not in func.tags or kwargs.get("generator") is not None:
-        yield
-        return
     outer = torch.get_rng_state()
     torch.set_rng_state(_own_generator.get_state())
     try:
@@ -300,6 +325,50 @@ class _Device(TorchDispatchMode):
 
 
 # ---------------------------------------------------------------------- the process
+
+
+class _Graph:
+    """A recorded sequence of operators, all of which are run again at every replay, over the same tensors."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.operators: list[tuple[Any, Any, Any, Any]] = []
+
+    def replay(self) -> None:
+        """One launch."""
+        _counts.launched["graph"] += 1
+        for func, args, kwargs, found in self.operators:
+            olds: list[Any] = []
+            news: list[Any] = []
+            _each(found, olds.append)
+            _each(func(*args, **kwargs), news.append)
+            for old, new in zip(olds, news, strict=True):
+                if old is not new:
+                    old.copy_(new)
+
+
+@contextlib.contextmanager
+def _graph(graph: _Graph, pool: Any = None, stream: Any = None, capture_error_mode: str = "global") -> Iterator[None]:
+    """Record a graph; what is recorded is not launched."""
+    global _recording
+    _recording = graph.operators
+    try:
+        with counting():
+            yield
+    finally:
+        _recording = None
+
+
+class _Stream:
+    """There is one stream."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Stream)
+
+    __hash__ = object.__hash__
+    wait_stream = synchronize = lambda self, *_: None
 
 
 class _Event:
@@ -330,10 +399,17 @@ _QUERIES: dict[str, Callable[..., Any]] = {
     "memory_reserved": lambda *_: 0,
     "memory_allocated": lambda *_: 0,
     "get_device_name": lambda *_: "simulated",
-    "is_bf16_supported": lambda *_: True,
+    "is_bf16_supported": lambda *_, **__: True,
     "empty_cache": lambda: None,
     "synchronize": lambda *_: None,
     "Event": _Event,
+    "Stream": _Stream,
+    "stream": _Current,
+    "current_stream": _Stream,
+    "CUDAGraph": _Graph,
+    "graph": _graph,
+    "graph_pool_handle": lambda: (0, 1),
+    "is_current_stream_capturing": lambda: _recording is not None,
     "device": _Current,
     "manual_seed": _own_generator.manual_seed,
     "manual_seed_all": _own_generator.manual_seed,
@@ -346,7 +422,10 @@ _QUERIES: dict[str, Callable[..., Any]] = {
 @contextlib.contextmanager
 def simulated_cuda() -> Iterator[None]:
     """A process whose one CUDA device is simulated; it is not meant to do anything else afterwards."""
-    _setup_privateuseone_for_python_backend(_CLAIMED)
+    global _claimed
+    if not _claimed:  # which a process can do once
+        _setup_privateuseone_for_python_backend(_CLAIMED)
+        _claimed = True
     torch.__future__.set_swap_module_params_on_conversion(True)
     torch._C._set_only_lift_cpu_tensors(True)
     with contextlib.ExitStack() as stack:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from orderrl import __main__, __version__
-from orderrl.runtime.config import command_names
+from orderrl.configs.schema import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 SLOW = {"timm", "torchrl", "tensordict", "torchvision", "wandb", "matplotlib", "sklearn", "scipy", "torch._dynamo"}
@@ -24,7 +24,7 @@ def output(*arguments: str) -> str:
 
 def test_all_commands_are_listed_with_a_line_each() -> None:
     lines = {line.split()[0]: line for line in output("--help").splitlines() if line.startswith("  ")}
-    assert set(command_names()) < set(lines) == set(__main__.COMMANDS)
+    assert set(COMMANDS) < set(lines) == set(__main__.COMMANDS)
     assert all(len(line.split()) > 3 for line in lines.values())
     assert output("--version") == f"orderrl {__version__}\n"
 

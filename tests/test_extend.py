@@ -31,7 +31,7 @@ from orderrl.envs.reward import RewardConfig
 from orderrl.evaluation.rows import one_each
 from orderrl.metrics.features import extract_features, register_features
 from orderrl.oracle import distance_weights
-from orderrl.runtime.config import compose, group_choices
+from orderrl.runtime.config import compose, help_of
 from orderrl.runtime.registry import Registry, _entry_points
 from orderrl.tokenize import tokenize
 from orderrl.tokenizers import load_tokenizer
@@ -145,7 +145,7 @@ def test_installed_parts_of_every_kind_are_found_in_one_report(installed: Path) 
 
 
 def test_installed_parts_are_choices_of_their_groups(installed: Path) -> None:
-    choices = group_choices("train") | group_choices("tokenize")
+    choices = help_of("train").groups | help_of("tokenize").groups
     assert "one_block" in choices["agent"] and "large_blocks" in choices["backbone"]
     assert "flipped_digits" in choices["data"] and "grey" in choices["tokenizer"]
     for group, names in GROUPS.items():
@@ -315,7 +315,7 @@ def test_another_content_of_a_users_file_is_another_key(files: Path) -> None:
 
 
 class Watching:
-    """Plays in raster order; remembers what it was told and shown."""
+    """Plays in raster order; remembers what it was given."""
 
     reads_tokens = True
 
@@ -331,7 +331,7 @@ class Watching:
         return observation["action_mask"].long().argmax(-1)
 
 
-def test_a_policy_is_told_where_episodes_begin(backbone: OrderRobustTransformer, data: TokenSet) -> None:
+def test_a_policy_forgets_where_episodes_begin(backbone: OrderRobustTransformer, data: TokenSet) -> None:
     policy, core = Watching(), NextBlockCore(backbone, data, 2, CoreConfig())
     core.reset()
     play(core, policy, steps=11, restart=True)  # nine steps, one that restarts, and the next episode's first

@@ -20,15 +20,15 @@ from torch.distributed.run import get_args_parser
 from orderrl.agents.bc import TARGETS
 from orderrl.agents.registry import make_policy
 from orderrl.backbones import load_backbone
+from orderrl.configs.schema import COMMANDS
 from orderrl.metrics.images import save_images
 from orderrl.reproduce import training_config
 from orderrl.rollouts import rollouts
-from orderrl.runtime.config import command_names, compose
+from orderrl.runtime.config import compose
 from tests.registries import keep_registries
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("examples/*.md"))]
-COMMANDS = command_names()
 CHOSEN_BY_COMMANDS = ("newest", "published", "token_raster")  # policies that a command knows, no name in the registry
 
 
@@ -144,7 +144,7 @@ def check_module(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPa
         assert all((ROOT / word).is_file() for word in arguments if word.startswith("tests/"))
         return
     if command not in COMMANDS:
-        name = module if module.startswith("orderrl.") else f"{module}.__main__"
+        name = f"{module}.__main__" if hasattr(importlib.import_module(module), "__path__") else module
         reads(importlib.import_module(name).main, module, arguments, monkeypatch)
         return
     overrides = [word for word in arguments if not word.startswith(("--", "hydra.", "hydra/", "device="))]

@@ -24,7 +24,7 @@ LAYERS = [
     ["factory"],
     ["labels"],
     ["agents"],
-    ["training"],
+    ["training", "distillation"],
     ["metrics"],
     ["evaluation"],
     ["report"],

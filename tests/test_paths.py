@@ -40,7 +40,8 @@ from tests.tokenizers.helpers import image_folder, save_tiny_vq
 
 NASTY = "spaced_jane@example.org:a=b, c [d] {e} (f) 'g' \"h\" ünï字 %i $j #k?&|;!*~`^\\l.safetensors@4"
 SMALL = ["labels.contexts=48"]
-SMALL_PLANNER = [*SMALL, "planner.dim=16", "planner.stem=1", "planner.heads=2"]
+SHAPE = ["planner.dim=16", "planner.stem=1", "planner.heads=2"]
+SMALL_PLANNER = [*SMALL, *SHAPE]
 SMALL_EVAL = [
     *(*SMALL, "eval.images=4", "eval.samples=8", "eval.states=8", "eval.reference_images=2", "eval.resamples=20"),
     *("eval.token_raster=[]", "eval.lookahead_states=null", "eval.sampled=[]", "eval.real_images=8"),
@@ -73,7 +74,7 @@ def test_planners_are_trained_from_and_imitated_there(home: Path, planner: Path)
     ppo = ["agent=ppo", "agent.frames_per_batch=128", "agent.minibatch_size=64", "agent.critic_warmup=0"]
     start: dict[str, Any] = {"agent.start": planner}
     assert train(configure(home, "train", *small, *ppo, **start)).is_file()
-    imitation = [*SMALL_PLANNER, "agent=imitation", "agent.imitation.steps=2", "agent.imitation.num_envs=4"]
+    imitation = [*SHAPE, "agent=imitation", "agent.imitation.steps=2", "agent.imitation.num_envs=4"]
     policy: dict[str, Any] = {"agent.policy": f"{planner}@4"}
     assert train(configure(home, "train", *imitation, **policy)).is_file()
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from importlib import resources
+from pathlib import Path
+from typing import Any
 
 import pytest
+from omegaconf import DictConfig
 
 from orderrl import compose
-from orderrl.reproduce import training_config
+from orderrl.backbones.recipe import BackboneRecipe
+from orderrl.configs.schema import ADAPTIVE
+from orderrl.factory import with_values
+from orderrl.reproduce import reproduce, specialist_configs, training_config
 
 SUITES = sorted(
     part.name.removesuffix(".yaml") for part in resources.files("orderrl.configs").joinpath("suite").iterdir()
@@ -21,7 +27,8 @@ def test_every_planner_of_a_suite_is_trained_with_its_backbone_and_labels(suite:
         wanted = training_config(config, overrides, seed=3)
         assert wanted.seed == 3 and wanted.backbone == config.backbone and wanted.data == config.data
         changed = {override.partition("=")[0] for override in overrides}
-        assert wanted.labels == config.labels or changed & {"labels", "labels.contexts"}
+        needs_none = wanted.agent.name in ADAPTIVE
+        assert wanted.labels == ({} if needs_none else config.labels) or changed & {"labels", "labels.contexts"}
 
 
 @pytest.mark.parametrize(
@@ -39,3 +46,41 @@ def test_a_row_changes_only_the_labels_that_it_names(
 ) -> None:
     labels = training_config(compose("reproduce", ["suite=canvas"]), overrides, seed=0).labels
     assert (labels.kind, labels.contexts, labels.samples) == (kind, contexts, samples)
+
+
+def test_specialists_learn_the_orders_of_their_own_seeds_planner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planners come first; `{0}` is the first one of the same seed, and all of them are evaluated together."""
+    asked: list[tuple[int, str]] = []
+    seen: list[DictConfig] = []
+
+    def train(config: DictConfig) -> Path:
+        return Path(f"planner{config.seed}.safetensors")
+
+    def find_or_train(recipe: BackboneRecipe, *given: Any) -> Path:
+        asked.append((recipe.seed, recipe.config.order))
+        return Path(f"specialist{len(asked)}.safetensors")
+
+    def evaluate(config: DictConfig) -> Path:
+        seen.append(config)
+        return Path()
+
+    monkeypatch.setattr("orderrl.reproduce.train", train)
+    monkeypatch.setattr("orderrl.reproduce.evaluate", evaluate)
+    monkeypatch.setattr(BackboneRecipe, "find_or_train", find_or_train)
+    further = ["backbone=digits", "training=further", "training.start=digits"]
+    rows = [[*further, f"training.order={order}"] for order in ("raster", "'{0}'")]
+    config = compose("reproduce", ["suite=orders", "seeds=[0,4]"])
+    reproduce(with_values(config, {"specialists": rows}))
+    planners = [f"planner{seed}.safetensors" for seed in (0, 4)]
+    assert asked == [(0, "raster"), (0, planners[0]), (4, "raster"), (4, planners[1])]
+    assert list(seen[0].eval.planners) == planners
+    assert list(seen[0].eval.specialists) == [f"specialist{i}.safetensors" for i in range(1, 5)]
+
+
+def test_a_specialist_of_a_run_that_is_not_there_is_refused() -> None:
+    rows = [["backbone=digits", "training.order='{1}'"]]
+    config = with_values(compose("reproduce", ["suite=orders"]), {"specialists": rows})
+    with pytest.raises(ValueError, match="name a run that the suite lacks"):
+        list(specialist_configs(config, 0, ["planner.safetensors"]))
+    with pytest.raises(ValueError, match="runs and specialists must not both be empty"):
+        compose("reproduce", ["suite=orders", "runs=[]", "specialists=[]"])

@@ -9,11 +9,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from orderrl.runtime.config import compose, documented_keys, group_choices, parts_of
+from orderrl.runtime.config import compose, help_of, parts_of
 from orderrl.runtime.devices import checked_device
 from orderrl.runtime.schema import check, select
 
-AGENTS = group_choices("train")["agent"]
+AGENTS = help_of("train").groups["agent"]
 CHOICES: dict[str, tuple[str, list[str]]] = {
     "label": ("label", []),
     "evaluate": ("evaluate", []),
@@ -37,12 +37,13 @@ ZERO = {
     *("dagger_rounds", "dagger_own_share", "own_share", "entropy_coeff", "kl_coeff", "spacing", "pair_strength"),
     *("gae_lambda", "critic_warmup", "refinements", "layers", "oh_coeff", "collapse", "explosion", "label"),
     *("gen_coeff", "oracle_coeff", "l2_coeff", "curriculum_steps"),
+    *("rounds", "random_share", "locality", "position_weight"),
 }
 SIGNED = "guidance_interval"
 NO_ZERO = ("agent.temperature", "agent.search.temperature", "labels.samples")  # others of these names may
 CLOSED = {
     *("agent.name", "agent.target", "agent.weight", "env.objective", "env.form", "env.weight", "labels.kind", "split"),
-    *("data.crop", "backbone.family", "backbone.dtype", "backbone.compile", "training.order", "device"),
+    *("data.crop", "backbone.family", "backbone.dtype", "backbone.compile", "device"),
     *("tokenizer.training.reconstruction", "logger.name", "logger.mode", "guidance_schedule", "eval.guidance_schedule"),
     *("eval.hidden_fill", "agent.body", "labels.grouping", "planner.network"),
 }
@@ -88,7 +89,7 @@ def wrong_values(key: str, default: Any, meaning: str) -> Iterator[Any]:
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_key_refuses_wrong_values(choice: str) -> None:
     command, overrides = CHOICES[choice]
-    meanings = documented_keys(command, overrides)
+    meanings = help_of(command, overrides).meanings
     config: Any = OmegaConf.to_container(compose(command, overrides))
     parts = parts_of(command, overrides)
     check(parts, config)
@@ -114,7 +115,7 @@ def test_null_is_allowed_exactly_where_the_help_says_what_it_means(choice: str) 
     command, overrides = CHOICES[choice]
     config: Any = OmegaConf.to_container(compose(command, overrides))
     parts = parts_of(command, overrides)
-    for key, meaning in documented_keys(command, overrides).items():
+    for key, meaning in help_of(command, overrides).meanings.items():
         if "null" in meaning:
             changed = copy.deepcopy(config)
             group, _, name = key.rpartition(".")
@@ -153,13 +154,20 @@ def test_a_refusal_says_what_is_allowed(command: str, override: str, expected: s
 
 
 def test_commands_that_use_a_frozen_backbone_have_no_keys_of_its_making() -> None:
-    of_pretrain = {key for key in documented_keys("pretrain") if key.startswith(("training.", "backbone.model."))}
+    of_pretrain = {key for key in help_of("pretrain").meanings if key.startswith(("training.", "backbone.model."))}
     assert len(of_pretrain) > 15
     for command in ("train", "label", "evaluate", "generate", "rollouts", "analyze", "reproduce"):
-        assert not {*of_pretrain, "backbone.family"} & documented_keys(command).keys()
-    assert not {"backbone.dtype", "backbone.memory_gb", "backbone.compile"} & documented_keys("pretrain").keys()
-    alone = documented_keys("pretrain", ["backbone=none", "data=folder", "tokenizer=small"])
+        assert not {*of_pretrain, "backbone.family"} & help_of(command).meanings.keys()
+    assert not {"backbone.dtype", "backbone.memory_gb", "backbone.compile"} & help_of("pretrain").meanings.keys()
+    alone = help_of("pretrain", ["backbone=none", "data=folder", "tokenizer=small"]).meanings
     assert not of_pretrain & alone.keys() and "tokenizer.training.steps" in alone
+
+
+@pytest.mark.parametrize("agent", ["fitted_q", "schedule", "imitation"])
+def test_agents_without_labels_have_no_keys_of_labels(agent: str) -> None:
+    assert not compose("train", [f"agent={agent}"]).labels
+    with pytest.raises(ValueError, match=r"train has no key labels.contexts"):
+        compose("train", [f"agent={agent}", "labels.contexts=5"])
 
 
 def test_the_old_name_of_a_key_is_answered_with_the_new_one(capsys: pytest.CaptureFixture[str]) -> None:

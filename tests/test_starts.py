@@ -57,7 +57,7 @@ def cached(home: Path) -> set[Path]:
 
 
 @pytest.mark.parametrize("agent", AGENTS)
-def test_the_start_and_what_was_passed_over_are_told(
+def test_the_start_and_what_was_passed_over_are_printed(
     agent: str, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(home, "bc", "agent.steps=3", "agent.evaluate_every=3", "planner.dim=32", "labels.contexts=40")

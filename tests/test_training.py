@@ -25,8 +25,7 @@ from orderrl.backbones import (
 from orderrl.data import load_split
 from orderrl.evaluate import evaluate
 from orderrl.evaluation.columns import empty_row
-from orderrl.evaluation.comparison import code_length_at
-from orderrl.evaluation.rows import Evaluated, folder_name, free_folder
+from orderrl.evaluation.rows import folder_name, free_folder
 from orderrl.evaluation.runs import open_evaluation
 from orderrl.factory import Setup, open_backbone, setup_of
 from orderrl.generate import generate
@@ -402,31 +401,6 @@ def test_newest_planner_is_the_last_one_of_its_agent(home: Path, improved: Path)
     config = configure(home, "evaluate")
     path = newest_planner(setup_of(config, open_backbone(config)), "ppo")
     assert path is not None and load_planner(path)[1]["agent"]["name"] == "ppo"
-
-
-def test_code_length_is_interpolated_at_equal_steps() -> None:
-    def row(steps: float, nll: float) -> Evaluated:
-        return Evaluated({}, {"decode_nll": torch.full((3,), nll), "steps": torch.full((3,), float(steps))})
-
-    family = [row(16, 70.0), row(8, 74.0), row(4, 80.0)]
-    at_six = code_length_at(family, 6.0)
-    assert at_six is not None and torch.allclose(at_six, torch.full((3,), 77.0))
-    assert code_length_at(family, 2.0) is None
-
-
-def test_a_poor_schedule_does_not_weaken_its_order() -> None:
-    """Equal mean steps are reached by mixing any two schedules: the best mixture is the opponent."""
-
-    def row(steps: float, *nll: float) -> Evaluated:
-        return Evaluated({}, {"decode_nll": torch.tensor(nll), "steps": torch.full((2,), float(steps))})
-
-    family = [row(16, 70.0, 60.0), row(8, 74.0, 80.0), row(9, 99.0, 85.0), row(10, 90.0, 90.0)]
-    at_nine = code_length_at(family, 9.0)
-    assert at_nine is not None and torch.allclose(at_nine, torch.tensor([73.5, 77.5]))
-    at_eight, alone = code_length_at(family, 8.0), code_length_at([family[1]], 8.0)
-    assert at_eight is not None and alone is not None and torch.equal(at_eight, alone)
-    better = code_length_at([*family, row(9, 70.0, 70.0)], 9.0)
-    assert better is not None and torch.equal(better, torch.tensor([70.0, 70.0]))
 
 
 # ---------------------------------------------------------------------- what is refused

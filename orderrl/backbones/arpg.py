@@ -20,8 +20,9 @@ from torch.nn import functional as F
 from orderrl.backbones.cache import ChainEntries, PrefixCache
 from orderrl.backbones.chains import ChainBackbone, Drawn, Growing
 from orderrl.backbones.cpu_linear import Linear
-from orderrl.backbones.layers import FeedForward, Level, causal_mask, chain_attention, rotate
+from orderrl.backbones.layers import FeedForward, Level, by_heads, chain_attention, rotate, unseen_later
 from orderrl.backbones.llamagen import FamilyModule, TransformerConfig
+from orderrl.backbones.protocol import answers_alike
 
 
 class _SelfAttention(nn.Module):
@@ -64,6 +65,7 @@ class _Decoder(nn.Module):
     """Both passes and the shared keys and values between them."""
 
     def __init__(self, config: TransformerConfig) -> None:
+        config.require_plain("arpg")
         super().__init__()
         half = config.layers // 2
         self.self_dec = nn.ModuleList(_Layer(_SelfAttention(config.dim), config) for _ in range(half))
@@ -73,6 +75,7 @@ class _Decoder(nn.Module):
         self.cross_dec = nn.ModuleList(_Layer(_CrossAttention(config.dim), config) for _ in range(half))
 
 
+@answers_alike
 class ARPG(FamilyModule, ChainBackbone):
     """Two-pass decoder for any token order.
 
@@ -111,7 +114,7 @@ class ARPG(FamilyModule, ChainBackbone):
     def _heads(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
         """(M, C, T, dim) -> (M, heads, C, T, head_dim), rotated if positions are given."""
         split = x.unflatten(-1, (self.config.heads, -1))
-        return (split if rope is None else rotate(split, rope)).permute(0, 3, 1, 2, 4).contiguous()
+        return by_heads(split if rope is None else rotate(split, rope), self.config.heads)[0]
 
     # ------------------------------------------------------------------ both passes
 
@@ -137,7 +140,7 @@ class ARPG(FamilyModule, ChainBackbone):
             Entries of half the layers and, last, the pair that the second pass reads.
         """
         shared, keys, values = prefix.levels, [], []
-        length = x.shape[2]
+        unseen = unseen_later(x.shape[2], x.shape[2] if own is None else own.length, x.device) if causal else None
         for number, layer in enumerate(cast(list[_Layer], self.layers.self_dec)):
             attention = cast(_SelfAttention, layer.attn)
             normed = layer.attn_norm(x)
@@ -148,8 +151,7 @@ class ARPG(FamilyModule, ChainBackbone):
             levels = [shared[number], *_given(past, number)]
             if own is not None:
                 key, value = _grown(own, number, key, value)
-            mask = causal_mask(length, key.shape[3], x.device) if causal else None
-            mixed = chain_attention(query, [*levels, Level(key, value, mask)])
+            mixed = chain_attention(query, [*levels, Level(key, value, unseen)])
             x = layer.finish(x, mixed.permute(0, 2, 3, 1, 4).flatten(-2))
         normed = self.layers.norm(x)
         keys.append(self._heads(self.layers.to_k(normed), rope))
@@ -176,8 +178,8 @@ class ARPG(FamilyModule, ChainBackbone):
         """
         levels, length = [prefix.levels[-1], *_given(past, -1)], positions.shape[2]
         if own.length:
-            mask = causal_mask(length, own.length, positions.device) if causal else None
-            levels.append(Level(own.keys[-1], own.values[-1], mask))
+            unseen = unseen_later(length, own.length, positions.device) if causal else None
+            levels.append(Level(own.keys[-1], own.values[-1], unseen))
         rope = self.rope[positions + 1]
         x = self._mask_queries(positions.shape)
         for layer in cast(list[_Layer], self.layers.cross_dec):

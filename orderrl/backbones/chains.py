@@ -7,13 +7,15 @@ the sampler ask for is the same for all of them and stands here, packed into for
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from orderrl.backbones.cache import ChainEntries, ChainParts, PrefixCache
+from orderrl.backbones.graphs import BlockGraphs
 from orderrl.backbones.memory import Packing, plan, values_at_once
 from orderrl.backbones.protocol import BlockLosses, Drawing
 from orderrl.backbones.sampling import Sampling, guide, sample_tokens
@@ -32,8 +34,8 @@ class Drawn(NamedTuple):
 class Growing:
     """Entries of chains that grow token by token, in room for all that they will ever have."""
 
-    def __init__(self, room: ChainEntries) -> None:
-        self.room, self.length = room, 0
+    def __init__(self, room: Tensor) -> None:
+        self.room, self.length = room, 0  # keys of all layers, then values: (2 * layers, M, heads, C, T, head_dim)
 
     def grown(self, count: int) -> ChainEntries:
         """The entries so far with places for `count` more behind them."""
@@ -43,7 +45,7 @@ class Growing:
     @property
     def entries(self) -> ChainEntries:
         """The entries so far."""
-        return self.room.until(self.length)
+        return ChainEntries.of(self.room[..., : self.length, :])
 
 
 class ChainBackbone:
@@ -107,6 +109,11 @@ class ChainBackbone:
 
     # ------------------------------------------------------------------ the protocol
 
+    @cached_property
+    def graphs(self) -> BlockGraphs:
+        """Blocks drawn as CUDA graphs."""
+        return BlockGraphs()
+
     @property
     def draws_per_block(self) -> int:
         """Sequential draws that a block takes: token by token."""
@@ -132,7 +139,7 @@ class ChainBackbone:
                 row.append(self._score(part_prefix, part_tokens, blocks[states, chains], part_past, whole))
             rows.append(row)
         losses = BlockLosses(
-            *(torch.cat([torch.cat([part[0][field] for part in row], 1) for row in rows]) for field in range(3))
+            *(joined([joined([part[0][field] for part in row], 1) for row in rows]) for field in range(3))
         )
         if past is not None:
             return losses, None
@@ -168,7 +175,7 @@ class ChainBackbone:
             log_probs = self.logits(query).float().log_softmax(-1)
             losses.append(-log_probs.gather(-1, target[..., None]).sum((-2, -1)))
             spreads.append(entropy(log_probs[:, 0]))
-        return torch.cat(losses), torch.cat(spreads)
+        return joined(losses), joined(spreads)
 
     def expected_gain(self, prefix: PrefixCache, blocks: Tensor, past: ChainEntries, uniforms: Tensor) -> Tensor:
         gains = []
@@ -178,13 +185,13 @@ class ChainBackbone:
             for chosen, chains in parts:
                 seen, noise = part_past.narrow(chosen), uniforms[states, chains]
                 row.append(self._expected_gain(part_prefix, blocks[states, chains], seen, noise))
-            gains.append(torch.cat(row, 1))
-        return torch.cat(gains)
+            gains.append(joined(row, 1))
+        return joined(gains)
 
     def _expected_gain(self, prefix: PrefixCache, blocks: Tensor, past: ChainEntries, uniforms: Tensor) -> Tensor:
         """`expected_gain` of one forward."""
         positions = self.block_tokens[blocks]
-        sides = [(past, self._room(prefix, blocks.shape[1])), (None, self._room(prefix, blocks.shape[1]))]
+        sides = [(earlier, Growing(self._room(prefix, blocks.shape[1]))) for earlier in (past, None)]
         gain = torch.zeros(blocks.shape, dtype=torch.float32, device=blocks.device)
         drawn = None
         for i in range(positions.shape[2]):
@@ -196,12 +203,44 @@ class ChainBackbone:
             drawn = Drawn(positions[:, :, i], sample_tokens(informed, uniforms[:, :, i], Sampling()))
         return gain
 
-    def _room(self, prefix: PrefixCache, chains: int) -> Growing:
+    def certainty(self, prefix: PrefixCache, blocks: Tensor, first: bool = False) -> tuple[Tensor, Tensor]:
+        """How sure the model is of hidden blocks, whatever they hold: a function of the prefix alone.
+
+        Means over a block's tokens, each given those before it in the block's most likely chain.
+
+        Args:
+            blocks: (M, C) int64, hidden blocks.
+            first: look at the first token alone.
+
+        Returns:
+            Expected log-probability and log-probability of the most likely token, each (M, C), nats per token.
+        """
+        rows = []
+        for states, parts in self._plan(prefix, blocks, blocks.shape[1], None):
+            seen = prefix.select(states)
+            row = [self._certainty(seen, self.block_tokens[blocks[states, part]], first) for part, _ in parts]
+            rows.append([torch.cat(columns, 1) for columns in zip(*row, strict=True)])
+        expected, highest = (torch.cat(columns) for columns in zip(*rows, strict=True))
+        return expected, highest
+
+    def _certainty(self, prefix: PrefixCache, positions: Tensor, first: bool) -> tuple[Tensor, Tensor]:
+        """`certainty` of one forward: positions (M, C, p*p)."""
+        count = 1 if first else positions.shape[2]
+        own = None if first else Growing(self._room(prefix, positions.shape[1]))
+        expected = torch.zeros(positions.shape[:2], dtype=torch.float32, device=positions.device)
+        highest, drawn = torch.zeros_like(expected), None
+        for i in range(count):
+            log_probs = self.logits(self._continue(prefix, positions[:, :, i], drawn, own)).float().log_softmax(-1)
+            best = log_probs.max(-1)
+            expected, highest = expected - entropy(log_probs), highest + best.values
+            drawn = Drawn(positions[:, :, i], best.indices)
+        return expected / count, highest / count
+
+    def _room(self, prefix: PrefixCache, chains: int) -> Tensor:
         """Room for the entries of chains, without their last token's."""
         layers, states, heads, _, width = prefix.keys.shape
         length = self.entries_per_token * self.geometry.tokens_per_block - 1
-        parts = [prefix.keys.new_empty(states, heads, chains, length, width) for _ in range(2 * layers)]
-        return Growing(ChainEntries(tuple(parts[:layers]), tuple(parts[layers:])))
+        return prefix.keys.new_empty(2 * layers, states, heads, chains, length, width)
 
     def observe(self, prefix: PrefixCache, blocks: Tensor) -> tuple[Tensor, Tensor]:
         rows = []
@@ -209,8 +248,8 @@ class ChainBackbone:
         for states, parts in plan(len(blocks), blocks.shape[1], 1, most):
             seen = prefix.select(states)
             row = [self._continue(seen, self.block_tokens[blocks[states, part]][:, :, 0], None, None) for part in parts]
-            rows.append(torch.cat(row, 1))
-        hidden = torch.cat(rows)
+            rows.append(joined(row, 1))
+        hidden = joined(rows)
         spread = self._losses(hidden.flatten(0, 1)[:, None], torch.zeros_like(blocks).flatten()[:, None])[1]
         return hidden.float(), spread.view(blocks.shape)
 
@@ -223,7 +262,12 @@ class ChainBackbone:
             known = None if first is None else first.select(states)
             part = self._extend(prefix.select(states), tokens[states], blocks[states], count[states], known)
             lengths.append(part.length)  # its entries are written into the prefix's own
-        return PrefixCache(prefix.keys, prefix.values, torch.cat(lengths))
+        last = prefix.last
+        if last is not None:
+            count = count.to(last.device)
+            ends = self.block_tokens[blocks.gather(1, (count - 1).clamp_min(0)[:, None])[:, 0], -1]
+            last = torch.where(count > 0, ends, last)
+        return PrefixCache(prefix.keys, prefix.values, torch.cat(lengths), last=last)
 
     def _extend(
         self, prefix: PrefixCache, tokens: Tensor, blocks: Tensor, count: Tensor, first: ChainEntries | None
@@ -248,20 +292,62 @@ class ChainBackbone:
         unconditional: PrefixCache | None = None,
     ) -> Drawing:
         positions = self.block_tokens[blocks]  # (M, K, p*p)
-        prefixes = [prefix] if unconditional is None else [prefix, unconditional]
-        chains = [self._room(cache, blocks.shape[1]) for cache in prefixes]
-        visible = ((prefix.length - 1) // self.entries_per_token).to(positions.device, non_blocking=True)
-        drawn, tokens = None, []
+        sides = [prefix] if unconditional is None else [prefix, unconditional]
+        visible = (prefix.length - 1) // self.entries_per_token
+        found = None
+        if prefix.last is None:  # a graph reads nothing else of a prefix
+            found = self.graphs.draw(self, sides, positions, uniforms, visible, sampling)
+        if found is not None:
+            tokens, room = found
+            rooms = list(room.split(len(blocks), 1))
+        else:
+            if positions.device.type != "cpu":  # both sides in one batch; on a CPU that saves nothing
+                sides = [PrefixCache.cat(sides)]
+            rooms = [self._room(side, blocks.shape[1]) for side in sides]
+            visible = visible.to(positions.device, non_blocking=True)
+            tokens = self._draw(sides, positions, uniforms, visible, sampling, rooms)
+            rooms = [part for room in rooms for part in room.split(len(blocks), 1)] if len(blocks) else rooms
+        return Drawing(tokens, *(ChainEntries.of(room) for room in rooms))
+
+    def _draw(
+        self,
+        sides: Sequence[PrefixCache],
+        positions: Tensor,
+        uniforms: Tensor,
+        visible: Tensor,
+        sampling: Sampling,
+        rooms: Sequence[Tensor],
+    ) -> Tensor:
+        """Tokens (M, K, p*p) of `decode`, on the device alone: this is what is recorded as a CUDA graph.
+
+        Args:
+            sides: prefixes with the label and, where guidance needs it, without, or one that holds both in this order.
+            positions: (M, K, p*p) int64.
+            visible: (M,) int64, visible tokens.
+            rooms: of every side, filled with the chains' entries.
+        """
+        drawn: Drawn | None = None
+        tokens: list[Tensor] = []
+        chains = [Growing(room) for room in rooms]
         for i in range(positions.shape[-1]):
-            logits = [
-                self.logits(self._continue(cache, positions[:, :, i], drawn, own)).float()
-                for cache, own in zip(prefixes, chains, strict=True)
-            ]
+            logits: list[Tensor] = []
+            for side, own in zip(sides, chains, strict=True):
+                both = len(side.length) // max(len(positions), 1)  # sides in one batch
+                known, asked = drawn, positions[:, :, i]
+                if both > 1:
+                    known = None if drawn is None else Drawn(*(part.repeat(both, 1) for part in drawn))
+                    asked = asked.repeat(both, 1)
+                logits += self.logits(self._continue(side, asked, known, own)).float().chunk(both)
             scale = sampling.scale(visible + i, self.geometry.num_tokens)[:, None]
             guided = guide(logits[0], logits[1] if len(logits) > 1 else None, scale, sampling)
             drawn = Drawn(positions[:, :, i], sample_tokens(guided, uniforms[:, :, i], sampling))
             tokens.append(drawn.token)
-        return Drawing(torch.stack(tokens, dim=-1), *(own.entries for own in chains))
+        return torch.stack(tokens, dim=-1)
+
+
+def joined(parts: list[Tensor], dim: int = 0) -> Tensor:
+    """`torch.cat` that does not copy a single part."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def entropy(log_probs: Tensor) -> Tensor:

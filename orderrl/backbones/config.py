@@ -45,25 +45,30 @@ class RunningBackbone(Settings):
     """How a frozen backbone runs."""
 
     dtype: str | None = setting(
-        None,
+        "auto",
         "Type of the parameters: float32, bfloat16 or float16; null leaves them as they are, and makes published ones "
-        "float32",
+        "float32; auto is bfloat16 on GPUs that have it, elsewhere null",
     )
     memory_gb: float | None = setting(
         None, "Memory that the activations of one forward may take, 10^9 bytes; null is what is free", positive()
     )
     compile: str | None = setting(
         None,
-        "Mode of torch.compile for the layers: default, reduce-overhead (CUDA graphs), ...; null is eager",
+        "Mode of torch.compile for the layers: default or max-autotune-no-cudagraphs; null is eager",
         one_of(COMPILE_MODES),
     )
     pack_weights: bool = setting(
         True, "On CPUs, keep a second copy of the weights in the layout that products read fastest"
     )
+    cuda_graph: bool | None = setting(
+        None,
+        "On CUDA, draw a block as one recorded graph: null where shapes come again and it can, true always or not at "
+        "all, false never",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.dtype is not None:
+        if self.dtype not in (None, "auto"):
             as_dtype(self.dtype)
 
 
@@ -103,7 +108,7 @@ class OrderRobustStart(Settings):
 
 
 def _check_shape(family: str, model: Any, tokens: Mapping[str, int]) -> None:
-    """Refuse shapes that can't be built, on the smallest grid that has blocks of this size."""
+    """Refuse shapes that cannot be built, on the smallest grid that has blocks of this size."""
     side = model["block_size"]
     with named("model"):
         backbone_config(family, {**model, "height": side, "width": side, **tokens})

@@ -59,23 +59,23 @@ class Level(NamedTuple):
 
     keys: Tensor  # (M, heads, G, L, head_dim); each of the G is read by C / G consecutive chains
     values: Tensor
-    # bool, True where a query may look, broadcast to (M, heads, C, T, L); None is everywhere
-    mask: Tensor | None = None
+    # bool, True where a query may not look, broadcast to (M, heads, C, T, L); None is nowhere
+    unseen: Tensor | None = None
 
     def states(self, rows: slice) -> Level:
         """A view of some states; a mask that all states share stays whole."""
-        mask = self.mask if self.mask is None or self.mask.ndim < self.keys.ndim else self.mask[rows]
-        return Level(self.keys[rows], self.values[rows], mask)
+        unseen = self.unseen if self.unseen is None or self.unseen.ndim < self.keys.ndim else self.unseen[rows]
+        return Level(self.keys[rows], self.values[rows], unseen)
 
 
-def causal_mask(length: int, total: int, device: torch.device) -> Tensor | None:
-    """(length, total) bool: the last `length` of `total` entries see themselves and those before; None if that's all.
+def unseen_later(length: int, total: int, device: torch.device) -> Tensor | None:
+    """(length, total) bool: what the last `length` of `total` entries do not see, those behind them; None if nothing.
 
     This is the mask of a chain's own level.
     """
     if length == 1:
         return None
-    return torch.ones(length, total, dtype=torch.bool, device=device).tril(total - length)
+    return torch.ones(length, total, dtype=torch.bool, device=device).triu(total - length + 1)
 
 
 def chain_attention(query: Tensor, levels: Sequence[Level]) -> Tensor:
@@ -100,22 +100,24 @@ def chain_attention(query: Tensor, levels: Sequence[Level]) -> Tensor:
 def _attend(query: Tensor, levels: Sequence[Level], mixed: Tensor) -> None:
     """`chain_attention` of a few states, without gradients, with all scores in one buffer; writes to `mixed`."""
     states, heads, chains, length, width = query.shape
-    ends = list(accumulate(level.keys.shape[3] for level in levels))
-    scaled = query * width**-0.5
+    ends, on_cpu = list(accumulate(level.keys.shape[3] for level in levels)), query.device.type == "cpu"
     scores = query.new_empty(states * heads, chains * length, ends[-1])
-    for (keys, _, mask), end in zip(levels, ends, strict=True):
+    scaled = query * width**-0.5 if on_cpu else query
+    for (keys, _, unseen), end in zip(levels, ends, strict=True):
         groups, seen = keys.shape[2:4]
         place = scores.view(states * heads * groups, -1, ends[-1])[..., end - seen : end]
-        # one batched call and a copy: written in place, every product would be a call of its own
-        place.copy_(_scores(scaled.view(len(place), -1, width), keys.reshape(len(place), seen, width)))
-        if mask is not None:
-            masked = scores.view(states, heads, chains, length, -1)[..., end - seen : end]
-            masked.masked_fill_(~mask, -torch.inf)
+        asked, held = scaled.view(len(place), -1, width), keys.reshape(len(place), seen, width)
+        if on_cpu:  # one batched call and a copy: written in place, every product would be a call of its own
+            place.copy_(_scores(asked, held))
+        else:
+            torch.baddbmm(place, asked, held.mT, beta=0, alpha=width**-0.5, out=place)
+        if unseen is not None:
+            scores.view(states, heads, chains, length, -1)[..., end - seen : end].masked_fill_(unseen, -torch.inf)
     torch.softmax(scores, dim=-1, out=scores)
     for number, ((_, values, _), end) in enumerate(zip(levels, ends, strict=True)):
         groups, seen = values.shape[2:4]
         weights = scores.view(states * heads * groups, -1, ends[-1])[..., end - seen : end]
-        weights = weights if groups < chains else weights.contiguous()
+        weights = weights.contiguous() if on_cpu and groups == chains else weights
         total = mixed.view(len(weights), -1, width)
         torch.baddbmm(total, weights, values.reshape(len(weights), seen, width), beta=int(number > 0), out=total)
 
@@ -132,9 +134,9 @@ def differentiable_chain_attention(query: Tensor, levels: Sequence[Level]) -> Te
     query = query * query.shape[-1] ** -0.5
     leading = query.shape[:-1]
     scores = []
-    for keys, _, mask in levels:
+    for keys, _, unseen in levels:
         part = (_grouped(query, keys.shape[2]) @ keys.mT).view(*leading, keys.shape[3])
-        scores.append(part if mask is None else part.masked_fill(~mask, -torch.inf))
+        scores.append(part if unseen is None else part.masked_fill(unseen, -torch.inf))
     weights = torch.cat(scores, dim=-1).softmax(-1)
     parts = weights.split([part.shape[-1] for part in scores], dim=-1)
     mixed = [
@@ -171,26 +173,29 @@ class Attention(nn.Module):
         Each is (M, heads, C, T, head_dim).
         """
         if queries == EVERY:
-            query, key, value = self.project(x, rope)
-            return _by_heads(query), _by_heads(key), _by_heads(value)
+            mixed = self.wqkv(x).unflatten(-1, (3 * self.heads, -1))
+            query_key, value = mixed.split([2 * self.heads, self.heads], dim=-2)
+            (query, key), (value,) = by_heads(rotate(query_key, rope), self.heads), by_heads(value, self.heads)
+            return query, key, value
         dim = x.shape[-1]
         key, value = self.wqkv(x, slice(dim, None)).unflatten(-1, (2 * self.heads, -1)).chunk(2, dim=-2)
-        key, value = _by_heads(rotate(key, rope)), _by_heads(value)
+        (key,), (value,) = by_heads(rotate(key, rope), self.heads), by_heads(value, self.heads)
         if queries is None:
             return None, key, value
-        query = self.wqkv(x[:, :, queries], slice(dim)).unflatten(-1, (self.heads, -1))
-        return _by_heads(rotate(query, rope[:, :, queries])), key, value
+        asked = self.wqkv(x[:, :, queries], slice(dim)).unflatten(-1, (self.heads, -1))
+        (query,) = by_heads(rotate(asked, rope[:, :, queries]), self.heads)
+        return query, key, value
 
-    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
-        """Plain causal self-attention over a whole sequence, (M, S, dim)."""
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Self-attention over a whole sequence, (M, S, dim): causal, or where mask (M, 1, S, S) bool is True."""
         query, key, value = (part.transpose(1, 2) for part in self.project(x, rope))
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        mixed = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None)
         return self.wo(rearrange(mixed, "m h s d -> m s (h d)"))
 
 
-def _by_heads(x: Tensor) -> Tensor:
-    """(M, C, T, heads, head_dim) -> (M, heads, C, T, head_dim), contiguous."""
-    return x.permute(0, 3, 1, 2, 4).contiguous()
+def by_heads(x: Tensor, heads: int) -> tuple[Tensor, ...]:
+    """(M, C, T, n * heads, head_dim) -> n tensors (M, heads, C, T, head_dim), each of them contiguous."""
+    return x.unflatten(3, (-1, heads)).permute(3, 0, 4, 1, 2, 5).contiguous().unbind()
 
 
 class FeedForward(nn.Module):
@@ -204,11 +209,11 @@ class FeedForward(nn.Module):
         self.w3 = Linear(dim, width, bias=False)
         self.w2 = Linear(width, dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         gate = self.w1(x)
         if torch.is_grad_enabled():
-            return self.w2(F.silu(gate) * self.w3(x))
-        return self.w2(F.silu(gate, inplace=True).mul_(self.w3(x)))
+            return self.w2(F.silu(gate) * self.w3(x), onto=onto)
+        return self.w2(F.silu(gate, inplace=True).mul_(self.w3(x)), onto=onto)
 
 
 class TransformerBlock(nn.Module):
@@ -222,9 +227,9 @@ class TransformerBlock(nn.Module):
         self.feed_forward = FeedForward(dim, multiple_of)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
-        """Teacher-forced pass over whole sequences, (M, S, dim)."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), rope))
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Teacher-forced pass over whole sequences, (M, S, dim); the mask as in `Attention`."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), rope, mask))
         return x + self.dropout(self.feed_forward(self.ffn_norm(x)))
 
     def chain(
@@ -234,16 +239,18 @@ class TransformerBlock(nn.Module):
         levels: Sequence[Level],
         own: tuple[Tensor, Tensor] | None = None,
         queries: slice | None = EVERY,
+        unseen: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Pass over new entries of chains that see what the levels hold, their own past and each other causally.
 
         Args:
-            x: (M, C, T, dim), the new entries.
+            x: (M, C, T, dim), the new entries; off the CPU it may be overwritten where there are no gradients.
             rope: (M, C, T, head_dim / 2, 2), or broadcast.
             levels: what groups of chains share.
             own: keys and values (M, heads, C, S, head_dim) of which the last T places take the new entries and those
                 before hold the chains' earlier ones; None if there are none.
             queries: the places whose output is needed; the others only leave keys and values behind. None is no place.
+            unseen: what each new entry does not see of its chain, (T, S) as `unseen_later` gives it.
 
         Returns:
             (M, C, queries, dim), and the new entries' keys and values (M, heads, C, T, head_dim).
@@ -256,7 +263,7 @@ class TransformerBlock(nn.Module):
         if query is None:
             return x[:, :, :0], new_key, new_value
         assert queries is not None
-        mask = causal_mask(length, key.shape[3], x.device)
-        mixed = chain_attention(query, [*levels, Level(key, value, mask if mask is None else mask[queries])])
-        x = x[:, :, queries] + self.attention.wo(mixed.permute(0, 2, 3, 1, 4).flatten(-2))
-        return x + self.feed_forward(self.ffn_norm(x)), new_key, new_value
+        unseen = None if unseen is None else unseen[queries]
+        mixed = chain_attention(query, [*levels, Level(key, value, unseen)])
+        x = self.attention.wo(mixed.permute(0, 2, 3, 1, 4).flatten(-2), onto=x[:, :, queries])
+        return self.feed_forward(self.ffn_norm(x), onto=x), new_key, new_value

@@ -18,11 +18,14 @@ from torch import Tensor, nn
 from orderrl.backbones.cache import ChainEntries, PrefixCache
 from orderrl.backbones.chains import entropy
 from orderrl.backbones.cpu_linear import EVERY, Linear
-from orderrl.backbones.layers import Level, TransformerBlock, rope_table
-from orderrl.backbones.protocol import BlockLosses, Drawing
+from orderrl.backbones.layers import Level, TransformerBlock, rope_table, unseen_later
+from orderrl.backbones.origin import Origin
+from orderrl.backbones.protocol import BlockLosses, Drawing, answers_alike
 from orderrl.backbones.sampling import Sampling, guide, sample_tokens
 from orderrl.geometry import BlockGrid
-from orderrl.runtime.values import at_least, between, check_fields, setting
+from orderrl.runtime.values import added_setting, at_least, between, check_fields, one_of, setting
+
+ABSOLUTE, RELATIVE = "absolute", "relative"
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,34 @@ class TransformerConfig:
     heads: int = setting(4, "Attention heads", at_least(1))
     multiple_of: int = setting(32, "Divisor of the feed-forward width, which is rounded up", at_least(1))
     dropout: float = setting(0.0, "Dropout rate in training", between("[0, 1)"))
+    next_position: str = added_setting(
+        ABSOLUTE,
+        "What an instruction token says: absolute (where the next token lies), or relative (how far from the last one, "
+        "as in OAR)",
+        one_of((ABSOLUTE, RELATIVE)),
+    )
+    position_head: bool = added_setting(
+        False, "Whether the model also says which block comes next, for policy=native; learnt on extracted orders"
+    )
 
     def __post_init__(self) -> None:
         check_fields(self, at_least(1, "vocab_size", "num_classes"))
         BlockGrid(self.height, self.width, self.block_size)
         if self.dim % self.heads:
             raise ValueError(f"heads={self.heads} must divide dim={self.dim}")
+
+    def require_plain(self, family: str) -> None:
+        """Refuse what models with instruction tokens alone have.
+
+        Raises:
+            ValueError: naming the setting and the family.
+        """
+        for name, plain in (("next_position", ABSOLUTE), ("position_head", False)):
+            if getattr(self, name) != plain:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is for models with instruction tokens (family randar), not for "
+                    f"family {family}; use {plain!r}"
+                )
 
     def to_dict(self) -> dict[str, int | float]:
         """Plain values, as stored in checkpoints."""
@@ -72,6 +97,7 @@ class FamilyModule(nn.Module):
     """Shape, block grid and rotary table of a model of the family; `OUTPUT` names its output matrix."""
 
     OUTPUT = "output"
+    origin: Origin | None = None  # of a specialist: the orders that it was made for
     rope: Tensor
     block_tokens: Tensor
 
@@ -112,10 +138,10 @@ class CausalTransformer(FamilyModule):
     def _blocks(self) -> Iterator[TransformerBlock]:
         return (cast(TransformerBlock, layer) for layer in self.layers)
 
-    def _forward(self, x: Tensor, rope: Tensor) -> Tensor:
-        """Teacher-forced pass over whole sequences (M, S, dim), final norm included."""
+    def _forward(self, x: Tensor, rope: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Teacher-forced pass over whole sequences (M, S, dim), final norm included; causal without a mask."""
         for layer in self._blocks():
-            x = layer(x, rope)
+            x = layer(x, rope, mask)
         return self.norm(x)
 
     def encode(
@@ -141,13 +167,14 @@ class CausalTransformer(FamilyModule):
             Hidden states (M, C, outputs, dim) before the final norm, and the new entries.
         """
         shared, keys, values = prefix.levels, [], []
+        unseen = unseen_later(x.shape[2], x.shape[2] if own is None else own.length, x.device)
         for number, layer in enumerate(self._blocks()):
             levels = [shared[number]]
             if past is not None:
                 levels.append(Level(past.keys[number], past.values[number]))
             room = None if own is None else (own.keys[number], own.values[number])
             last = number + 1 == self.config.layers
-            x, key, value = layer.chain(x, rope, levels, room, outputs if last else EVERY)
+            x, key, value = layer.chain(x, rope, levels, room, outputs if last else EVERY, unseen)
             keys.append(key)
             values.append(value)
         return x, ChainEntries(tuple(keys), tuple(values))
@@ -176,6 +203,7 @@ class RasterState:
         return RasterState(labels)
 
 
+@answers_alike
 class RasterTransformer(CausalTransformer):
     """LlamaGen: the sequence [class, x1, x2, ...] in raster order; entry i predicts token i + 1.
 
@@ -186,6 +214,7 @@ class RasterTransformer(CausalTransformer):
     order_robust = False
 
     def __init__(self, config: TransformerConfig) -> None:
+        config.require_plain("llamagen")
         super().__init__(config)
         if not config.block_size == config.height == config.width:
             raise ValueError(

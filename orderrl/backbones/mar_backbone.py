@@ -20,7 +20,8 @@ from torch import Tensor
 from orderrl.backbones.diffloss import TRAINING_STEPS, GaussianDiffusion
 from orderrl.backbones.mar import MAR, MARConfig
 from orderrl.backbones.memory import Packing, plan
-from orderrl.backbones.protocol import BlockLosses, Drawing
+from orderrl.backbones.origin import Origin
+from orderrl.backbones.protocol import BlockLosses, Drawing, answers_alike
 from orderrl.backbones.sampling import Sampling
 from orderrl.geometry import BlockGrid
 from orderrl.runtime.random import Stream, keyed_normal, mix_content
@@ -95,6 +96,7 @@ class MaskedChains:
         return onto
 
 
+@answers_alike
 class MaskedTransformer(MAR):
     """MAR on a grid of blocks; it satisfies `orderrl.backbones.Backbone`, whose methods are documented there.
 
@@ -104,6 +106,7 @@ class MaskedTransformer(MAR):
     order_robust = True
     vocab_size = 0
     packing: Packing = Packing()
+    origin: Origin | None = None  # of a specialist: the orders that it was made for
     config: MaskedConfig
 
     def __init__(self, config: MaskedConfig) -> None:
@@ -271,7 +274,14 @@ class MaskedTransformer(MAR):
 
     # ------------------------------------------------------------------ training and scoring
 
-    def training_loss(self, tokens: Tensor, labels: Tensor, token_order: Tensor, generator: torch.Generator) -> Tensor:
+    def training_loss(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        token_order: Tensor,
+        generator: torch.Generator,
+        seen: Tensor | None = None,
+    ) -> Tensor:
         """Mean diffusion loss of hidden tokens; the number of visible blocks is uniform in 0..B-1.
 
         Args:
@@ -279,12 +289,16 @@ class MaskedTransformer(MAR):
             labels: (M,) int64; num_classes drops the label.
             token_order: (M, N) int64, a block order; its beginning is visible.
             generator: on the CPU, source of the number of visible blocks, times and noises.
+            seen: (M, B) int64, how many blocks are visible when each of the order is drawn; visible are as many as
+                before the step that would draw the next block. None is one block a step.
 
         Returns:
             Scalar, DiffLoss units.
         """
         m, n = token_order.shape
         shown_blocks = torch.randint(self.geometry.num_blocks, (m, 1), generator=generator)
+        if seen is not None:
+            shown_blocks = seen.cpu().gather(1, shown_blocks)
         shown = (torch.arange(n) < shown_blocks * self.geometry.tokens_per_block).to(tokens.device)
         visible = torch.zeros(m, n, dtype=torch.bool, device=tokens.device).scatter(1, token_order, shown)
         z, targets = self.conditions(tokens, visible, labels)[~visible], tokens[~visible]  # (hidden tokens, ...)

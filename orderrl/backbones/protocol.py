@@ -9,6 +9,7 @@ from orderrl.backbones.sampling import Sampling
 from orderrl.data import TokenSet
 from orderrl.geometry import BlockGrid
 from orderrl.runtime.finite import OVERFLOW, require_finite
+from orderrl.runtime.isolation import isolated_methods
 
 
 class BlockLosses(NamedTuple):
@@ -118,6 +119,10 @@ class Backbone(Protocol):
             sampling: temperature, top-k, top-p, guidance.
             unconditional: cache of the same states under the dropped label, for guidance.
         """
+
+
+answers_alike = isolated_methods("start", "context_loss", "expected_gain", "observe", "extend", "decode")
+"""Class decorator of a backbone: what it is asked directly, too, is answered alike under every mode of PyTorch."""
 
 
 def backbone_device(backbone: Backbone) -> torch.device:

@@ -96,6 +96,8 @@ def randar_sampler(
     Raises:
         ValueError: if steps is not in 1..N.
     """
+    if model.relative:
+        raise ValueError("RandAR's sampler says where the next token lies, not how far it is; use absolute positions")
     sampling = sampling or Sampling()
     total = model.geometry.num_tokens
     sizes = randar_sizes(total, steps)

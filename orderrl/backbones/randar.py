@@ -18,10 +18,12 @@ from torch.nn import functional as F
 from orderrl.backbones.cache import ChainEntries, PrefixCache
 from orderrl.backbones.chains import ChainBackbone, Drawn, Growing, entropy
 from orderrl.backbones.cpu_linear import EVERY
-from orderrl.backbones.layers import Level, rotate
-from orderrl.backbones.llamagen import CausalTransformer, RasterTransformer, TransformerConfig
+from orderrl.backbones.layers import Level, rotate, unseen_later
+from orderrl.backbones.llamagen import RELATIVE, CausalTransformer, RasterTransformer, TransformerConfig
+from orderrl.backbones.protocol import answers_alike
 
 
+@answers_alike
 class OrderRobustTransformer(CausalTransformer, ChainBackbone):
     """Causal transformer over [class, q1, x1, q2, x2, ...] for any token order.
 
@@ -34,6 +36,10 @@ class OrderRobustTransformer(CausalTransformer, ChainBackbone):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
         self.pos_instruct_embeddings = nn.Parameter(torch.empty(1, config.dim))
+        if self.relative:
+            self.offset_embeddings = nn.Embedding((2 * config.height - 1) * (2 * config.width - 1), config.dim)
+        if config.position_head:
+            self.position_head = nn.Linear(config.dim, self.geometry.num_blocks)
         self.reset_parameters()
 
     @classmethod
@@ -46,20 +52,58 @@ class OrderRobustTransformer(CausalTransformer, ChainBackbone):
 
     # ------------------------------------------------------------------ embeddings
 
-    def instructions(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Instruction tokens of raster positions (...): embeddings (..., dim) and rotations."""
+    @property
+    def relative(self) -> bool:
+        """Whether instruction tokens say how far the next token lies from the last one."""
+        return self.config.next_position == RELATIVE
+
+    def instructions(self, positions: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Instruction tokens of raster positions (...): embeddings (..., dim) and rotations.
+
+        They say where the next token lies, or of a relative model, how far from the token `before` (...), in whose
+        place they stand: one row of a table for every offset (OAR, arXiv:2504.17069). The first token, before which
+        stands -1, has its absolute position.
+        """
         rope = self.rope[positions + 1]
         shared = self.pos_instruct_embeddings.view(self.config.heads, -1).expand(*positions.shape, -1, -1)
-        return rotate(shared, rope).flatten(-2), rope
+        absolute = rotate(shared, rope).flatten(-2)
+        if not self.relative:
+            return absolute, rope
+        assert before is not None
+        height, width = self.config.height, self.config.width
+        down = positions // width - before // width + height - 1
+        right = positions % width - before % width + width - 1
+        begun = before >= 0
+        offset = torch.where(begun, down * (2 * width - 1) + right, 0)
+        found = torch.where(begun[..., None], self.offset_embeddings(offset), absolute)
+        return found, torch.where(begun[..., None, None], self.rope[before + 1], rope)
 
-    def interleave(self, positions: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """q1, x1, q2, x2, ...: positions and tokens (..., n) -> embeddings (..., 2n, dim), rotations."""
-        queries, rope = self.instructions(positions)
+    def interleave(self, positions: Tensor, tokens: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """q1, x1, q2, x2, ...: positions and tokens (..., n) -> embeddings (..., 2n, dim), rotations.
+
+        A relative model needs the position (...) `before` the first, or -1.
+        """
+        earlier = None
+        if self.relative:
+            assert before is not None
+            earlier = torch.cat([before[..., None], positions[..., :-1]], -1)
+        queries, query_rope = self.instructions(positions, earlier)
+        rope = self.rope[positions + 1]
         contents = self.tok_embeddings(tokens)
         return (
             torch.stack([queries, contents], dim=-2).flatten(-3, -2),
-            torch.stack([rope, rope], dim=-3).flatten(-4, -3),
+            torch.stack([query_rope, rope], dim=-3).flatten(-4, -3),
         )
+
+    def _before(self, prefix: PrefixCache, chains: int, past: ChainEntries | None = None) -> Tensor | None:
+        """Position (M, C) of the token before each chain, of a relative model."""
+        if not self.relative:
+            return None
+        if past is not None:
+            assert past.last is not None
+            return past.last.repeat_interleave(chains // past.last.shape[1], 1)
+        assert prefix.last is not None
+        return prefix.last[:, None].expand(-1, chains)
 
     # ------------------------------------------------------------------ training
 
@@ -75,13 +119,76 @@ class OrderRobustTransformer(CausalTransformer, ChainBackbone):
             scale: (M, N) in raster order, factors of the tokens' embeddings; None is 1. Gradients with respect to it
                 say what a token's visibility is worth.
         """
+        return self.logits(self._teacher_forced(tokens, labels, token_order, scale)[:, 1::2])
+
+    def _teacher_forced(
+        self, tokens: Tensor, labels: Tensor, token_order: Tensor, scale: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states (M, 2N, dim) of class, q1, x1, ..., qN: the last content token predicts nothing."""
         x, rope = self._sequence(tokens, labels, token_order)
         if scale is not None:  # of contents; the class and the instructions stay
             factors = torch.ones_like(x[..., 0])
             factors[:, 2::2] = scale.gather(1, token_order)
             x = x * factors[..., None]
-        # the last content token predicts nothing
-        return self.logits(self._forward(x[:, :-1], rope[:, :-1])[:, 1::2])
+        return self._forward(x[:, :-1], rope[:, :-1])
+
+    def sampler_forced(
+        self, tokens: Tensor, labels: Tensor, token_order: Tensor, seen: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The sampler's own sequence: what `teacher_forced` gives where blocks of a step do not see each other.
+
+        Every block is a chain behind the sequence of all blocks, of which it sees those of the steps before.
+
+        Args:
+            tokens, labels, token_order: as in `teacher_forced`.
+            seen: (M, B) int64, for each block in the order, how many blocks are visible when it is drawn; None is one
+                block a step, which is cheaper.
+
+        Returns:
+            Logits (M, N, vocab) of every token, and the hidden states (M, B, dim) before every block from which a
+            position head says which one comes next: of the class token and of the last token of each block but the
+            last.
+        """
+        block = self.entries_per_token * self.geometry.tokens_per_block
+        if seen is None:
+            hidden = self._teacher_forced(tokens, labels, token_order)
+            return self.logits(hidden[:, 1::2]), hidden[:, ::block]
+        blocks, device = self.geometry.num_blocks, tokens.device
+        x, rope = (part[:, :-block] for part in self._sequence(tokens, labels, token_order))  # nobody sees the last one
+        past = x.shape[1]
+        # every block once more behind what it sees, without its last content token
+        positions = token_order.unflatten(1, (blocks, -1))  # (M, B, p*p)
+        values = tokens.gather(1, token_order).view_as(positions)
+        ends = torch.cat([torch.full_like(token_order[:, :1], -1), positions[:, :, -1]], 1)  # of the first k blocks
+        own, own_rope = self.interleave(positions, values, ends.gather(1, seen))
+        chains, chain_rope = own[:, :, :-1].flatten(1, 2), own_rope[:, :, :-1].flatten(1, 2)
+        # a chain sees the blocks of the steps before it, and itself
+        chain = torch.arange(blocks, device=device).repeat_interleave(block - 1)
+        ahead = torch.ones(past + len(chain), past + len(chain), dtype=torch.bool, device=device).tril()
+        mask = ahead.expand(len(x), -1, -1).clone()
+        mask[:, past:, :past] = torch.arange(past, device=device) < 1 + block * seen[:, chain, None]
+        mask[:, past:, past:] &= chain[:, None] == chain
+        hidden = self._forward(torch.cat([x, chains], 1), torch.cat([rope, chain_rope], 1), mask[:, None])
+        queries = hidden[:, past:].unflatten(1, (blocks, block - 1))[:, :, ::2]
+        return self.logits(queries.flatten(1, 2)), hidden[:, :past:block]
+
+    def next_block(self, prefix: PrefixCache, tokens: Tensor, labels: Tensor, last: Tensor) -> Tensor:
+        """What the position head says comes next: scores (M, B), of visible blocks too.
+
+        The cache keeps no hidden states, so the last entry is encoded once more in its own place.
+
+        Args:
+            tokens: (M, N) int64, raster order.
+            labels: (M,) int64.
+            last: (M,) int64, the block that was revealed last; -1 where nothing is visible.
+        """
+        position = self.block_tokens[last, -1]
+        token = self.tok_embeddings(tokens.gather(1, position[:, None])[:, 0])
+        begun = last >= 0
+        x = torch.where(begun[:, None], token, self.cls_embedding(labels))[:, None, None]
+        rope = self.rope[torch.where(begun, position + 1, 0)][:, None, None]
+        hidden, _ = self.encode(x, rope, PrefixCache(prefix.keys, prefix.values, prefix.length - 1))
+        return self.position_head(self.norm(hidden[:, 0, 0])).float()
 
     def observe_contexts(self, tokens: Tensor, labels: Tensor, blocks: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
         """What `observe` gives for every block after `start` and `extend`, in one forward that has gradients.
@@ -100,20 +207,26 @@ class OrderRobustTransformer(CausalTransformer, ChainBackbone):
             blocks mean nothing.
         """
         x, rope = (part[:, None] for part in self._sequence(tokens, labels, self.geometry.token_order(blocks)))
-        query, query_rope = self.instructions(self.block_tokens[:, 0].expand(len(tokens), -1))
+        end = torch.where(
+            count > 0, self.block_tokens[blocks.gather(1, (count - 1).clamp_min(0)[:, None])[:, 0], -1], -1
+        )
+        first = self.block_tokens[:, 0].expand(len(tokens), -1)
+        query, query_rope = self.instructions(first, end[:, None].expand_as(first))
         query, query_rope = query[:, :, None], query_rope[:, :, None]  # (M, B, 1, ...): a chain for each block
         visible = 1 + self.entries_per_token * self.geometry.tokens_per_block * count
-        mask = (torch.arange(x.shape[2], device=x.device) < visible[:, None])[:, None, None, None]
+        hidden_part = (torch.arange(x.shape[2], device=x.device) >= visible[:, None])[:, None, None, None]
+        unseen = unseen_later(x.shape[2], x.shape[2], x.device)
         for number, layer in enumerate(self._blocks()):
             last = number + 1 == self.config.layers  # of which the context leaves keys and values alone
-            x, key, value = layer.chain(x, rope, [], queries=None if last else EVERY)
-            query, _, _ = layer.chain(query, query_rope, [Level(key, value, mask)])
+            x, key, value = layer.chain(x, rope, [], queries=None if last else EVERY, unseen=unseen)
+            query, _, _ = layer.chain(query, query_rope, [Level(key, value, hidden_part)])
         hidden = self.norm(query[:, :, 0])
         return hidden.float(), entropy(self.logits(hidden).float().log_softmax(-1))
 
     def _sequence(self, tokens: Tensor, labels: Tensor, token_order: Tensor) -> tuple[Tensor, Tensor]:
         """class, q1, x1, ..., qn, xn for a token order (M, n): embeddings (M, 2n + 1, dim) and rotations."""
-        pairs, pair_rope = self.interleave(token_order, tokens.gather(1, token_order))
+        none = torch.full_like(labels, -1)
+        pairs, pair_rope = self.interleave(token_order, tokens.gather(1, token_order), none)
         start_rope = self.rope[:1].expand(len(tokens), -1, -1, -1)
         return torch.cat([self.cls_embedding(labels)[:, None], pairs], 1), torch.cat([start_rope, pair_rope], 1)
 
@@ -124,16 +237,17 @@ class OrderRobustTransformer(CausalTransformer, ChainBackbone):
         x = self.cls_embedding(labels)[:, None, None]
         rope = self.rope[:1].expand(len(labels), 1, -1, -1, -1)
         _, entries = self.encode(x, rope, empty, outputs=None)
-        return empty.append(entries, torch.ones(len(labels), dtype=torch.int64))
+        started = empty.append(entries, torch.ones(len(labels), dtype=torch.int64))
+        return replace(started, last=torch.full_like(labels, -1)) if self.relative else started
 
     def _teach(
         self, prefix: PrefixCache, positions: Tensor, tokens: Tensor, past: ChainEntries | None, whole: bool
     ) -> tuple[Tensor, ChainEntries]:
-        pairs, rope = self.interleave(positions, tokens)
+        pairs, rope = self.interleave(positions, tokens, self._before(prefix, positions.shape[1], past))
         if not whole:  # the last content token predicts nothing
             pairs, rope = pairs[:, :, :-1], rope[:, :, :-1]
         hidden, entries = self.encode(pairs, rope, prefix, past, outputs=slice(0, None, 2))
-        return self.norm(hidden), entries
+        return self.norm(hidden), replace(entries, last=positions[..., -1]) if self.relative else entries
 
     def _continue(
         self,
@@ -143,7 +257,8 @@ class OrderRobustTransformer(CausalTransformer, ChainBackbone):
         own: Growing | None,
         past: ChainEntries | None = None,
     ) -> Tensor:
-        x, rope = self.instructions(position[..., None])
+        before = self._before(prefix, position.shape[1], past) if drawn is None else drawn.position
+        x, rope = self.instructions(position[..., None], None if before is None else before[..., None])
         if drawn is not None:  # the token just drawn goes in together with the next instruction
             x = torch.cat([self.tok_embeddings(drawn.token)[:, :, None], x], dim=2)
             rope = torch.cat([self.rope[drawn.position + 1][:, :, None], rope], dim=2)
@@ -152,7 +267,7 @@ class OrderRobustTransformer(CausalTransformer, ChainBackbone):
         return self.norm(hidden[:, :, 0])
 
     def _contents(self, prefix: PrefixCache, positions: Tensor, tokens: Tensor, skip: int) -> ChainEntries:
-        pairs, rope = self.interleave(positions, tokens)
+        pairs, rope = self.interleave(positions, tokens, prefix.last)
         _, entries = self.encode(pairs[:, None, skip:], rope[:, None, skip:], prefix, outputs=None)
         return entries
 

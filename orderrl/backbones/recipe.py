@@ -1,33 +1,44 @@
 """Backbones that are made: what is trained on what, and the files that a training leaves."""
 
+import copy
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from orderrl.backbones.llamagen import RasterTransformer
-from orderrl.backbones.pretraining import PretrainConfig, order_losses, pretrain
-from orderrl.backbones.protocol import check_fits
+from orderrl.backbones.llamagen import ABSOLUTE, RasterTransformer
+from orderrl.backbones.origin import NATIVE, ORIGIN, Origin
+from orderrl.backbones.pretraining import RANDOM, OrderSource, PretrainConfig, order_losses, pretrain
+from orderrl.backbones.protocol import Backbone, check_fits
 from orderrl.backbones.randar import OrderRobustTransformer
 from orderrl.backbones.registry import (
     TrainableBackbone,
     backbone_fingerprint,
     build_backbone,
+    load_backbone,
     new_backbone,
     published_names,
     save_backbone,
 )
 from orderrl.backbones.sharding import is_sharded, whole_copy
 from orderrl.data import AUGMENTATIONS, TokenSet, load_split
-from orderrl.runtime.cache import fingerprint
+from orderrl.runtime.cache import Cache, fingerprint
 from orderrl.runtime.checkpoint import load_checkpoint
 from orderrl.runtime.distributed import is_main, on_main, print_main
 from orderrl.runtime.job import Job
 from orderrl.runtime.run import Run
+from orderrl.runtime.sources import source_identity
 from orderrl.runtime.weights import load_weights
+
+_MAY_CHANGE = ("dropout", "position_head", "next_position")  # of a model that is trained further
+MakeOrders = Callable[[Backbone, TokenSet, PretrainConfig], OrderSource]
+"""(what planners read, images of the backbone split, settings) -> the orders of a policy."""
+BACKBONES_FOLDER = "backbones"  # in the cache
+_CHECKPOINT, _FINAL, _RESULTS = "backbone.safetensors", "backbone_final.safetensors", "results.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +50,19 @@ class BackboneRecipe:
     data: str  # name of the data set
     seed: int  # of initialisation, batches, orders and augmentation
     device: str  # where it is trained
-    shard: bool  # split the weights over all processes
+    shard: bool = False  # split the weights over all processes
+    orders: MakeOrders | None = None  # where the orders of a policy come from
+
+    @cached_property
+    def config(self) -> PretrainConfig:
+        """The settings of the training."""
+        return PretrainConfig(**self.training, seed=self.seed)
 
     def train(self, cache_dir: str, checkpoint_seconds: float, new_run: Callable[[], Run]) -> Path:
         """Train on the backbone split and measure on the test split.
 
         The run's folder gets `results.json` and `backbone.safetensors`, the last checkpoint of the random phase, and
-        with an anneal also `backbone_final.safetensors`.
+        with an anneal also `backbone_final.safetensors`; of a planner's specialist also the planner.
 
         Args:
             cache_dir: where the state of an unfinished training is kept.
@@ -58,15 +75,22 @@ class BackboneRecipe:
             ValueError: if a value is not allowed, or the weights to start from do not fit.
         """
         # build
+        config = self.config
         train, held_out, test = (load_split(self.data, split) for split in ("backbone", "planner", "test"))
-        config = PretrainConfig(**self.training, seed=self.seed)
         torch.manual_seed(self.seed)
-        backbone = backbone_to_train(self.backbone, train)
-        description = {"data": self.data, "split": "backbone", "training": dict(self.training)}
-        key = f"backbone-{self._key(backbone, train)}"
+        start = None if config.start is None else load_backbone(config.start, device=self.device)
+        if start is None:
+            backbone = backbone_to_train(self.backbone, train)
+        else:
+            backbone = fine_tuned(start, self.backbone, train)
+        orders = self._orders(start, backbone, train)
+        description: dict[str, Any] = {"data": self.data, "split": "backbone", "training": dict(self.training)}
+        if config.order != RANDOM or start is not None:
+            description[ORIGIN] = self._origin(start).described()
         # train
+        key = f"backbone-{self._key(backbone, train)}"
         with new_run() as run, Job(cache_dir, key, checkpoint_seconds, run.folder, run) as job:
-            chosen, final = run.folder / "backbone.safetensors", run.folder / "backbone_final.safetensors"
+            chosen, final = run.folder / _CHECKPOINT, run.folder / _FINAL
             if not self.shard:
                 backbone = backbone.to(self.device)
             random_phase = job.folder / chosen.name
@@ -74,20 +98,85 @@ class BackboneRecipe:
             def keep(averaged: TrainableBackbone) -> None:
                 _save(random_phase, averaged, description)
 
+            def measured() -> dict[str, float]:
+                own = None if orders is None or orders.hindsight else orders.of(test, backbone)
+                return order_losses(backbone, test, own=own)
+
+            before = job.piece("before", measured) if start is not None else None
             shard_on = self.device if self.shard else None
-            pretrain(backbone, train, held_out, config, AUGMENTATIONS.get(self.data), keep, job, shard_on)
+            pretrain(backbone, train, held_out, config, AUGMENTATIONS.get(self.data), keep, job, shard_on, orders)
             # measure and keep
-            losses = order_losses(backbone, test)
+            losses = measured()
             annealed = on_main(random_phase.exists)
+            if orders is not None and not self._has_head:
+                description[ORIGIN]["order"] = on_main(lambda: orders.keep(run.folder))
             _save(final if annealed else chosen, backbone, description | {"test": losses})
             if annealed and is_main():
                 load_checkpoint(random_phase, "backbone")  # refused if it is damaged
                 shutil.copyfile(random_phase, chosen)
-            run.write_json("results.json", {"split": "test", "images": len(test), **losses})
+            results = {"split": "test", "images": len(test), **losses}
+            run.write_json(_RESULTS, results if before is None else results | {"before": before})
         for name, value in losses.items():
             unit = "nats" if backbone.vocab_size else "DiffLoss units"
-            print_main(f"{name}: {value:.4f} {unit} per token on {len(test)} test images")
+            was = "" if before is None else f" (before: {before[name]:.4f})"
+            print_main(f"{name}: {value:.4f}{was} {unit} per token on {len(test)} test images")
         return chosen
+
+    def find_or_train(self, cache: Cache, train: Callable[[], Path]) -> Path:
+        """The cached backbone of this recipe, or the one that `train` makes, which is kept with what lies beside it."""
+        description = {
+            "start": None if self.config.start is None else backbone_fingerprint(load_backbone(self.config.start)),
+            "backbone": dict(self.backbone),
+            "data": load_split(self.data, "backbone").fingerprint,
+            "training": dict(self.training) | {"start": None, "order": None},
+            "order": source_identity(self.config.order.partition("@")[0]),
+            "name": Path(self.config.order).name,
+            "seed": self.seed,
+        }
+        key = fingerprint(description)
+        if cache.find(BACKBONES_FOLDER, key) is None:
+            made = train()
+            with cache.store(BACKBONES_FOLDER, key, description) as folder:
+                for path in (made, *made.parent.glob("planner.safetensors"), made.parent / _RESULTS):
+                    shutil.copyfile(path, folder / path.name)
+        return cache.folder(BACKBONES_FOLDER, key) / _CHECKPOINT
+
+    def _orders(self, start: Backbone | None, backbone: TrainableBackbone, train: TokenSet) -> OrderSource | None:
+        """Where the orders of a policy come from; None trains random or plain raster orders."""
+        if self.config.policy is None:
+            return None
+        if self.orders is None:
+            raise ValueError(f"training.order={self.config.order!r} is a policy, and nothing extracts its orders here")
+        return self.orders(start or copy.deepcopy(backbone).eval().requires_grad_(False), train, self.config)
+
+    @property
+    def _has_head(self) -> bool:
+        """Whether the backbone learns to say which block comes next; its own order is then what it says."""
+        return bool(self.backbone.get("model", {}).get("position_head", False))
+
+    def _origin(self, start: Backbone | None) -> Origin:
+        """What a specialist is made of and for."""
+        config, said = self.config, []
+        if start is None:
+            said.append("from nothing")
+        if config.rounds != 1:
+            said.append(f"{config.rounds} rounds")
+        if config.random_share:
+            said.append(f"{config.random_share:.0%} random")
+        if config.locality:
+            said.append(f"locality {config.locality:g}")
+        if self.backbone.get("model", {}).get("next_position", ABSOLUTE) != ABSOLUTE:
+            said.append("relative")
+        if self._has_head:
+            said.append("position head")
+        name = config.order if config.policy is None else Path(config.order).name
+        return Origin(
+            order=NATIVE if self._has_head else config.order,
+            label=f"{name} ({', '.join(said)})" if said else name,
+            seed=self.seed,
+            start=config.start,
+            start_fingerprint=None if start is None else backbone_fingerprint(start),
+        )
 
     def _key(self, backbone: TrainableBackbone, train: TokenSet) -> str:
         """Fingerprint of everything that determines what is trained."""
@@ -106,6 +195,37 @@ def _save(path: Path, backbone: TrainableBackbone, description: dict[str, Any]) 
     whole = whole_copy(backbone) if is_sharded(backbone) else backbone
     if is_main():
         save_backbone(path, whole, description)
+
+
+def fine_tuned(start: Backbone, chosen: Mapping[str, Any], data: TokenSet) -> TrainableBackbone:
+    """A copy of a backbone to be trained further, with the dropout and the position head that `model` asks for.
+
+    Args:
+        start: frozen.
+        chosen: the config group `backbone` as plain values.
+        data: which it must fit.
+
+    Raises:
+        ValueError: if it is none of this package's families, does not fit the data, or has another shape.
+    """
+    check_fits(start, data)
+    if not isinstance(start, TrainableBackbone):
+        raise ValueError(f"training.start: a backbone of type {type(start).__name__} is none that pretrain trains")
+    if chosen.get("path") is not None:
+        raise ValueError(f"backbone.path={chosen['path']!r} and training.start both name weights to start from")
+    shape, wanted = start.config.to_dict(), chosen.get("model", {})
+    for key, value in wanted.items():
+        if key not in _MAY_CHANGE and shape[key] != value:
+            raise ValueError(
+                f"backbone.model.{key}={value} is not the {shape[key]} of training.start; give that, or the backbone "
+                "preset of the start"
+            )
+    changed = {key: wanted[key] for key in _MAY_CHANGE if key in wanted}
+    copied: TrainableBackbone = type(start)(replace(start.config, **changed))  # type: ignore[arg-type]
+    missing, unexpected = copied.load_state_dict(start.state_dict(), strict=False)
+    unknown = [key for key in (*missing, *unexpected) if not key.startswith(("position_head.", "offset_embeddings."))]
+    assert not unknown, unknown
+    return copied
 
 
 def backbone_to_train(chosen: Mapping[str, Any], data: TokenSet) -> TrainableBackbone:

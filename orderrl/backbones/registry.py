@@ -12,16 +12,18 @@ from typing import Any, TypeVar
 import torch
 
 from orderrl.backbones.arpg import ARPG
+from orderrl.backbones.chains import ChainBackbone
 from orderrl.backbones.cpu_linear import pack_weights as set_packing
 from orderrl.backbones.layers import TransformerBlock
 from orderrl.backbones.llamagen import RasterTransformer, TransformerConfig
 from orderrl.backbones.mar_backbone import MaskedConfig, MaskedTransformer
 from orderrl.backbones.memory import Packing
+from orderrl.backbones.origin import Origin
 from orderrl.backbones.presets import PRESETS
-from orderrl.backbones.protocol import Backbone
+from orderrl.backbones.protocol import Backbone, backbone_device
 from orderrl.backbones.randar import OrderRobustTransformer
 from orderrl.runtime.checkpoint import build_to_fit, load_checkpoint, load_state, save_checkpoint
-from orderrl.runtime.devices import checked_device
+from orderrl.runtime.devices import checked_device, default_dtype
 from orderrl.runtime.finite import OVERFLOW, require_finite
 from orderrl.runtime.isolation import isolated_float32
 from orderrl.runtime.registry import Registry
@@ -30,7 +32,8 @@ from orderrl.runtime.weights import load_weights, missing_weights, weights_finge
 WEIGHTS = Path(__file__).parent.parent / "weights"
 TrainableBackbone = OrderRobustTransformer | RasterTransformer | ARPG | MaskedTransformer
 Model = TypeVar("Model", bound=TrainableBackbone)
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+# Not the modes that record CUDA graphs: a layer's entries are kept, and its next run would overwrite them.
+COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
 _FAMILIES: dict[str, tuple[type[Any], type[Any]]] = {
     "llamagen": (RasterTransformer, TransformerConfig),
     "randar": (OrderRobustTransformer, TransformerConfig),
@@ -68,6 +71,7 @@ def load_backbone(
     memory_gb: float | None = None,
     compile: str | None = None,
     pack_weights: bool = True,
+    cuda_graph: bool | None = None,
 ) -> Backbone:
     """A frozen backbone: eval mode, no gradients.
 
@@ -77,13 +81,16 @@ def load_backbone(
         path: weights of a published model: .safetensors (also the index of shards), .pt, .pth, or
             `hf://OWNER/NAME[@REVISION]/FILE`.
         device: where it runs; None is the CPU.
-        dtype: of the parameters: float32, bfloat16 or float16; None leaves them, and makes published models float32.
+        dtype: of the parameters: float32, bfloat16 or float16; None leaves them, and makes published models float32;
+            "auto" is bfloat16 on GPUs that have it, elsewhere None.
         shape: values of a published model's configuration to replace, such as block_size.
         memory_gb: what the activations of one forward may take, 10^9 bytes; None is what is free. Results do not depend
             on it.
         compile: `torch.compile` mode of the layers; None is eager. Needs a compiler, and minutes at the first call.
         pack_weights: on CPUs, keep a second copy of the weights in the layout that their products read fastest; results
             agree up to floating-point summation.
+        cuda_graph: on CUDA, draw a block as one recorded graph: None records shapes that come again and draws eagerly
+            where it cannot, with a warning; True records all and fails where it cannot; False never.
 
     Raises:
         ValueError: if the name or the device is unknown, or the weights are missing, damaged, not finite or of another
@@ -92,6 +99,7 @@ def load_backbone(
     """
     name = str(name_or_path)
     where = None if device is None else checked_device(device)
+    dtype = default_dtype(where or torch.device("cpu")) if dtype == "auto" else dtype
     if name in PRESETS:
         if path is None:
             raise missing_weights(f"backbone {name!r}", "path", PRESETS[name].weights)
@@ -125,7 +133,21 @@ def load_backbone(
         backbone.packing = Packing(memory_gb)
     if compile is not None:
         _compile_layers(backbone, compile)
+    _choose_graphs(backbone, cuda_graph, compile is not None)
     return backbone
+
+
+def _choose_graphs(backbone: Backbone, wanted: bool | None, compiled: bool) -> None:
+    """Say whether blocks are drawn as CUDA graphs; refuse what is asked for and not possible."""
+    device = backbone_device(backbone)
+    able = isinstance(backbone, ChainBackbone)
+    if wanted and not (able and device.type == "cuda" and not compiled):
+        raise ValueError(
+            f"cuda_graph=true needs a backbone of the RandAR or ARPG family, device=cuda and compile=null; got a "
+            f"{type(backbone).__name__} on {device}" + (", compiled" if compiled else "")
+        )
+    if isinstance(backbone, ChainBackbone):
+        backbone.graphs.wanted = False if compiled else wanted
 
 
 def _compile_layers(backbone: Backbone, mode: str) -> None:
@@ -223,6 +245,7 @@ def _from_file(path: Path) -> TrainableBackbone:
         raise ValueError(f"{path}: does not describe a backbone ({type(error).__name__}: {error})") from error
     backbone: TrainableBackbone = build_to_fit(lambda: _FAMILIES[family][0](config), shape, tensors, path)
     load_state(backbone, tensors, path)
+    backbone.origin = Origin.of(description, path)
     return backbone
 
 

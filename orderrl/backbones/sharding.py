@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from orderrl.backbones.cpu_linear import pack_weights
+from orderrl.backbones.graphs import BlockGraphs
 from orderrl.backbones.memory import Packing
 from orderrl.backbones.protocol import Backbone, backbone_device
 from orderrl.runtime import distributed
@@ -18,7 +19,7 @@ from orderrl.runtime import distributed
 if TYPE_CHECKING:
     from orderrl.backbones.registry import TrainableBackbone
 
-# What is called on a backbone and uses its own weights; FSDP gathers weights for `forward` alone unless it is told.
+# What is called on a backbone and uses its own weights; FSDP by itself gathers weights for `forward` alone.
 _BACKBONE_METHODS = ("start", "context_loss", "observe", "extend", "decode", "expected_gain", "teacher_forced")
 _LAYER_METHODS = ("chain",)
 
@@ -47,6 +48,10 @@ def shard_backbone(backbone: Backbone, device: str) -> None:
     if is_sharded(backbone):
         return
     pack_weights(backbone, False)  # packed copies would be whole again
+    graphs = getattr(backbone, "graphs", BlockGraphs())
+    if graphs.wanted:
+        raise ValueError("cuda_graph=true cannot record a backbone whose weights are split; use cuda_graph=null")
+    graphs.wanted = False
     mesh = init_device_mesh(torch.device(device).type, (distributed.size(),))
     for layer in layers:
         fully_shard(layer, mesh=mesh)

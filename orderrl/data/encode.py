@@ -60,7 +60,7 @@ def tokenize_folder(
 
     Raises:
         ValueError: for another token set in the folder, one of images that have changed since, an altered shard, or a
-            file that can't be read as an image.
+            file that cannot be read as an image.
     """
     images = list_images(folder)
     print_main(images.describe())

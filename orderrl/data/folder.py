@@ -327,7 +327,7 @@ def cut(image: Image.Image, config: FolderConfig, split: str) -> Tensor:
 
 
 class _Views(Dataset[tuple[Tensor | None, str]]):
-    """Views of some images of a split; None and the reason where an image can't be read."""
+    """Views of some images of a split; None and the reason where an image cannot be read."""
 
     def __init__(self, images: ImageSplit, rows: Sequence[int], config: FolderConfig) -> None:
         self.images, self.rows, self.config = images, rows, config
@@ -356,7 +356,7 @@ def read_views(
         The rows that were read and their views, (k, V, 3, S, S) uint8. A batch without any is left out.
 
     Raises:
-        ValueError: for a file that can't be read, by name, unless `config.skip_broken`.
+        ValueError: for a file that cannot be read, by name, unless `config.skip_broken`.
     """
     loader = DataLoader(
         _Views(images, rows, config), batch_size=batch_size, num_workers=config.workers, collate_fn=list

@@ -36,7 +36,7 @@ def find_images(folder: Path) -> FoundImages:
     """All images of a folder and its sub-folders, as `runtime.sources.walk` finds them: no hidden ones, no circles.
 
     Raises:
-        ValueError: if a folder can't be read.
+        ValueError: if a folder cannot be read.
     """
     names: list[str] = []
     left_out: dict[str, list[str]] = defaultdict(list)

@@ -26,7 +26,7 @@ def hide_blocks(images: Tensor, visible: Tensor, geometry: BlockGrid) -> Tensor:
         raise ValueError(f"visible must have B={geometry.num_blocks} entries an image, got {visible.shape[-1]}")
     if height % geometry.rows or width % geometry.columns:
         raise ValueError(
-            f"images of {height}x{width} pixels can't be cut into {geometry.rows}x{geometry.columns} blocks; "
+            f"images of {height}x{width} pixels cannot be cut into {geometry.rows}x{geometry.columns} blocks; "
             "height and width must be multiples of these"
         )
     mask = visible.unflatten(-1, (geometry.rows, geometry.columns))

@@ -223,7 +223,7 @@ def _refuse_other_identity(folder: Path, have: Any, want: Any, table: str) -> No
 
 
 def _changed_images(listed: Path, table: str) -> str:
-    """How the images of a listing differ from those of a table, in words; nothing if that can't be said."""
+    """How the images of a listing differ from those of a table, in words; nothing if that cannot be said."""
     try:
         before = listed.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):

@@ -67,6 +67,9 @@ class TokenSet:
         identity: what stands for the content in `fingerprint` where hashing it would take long; None hashes it.
         class_names: of the labels, in words that a caption can hold; None where they have none.
         present: labels that have images, of a data set that holds some of the classes of a model; None is all.
+
+    Raises:
+        ValueError: if tokens or labels have another shape, dtype or range, or are not finite.
     """
 
     name: str
@@ -82,6 +85,27 @@ class TokenSet:
     identity: str | None = None
     class_names: tuple[str, ...] | None = None
     present: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        grid = self.height * self.width
+        shape = (len(self.labels), grid, self.token_dim) if self.token_dim else (len(self.labels), grid)
+        if tuple(self.tokens.shape) != shape:
+            self._refuse(f"tokens must have the shape {shape} of labels and grid, got {tuple(self.tokens.shape)}")
+        self._require_numbers("labels", self.labels, self.num_classes)
+        if isinstance(self.tokens, Tensor):  # what lies on disk was checked when it was written
+            if not self.token_dim:
+                self._require_numbers("tokens", self.tokens, self.vocab_size)
+            elif not (self.tokens.is_floating_point() and bool(self.tokens.isfinite().all())):
+                self._refuse("continuous tokens must be finite floating-point numbers")
+
+    def _require_numbers(self, name: str, values: Tensor, limit: int) -> None:
+        if values.dtype != torch.int64:
+            self._refuse(f"{name} must be int64, got {values.dtype}")
+        if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < limit:
+            self._refuse(f"{name} must lie in 0..{limit - 1}, they lie in {int(values.min())}..{int(values.max())}")
+
+    def _refuse(self, message: str) -> None:
+        raise ValueError(f"data {self.name!r}, split {self.split!r}: {message}")
 
     def __len__(self) -> int:
         return len(self.tokens)

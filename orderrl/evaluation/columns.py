@@ -171,6 +171,9 @@ GROUPS: dict[str, list[Column]] = {
                scale=100, places="orders", per_image=lambda rollout, _: visible_neighbours(rollout).mean(1)),
         Column("first_choice_entropy", "first-choice entropy", "nats", 2,
                "Entropy over images of the block that is revealed first: 0 if it is always the same.", interval=False),
+        Column("place_entropy", "place entropy", "nats", 2,
+               "Entropy over images of the block at each place of the order, mean over the places: 0 for a fixed "
+               "order.", interval=False),
     ],
     "cost": [
         Column("steps", "steps", "per image", 1,

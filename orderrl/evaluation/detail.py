@@ -113,6 +113,6 @@ class Examples:
             )
         if images.shape[2] % self.rows or images.shape[3] % self.columns:
             raise ValueError(
-                f"images of {images.shape[2]}x{images.shape[3]} pixels can't be cut into {self.rows}x{self.columns} "
+                f"images of {images.shape[2]}x{images.shape[3]} pixels cannot be cut into {self.rows}x{self.columns} "
                 "blocks"
             )

@@ -12,6 +12,8 @@ from orderrl.agents.agent import AGENTS
 from orderrl.agents.fitted import fit_order
 from orderrl.agents.registry import NamedPolicy, make_policy, tell_apart
 from orderrl.agents.spec import PolicySpec
+from orderrl.backbones import Backbone
+from orderrl.backbones.pretraining import TOKEN_RASTER
 from orderrl.evaluation.settings import EvalConfig
 from orderrl.factory import Setup
 from orderrl.labels import find_or_make_labels, open_labels
@@ -49,8 +51,26 @@ def newest_planners(setup: Setup) -> list[Path]:
     return found
 
 
+def own_order(backbone: Backbone) -> PolicySpec | None:
+    """The order that a specialist was made for; None of other backbones, and of one made for plain raster tokens.
+
+    Raises:
+        ValueError: if its checkpoint names no policy, or a planner that does not lie beside it.
+    """
+    origin = getattr(backbone, "origin", None)
+    if origin is None or origin.order == TOKEN_RASTER:
+        return None
+    spec = PolicySpec.parse(origin.order)
+    if spec.path is None:
+        return spec
+    beside = origin.folder / spec.path.name
+    if not beside.is_file():
+        raise ValueError(f"{beside}: is missing; the planner of a specialist lies beside its checkpoint")
+    return spec.at(beside)
+
+
 def found_policy(name: str, setup: Setup) -> PolicySpec:
-    """The policy of a command that has one; "newest" is the last of the agents' newest planners.
+    """The policy of a command that has one; "newest" is a specialist's own order, or the last of the newest planners.
 
     Raises:
         ValueError: if it is no policy's name, or there is no planner.
@@ -58,6 +78,9 @@ def found_policy(name: str, setup: Setup) -> PolicySpec:
     spec = PolicySpec.parse(name)
     if spec.kind != "newest":
         return spec
+    if (own := own_order(setup.backbone)) is not None:
+        print_main(f"policy: {own} (the order that this backbone was trained for)")
+        return own
     spec = spec.at(newest_planners(setup)[-1])
     print_main(f"policy: {spec}")
     return spec
@@ -75,7 +98,8 @@ def chosen_policies(config: EvalConfig, setup: Setup) -> list[tuple[NamedPolicy,
             f"{setup.backbone_name} draws in raster order only: no policy to compare, its raster row stands alone"
         )
         return []
-    planners = planner_specs(config.planners, lambda: newest_planners(setup))
+    own = own_order(backbone)
+    planners = planner_specs(config.planners, lambda: newest_planners(setup) if own is None else [])
     for planner in planners:
         print_main(f"planner: {planner}")
     fitted = cache(lambda: fitted_order(setup))
@@ -84,13 +108,13 @@ def chosen_policies(config: EvalConfig, setup: Setup) -> list[tuple[NamedPolicy,
         return make_policy(spec, backbone, fitted, tuple(config.budgets))
 
     # every policy at its schedules, planners also at their step costs
-    listed = [PolicySpec.parse(text) for text in config.policies]
+    listed = [*([own] if own is not None else []), *(PolicySpec.parse(text) for text in config.policies)]
     baselines = dict.fromkeys(swept for spec in listed for swept in schedules(spec, (1,), config.sweep))
     given = [spec for planner in planners for spec in at_step_costs(planner, build(planner), config.step_costs)]
     given = [replace(spec, mode=spec.mode or mode) for spec in given for mode in config.modes or ("",)]
     learned = dict.fromkeys(swept for spec in given for swept in schedules(spec, build(spec).budgets, config.sweep))
     # planners, own policies and the named ones are sampled
-    sampled = {PolicySpec.parse(text) for text in config.sampled}
+    sampled = {own, *(PolicySpec.parse(text) for text in config.sampled)}
 
     def is_sampled(spec: PolicySpec) -> bool:
         return spec in sampled or bool(config.sweep and spec.family in sampled) or spec.kind in ("own", "planner")

@@ -203,6 +203,13 @@ def _samples(p: EvaluationProtocol) -> str | None:
     )
 
 
+def _arithmetic(p: EvaluationProtocol) -> str:
+    """What the backbone computes in, where it is not float32."""
+    parameter = next(iter(getattr(p.backbone, "parameters", list)()), None)
+    dtype = torch.float32 if parameter is None else parameter.dtype
+    return "" if dtype == torch.float32 else f" in {str(dtype).removeprefix('torch.')}"
+
+
 def _reference(p: EvaluationProtocol) -> str | None:
     """What stands for the images or statistics that samples are compared with."""
     if p.reference is None:
@@ -264,7 +271,7 @@ PARTS = (
     Part(
         "backbone",
         lambda p: backbone_fingerprint(p.backbone),
-        lambda p: f"{p.backbone_name} ({backbone_fingerprint(p.backbone)})",
+        lambda p: f"{p.backbone_name} ({backbone_fingerprint(p.backbone)}){_arithmetic(p)}",
     ),
     Part(
         "blocks",

@@ -64,6 +64,8 @@ def image_average(values: Tensor, image: Tensor) -> Tensor:
 def code_lengths(row: Mapping[str, Any], backbone: Backbone) -> dict[str, Any]:
     """Code length in nats and bits, or as a loss under a model of continuous tokens, from a row's `decode_nll`."""
     mean, interval = row["decode_nll"], row["decode_nll_ci"]
+    if mean is None:
+        return {}
     if not backbone.vocab_size:
         return {"decode_nll": None, "decode_nll_ci": None, "decode_loss": mean, "decode_loss_ci": interval}
     bits = None if interval is None else [end / math.log(2) for end in interval]

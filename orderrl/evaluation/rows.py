@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from orderrl.agents.play import Rollout, act, roll_out, seen_by
 from orderrl.agents.policies import ASKING, Policy, ReferencePolicy, RescoringPolicy, all_scores
-from orderrl.agents.registry import NamedPolicy
-from orderrl.backbones import Backbone, with_block_size
+from orderrl.agents.registry import NamedPolicy, make_policy
+from orderrl.agents.spec import PolicySpec
+from orderrl.backbones import Backbone, load_backbone, with_block_size
 from orderrl.backbones.mar_backbone import MaskedTransformer
 from orderrl.backbones.pretraining import mean_loss, raster_token_orders
 from orderrl.backbones.protocol import backbone_device, check_fits
@@ -24,6 +25,7 @@ from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.envs.observation import labelled
 from orderrl.evaluation.columns import all_columns, empty_row
 from orderrl.evaluation.drawing import balanced_labels, generate_images
+from orderrl.evaluation.policies import own_order
 from orderrl.evaluation.importance import content_agreement, order_agreement
 from orderrl.evaluation.protocol import EvaluationProtocol
 from orderrl.evaluation.recording import ScoreLog, recorded
@@ -36,10 +38,11 @@ from orderrl.evaluation.row_entries import (
     recognisability_curve,
     state_mean,
 )
+from orderrl.evaluation.settings import OWN_ORDER
 from orderrl.metrics.calibration import calibrate, regret
 from orderrl.metrics.features import extract_features, own_features
 from orderrl.metrics.images import save_images
-from orderrl.metrics.order import first_choice_entropy, visible_neighbours
+from orderrl.metrics.order import first_choice_entropy, place_entropy, visible_neighbours
 from orderrl.metrics.quality import class_accuracy, fid_infinity, sample_quality
 from orderrl.metrics.recognisability import complete, recognise
 from orderrl.metrics.statistics import bootstrap_sums, ratio
@@ -66,8 +69,9 @@ class Evaluated:
 
 def evaluate_policy(p: EvaluationProtocol, named: NamedPolicy, sampled: bool) -> Evaluated:
     """Evaluate one policy; `sampled` says whether images are generated and scored."""
-    expensive, c = named.spec is not None and not named.spec.rival, p.config
-    images = min(len(p.data), c.reference_images) if expensive else len(p.data)
+    reference, c = named.spec is not None and not named.spec.rival, p.config
+    few = reference and p.states is not None  # a specialist's own order is measured and drawn in full
+    images = min(len(p.data), c.reference_images) if few else len(p.data)
     # the policy reveals the test images
     core = NextBlockCore(p.backbone, p.data, images, CoreConfig(budgets=named.budgets, strict=True), p.seed)
     generator = torch.Generator().manual_seed(p.seed)
@@ -85,7 +89,7 @@ def evaluate_policy(p: EvaluationProtocol, named: NamedPolicy, sampled: bool) ->
     row = empty_row() | {
         "policy": named.name,
         "family": named.family or named.name,
-        "rival": not expensive,
+        "rival": not reference,
         "objective": named.objective,
         "budgets": list(named.budgets),
         "R": named.reasoning_steps,
@@ -94,18 +98,49 @@ def evaluate_policy(p: EvaluationProtocol, named: NamedPolicy, sampled: bool) ->
         "recognisability_curve": curve,
         "visible_neighbours_curve": visible_neighbours(rollout).mean(0).tolist(),
         "first_choice_entropy": first_choice_entropy(rollout),
+        "place_entropy": place_entropy(rollout),
         "rollout_seconds_per_image": rollout.seconds / images,
         "scorings": None if named.scorer is None else _scorings(named.policy, rollout),
     }
+    if named.spec is not None and named.spec.hindsight:  # the order tells about the tokens: this is no code length
+        per_image = {key: value for key, value in per_image.items() if key != "decode_nll"}
     row |= image_means(per_image, c.resamples, p.seed) | _calibration(p, named)
     row |= entry("far_gain", bootstrap_sums(rollout.far_gain_sums.cpu(), ratio, c.resamples, seed=p.seed))
     row |= code_lengths(row, p.backbone)
     # the images that it draws
-    if sampled and not expensive:
-        row |= _samples(
-            p, row, p.backbone, named.policy, named.budgets, 1 if named.spec is None else named.spec.candidates
-        )
+    if sampled and not few:
+        candidates = 1 if named.spec is None else named.spec.candidates
+        row |= _samples(p, row, p.backbone, named.policy, named.budgets, candidates)
     return Evaluated(row, per_image, rollout, log.scores)
+
+
+def evaluate_specialist(p: EvaluationProtocol, name: str, order: str = OWN_ORDER) -> Evaluated:
+    """Row of a backbone that was trained for an order; the shared states are those of another backbone.
+
+    Args:
+        name: its checkpoint.
+        order: in which it draws: "own", or a policy by name, to see what it forgot.
+
+    Raises:
+        ValueError: if it says no order, does not fit the data, or the policy is unknown.
+    """
+    specialist = load_backbone(name, device=p.device)
+    check_fits(specialist, p.data)
+    origin = getattr(specialist, "origin", None)
+    if origin is None or not isinstance(specialist, TrainableBackbone):
+        raise ValueError(
+            f"eval.specialists: {name} says no order that it was made for; train one with `python -m orderrl.pretrain "
+            "training.start=... training.order=...`"
+        )
+    p, label = replace(p, backbone=specialist, states=None, lookahead=None), f"specialist: {origin.label}"
+    spec = own_order(specialist) if order == OWN_ORDER else PolicySpec.parse(order)
+    if order != OWN_ORDER:
+        label = f"{label}, drawn in {order}"
+    if spec is None:
+        made = evaluate_token_raster(p, label, specialist)
+    else:
+        made = evaluate_policy(p, replace(make_policy(spec, specialist), name=label, family=label), True)
+    return replace(made, row=made.row | {"seed": origin.seed})
 
 
 def _scorings(policy: Policy | ReferencePolicy, rollout: Rollout) -> float:
@@ -228,7 +263,8 @@ def folder_name(policy: str, seed: int | None) -> str:
 def _calibration(p: EvaluationProtocol, named: NamedPolicy) -> dict[str, Any]:
     """Agreement with oracle and lookahead on the shared states, as entries of a row."""
     states = p.states
-    assert states is not None  # policies are evaluated on order-robust backbones only
+    if states is None:  # of another backbone
+        return {}
     first, scores = first_choices(p, named)
     hidden = ~states["visible"]
     utility = utilities(states["gains"], p.backbone.geometry)

@@ -81,7 +81,7 @@ def open_evaluation(folder: Path, name: str | None = None) -> Evaluation:
     try:
         stored = load_file(folder / VALUES)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{str(folder / VALUES)!r} can't be read ({error})") from error
+        raise ValueError(f"{str(folder / VALUES)!r} cannot be read ({error})") from error
     for key, value in stored.items():
         number, _, metric = key.partition("/")
         values[int(number)][metric] = value

@@ -19,6 +19,7 @@ from orderrl.metrics.features import own_features
 from orderrl.metrics.recognisability import FILLS, OWN
 from orderrl.runtime.values import Rule, Settings, at_least, member_of, one_of, positive, setting, zero_or_at_least
 
+OWN_ORDER = "own"  # the order that a specialist was made for
 _FEW = at_least(2)  # the fewest images that have an interval
 
 
@@ -132,6 +133,15 @@ class EvalConfig(Sampling):
         "Backbones scored in plain raster token order: self (the evaluated one), own (the shipped raster one of the "
         "data set), or names of others",
         file=True,
+    )
+    specialists: list[str] = setting(
+        [],
+        "Checkpoints of backbones that were trained for an order (pretrain training.order=...), each drawn in its own",
+        file=True,
+    )
+    specialist_orders: list[str] = setting(
+        [OWN_ORDER],
+        "Orders in which specialists draw: own, and others by name, such as raster, to see what they forgot",
     )
     metrics: list[str] = setting(
         [], "Own metrics besides those that are registered, as module:attribute", member_of(METRICS)

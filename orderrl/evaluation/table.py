@@ -25,7 +25,7 @@ from orderrl.evaluation.comparison import comparisons
 from orderrl.evaluation.detail import Curve, PolicyDetail
 from orderrl.evaluation.protocol import EvaluationProtocol
 from orderrl.evaluation.recording import episodes
-from orderrl.evaluation.rows import Evaluated, evaluate_policy, evaluate_token_raster, free_folder
+from orderrl.evaluation.rows import Evaluated, evaluate_policy, evaluate_specialist, evaluate_token_raster, free_folder
 from orderrl.evaluation.settings import EvalConfig
 from orderrl.factory import Setup
 from orderrl.geometry import BlockGrid
@@ -68,6 +68,11 @@ def pending_rows(config: EvalConfig, setup: Setup, policies: Sequence[tuple[Name
             for named, sampled in policies
         ),
         *(PendingRow(name, partial(raster_row, name=name)) for name in raster),
+        *(
+            PendingRow(f"{name} in {order}", partial(evaluate_specialist, name=name, order=order))
+            for name in config.specialists
+            for order in config.specialist_orders
+        ),
     ]
 
 

@@ -27,6 +27,7 @@ from orderrl.data import AUGMENTATIONS, TokenSet, load_split
 from orderrl.data.pictures import HIDDEN_GREY, hide_blocks
 from orderrl.geometry import BlockGrid
 from orderrl.runtime.checkpoint import load_checkpoint, load_state, save_checkpoint
+from orderrl.runtime.finite import require_finite_losses
 from orderrl.runtime.isolation import isolated_float32
 
 NUM_FEATURES = 64
@@ -129,6 +130,7 @@ def train_classifier(name: str = "digits", seed: int = 0, steps: int = 3000, bat
 
     Raises:
         ValueError: if the name is unknown, or steps or batch_size is not positive.
+        NotFiniteError: at the first loss that is not finite.
     """
     for argument, value in {"steps": steps, "batch_size": batch_size}.items():
         if value < 1:
@@ -142,11 +144,12 @@ def train_classifier(name: str = "digits", seed: int = 0, steps: int = 3000, bat
         averaged = AveragedModel(classifier, multi_avg_fn=get_ema_multi_avg_fn(0.995))
         optimizer = torch.optim.AdamW(classifier.parameters(), lr=3e-3, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
-        for _ in range(steps):
+        for step in range(steps):
             rows = torch.randint(len(data), (batch_size,), generator=generator)
             images = data.images(augment(data.tokens[rows], generator, 1.0))
             images = hide_blocks(images, random_visible(batch_size, geometry, generator), geometry)
             loss = F.cross_entropy(classifier(images), data.labels[rows])
+            require_finite_losses({"step": step, "loss": loss.item()})
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -107,7 +107,7 @@ def _load_clip(name: str, weights: str, version: str | None, device: torch.devic
         tokenize = open_clip.get_tokenizer(name)
     except (*UNREADABLE, AttributeError) as error:  # the last one is open_clip's, of arrays for another kind of network
         if weights in tags:
-            reason, instead = "can't be downloaded", "; download them elsewhere and set clip_weights to the file"
+            reason, instead = "cannot be downloaded", "; download them elsewhere and set clip_weights to the file"
         else:
             reason, instead = f"do not fit clip_model={name!r}", ""
         raise ValueError(f"clip_weights={weights!r} {reason} ({first_lines(error)}){instead}") from error

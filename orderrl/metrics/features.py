@@ -397,7 +397,7 @@ def _extractor(
             f"{features}:CHECKPOINT_FILE" if features.startswith(TIMM) else f"weights=<path of {_whose(features)}>"
         )
         raise ValueError(
-            f"features={features!r}: the weights can't be downloaded ({first_lines(error)}); pass {instead}"
+            f"features={features!r}: the weights cannot be downloaded ({first_lines(error)}); pass {instead}"
         ) from error
     except NotImplementedError as error:
         raise ValueError(f"features={features!r} takes no weights file; set weights to None") from error

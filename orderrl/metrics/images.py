@@ -37,7 +37,7 @@ class ImageFolder(Dataset[Tensor]):
         folder: holds images, all of one size.
 
     Raises:
-        ValueError: if the folder has no images, an image can't be read, or their sizes differ.
+        ValueError: if the folder has no images, an image cannot be read, or their sizes differ.
     """
 
     def __init__(self, folder: Path) -> None:

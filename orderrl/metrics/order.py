@@ -42,6 +42,15 @@ def first_choice_entropy(rollout: Rollout) -> float:
     return float(entropy(counts.cpu().numpy()))
 
 
+def place_entropy(rollout: Rollout) -> float:
+    """Entropy over images of the block at each place of the order, mean over the places, nats: 0 for a fixed order.
+
+    How many orders a body that serves the policy must know; from frequencies, as `first_choice_entropy`.
+    """
+    counts = torch.nn.functional.one_hot(rollout.order, rollout.geometry.num_blocks).sum(0)  # (place, block)
+    return float(entropy(counts.cpu().numpy(), axis=1).mean())
+
+
 def order_agreement(first: Tensor, second: Tensor) -> Tensor:
     """Spearman's correlation of the places that two orders (n, B) of the same images give to blocks, (n,) float64."""
     places = torch.stack([first.argsort(1), second.argsort(1)]).double()  # every order is a permutation: no ties

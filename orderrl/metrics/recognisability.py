@@ -81,7 +81,7 @@ def _timm_classifier(name: str, data: TokenSet, device: torch.device) -> Callabl
         extractor = create_feature_extractor(register_features(name), ["logits"], cuda=False, verbose=False)
     except OSError as error:  # of urllib, requests and the Hugging Face hub
         raise ValueError(
-            f"classifier={name!r}: the weights can't be downloaded ({error}); name a file, {name}:CHECKPOINT_FILE"
+            f"classifier={name!r}: the weights cannot be downloaded ({error}); name a file, {name}:CHECKPOINT_FILE"
         ) from error
     if extractor.model.num_classes != data.num_classes:
         raise ValueError(

@@ -152,7 +152,7 @@ def _from_npz(path: Path, features: str, weights: Path | None, device: torch.dev
         with np.load(path, allow_pickle=False) as file:
             values = {key: file[key] for key in file.files}
     except _DAMAGED as error:
-        raise ValueError(f"reference={str(path)!r} can't be read as .npz arrays ({error})") from error
+        raise ValueError(f"reference={str(path)!r} cannot be read as .npz arrays ({error})") from error
     named = str(values["features"]) if "features" in values else INCEPTION
     counted = {"mu", "sigma"} <= values.keys()
     found = None

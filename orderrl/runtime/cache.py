@@ -87,7 +87,7 @@ class Cache:
             The folder to write to. Afterwards the entry is at :meth:`folder`.
 
         Raises:
-            OSError: if the cache can't be written.
+            OSError: if the cache cannot be written.
         """
         final = self.folder(kind, key)
         with filled_aside(final, lambda: replace or self._damage(final) is not None) as aside:
@@ -138,5 +138,5 @@ class Cache:
 def _named(path: Path, error: Exception) -> str:
     """An error of reading a file as a line that begins with a path."""
     if isinstance(error, OSError):
-        return f"{path}: can't be read ({error.strerror})"
+        return f"{path}: cannot be read ({error.strerror})"
     return str(error) if isinstance(error, ValueError) else f"{path}: is damaged ({type(error).__name__}: {error})"

@@ -126,7 +126,7 @@ def build_to_fit(
         with torch.device("meta"):  # takes no memory
             module = build()
     except (RuntimeError, ValueError, TypeError) as error:  # sizes whose product overflows, widths that do not divide
-        raise ValueError(f"{path}: its configuration can't be built ({error}); make the checkpoint anew") from error
+        raise ValueError(f"{path}: its configuration cannot be built ({error}); make the checkpoint anew") from error
     require_fit(module, {name: value.shape for name, value in tensors.items()}, path, _MISFIT)
     return build()
 

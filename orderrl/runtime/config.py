@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import hydra
 import yaml
@@ -47,6 +47,7 @@ from orderrl.runtime.schema import Nodes, Part
 
 CONFIGS = "orderrl.configs"
 _FULL_ERROR = "HYDRA_FULL_ERROR"
+_PLACES: dict[tuple[Any, ...], dict[str, str]] = {}  # of nodes, by what they depend on, see `_parts`
 # Given to Hydra in front of the user's own arguments: stay in this directory, write nothing, show warnings alone.
 _HYDRA_SETTINGS = {
     "hydra.job.chdir": "false",
@@ -89,11 +90,14 @@ def parts_of(command: str, overrides: Sequence[str] = (), *, config_module: str 
 
 
 def _parts(loader: ConfigLoader, command: str, overrides: Sequence[str], config_module: str) -> list[Part]:
-    choices = [item for item in overrides if _is_group(loader, item.partition("=")[0])]
-    entries = loader.compute_defaults_list(command, choices, RunMode.RUN).defaults
     nodes = _nodes(config_module, overrides)
-    places = {entry.config_path: (entry.package or "").removeprefix("_global_") for entry in entries}
-    return [Part(place, nodes[path]) for path, place in places.items() if path in nodes]
+    choices = tuple(item for item in overrides if _is_group(loader, item.partition("=")[0]))
+    # where nodes stand takes half as long as the whole configuration, and only the choices of groups change it
+    key = (config_module, command, choices, *nodes)
+    if key not in _PLACES:
+        entries = loader.compute_defaults_list(command, list(choices), RunMode.RUN).defaults
+        _PLACES[key] = {entry.config_path: (entry.package or "").removeprefix("_global_") for entry in entries}
+    return [Part(place, nodes[path]) for path, place in _PLACES[key].items() if path in nodes]
 
 
 def _check(command: str, config: DictConfig, overrides: Sequence[str], config_module: str) -> None:
@@ -122,41 +126,23 @@ def _plain(config: DictConfig) -> dict[str, Any]:
     return found
 
 
-def documented_keys(command: str, overrides: Sequence[str] = (), *, config_module: str = CONFIGS) -> dict[str, str]:
-    """The one-line meaning of every key of a command, by dotted names in the order of the configuration."""
+class Help(NamedTuple):
+    """What the help page of a command shows: choices of its groups; of every key, by dotted names, the rest."""
+
+    groups: dict[str, list[str]]
+    defaults: dict[str, Any]  # not resolved
+    meanings: dict[str, str]
+
+
+def help_of(command: str, overrides: Sequence[str] = (), *, config_module: str = CONFIGS) -> Help:
+    """Groups and keys of a command under the groups that the overrides choose, in the order of its configuration."""
     with _loader(command, config_module, overrides) as loader:
-        return {key: meaning for key, _, meaning in _rows(loader, command, overrides, config_module)}
-
-
-def _rows(
-    loader: ConfigLoader, command: str, overrides: Sequence[str], config_module: str
-) -> list[tuple[str, Any, str]]:
-    """Every key, its value, not resolved, and its meaning."""
-    config = _load(loader, command, overrides)
-    settings = schema.settings_of(_parts(loader, command, overrides, config_module))
-    return [
-        (key, value, settings[key].meaning if key in settings else "")
-        for key, value in _leaves(config)
-        if key in settings or value != {}  # a section without keys says nothing
-    ]
-
-
-def command_names(*, config_module: str = CONFIGS) -> list[str]:
-    """All commands that have a configuration."""
-    return sorted(path for path in _nodes(config_module, ()) if "/" not in path and not path.startswith("_"))
-
-
-def group_choices(command: str, overrides: Sequence[str] = (), *, config_module: str = CONFIGS) -> dict[str, list[str]]:
-    """What each group of a command offers."""
-    with _loader(command, config_module, overrides) as loader:
-        return _group_choices(loader, command, overrides)
-
-
-def _group_choices(loader: ConfigLoader, command: str, overrides: Sequence[str]) -> dict[str, list[str]]:
-    choices = [item for item in overrides if _is_group(loader, item.partition("=")[0])]
-    chosen = loader.compute_defaults_list(command, choices, RunMode.RUN).overrides.known_choices
-    groups = sorted(group for group in chosen if not group.startswith("hydra/"))
-    return {group: _choices(loader, group.partition("@")[0]) for group in groups}
+        config, groups = _load_with_groups(loader, command, overrides)
+        settings = schema.settings_of(_parts(loader, command, overrides, config_module))
+        choices = {group: _choices(loader, group.partition("@")[0]) for group in groups}
+    # a section without keys says nothing
+    defaults = {key: value for key, value in _leaves(config) if key in settings or value != {}}
+    return Help(choices, defaults, {key: settings[key].meaning if key in settings else "" for key in defaults})
 
 
 def run_application(command: str, main: Callable[[DictConfig], Any], *, config_module: str = CONFIGS) -> None:
@@ -221,12 +207,21 @@ def _run_job(
         if missing:
             raise ValueError(f"{command} needs {missing[0]}=...; see --help")
         OmegaConf.resolve(config)
+        if str(config.get("device", "cpu")).startswith("cuda"):
+            _use_tensor_cores()
         _check(command, config, HydraConfig.get().overrides.task, config_module)
         return main(config)
     except Exception as error:
         if full_error or not _is_refusal(error):
             raise
         _refuse(_line(error))
+
+
+def _use_tensor_cores() -> None:
+    """Let products in float32 on GPUs round their factors (TF32)."""
+    import torch
+
+    torch.set_float32_matmul_precision("high")
 
 
 def _is_refusal(error: Exception) -> bool:
@@ -268,13 +263,19 @@ def _loader(command: str, config_module: str, overrides: Sequence[str]) -> Itera
 
 def _load(loader: ConfigLoader, command: str, overrides: Sequence[str]) -> DictConfig:
     """Compose; raises ValueError with the whole story in one line."""
+    return _load_with_groups(loader, command, overrides)[0]
+
+
+def _load_with_groups(loader: ConfigLoader, command: str, overrides: Sequence[str]) -> tuple[DictConfig, list[str]]:
+    """`_load`, and the names of the command's groups."""
     try:
         config = loader.load_configuration(command, list(overrides), RunMode.RUN, from_shell=False)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_explain(error, loader, command, overrides)) from error
+    groups = sorted(group for group in config.hydra.runtime.choices if not group.startswith("hydra/"))
     with open_dict(config):
         del config["hydra"]
-    return config
+    return config, groups
 
 
 def _explain_anew(error: Exception, command: str, arguments: Sequence[str], config_module: str) -> str:
@@ -314,6 +315,8 @@ def _explain(error: Exception, loader: ConfigLoader, command: str, overrides: Se
     level = OmegaConf.select(config, parent) if parent else config
     keys = sorted(str(key) for key in level if key != "hydra")
     where = f"{parent}." if parent else ""
+    if not keys:
+        return f"{command} has no key {where}{name}: with these choices {parent} has none"
     return (
         f"{command} has no key {where}{name}{_closest(name, keys)}; keys {f'of {parent}' if parent else 'here'}: "
         + (", ".join(keys))
@@ -344,7 +347,7 @@ def _is_override(argument: str) -> bool:
 
 def _is_group(loader: ConfigLoader, name: str) -> bool:
     name = name.lstrip("+").split("@")[0]
-    return "." not in name and bool(loader.get_group_options(name))
+    return "." not in name and any(source.is_group(name) for source in loader.get_sources())
 
 
 def _choices(loader: ConfigLoader, group: str) -> list[str]:
@@ -377,9 +380,7 @@ def _line(error: Exception) -> str:
 
 
 def _print_help(command: str, overrides: Sequence[str], config_module: str) -> None:
-    with _loader(command, config_module, overrides) as loader:
-        rows = _rows(loader, command, overrides, config_module)
-        groups = _group_choices(loader, command, overrides)
+    groups, defaults, meanings = help_of(command, overrides, config_module=config_module)
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console = Console(highlight=False, markup=False, width=120)
@@ -387,7 +388,7 @@ def _print_help(command: str, overrides: Sequence[str], config_module: str) -> N
     console.print(f"usage: python -m {module} [group=choice ...] [key=value ...] [--multirun] [--cfg job] [--help]\n")
     if groups:
         console.print(_table(("group", "choices"), [(name, ", ".join(names)) for name, names in groups.items()]))
-    shown = [(key, _shown(default), meaning) for key, default, meaning in rows]
+    shown = [(key, _shown(default), meanings[key]) for key, default in defaults.items()]
     console.print(_table(("key", "default", "meaning"), shown))
 
 

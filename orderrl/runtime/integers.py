@@ -45,6 +45,18 @@ def as_choices(name: str, values: Any, count: int, limit: int, of: str) -> Tenso
     return chosen.expand(count)
 
 
+def as_rows(values: Any, count: int) -> Tensor:
+    """Sub-environments by their numbers, (m,) int64: distinct ones of `count`.
+
+    Raises:
+        ValueError: if they are anything else.
+    """
+    rows = as_int64("rows", values)
+    if rows.ndim != 1 or len(rows.unique()) < len(rows) or bool(((rows < 0) | (rows >= count)).any()):
+        raise ValueError(f"rows must be distinct numbers (m,) from 0 to {count - 1}, got {rows.tolist()!s:.80}")
+    return rows
+
+
 def as_seed(value: Any, name: str = "seed") -> int:
     """A seed as a Python integer.
 

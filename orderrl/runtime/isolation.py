@@ -2,7 +2,8 @@
 
 A default dtype or device, inference mode, switched-off gradients and autocast are the caller's business: what is built,
 trained, labelled and played here is the same under all of them. `isolated` stands on everything that a caller enters
-the package by; `isolated_float32` on what builds modules or runs a whole command, since modules take the default dtype.
+the package by; `isolated_float32` on what builds modules or runs a whole command, since modules take the default dtype;
+`isolated_methods` on the backbones, which are asked with gradients or without.
 
 The default dtype belongs to the whole process, the other switches to a thread. So everything that runs often names its
 dtypes itself, and a thread of the caller's that creates tensors beside a running environment keeps its own default.
@@ -13,23 +14,30 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 _AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 @contextmanager
-def own_modes() -> Iterator[None]:
-    """Tensors on the CPU unless a device is named, gradients, neither inference mode nor autocast: of this thread."""
+def own_modes(*, gradients: bool | None = True) -> Iterator[None]:
+    """Tensors on the CPU unless a device is named, neither inference mode nor autocast, of this thread.
+
+    Args:
+        gradients: whether they are computed; None leaves that to the caller.
+    """
+    wanted = torch.is_grad_enabled() if gradients is None else gradients
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
-        if not torch.is_grad_enabled():
-            stack.enter_context(torch.enable_grad())
+        if torch.is_grad_enabled() != wanted:
+            stack.enter_context(torch.set_grad_enabled(wanted))
         for device in _AUTOCAST_DEVICES:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
@@ -80,6 +88,17 @@ def isolated(function: Callable[P, R]) -> Callable[P, R]:
 def isolated_float32(function: Callable[P, R]) -> Callable[P, R]:
     """Make a function, or each step of a generator, run in `own_modes_float32`."""
     return _inside(own_modes_float32, function)
+
+
+def isolated_methods(*names: str) -> Callable[[type[T]], type[T]]:
+    """Make methods of a class run in `own_modes` with the caller's gradients."""
+
+    def decorate(kind: type[T]) -> type[T]:
+        for name in names:
+            setattr(kind, name, _inside(partial(own_modes, gradients=None), getattr(kind, name)))
+        return kind
+
+    return decorate
 
 
 def _inside(context: Callable[[], AbstractContextManager[None]], function: Callable[P, R]) -> Callable[P, R]:

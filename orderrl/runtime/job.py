@@ -77,7 +77,7 @@ class Job:
         root: the cache's folder; None for a job that nobody resumes: it keeps nothing on the disk and shows nothing.
         key: determines the job's result.
         seconds: between two states of a loop.
-        instead: takes the place of a cache that can't be written, for jobs whose result does not go there: a run's
+        instead: takes the place of a cache that cannot be written, for jobs whose result does not go there: a run's
             folder, which the next run does not look into.
         run: logs the rows of metrics; of a job that continues those of its earlier steps too.
 
@@ -135,8 +135,8 @@ class Job:
             if error.errno not in _NO_RIGHTS:
                 raise
             if instead is None:
-                raise OSError(f"{root}: can't be written ({error.strerror}); choose another cache_dir") from error
-            print(f"{root}: can't be written ({error.strerror}); an interruption loses what is unfinished", flush=True)
+                raise OSError(f"{root}: cannot be written ({error.strerror}); choose another cache_dir") from error
+            print(f"{root}: cannot be written ({error.strerror}); an interruption loses what is unfinished", flush=True)
             self._evaded = True
             return self._claim(instead / FOLDER)
 
@@ -201,7 +201,7 @@ class Job:
         """Keep a piece: tensors and plain values, nested at will.
 
         Raises:
-            OSError: if it can't be written, for example because the disk is full; what was there before stays.
+            OSError: if it cannot be written, for example because the disk is full; what was there before stays.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         aside = self.folder / f".{name}.{uuid.uuid4().hex}.partial"
@@ -236,7 +236,7 @@ class Job:
         Args:
             name: of the pieces, in front of their numbers.
             make: gives the tensors of some rows (m,) int64, first dimension m or what m rows lead to.
-            advance: told how many rows are done.
+            advance: called with how many rows are done.
         """
         parts = []
         for number, rows in enumerate(torch.arange(count).split(size)):
@@ -279,7 +279,7 @@ class Job:
         Raises:
             ValueError: if the state is truncated or altered.
             NotFiniteError: if a state that is to be kept holds tensors that are not finite.
-            OSError: if it can't be written; the one before it stays.
+            OSError: if it cannot be written; the one before it stays.
         """
         with progress(total, description, unit) if self._kept else nullcontext(unseen) as advance:
             done = self._continue(total, parts)
@@ -362,7 +362,7 @@ def finish(root: Path | str, key: str, run: Run | None = None) -> None:
         with Job(root, key) as job:
             return list(job.load(_HISTORY)) if job.has(_HISTORY) else []
 
-    with suppress(OSError):  # a cache that can't be written
+    with suppress(OSError):  # a cache that cannot be written
         for row in distributed.alone(take):
             if run is not None:
                 run.log(row, int(row["step"]))

@@ -12,7 +12,7 @@ def read_json(path: Path | str, most: int = MOST_BYTES) -> dict[str, Any]:
 
     Raises:
         ValueError: if it is too large, damaged, nested too deeply or no object; one line with the path.
-        OSError: if it can't be read.
+        OSError: if it cannot be read.
     """
     path = Path(path)
     size = path.stat().st_size

@@ -91,7 +91,7 @@ class Run:
             its own environment variables decide: WANDB_MODE, WANDB_DISABLED, WANDB_PROJECT, WANDB_NAME, WANDB_DIR.
 
     Raises:
-        ValueError: if Weights & Biases can't be started (nobody is logged in); the folder is then removed.
+        ValueError: if Weights & Biases cannot be started (nobody is logged in); the folder is then removed.
     """
 
     def __init__(self, command: str, config: Mapping[str, Any]) -> None:
@@ -174,7 +174,7 @@ class Run:
         except (wandb.Error, ValueError, OSError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(
-                f"logger=wandb can't be started: {reason}; log in with `wandb login`, or use logger.mode=offline"
+                f"logger=wandb cannot be started: {reason}; log in with `wandb login`, or use logger.mode=offline"
             ) from error
 
 

@@ -77,18 +77,21 @@ class _StoredNode(ConfigNode):
     own: Any = None
 
     def __init__(self, name: str, group: str | None, made: Node) -> None:
-        self.made = made
-        super().__init__(name=name, node=OmegaConf.create(), group=group, package=None, provider="orderrl")
+        self.name, self.group, self.package, self.provider, self.made = name, group, None, "orderrl", made
 
     @property
     def node(self) -> Any:
-        if not self.own:
+        if self.own is None:
             self.own = OmegaConf.create(self.made.contents())
         return self.own
 
     @node.setter
     def node(self, value: Any) -> None:
         self.own = value
+
+    def __deepcopy__(self, _: dict[int, Any]) -> "_StoredNode":
+        """The node itself: Hydra copies its whole store for every configuration, and a node again when it loads it."""
+        return self
 
 
 class Part(NamedTuple):

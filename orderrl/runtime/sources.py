@@ -66,7 +66,7 @@ def walk(folder: Path) -> Iterator[tuple[str, str]]:
         before by another path" for what is left out (folders end in "/"), "" for files.
 
     Raises:
-        ValueError: if a folder can't be read.
+        ValueError: if a folder cannot be read.
     """
     visited = {_inode(folder)}
     for here, folders, files in os.walk(folder, followlinks=True, onerror=_refuse_unreadable):
@@ -92,7 +92,7 @@ def _inode(path: Path) -> tuple[int, int]:
 
 
 def _refuse_unreadable(error: OSError) -> None:
-    raise ValueError(f"{printable(str(error.filename))}: the folder can't be read ({error.strerror})") from error
+    raise ValueError(f"{printable(str(error.filename))}: the folder cannot be read ({error.strerror})") from error
 
 
 def digest_of_files(names: Sequence[str], versions: Sequence[str]) -> str:
@@ -118,6 +118,6 @@ def _version(path: Path, state: os.stat_result | None, by_content: bool) -> str:
 
 
 def printable(name: str) -> str:
-    """A file's name in one line of UTF-8: backslashes and what can't be printed are escaped as in Python."""
+    """A file's name in one line of UTF-8: backslashes and what cannot be printed are escaped as in Python."""
     escaped = name.replace("\\", "\\\\")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in escaped)

@@ -50,7 +50,7 @@ def written_aside(path: Path) -> Iterator[Path]:
     """A file to write that becomes `path`, flushed to the disk, when the block ends without an error.
 
     Raises:
-        OSError: if it can't be written; what was at `path` stays.
+        OSError: if it cannot be written; what was at `path` stays.
     """
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
@@ -71,7 +71,7 @@ def filled_aside(final: Path, replace: Callable[[], bool] | None = None) -> Iter
             raises an error.
 
     Raises:
-        OSError: if it can't be written, or `final` is filled.
+        OSError: if it cannot be written, or `final` is filled.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     remove_orphans(final.parent)
@@ -98,7 +98,7 @@ def remove_folder(folder: Path) -> None:
     """Remove a folder in one move, so that nobody ever finds half of it.
 
     Raises:
-        OSError: if it can't be moved.
+        OSError: if it cannot be moved.
     """
     gone = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     with suppress(FileNotFoundError):  # another process did it
@@ -126,7 +126,7 @@ def claim(lock: Path) -> IO[bytes] | None:
 
     Raises:
         FileNotFoundError: if its folder is not there (any more).
-        OSError: if its file system can't be written.
+        OSError: if its file system cannot be written.
     """
     while True:
         held = _held.get(str(lock.absolute()))
@@ -250,7 +250,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: if it is damaged, altered or not sealed (then `Unsealed`), by its path.
-        OSError: if it can't be read.
+        OSError: if it cannot be read.
     """
     values = read_json(path)
     seal = values.pop(SEAL, None)

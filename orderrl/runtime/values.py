@@ -57,6 +57,16 @@ def setting(default: Any, meaning: str, *rules: Rule, **more: Any) -> Any:
     return field(default=default, metadata=described)
 
 
+def added_setting(default: Any, meaning: str, *rules: Rule, **more: Any) -> Any:
+    """A setting that came later: left out of the dataclass's text, from which fingerprints of older files were made.
+
+    Whatever has another value than the default must differ in something else that is fingerprinted, such as weights.
+    """
+    made = setting(default, meaning, *rules, **more)
+    made.repr = False
+    return made
+
+
 def redefault(settings: type[Any], name: str, default: Any) -> Any:
     """A setting of a base class with another default."""
     (found,) = (item for item in fields(settings) if item.name == name)

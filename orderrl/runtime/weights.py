@@ -130,7 +130,7 @@ def _read_pickle(path: Path, mmap: bool = True) -> object:
             f"torch.save(checkpoint[{_nesting_of(path)!r}], ...) or safetensors, where the file is trusted"
         ) from error
     except (RuntimeError, EOFError, ValueError, TypeError, AttributeError) as error:
-        if mmap and "mmap" in str(error):  # the format before torch 1.6, which can't be mapped
+        if mmap and "mmap" in str(error):  # the format before torch 1.6, which cannot be mapped
             return _read_pickle(path, mmap=False)
         raise ValueError(f"{path}: is truncated, damaged or no PyTorch file ({error}); copy it again") from error
 

@@ -298,5 +298,5 @@ def latent_grid(height: int, width: int, factor: int) -> tuple[int, int]:
         ValueError: if height or width is not a multiple of the factor.
     """
     if height % factor or width % factor or not height or not width:
-        raise ValueError(f"images of {height}x{width} pixels can't be encoded; both must be multiples of {factor}")
+        raise ValueError(f"images of {height}x{width} pixels cannot be encoded; both must be multiples of {factor}")
     return height // factor, width // factor

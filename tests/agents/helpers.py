@@ -29,7 +29,7 @@ def tiny_core(
     sampling: Sampling | None = None,
     **reward: Any,
 ) -> NextBlockCore:
-    """A core on a tiny backbone, strict unless told otherwise; `reward` are values of `RewardConfig`."""
+    """A core on a tiny backbone, strict by default; `reward` are values of `RewardConfig`."""
     backbone = backbone or tiny_backbone()
     config = CoreConfig(mode, budgets, RewardConfig(**reward), sampling or Sampling(), strict)
     return NextBlockCore(backbone, data or tiny_images(backbone), num_envs, config, seed)

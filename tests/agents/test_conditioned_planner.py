@@ -1,4 +1,4 @@
-"""A planner that is told what a step costs: one planner for every cost until it is trained, a family of them after."""
+"""A planner that sees what a step costs: one planner for every cost until it is trained, a family of them after."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_gradients_reach_the_projection_of_the_cost() -> None:
     assert (planner.project_step_cost.weight.grad != 0).all()
 
 
-def test_a_planner_at_one_cost_is_the_planner_that_is_told_it() -> None:
+def test_a_planner_at_one_cost_is_the_planner_that_sees_it() -> None:
     planner = trained()
     logits = []
     for cost in COSTS:
@@ -94,7 +94,7 @@ def test_a_planner_of_one_cost_can_not_be_told_another() -> None:
 
 
 def test_it_must_be_told() -> None:
-    with pytest.raises(ValueError, match=r"in the range \(0.05, 2.0\) and must be told one.*@cost0.5"):
+    with pytest.raises(ValueError, match=r"in the range \(0.05, 2.0\) and needs one.*@cost0.5"):
         trained()(observe())
 
 

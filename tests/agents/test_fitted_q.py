@@ -170,7 +170,7 @@ def test_a_planner_learns_the_order_and_the_budget_that_content_asks_for() -> No
     assert (rollout.steps[careful] == BLOCKS).all() and rollout.steps[~careful].float().mean() < 4  # 3 are the fewest
 
 
-def test_the_step_cost_that_a_planner_is_told_moves_its_budgets() -> None:
+def test_the_step_cost_that_a_planner_sees_moves_its_budgets() -> None:
     budgets, seen = (1, 2, 4), played(12)
     planner = tiny_planner(noisy=False, num_budgets=3, step_cost_range=(0.01, 10.0))
     config = FittedQConfig(steps=200, batch_size=12, learning_rate=1e-2)

@@ -13,7 +13,7 @@ from orderrl.agents.grpo import GRPO, group_advantages
 from orderrl.agents.grpo import Config as GRPOConfig
 from orderrl.agents.play import roll_out
 from orderrl.agents.policies import PlannerPolicy
-from orderrl.envs.core import replay_return
+from orderrl.envs.replay import replay_return
 from orderrl.planner import OrderHead
 from orderrl.runtime import distributed
 from orderrl.runtime.job import Job
@@ -134,10 +134,7 @@ def test_returns_are_those_of_the_replayed_episodes() -> None:
     grpo = make_grpo(budgets=(1, 2, 4), episodes=8)
     data, core = collect(grpo), grpo.env.core
     row = grpo._summary(data)
-    images = core.data
-    replayed = replay_return(
-        core.backbone, images, core.tokens, core.labels, core.reveal_step, core.reveal_rank, core.config.reward
-    )
+    replayed = replay_return(core, torch.arange(core.num_envs))
     found = (data["next", "reward"][..., 0] * data["played"]).sum(1)
     assert torch.allclose(found, replayed * core.geometry.num_tokens, atol=1e-3)
     assert row["return"] == pytest.approx(found.mean().item(), abs=1e-4) and row["illegal"] == 0

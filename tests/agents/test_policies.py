@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from orderrl.agents.confidence import Confidence, HindsightConfidence
 from orderrl.agents.orders import ORDERS
 from orderrl.agents.play import act, roll_out
 from orderrl.agents.policies import (
     SCORERS,
-    Confidence,
     Lookahead,
     Oracle,
     PairedPolicy,
@@ -28,7 +28,6 @@ from orderrl.agents.policies import (
 )
 from orderrl.agents.registry import make_policy
 from orderrl.agents.schedules import entropy_threshold, fixed, growing
-from orderrl.backbones.sampling import Sampling
 from orderrl.data import TokenSet
 from orderrl.envs.core import NextBlockCore
 from orderrl.planner import OrderHead, save_planner
@@ -65,8 +64,9 @@ POLICIES: dict[str, Maker] = {
     "oracle": lambda budgets: Oracle(budgets, fixed(len(budgets) - 1)),
     "lookahead": lambda budgets: Lookahead(1, budgets, fixed(len(budgets) - 1)),
     "confidence": lambda budgets: Confidence(budgets, fixed(len(budgets) - 1)),
+    "hindsight_confidence": lambda budgets: HindsightConfidence(budgets, fixed(len(budgets) - 1), 0.1),
 }
-OBSERVING = [name for name in POLICIES if name not in ("oracle", "lookahead", "confidence")]
+OBSERVING = [name for name in POLICIES if name not in ("oracle", "lookahead", "hindsight_confidence")]
 
 
 def with_other_hidden_tokens(core: NextBlockCore) -> TokenSet:
@@ -273,10 +273,9 @@ def test_lookahead_refuses_no_samples() -> None:
         Lookahead(0)
 
 
-@pytest.mark.parametrize("policy", [Lookahead(2), Confidence()], ids=["lookahead", "confidence"])
-def test_drawing_references_are_keyed(policy: ReferencePolicy) -> None:
+def test_lookahead_is_keyed() -> None:
     """The same choices whatever the batch and the true hidden tokens; others for another seed, episode or step."""
-    core = mid_episode(tiny_core(num_envs=6, seed=5), steps=2)
+    policy, core = Lookahead(2), mid_episode(tiny_core(num_envs=6, seed=5), steps=2)
     scores = all_scores(policy, core)
     assert torch.equal(scores, all_scores(policy, core))
     for row in (0, 3):
@@ -314,23 +313,6 @@ def test_references_handle_rows_at_different_lengths() -> None:
         core.read_actions(policy.act(core))
         _, count, legal = core.read_actions(policy.act(core))
         assert legal[1:].all() and count.tolist() == [0, 4, 4]
-
-
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_confidence_scores_each_blocks_own_draw(guidance: float) -> None:
-    """Greedy draws need no random numbers, so every block can be drawn and scored alone."""
-    sampling = Sampling(top_k=1, guidance=guidance)
-    core = mid_episode(tiny_core(mode="generate", sampling=sampling))
-    scores = all_scores(Confidence(), core)
-    for row, block in (~core.visible).nonzero().tolist():
-        one, named = torch.tensor([row]), torch.tensor([[block]])
-        dropped = None if core.unconditional is None else core.unconditional.select(one)
-        prefix = core.prefix.select(one)
-        drawn = core.backbone.decode(prefix, named, torch.full((1, 1, 4), 0.5), sampling, dropped).tokens
-        tokens = core.tokens[one].scatter(1, core.geometry.block_tokens[named].flatten(1), drawn.flatten(1))
-        loss = core.backbone.context_loss(prefix, tokens, named)[0].loss[0, 0]
-        assert torch.allclose(scores[row, block], -loss, atol=1e-4)
-    assert torch.equal(Confidence().act(core), scores.masked_fill(core.visible, -torch.inf).argmax(1))
 
 
 def test_a_reference_without_scores_says_so() -> None:

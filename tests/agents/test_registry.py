@@ -1,4 +1,4 @@
-"""Names of schedules and of planners that are told what a step costs."""
+"""Names of schedules and of planners at one cost of a step."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_every_step_stays_below_the_information_that_is_named(name: str, backbon
 # ---------------------------------------------------------------------- planners of a range of step costs
 
 
-def test_a_planner_is_named_after_the_cost_that_it_is_told(home: Path, backbone: OrderRobustTransformer) -> None:
+def test_a_planner_is_named_after_the_cost_at_which_it_acts(home: Path, backbone: OrderRobustTransformer) -> None:
     path = str(home / "ranged.safetensors")
     named = make_policy(f"{path}@cost0.50", backbone)
     assert (named.name, named.step_cost) == ("ppo_likelihood_conditioned_r0@cost0.5", 0.5)
@@ -141,12 +141,12 @@ def test_it_acts_as_in_an_environment_of_that_cost(home: Path, backbone: OrderRo
     actions = act(untold.policy, core, torch.Generator())
     seen = set()
     for row, cost in enumerate(core.observation()["step_cost"][:, 0].tolist()):
-        told = make_policy(f"{path}@cost{cost}", backbone)
+        at_cost = make_policy(f"{path}@cost{cost}", backbone)
         plain = mid_episode(tiny_core((1, 2), num_envs=12))
-        assert torch.equal(act(told.policy, plain, torch.Generator())[row], actions[row])
-        seen.add(tuple(act(told.policy, plain, torch.Generator()).flatten().tolist()))
+        assert torch.equal(act(at_cost.policy, plain, torch.Generator())[row], actions[row])
+        seen.add(tuple(act(at_cost.policy, plain, torch.Generator()).flatten().tolist()))
     assert len(seen) > 1  # costs make a difference
-    with pytest.raises(ValueError, match=r"\(0.05, 2.0\) and must be told one"):
+    with pytest.raises(ValueError, match=r"\(0.05, 2.0\) and needs one"):
         act(untold.policy, mid_episode(tiny_core((1, 2))), torch.Generator())
 
 
@@ -184,10 +184,10 @@ def test_an_evaluation_tells_a_list_of_costs(
     assert names == [*conditioned, "ppo_likelihood_r0", "bc_utility_r0", "bc_utility_r0@2"]
 
 
-def test_a_schedule_is_told_the_same_costs(home: Path, backbone: OrderRobustTransformer) -> None:
+def test_a_schedule_is_tried_at_the_same_costs(home: Path, backbone: OrderRobustTransformer) -> None:
     spec = PolicySpec.parse(f"{home / 'ranged.safetensors'}@4")
-    told = at_step_costs(spec, make_policy(spec, backbone), [0.1, 1.0])
-    assert list(map(str, told)) == [f"{home / 'ranged.safetensors'}@cost{cost}@4" for cost in ("0.1", "1")]
+    found = at_step_costs(spec, make_policy(spec, backbone), [0.1, 1.0])
+    assert list(map(str, found)) == [f"{home / 'ranged.safetensors'}@cost{cost}@4" for cost in ("0.1", "1")]
 
 
 # ---------------------------------------------------------------------- users' own policies under a schedule
@@ -258,9 +258,8 @@ def test_an_own_policys_own_budget_gives_way_to_the_schedule(backbone: OrderRobu
 
 
 def test_an_own_policy_that_cannot_do_what_its_name_says_is_refused(backbone: OrderRobustTransformer) -> None:
-    one = make_policy(f"{HERE}:last_hidden@4", backbone)
     with pytest.raises(ValueError, match=r"last_hidden@4' is to reveal up to 4 blocks a step, .* \(batch, 4\)"):
-        sizes_of_steps(one)
+        make_policy(f"{HERE}:last_hidden@4", backbone)
     assert sizes_of_steps(make_policy(f"{HERE}:last_hidden@1", backbone)) == [1] * 9
     with pytest.raises(ValueError, match=r"own_way@4' takes no schedule: OwnWay has an `act` of its own"):
         make_policy(f"{HERE}:own_way@4", backbone)

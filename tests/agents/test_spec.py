@@ -47,8 +47,10 @@ def some_spec(source: random.Random) -> PolicySpec:
             "baseline", source.choice(["random", "raster"]), source.choice(["", SPACED]), mode=mode, schedule=schedule
         )
     if kind == "reference":
-        name, draws = source.choice([("oracle", None), ("lookahead", 16), ("confidence", None)])
-        return PolicySpec("reference", name, draws=draws, schedule=schedule)
+        name, draws, rule = source.choice(
+            [("oracle", None, ""), ("lookahead", 16, ""), ("confidence", None, "highest+near0.5"), ("native", None, "")]
+        )
+        return PolicySpec("reference", name, draws=draws, rule=rule, schedule=schedule)
     return PolicySpec("own", source.choice(["module:attribute", "a.b:c", "oracle_like:policy"]), schedule=schedule)
 
 
@@ -85,8 +87,10 @@ def test_a_file_that_is_called_like_a_prefix_is_that_file(tmp_path: Path, monkey
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("oracle:4", "oracle takes no number of draws; write oracle, or lookahead:4"),
-        ("confidence:2@4", "confidence takes no number of draws"),
+        ("oracle:4", "oracle takes no argument; write oracle, or lookahead:4"),
+        ("confidence:2@4", "'2' is no part of a rule of confidence; write highest, first and nearLAMBDA"),
+        ("confidence:", "must name a rule, for example confidence:near0.1"),
+        ("hindsight_confidence:first", "must name a rule, for example hindsight_confidence:near0.1"),
         ("lookahead:", "must name a number of draws"),
         ("lookahead:0", "must name a number of draws"),
         ("lookahead:x", "must name a number of draws"),

@@ -34,17 +34,17 @@ def make_ppo(
     return PPO(planner, env, config)
 
 
-def test_a_start_without_costs_becomes_a_planner_that_is_told_them() -> None:
-    """It begins as the start would in an environment of one cost, whatever it is told."""
+def test_a_start_without_costs_becomes_a_planner_that_sees_them() -> None:
+    """It begins as the start would in an environment of one cost, whatever cost it sees."""
     start = tiny_planner(num_budgets=2)
-    told, one = make_ppo(start), make_ppo(start, 0.5)
-    assert told.planner.config.step_cost_range == told.critic.config.step_cost_range == RANGE
+    ranged, one = make_ppo(start), make_ppo(start, 0.5)
+    assert ranged.planner.config.step_cost_range == ranged.critic.config.step_cost_range == RANGE
     assert one.planner.config.step_cost_range is None
     observation = mid_episode(tiny_core((1, 2))).observation()
     expected = one.planner(observation)
     for cost in (0.1, 3.0):
         observation["step_cost"] = torch.full((4, 1), cost)
-        found = told.planner(observation)
+        found = ranged.planner(observation)
         assert torch.equal(found.logits, expected.logits) and torch.equal(found.budget_logits, expected.budget_logits)
 
 
@@ -55,7 +55,7 @@ def test_planner_and_critic_learn_from_the_cost() -> None:
         assert part.project_step_cost is not None and (part.project_step_cost.weight != 0).all()
 
 
-def test_a_start_that_is_told_costs_goes_on_at_the_environments_one() -> None:
+def test_a_start_that_sees_costs_goes_on_at_the_environments_one() -> None:
     start = tiny_planner(num_budgets=2, step_cost_range=RANGE)
     assert start.project_step_cost is not None
     with torch.no_grad():

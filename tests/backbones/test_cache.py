@@ -33,9 +33,16 @@ def test_append_equals_concatenation_of_what_counts() -> None:
     levels = cache.levels
     keys = torch.stack([level.keys[:, :, 0] for level in levels])
     assert keys.shape[3] == levels[0].values.shape[3] == 5
-    assert levels[0].mask is None and cache.slots == 6  # all are equally long
+    assert levels[0].unseen is None and cache.slots == 6  # all are equally long
     for row in range(3):
         assert torch.equal(keys[:, row], torch.cat(wanted[row], 2))
+
+
+def test_entries_with_gradients_are_appended_too() -> None:
+    new = entries(2, 1, 3)
+    new.keys[-1].requires_grad_()  # of the layers that are trained
+    cache = empty(2, 3).append(new, torch.tensor([3, 3]))
+    assert torch.equal(cache.keys[0, :, :, :3], new.keys[0][:, :, 0]) and cache.keys.requires_grad
 
 
 def test_append_fills_the_last_slot() -> None:
@@ -43,7 +50,7 @@ def test_append_fills_the_last_slot() -> None:
     cache = empty(2, 3).append(new, torch.tensor([3, 1]))
     level = cache.levels[1]
     assert torch.equal(level.keys[0, :, 0], new.keys[1][0, :, 0])
-    assert level.mask is not None and level.mask[:, 0, 0, 0].tolist() == [[True] * 3, [True, False, False]]
+    assert level.unseen is not None and level.unseen[:, 0, 0, 0].tolist() == [[False] * 3, [False, True, True]]
 
 
 def test_select_copies_and_put_writes_back() -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from orderrl.backbones import load_backbone
-from orderrl.backbones.cpu_linear import AVAILABLE, DTYPES, LARGE, WORTH, Linear, pack_weights
+from orderrl.backbones import cpu_linear, load_backbone
+from orderrl.backbones.cpu_linear import AVAILABLE, DTYPES, FEW_ROWS, LARGE, WORTH, Linear, pack_weights
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="no oneDNN for this processor")
 
@@ -39,7 +39,8 @@ def test_a_packed_product_is_the_plain_one(bias: bool, shape: tuple[int, ...]) -
     assert torch.allclose(layer(every_other), plain(layer, every_other), atol=1e-5)
 
 
-def test_large_matrices_are_packed_for_a_single_row() -> None:
+def test_large_matrices_are_packed_for_a_single_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_linear, "few_rows_that_gain", lambda dtype, threads: FEW_ROWS)
     layer = frozen(512, LARGE // 512)
     x = torch.randn(1, 512)
     assert torch.allclose(layer(x), plain(layer, x), atol=1e-5) and packs(layer) == 1
@@ -113,6 +114,29 @@ def test_the_switch() -> None:
     pack_weights(layer, True)
     layer(x)
     assert packs(layer) == 1
+
+
+@pytest.mark.parametrize("gaining", [(), (1, 4, 16)])
+def test_few_rows_of_large_matrices_take_the_product_that_was_measured_to_be_faster(
+    gaining: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[torch.dtype] = []
+
+    def measured(dtype: torch.dtype, threads: int) -> tuple[int, ...]:
+        asked.append(dtype)
+        return gaining
+
+    monkeypatch.setattr(cpu_linear, "few_rows_that_gain", measured)
+    layer, few, many = frozen(512, 512), torch.randn(3, 512), torch.randn(17, 512)
+    assert torch.allclose(layer(few), plain(layer, few), atol=1e-5) and packs(layer) == int(bool(gaining))
+    assert torch.allclose(layer(many), plain(layer, many), atol=1e-5) and packs(layer) == 1
+    assert asked == [torch.float32]  # many rows are always packed
+
+
+def test_measuring_products_draws_no_random_number() -> None:
+    state = torch.get_rng_state()
+    assert set(cpu_linear.few_rows_that_gain.__wrapped__(torch.float32, 1)) <= set(FEW_ROWS)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_backbone_computes_the_same_with_packed_weights() -> None:

@@ -218,7 +218,7 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"layers=3 must be even"):
         new_backbone("arpg", grid | CAUSAL | {"block_size": 2, "layers": 3})
     with pytest.raises(ValueError, match=r"block_size=2 must be the side of the square token grid 4x4"):
-        RasterTransformer(TransformerConfig(**(grid | CAUSAL | {"block_size": 2})))
+        RasterTransformer(TransformerConfig(**(grid | CAUSAL | {"block_size": 2})))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unexpected keyword argument 'depth'"):
         new_backbone("randar", grid | CAUSAL | {"block_size": 2, "depth": 3})
     with pytest.raises(ValueError, match=r"block_size=3 must divide the token grid 4x4"):

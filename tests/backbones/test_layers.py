@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from orderrl.backbones import layers
-from orderrl.backbones.layers import Level, causal_mask, chain_attention, differentiable_chain_attention
+from orderrl.backbones.layers import Level, chain_attention, differentiable_chain_attention, unseen_later
 
 STATES, HEADS, CHAINS, WIDTH = 3, 2, 6, 4
 
@@ -16,11 +16,11 @@ STATES, HEADS, CHAINS, WIDTH = 3, 2, 6, 4
 def levels(length: int, new: int) -> list[Level]:
     """A prefix of unequal lengths, pasts that two chains share each, and the chains themselves."""
     keys, values = torch.randn(2, STATES, HEADS, 1, 5, WIDTH)
-    mask = (torch.arange(5) < torch.tensor([5, 1, 3])[:, None])[:, None, None, None]
+    unseen = (torch.arange(5) >= torch.tensor([5, 1, 3])[:, None])[:, None, None, None]
     past = torch.randn(2, STATES, HEADS, CHAINS // 2, 3, WIDTH)
     own = torch.randn(2, STATES, HEADS, CHAINS, length, WIDTH)
-    own_mask = causal_mask(new, length, own.device)
-    return [Level(keys, values, mask), Level(past[0], past[1]), Level(own[0], own[1], own_mask)]
+    own_unseen = unseen_later(new, length, own.device)
+    return [Level(keys, values, unseen), Level(past[0], past[1]), Level(own[0], own[1], own_unseen)]
 
 
 def one_by_one(query: Tensor, given: list[Level]) -> Tensor:
@@ -33,10 +33,10 @@ def one_by_one(query: Tensor, given: list[Level]) -> Tensor:
             keys = torch.cat([level.keys[state, :, place] for level, place in sides], 1)
             values = torch.cat([level.values[state, :, place] for level, place in sides], 1)
             seen = torch.ones(query.shape[3], keys.shape[1], dtype=torch.bool)
-            assert prefix.mask is not None
-            seen[:, :5] = prefix.mask[state, 0, 0, 0]
-            if own.mask is not None:
-                seen[:, 8:] = own.mask
+            assert prefix.unseen is not None
+            seen[:, :5] = ~prefix.unseen[state, 0, 0, 0]
+            if own.unseen is not None:
+                seen[:, 8:] = ~own.unseen
             mixed[state, :, chain] = F.scaled_dot_product_attention(query[state, :, chain], keys, values, seen)
     return mixed
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.memory import table
 from orderrl.backbones import OrderRobustTransformer, build_backbone, load_backbone
-from orderrl.backbones.memory import Packing, free_memory, plan
+from orderrl.backbones.memory import Packing, free_memory, held, plan
 from orderrl.envs.core import CoreConfig, NextBlockCore
+from tests.backbones.families import tiny
 from tests.envs.helpers import play
 from tests.helpers import random_orders, tiny_images
 
@@ -132,3 +135,21 @@ def test_compiled_layers_equal_eager_ones(backbone: OrderRobustTransformer, monk
     assert torch.allclose(losses.loss, eager.loss, atol=1e-5)
     again, _ = backbone.context_loss(prefix, data.tokens, orders[:, 2:], past=past)
     assert torch.allclose(again.loss, after.loss, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["randar", "arpg"])
+def test_what_is_counted_as_held_is_what_is_held(family: str) -> None:
+    backbone = tiny(family)
+    counted = held(backbone)
+    prefix = backbone.start(torch.zeros(3, dtype=torch.int64))
+    assert 3 * counted.per_image == prefix.keys.nbytes + prefix.values.nbytes
+    tokens, blocks = torch.zeros(3, backbone.geometry.num_tokens).long(), torch.arange(backbone.geometry.num_blocks)
+    _, entries = backbone.context_loss(prefix, tokens, blocks.expand(3, -1))
+    whole = entries.whole()
+    assert 3 * counted.kept_chains == sum(part.nbytes for part in whole.keys + whole.values)
+    assert counted.weights == sum(parameter.nbytes for parameter in backbone.parameters())
+
+
+def test_the_memory_page_holds_the_counted_table() -> None:
+    page = Path(__file__).parents[2] / "docs" / "gpu.md"
+    assert table() in page.read_text(encoding="utf-8")

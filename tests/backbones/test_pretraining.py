@@ -74,7 +74,7 @@ def test_share_of_random_orders() -> None:
     assert all(a > b for a, b in pairwise(shares[60:]))
     assert shares[80] == pytest.approx(0.5) and shares[99] == pytest.approx(0.025)
     assert {random_share(step, replace(config, anneal_from=1.0)) for step in range(100)} == {1.0}
-    assert {random_share(step, replace(config, order="raster")) for step in range(100)} == {0.0}
+    assert {random_share(step, replace(config, order="token_raster")) for step in range(100)} == {0.0}
 
 
 def test_orders_follow_the_share() -> None:
@@ -93,7 +93,7 @@ def test_orders_follow_the_share() -> None:
 
 
 @pytest.mark.parametrize(
-    ("order", "anneal_from", "calls"), [("random", 0.5, 1), ("random", 1.0, 0), ("raster", 0.5, 0)]
+    ("order", "anneal_from", "calls"), [("random", 0.5, 1), ("random", 1.0, 0), ("token_raster", 0.5, 0)]
 )
 def test_the_last_random_checkpoint_is_handed_out(order: str, anneal_from: float, calls: int) -> None:
     """It holds the averaged weights as they were before the first step that trained on raster orders."""
@@ -188,7 +188,11 @@ def test_learning_rate_warms_up_and_falls() -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [({"order": "spiral"}, "order='spiral'.*random, raster"), ({"steps": 0}, "steps"), ({"ema": 1.5}, "ema")],
+    [
+        ({"random_share": 0.5}, "random_share=0.5 stands beside a policy's order"),
+        ({"steps": 0}, "steps"),
+        ({"ema": 1.5}, "ema"),
+    ],
 )
 def test_impossible_settings_are_refused(wrong: dict[str, str | float], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""Image folders: splits, crops, and files that can't be read."""
+"""Image folders: splits, crops, and files that cannot be read."""
 
 from pathlib import Path
 

@@ -302,5 +302,5 @@ def test_a_folder_that_may_not_be_read_is_refused_by_name(tmp_path: Path, monkey
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refusing)
-    with pytest.raises(ValueError, match=r"dog: the folder can't be read \(Permission denied\)"):
+    with pytest.raises(ValueError, match=r"dog: the folder cannot be read \(Permission denied\)"):
         find_images(root)

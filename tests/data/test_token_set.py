@@ -1,6 +1,7 @@
 """Token sets in memory."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,8 @@ def test_the_decoder_sees_one_dimension_of_images_whatever_the_shape() -> None:
     assert torch.equal(data.images(data.tokens[2]), images[2])
     assert torch.equal(data.images(data.tokens[:4].unflatten(0, (2, 2))), images[:4].unflatten(0, (2, 2)))
 
-    discrete = TokenSet("d", "test", torch.arange(6).expand(5, 6), torch.zeros(5), 2, 3, 6, 1, decoder=lambda t: (
+    labels = torch.zeros(5, dtype=torch.int64)
+    discrete = TokenSet("d", "test", torch.arange(6).expand(5, 6), labels, 2, 3, 6, 1, decoder=lambda t: (
         t.view(-1, 1, 2, 3).expand(-1, 3, -1, -1).to(torch.uint8)
     ))  # fmt: skip
     assert torch.equal(discrete.images(discrete.tokens[0]), discrete.images(discrete.tokens)[0])
@@ -62,3 +64,21 @@ def test_unknown_names_are_refused_with_the_choices() -> None:
         load_split("folder", "test")
     with pytest.raises(FileNotFoundError, match="no token set"):
         load_split("tokens:/nowhere", "test")
+
+
+@pytest.mark.parametrize(
+    ("changed", "match"),
+    [
+        ({"tokens": torch.full((2, 4), 5)}, r"data 'x', split 'test': tokens must lie in 0..4, they lie in 5..5"),
+        ({"tokens": torch.full((2, 4), -1)}, "tokens must lie in 0..4"),
+        ({"tokens": torch.zeros(2, 4)}, "tokens must be int64, got torch.float32"),
+        ({"tokens": torch.zeros(2, 3, dtype=torch.int64)}, r"tokens must have the shape \(2, 4\)"),
+        ({"labels": torch.tensor([0, 3])}, "labels must lie in 0..2, they lie in 0..3"),
+        ({"labels": torch.tensor([0])}, "tokens must have the shape"),
+        ({"tokens": torch.full((2, 4, 3), torch.nan), "vocab_size": 0, "token_dim": 3}, "must be finite"),
+    ],
+)
+def test_what_is_no_image_of_the_grid_is_refused(changed: dict[str, Any], match: str) -> None:
+    good = TokenSet("x", "test", torch.zeros(2, 4, dtype=torch.int64), torch.tensor([0, 2]), 2, 2, 5, 3)
+    with pytest.raises(ValueError, match=match):
+        replace(good, **changed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from orderrl.backbones import OrderRobustTransformer, Sampling, load_backbone
 from orderrl.backbones.check import naive_block_losses
 from orderrl.data import TokenSet, load_split
 from orderrl.envs import CoreConfig, NextBlockCore
-from orderrl.envs.core import replay_return
+from orderrl.envs.replay import replay_return
 from orderrl.envs.reward import ILLEGAL_REWARD
 from tests.envs.helpers import make_core, play
 from tests.helpers import as_action, random_steps, tiny_backbone, tiny_images
@@ -363,6 +364,26 @@ def test_index_chooses_the_image() -> None:
     assert core.image_index.tolist() == [4, 7, 11]
 
 
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda core: NextBlockCore(core.backbone, core.data.first(0), 1, core.config), "has no image to reveal"),
+        (lambda core: core.reset(torch.tensor([4])), r"rows must be distinct numbers \(m,\) from 0 to 3, got \[4\]"),
+        (lambda core: core.reset(torch.tensor([-1])), "rows must be distinct"),
+        (lambda core: core.reset(torch.tensor([0, 0])), "rows must be distinct"),
+        (lambda core: core.reset(torch.tensor([True, False, True, True])), "rows must be int64"),
+        (lambda core: core.seed(torch.tensor([1, 2])), "seeds must be 4, one for each sub-environment"),
+        (lambda core: core.step(torch.arange(4), torch.ones(4)), r"restart must be \(4,\) bool"),
+        (lambda core: core.step(torch.arange(4), torch.tensor([True])), r"restart must be \(4,\) bool"),
+    ],
+)
+def test_what_a_core_cannot_play_is_refused(call: Callable[[NextBlockCore], Any], match: str) -> None:
+    core = make_core(4)
+    core.reset()
+    with pytest.raises(ValueError, match=match):
+        call(core)
+
+
 # ---------------------------------------------------------------------- generate
 
 
@@ -383,18 +404,14 @@ def test_hindsight_return_is_the_teachers(budgets: tuple[int, ...], reward: dict
 
 def test_hindsight_return_skips_void_steps() -> None:
     core = make_core(2, (1, 2, 4), "generate", strict=False, step_cost=0.5)
-    clean = make_core(2, (1, 2, 4), "generate", strict=False, step_cost=0.5)
-    for each in (core, clean):
-        each.reset()
+    core.reset()
     void = torch.tensor([[0, 0, 0, 0, 1]] * 2)
     core.step(void)
     for step in ([0, 1, 2, 3], [4, 5], [6], [7, 8]):
         result = core.step(torch.stack([as_action(step, (1, 2, 4), 9)] * 2))
         core.step(void)
-    wanted = replay_return(
-        core.backbone, core.data, core.tokens, core.labels, core.reveal_step // 2, core.reveal_rank, core.config.reward
-    )
-    assert torch.allclose(result.reward, wanted, atol=1e-5)
+    core.reveal_step = core.reveal_step // 2  # as if no step had been void
+    assert torch.allclose(result.reward, replay_return(core, torch.arange(2)), atol=1e-5)
 
 
 def test_generated_tokens_follow_the_backbone() -> None:

@@ -26,7 +26,7 @@ every_face = pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
 
 
 def forked(work: Callable[[int], Any], count: int = 3) -> list[Any]:
-    """What some processes, forked one after the other, give: each is told its number."""
+    """What some processes, forked one after the other, give: each is given its number."""
     context = multiprocessing.get_context("fork")
     found = []
     for number in range(count):

@@ -32,8 +32,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def configure(home: Path, command: str, *overrides: str) -> DictConfig:
-    folders = [f"output_dir={home / 'runs'}", f"cache_dir={home / 'cache'}", "labels.contexts=16"]
-    return compose(command, [*overrides, *folders, "backbone=digits", f"backbone.name={home / 'tiny.safetensors'}"])
+    places = [
+        f"output_dir={home / 'runs'}",
+        f"cache_dir={home / 'cache'}",
+        f"backbone.name={home / 'tiny.safetensors'}",
+    ]
+    labels = [] if "agent=schedule" in overrides else ["labels.contexts=16"]
+    return compose(command, ["backbone=digits", *overrides, *places, *labels])
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +60,7 @@ def test_a_schedule_is_searched_at_the_geometric_mean(schedule: Path) -> None:
     assert description["env"]["step_cost"] == 1.0 and head.config.step_cost_range is None
 
 
-def test_ppo_makes_a_planner_that_is_told_the_cost(home: Path, planner: Path) -> None:
+def test_ppo_makes_a_planner_that_sees_the_cost(home: Path, planner: Path) -> None:
     head, description = load_planner(planner)
     assert head.config.step_cost_range == (0.5, 2.0) and description["env"]["step_cost"] == [0.5, 2.0]
     found = Cache(home / "cache").newest("planners", lambda known: known["env"]["step_cost"] == [0.5, 2.0])

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from orderrl.data import TokenSet
 from orderrl.envs import NextBlockEnv, NextBlockTorchRLEnv, NextBlockVectorEnv, RewardConfig
-from orderrl.envs.core import NextBlockCore, replay_return
+from orderrl.envs.core import NextBlockCore
+from orderrl.envs.replay import replay_return
 from orderrl.envs.reward import Reward
 from orderrl.geometry import BlockGrid
 from tests.envs.helpers import arguments, make_core, play
@@ -22,7 +23,7 @@ from tests.helpers import as_action, tiny_backbone
 RANGE = (0.05, 2.0)
 
 
-def told(core: NextBlockCore) -> Tensor:
+def given_costs(core: NextBlockCore) -> Tensor:
     """(M,) what the observation says that a step costs."""
     cost: Tensor = core.observation()["step_cost"][:, 0]
     return cost
@@ -34,7 +35,7 @@ def told(core: NextBlockCore) -> Tensor:
 def test_costs_are_log_uniform_in_the_range() -> None:
     core = make_core(4000, backbone=tiny_backbone(2, 2, 1, 3), step_cost=RANGE)
     core.reset()
-    costs = told(core)
+    costs = given_costs(core)
     assert costs.dtype == torch.float32 and costs.min() >= np.float32(0.05) and costs.max() <= np.float32(2.0)
     share = (costs.double() / RANGE[0]).log() / math.log(RANGE[1] / RANGE[0])
     counts = torch.histc(share, 20, 0, 1)
@@ -48,7 +49,7 @@ def test_a_cost_depends_on_seed_and_episode_alone() -> None:
         drawn = []
         for _ in range(episodes):
             core.reset()
-            drawn.append(told(core))
+            drawn.append(given_costs(core))
         return torch.stack(drawn)
 
     together = costs(5, 3, 4)
@@ -60,14 +61,14 @@ def test_a_cost_depends_on_seed_and_episode_alone() -> None:
 def test_an_episode_keeps_its_cost_and_a_new_one_draws_another() -> None:
     core = make_core(2, step_cost=RANGE)
     core.reset()
-    first = told(core).clone()
+    first = given_costs(core).clone()
     core.step(torch.tensor([0, 3]))
-    assert torch.equal(told(core), first)
+    assert torch.equal(given_costs(core), first)
     core.reset(torch.tensor([1]))
-    assert told(core)[0] == first[0] and told(core)[1] != first[1]
-    before = told(core).clone()
+    assert given_costs(core)[0] == first[0] and given_costs(core)[1] != first[1]
+    before = given_costs(core).clone()
     core.step(torch.tensor([1, 0]), restart=torch.tensor([True, False]))
-    assert told(core)[0] != before[0] and told(core)[1] == before[1]
+    assert given_costs(core)[0] != before[0] and given_costs(core)[1] == before[1]
 
 
 # ---------------------------------------------------------------------- what it pays and what else changes
@@ -82,7 +83,7 @@ def test_an_episode_at_some_cost_is_one_of_an_environment_of_that_cost(
     """Everything that is paid and seen but for the key `step_cost`, whatever the other episodes of the batch cost."""
     ranged = make_core(3, budgets, mode, step_cost=RANGE, **reward)
     paid = play(ranged, 4).rewards
-    costs = told(ranged)
+    costs = given_costs(ranged)
     assert len(costs.unique()) == 3
     for row, cost in enumerate(costs.tolist()):
         fixed = make_core(3, budgets, mode, step_cost=cost, **reward)
@@ -110,16 +111,13 @@ def test_an_illegal_step_costs_what_it_always_does() -> None:
 
 
 def test_replayed_images_are_charged_their_own_costs() -> None:
-    core = make_core(2, (1, 2, 4), step_cost=RANGE)
-    core.reset()
-    for step in ([0, 1, 2, 3], [4, 5], [6], [7, 8]):
-        core.step(torch.stack([as_action(step, (1, 2, 4), 9)] * 2))
-    finished = (core.backbone, core.data, core.tokens, core.labels, core.reveal_step, core.reveal_rank)
-    free = replay_return(*finished, RewardConfig())
-    found = replay_return(*finished, core.config.reward, core.step_cost)
-    assert torch.allclose(found, free - 4 * told(core) / 36, atol=1e-6)
-    with pytest.raises(ValueError, match="step_cost must be given for every image"):
-        replay_return(*finished, core.config.reward)
+    core, free = make_core(2, (1, 2, 4), step_cost=RANGE), make_core(2, (1, 2, 4))
+    for each in (core, free):
+        each.reset()
+        for step in ([0, 1, 2, 3], [4, 5], [6], [7, 8]):
+            each.step(torch.stack([as_action(step, (1, 2, 4), 9)] * 2))
+    found, without = (replay_return(each, torch.arange(2)) for each in (core, free))
+    assert torch.allclose(found, without - 4 * given_costs(core) / 36, atol=1e-6)
 
 
 def test_a_reward_of_a_range_asks_for_the_cost() -> None:
@@ -201,4 +199,4 @@ def test_a_hindsight_return_charges_the_episodes_own_cost() -> None:
     teacher = make_core(3, (1, 2), data=images)
     paid = play(teacher, 2, torch.arange(3)).rewards.sum(0)
     steps = torch.tensor([len(each) for each in played.steps])
-    assert torch.allclose(played.rewards.sum(0), paid - steps * told(core) / 36, atol=1e-5)
+    assert torch.allclose(played.rewards.sum(0), paid - steps * given_costs(core) / 36, atol=1e-5)

@@ -9,7 +9,7 @@ from scipy import stats
 from torch import Tensor
 
 from orderrl.evaluation.columns import empty_row
-from orderrl.evaluation.comparison import Pair, compare, comparisons
+from orderrl.evaluation.comparison import Pair, code_length_at, compare, comparisons
 from orderrl.evaluation.rows import Evaluated
 from orderrl.metrics.statistics import cohens_d, holm
 
@@ -43,7 +43,7 @@ def test_the_family_is_corrected_by_holm_with_resamples_enough_to_decide() -> No
     assert p_values[-1] < stats.norm.sf(3)
 
 
-def test_seeds_are_averaged_and_their_spread_is_told() -> None:
+def test_seeds_are_averaged_and_their_spread_is_given() -> None:
     opponent, shift = noise(4, 50), torch.tensor([0.1, 0.5, 0.3]).double()
     policy = opponent + shift[:, None]
     (found,) = compare([Pair("a - b", "gain_auc", policy, opponent[None])], resamples=200, seed=0)
@@ -83,3 +83,28 @@ def test_two_planners_are_compared_once_the_first_less_the_second() -> None:
     planners = [row(name, shift, R=2, objective="context", seed=0) for name, shift in (("ppo", 0.7), ("bc", 0.5))]
     found = {entry["name"]: entry["mean"] for entry in comparisons([*planners, row("raster", 0.0)], 200, 0)}
     assert set(found) == {"ppo - bc", "ppo - raster", "bc - raster"} and found["ppo - bc"] == pytest.approx(0.2)
+
+
+def test_code_length_is_interpolated_at_equal_steps() -> None:
+    def row(steps: float, nll: float) -> Evaluated:
+        return Evaluated({}, {"decode_nll": torch.full((3,), nll), "steps": torch.full((3,), float(steps))})
+
+    family = [row(16, 70.0), row(8, 74.0), row(4, 80.0)]
+    at_six = code_length_at(family, 6.0)
+    assert at_six is not None and torch.allclose(at_six, torch.full((3,), 77.0))
+    assert code_length_at(family, 2.0) is None
+
+
+def test_a_poor_schedule_does_not_weaken_its_order() -> None:
+    """Equal mean steps are reached by mixing any two schedules: the best mixture is the opponent."""
+
+    def row(steps: float, *nll: float) -> Evaluated:
+        return Evaluated({}, {"decode_nll": torch.tensor(nll), "steps": torch.full((2,), float(steps))})
+
+    family = [row(16, 70.0, 60.0), row(8, 74.0, 80.0), row(9, 99.0, 85.0), row(10, 90.0, 90.0)]
+    at_nine = code_length_at(family, 9.0)
+    assert at_nine is not None and torch.allclose(at_nine, torch.tensor([73.5, 77.5]))
+    at_eight, alone = code_length_at(family, 8.0), code_length_at([family[1]], 8.0)
+    assert at_eight is not None and alone is not None and torch.equal(at_eight, alone)
+    better = code_length_at([*family, row(9, 70.0, 70.0)], 9.0)
+    assert better is not None and torch.equal(better, torch.tensor([70.0, 70.0]))

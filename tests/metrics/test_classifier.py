@@ -22,6 +22,7 @@ from orderrl.metrics.classifier import (
     save_classifier,
     train_classifier,
 )
+from orderrl.runtime.finite import NotFiniteError
 
 GRID = BlockGrid(8, 8, 2)
 NAMES = list(CLASSIFIERS)
@@ -148,3 +149,12 @@ def test_half_of_the_training_images_show_everything() -> None:
 def test_bad_input_is_named(call: Callable[..., object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_training_ends_at_the_first_loss_that_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([1.0, 2.0, float("nan"), 1.0])
+    monkeypatch.setattr(
+        "orderrl.metrics.classifier.F.cross_entropy", lambda logits, _: next(losses) * logits.sum().square()
+    )
+    with pytest.raises(NotFiniteError, match="step 2: loss is nan; the training diverged"):
+        train_classifier("digits", steps=4, batch_size=2)

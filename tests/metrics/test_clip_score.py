@@ -199,7 +199,7 @@ def test_without_a_network_the_error_says_what_to_set(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("open_clip.factory.download_pretrained", no_network)
     with pytest.raises(
-        ValueError, match=r"clip_weights='openai' can't be downloaded \(.*no network second line.*the file"
+        ValueError, match=r"clip_weights='openai' cannot be downloaded \(.*no network second line.*the file"
     ) as error:
         load_clip("ViT-B-32")
     assert "\n" not in str(error.value)

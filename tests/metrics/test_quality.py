@@ -245,7 +245,7 @@ def test_references_that_are_missing_damaged_or_code_are_refused(real: Tensor, t
     for name, message in {
         "none.npz": "does not exist; it must be an image folder",
         "code.pt": "is no statistics file",
-        "broken.npz": "can't be read",
+        "broken.npz": "cannot be read",
         "words.txt": "of no known kind",
         "other.npz": "must hold mu and sigma, or arr_0; it holds weights",
         "shape.npz": "mean and covariance must have shapes",
@@ -355,7 +355,7 @@ def test_inception_without_a_network_is_a_one_line_error(real: Tensor, monkeypat
         raise URLError("no network\nsecond line")
 
     monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", no_network)
-    with pytest.raises(ValueError, match=r"can't be downloaded.*pass weights=") as error:
+    with pytest.raises(ValueError, match=r"cannot be downloaded.*pass weights=") as error:
         frechet_distance(real[:4], real[4:8], INCEPTION)
     assert "\n" not in str(error.value)
 

@@ -261,7 +261,7 @@ def test_recognition_of_completions_is_that_of_the_completed_images(
     backbone, data, rollout = played
 
     def classify(images: Tensor) -> Tensor:
-        return images.float().mean((2, 3)) / 40  # three "classes", told from the mean of any pixel
+        return images.float().mean((2, 3)) / 40  # three "classes", known by the mean of any pixel
 
     recogniser = Recogniser("mean", classify, "completion")
     found = recognise(recogniser, rollout, data, lambda moment: complete(backbone, data, rollout, moment))

@@ -447,7 +447,7 @@ CURVE = Curve([0.0, 1.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0])
         (lambda tmp: PolicyDetail("x", CURVE, [[0.0], [0.0, 1.0]]), "mean_reveal_step of 'x' must be a grid"),
         (lambda tmp: PolicyDetail("x", CURVE, [[0.0]], [Episode([[0, 1]], [1, 0])]), "must reveal 1 blocks, got 2"),
         (lambda tmp: Examples(torch.zeros(1, 3, 8, 8), [0], 4, 4), "images must be uint8 of shape"),
-        (lambda tmp: Examples(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), [0], 3, 4), "can't be cut into 3x4 blocks"),
+        (lambda tmp: Examples(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), [0], 3, 4), "cannot be cut into 3x4 blocks"),
     ],
 )
 def test_bad_input_is_named(call: Callable[..., object], message: str, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.singleton import Singleton
 from omegaconf import DictConfig
 
-from orderrl.runtime.config import command_names, compose, documented_keys, group_choices, run_application
+from orderrl.configs.schema import COMMANDS
+from orderrl.runtime.config import compose, help_of, run_application
 
 FILES = {
     "__init__.py": "",
@@ -291,7 +293,7 @@ def test_as_a_module_from_the_shell(package: str, tmp_path: Path) -> None:
 
 
 def test_documented_keys_are_the_leaves_with_the_meanings_of_their_fields(package: str) -> None:
-    assert documented_keys("train", config_module=package) == {
+    assert help_of("train", config_module=package).meanings == {
         "agent.name": "which agent",
         "agent.learning_rate": "step size",
         "data.name": "which data",
@@ -305,7 +307,7 @@ def test_documented_keys_are_the_leaves_with_the_meanings_of_their_fields(packag
         "critic": "how a critic is, null is none",
         "extra": "anything",
     }
-    assert "agent.clip" in documented_keys("train", ["agent=ppo"], config_module=package)
+    assert "agent.clip" in help_of("train", ["agent=ppo"], config_module=package).meanings
 
 
 def test_help_explains_groups_and_every_key(run: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -332,26 +334,24 @@ def test_help_refuses_unknown_choices(run: Callable[..., Any], capsys: pytest.Ca
 
 # -- the package's own configuration ----------------------------------------------------------------------------------
 
-COMMANDS = command_names()
-
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_composes_and_every_key_has_a_meaning(command: str) -> None:
     compose(command)
-    assert [key for key, meaning in documented_keys(command).items() if not meaning] == []
+    assert "" not in help_of(command).meanings.values()
 
 
 def test_every_choice_of_every_group_composes_and_is_explained() -> None:
     seen = set()
     for command in COMMANDS:
-        for group, choices in group_choices(command).items():
-            alone = command == "pretrain"  # others that have a group compose it alike
-            for choice in choices:
-                if (group, choice, alone) in seen:
-                    continue
-                seen.add((group, choice, alone))
-                keys = documented_keys(command, [f"{group}={choice}"])
-                assert [key for key, meaning in keys.items() if not meaning] == [], (command, group, choice)
+        alone = command == "pretrain"  # others that have a group compose it alike
+        new = []
+        for group, choices in help_of(command).groups.items():
+            new.append([f"{group}={choice}" for choice in choices if (group, choice, alone) not in seen])
+            seen |= {(group, choice, alone) for choice in choices}
+        for overrides in zip_longest(*new):  # one of every group at once
+            chosen = [override for override in overrides if override]
+            assert "" not in help_of(command, chosen).meanings.values(), (command, chosen)
 
 
 @pytest.mark.parametrize(

@@ -313,10 +313,10 @@ def try_case(made: Made, how: str, seed: int, capsys: Any) -> str:
         return "refused"
     else:
         assert found == wanted, f"{case}: used in silence"
-        told = str(kind.folder) in (out := capsys.readouterr().out) and (AGAIN in out or "left out" in out)
+        said = str(kind.folder) in (out := capsys.readouterr().out) and (AGAIN in out or "left out" in out)
         # spaces of JSON, notes for people, times in archives; what is gone and not needed, or made again unasked
-        assert told or how == "deleted" or path.suffix in (".json", ".tsv", ".npz", ".safetensors"), f"{case}: {out}"
-        return "made again" if told else "harmless"
+        assert said or how == "deleted" or path.suffix in (".json", ".tsv", ".npz", ".safetensors"), f"{case}: {out}"
+        return "made again" if said else "harmless"
     finally:
         for other in kind.folder.rglob("*"):
             if other.is_file() and other not in files and other.name != ".lock":

@@ -132,12 +132,12 @@ def test_gradients_are_those_of_the_whole_batch(tmp_path: Path) -> None:
             torch.testing.assert_close(mine, whole)
 
 
-def told() -> tuple[int, list[int]]:
+def summed_and_collected() -> tuple[int, list[int]]:
     return distributed.on_main(lambda: 10 * distributed.size()), distributed.gather(distributed.rank())
 
 
 def test_the_main_process_works_alone_and_tells_the_others(tmp_path: Path) -> None:
-    assert run_processes(2, tmp_path, told) == [(10, [0, 1])] * 2
+    assert run_processes(2, tmp_path, summed_and_collected) == [(10, [0, 1])] * 2
 
 
 # ---------------------------------------------------------------------- commands

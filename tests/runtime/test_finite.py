@@ -15,13 +15,14 @@ from torch import Tensor
 from orderrl.backbones import load_backbone, save_backbone
 from orderrl.backbones.sampling import Sampling, sample_tokens
 from orderrl.generate import generate
-from orderrl.labels import make_shards
+from orderrl.labels import LABELS
 from orderrl.metrics.classifier import Classifier, load_classifier, save_classifier
 from orderrl.planner import OrderHead, PlannerConfig, load_planner, require_described, save_planner
 from orderrl.runtime.checkpoint import save_checkpoint
 from orderrl.runtime.config import compose
 from orderrl.runtime.finite import NotFiniteError, require_finite, tensors_in
 from orderrl.runtime.job import Job
+from orderrl.runtime.parts import make_parts
 from orderrl.tokenizers import VQConfig, VQTokenizer, load_tokenizer, save_tokenizer
 from orderrl.tokenizers.layers import StackConfig
 from orderrl.train import train
@@ -176,7 +177,7 @@ def test_a_state_that_is_not_finite_is_never_continued(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "agent",
     [
-        ["agent=bc", "agent.steps=6", "agent.batch_size=16", "agent.learning_rate=1e30"],
+        ["agent=bc", "labels.contexts=16", "agent.steps=6", "agent.batch_size=16", "agent.learning_rate=1e30"],
         ["agent=fitted_q", "agent.images=8", "agent.steps=6", "agent.learning_rate=1e30"],
         [
             "agent=imitation",
@@ -188,7 +189,7 @@ def test_a_state_that_is_not_finite_is_never_continued(tmp_path: Path) -> None:
     ids=lambda agent: agent[0],
 )
 def test_a_planner_that_diverges_is_not_published(agent: list[str], tmp_path: Path) -> None:
-    places = [f"cache_dir={tmp_path}/cache", f"output_dir={tmp_path}/runs", "planner=one_shot", "labels.contexts=16"]
+    places = [f"cache_dir={tmp_path}/cache", f"output_dir={tmp_path}/runs", "planner=one_shot"]
     with pytest.raises(NotFiniteError, match=r"step \d: loss is nan; the training diverged"):
         train(compose("train", [*agent, *places]))
     assert not list(tmp_path.rglob("planner.safetensors"))
@@ -202,8 +203,8 @@ def test_labels_that_are_not_finite_are_not_stored(tmp_path: Path) -> None:
     def make(shard: range) -> dict[str, Tensor]:
         return {"gains": torch.full((2,), math.inf if shard.start else 1.0), "image": torch.arange(2)}
 
-    with pytest.raises(NotFiniteError, match="labels of contexts 2 to 3: not finite: gains"):
-        make_shards(work, shards, make, together=False)
+    with pytest.raises(NotFiniteError, match="labels of rows 2 to 3: not finite: gains"):
+        make_parts(work, LABELS, shards, make)
     assert len(list(work.folder.glob("labels-*.pt"))) == 1
 
 

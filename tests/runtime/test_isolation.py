@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from orderrl.agents.bc import Config as BCConfig
 from orderrl.agents.bc import clone
 from orderrl.agents.play import act
 from orderrl.agents.registry import make_policy, policy_names
-from orderrl.backbones import check_backbone, load_backbone
+from orderrl.backbones import Sampling, check_backbone, load_backbone
 from orderrl.data import AUGMENTATIONS, load_split
 from orderrl.envs import NextBlockTorchRLEnv, NextBlockVectorEnv
 from orderrl.evaluate import evaluate
@@ -31,6 +32,7 @@ from orderrl.runtime.config import compose
 from orderrl.runtime.isolation import isolated, isolated_float32
 from orderrl.runtime.weights import weights_fingerprint
 from orderrl.train import train
+from tests.backbones.families import FAMILIES, ORDER_ROBUST, images, tiny
 from tests.jobs import logged
 
 Switch = Callable[[], AbstractContextManager[Any]]
@@ -99,6 +101,50 @@ def same(found: Any, expected: Any) -> bool:
     if isinstance(expected, Tensor):
         return bool(found.dtype == expected.dtype and found.device.type == "cpu" and torch.equal(found, expected))
     return bool(np.array_equal(found, expected)) and type(found) is type(expected)
+
+
+# ---------------------------------------------------------------------- backbones, asked directly
+
+
+def answers(family: str, switch: Switch) -> list[Any]:
+    """All that the protocol asks, each question in the switch by itself."""
+    backbone = tiny(family)
+    tokens, labels = images(backbone, 3).tokens[:], torch.arange(3)
+    blocks = torch.arange(backbone.geometry.num_blocks).repeat(3, 1)
+    uniforms = torch.full((3, 1, backbone.geometry.tokens_per_block), 0.4)
+
+    def ask(question: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        with switch():
+            return question(*arguments, **options)
+
+    prefix = ask(backbone.start, labels)
+    found = [
+        ask(backbone.observe, prefix, blocks),
+        ask(backbone.decode, prefix, blocks[:, :1], uniforms, Sampling())[0],
+    ]
+    losses, past = ask(backbone.context_loss, prefix, tokens, blocks[:, :1], whole=True)
+    if family in ("randar", "arpg"):
+        found.append(ask(backbone.expected_gain, prefix, blocks[:, 1:], past, uniforms.repeat(1, 3, 1)))
+    if family in ORDER_ROBUST:
+        longer = ask(backbone.extend, prefix, tokens, blocks[:, :1], torch.ones(3, dtype=torch.int64))
+        found.append(ask(backbone.observe, longer, blocks[:, 1:]))
+    return [*found, losses]
+
+
+@every_switch
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_backbone_answers_alike_when_it_is_asked_directly(family: str, switch: Switch) -> None:
+    assert same(answers(family, switch), answers(family, torch.no_grad))
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_backbone_leaves_gradients_to_the_caller(wanted: bool) -> None:
+    backbone = deepcopy(tiny("randar")).requires_grad_(True)
+    with torch.set_grad_enabled(wanted):
+        hidden, _ = backbone.observe(
+            backbone.start(torch.zeros(1, dtype=torch.int64)), torch.zeros(1, 1, dtype=torch.int64)
+        )
+    assert hidden.requires_grad == wanted
 
 
 # ---------------------------------------------------------------------- the environment's three faces

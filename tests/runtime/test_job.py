@@ -1,4 +1,4 @@
-"""What an unfinished job keeps: pieces, states, and what happens when they are damaged or can't be written."""
+"""What an unfinished job keeps: pieces, states, and what happens when they are damaged or cannot be written."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from orderrl import compose
 from orderrl.backbones import save_backbone
 from orderrl.data import TokenSet
 from orderrl.label import label
-from orderrl.labels import assemble, label_shard, make_shards, missing_shards, plan_shards, shard_name
+from orderrl.labels import LABELS, label_shard, plan_shards
 from orderrl.oracle import LabelConfig, label_contexts, random_contexts
 from orderrl.runtime import job as resuming
 from orderrl.runtime.job import Job, finish
+from orderrl.runtime.parts import assemble, make_parts, missing_parts, part_name
 from orderrl.runtime.run import Run
 from orderrl.train import train
 from tests.helpers import tiny_backbone
@@ -299,8 +300,8 @@ def test_shards_give_what_the_whole_gives_to_the_last_bit(work: Job, data: Token
     backbone = tiny_backbone()
     contexts, shards = shards_of(data)
     whole = [TensorDict(part) for part in label_contexts(backbone, data.tokens, data.labels, SETTINGS, contexts)]
-    make_shards(work, shards, lambda s: label_shard(backbone, data, SETTINGS, contexts, s, ignore), together=False)
-    assemble(work, shards, tmp_path / "contexts")
+    make_parts(work, LABELS, shards, lambda s: label_shard(backbone, data, SETTINGS, contexts, s, ignore))
+    assemble(work, LABELS, shards, tmp_path / "contexts")
     found = TensorDict.load_memmap(str(tmp_path / "contexts"))
     assert len(shards) > 3 and found.batch_size == torch.Size([50])
     for key in whole[0].keys():  # noqa: SIM118 - not a mapping
@@ -319,16 +320,16 @@ def test_a_shard_that_is_damaged_or_missing_is_made_again_alone(
         made.append(shard)
         return label_shard(backbone, data, SETTINGS, contexts, shard, ignore)
 
-    make_shards(work, missing_shards(work, shards), make, together=False)
-    assemble(work, shards, tmp_path / "before")
-    (path,) = work.folder.glob(f"{shard_name(shards[1])}.*.pt")
+    make_parts(work, LABELS, missing_parts(work, LABELS, shards), make)
+    assemble(work, LABELS, shards, tmp_path / "before")
+    (path,) = work.folder.glob(f"{part_name(LABELS, shards[1])}.*.pt")
     path.write_bytes(path.read_bytes()[:1000]) if damage == "truncated" else path.unlink()
     with pytest.raises(ValueError, match="truncated or altered" if damage == "truncated" else "is missing"):
-        assemble(work, shards, tmp_path / "after")
+        assemble(work, LABELS, shards, tmp_path / "after")
     made.clear()
-    make_shards(work, missing_shards(work, shards), make, together=False)
+    make_parts(work, LABELS, missing_parts(work, LABELS, shards), make)
     assert made == [shards[1]]
-    assemble(work, shards, tmp_path / "after")
+    assemble(work, LABELS, shards, tmp_path / "after")
     assert contents(tmp_path / "before", "*") == contents(tmp_path / "after", "*")
 
 
@@ -337,17 +338,17 @@ def test_memory_stays_flat_while_labelling(tmp_path: Path) -> None:
     code = f"""
 import resource, sys, torch
 sys.path.insert(0, {str(ROOT)!r})
-from orderrl.labels import assemble, make_shards
 from orderrl.runtime.job import Job, finish
+from orderrl.runtime.parts import assemble, make_parts
 from orderrl.runtime.run import Run
 from pathlib import Path
 shards = [range(i, i + 64) for i in range(0, 40 * 64, 64)]
 make = lambda shard: {{"label": torch.zeros(64, dtype=torch.int64), "hidden": torch.full((64, 16, 1024), 0.5)}}
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 with Job({str(tmp_path)!r}, "job") as work:
-    make_shards(work, shards[:4], make, False); assemble(work, shards[:4], Path({str(tmp_path)!r}) / "few")
+    make_parts(work, "x", shards[:4], make); assemble(work, "x", shards[:4], Path({str(tmp_path)!r}) / "few")
     before = peak()
-    make_shards(work, shards, make, False); assemble(work, shards, Path({str(tmp_path)!r}) / "all")
+    make_parts(work, "x", shards, make); assemble(work, "x", shards, Path({str(tmp_path)!r}) / "all")
 print(peak() - before)
 """
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

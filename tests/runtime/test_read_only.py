@@ -1,4 +1,4 @@
-"""A cache that can't be written: whatever it holds is used, and what must be stored there says why it can't be."""
+"""A cache that cannot be written: whatever it holds is used, and what must be stored there says why it cannot be."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_an_evaluation_reads_a_cache_that_it_can_not_write(home: Path, tmp_path:
     config = compose("evaluate", [*EVALUATION, *places(home, "after")])
     assert without_privileges(lambda: evaluate(config), tmp_path / "out") == 0, (tmp_path / "out").read_text()
     shown = (tmp_path / "out").read_text()
-    assert f"{home / 'cache'}: can't be written (Permission denied); an interruption loses" in shown
+    assert f"{home / 'cache'}: cannot be written (Permission denied); an interruption loses" in shown
     (before,), (after,) = ((home / runs / "evaluate").iterdir() for runs in ("before", "after"))
     assert table(before)["rows"] == table(after)["rows"]
     assert not (after / "unfinished").exists() and {path.name for path in after.iterdir()} == {
@@ -96,5 +96,5 @@ def test_what_would_have_to_be_stored_is_refused_before_the_work(home: Path, tmp
     config = compose("train", [*BC, "seed=5", *places(home, "refused")])
     assert without_privileges(lambda: train(config), tmp_path / "out") == 2
     assert (tmp_path / "out").read_text().splitlines()[-1] == (
-        f"error: {home / 'cache'}: can't be written (Permission denied); choose another cache_dir"
+        f"error: {home / 'cache'}: cannot be written (Permission denied); choose another cache_dir"
     )

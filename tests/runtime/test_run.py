@@ -171,7 +171,7 @@ def test_the_environment_of_wandb_decides_where_the_config_does_not(
 def test_nobody_logged_in_to_wandb_is_one_line_and_leaves_no_folder(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     done = start_wandb(tmp_path, {})
-    assert done.stderr.splitlines()[-1].startswith("ValueError: logger=wandb can't be started: ")
+    assert done.stderr.splitlines()[-1].startswith("ValueError: logger=wandb cannot be started: ")
     assert "logger.mode=offline" in done.stderr.splitlines()[-1]
     assert not any((tmp_path / "runs" / "train").iterdir())
 

@@ -1,0 +1,47 @@
+"""Rewards in hindsight: images that a policy generated, revealed once more with everything known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from orderrl.envs.config import CoreConfig
+
+if TYPE_CHECKING:
+    from orderrl.envs.core import NextBlockCore
+
+
+def replay_return(core: NextBlockCore, rows: Tensor) -> Tensor:
+    """Returns of finished episodes, from a core in mode "teacher" that reveals their images in the same steps.
+
+    Args:
+        rows: (m,) int64 sub-environments whose images are complete, on the core's device.
+
+    Returns:
+        (m,) float32, nats per image token; every step that revealed something is charged.
+    """
+    reveal_step, reveal_rank = core.reveal_step[rows], core.reveal_rank[rows]
+    sizes = torch.nn.functional.one_hot(reveal_step).sum(1)  # (m, steps)
+    largest = int(sizes.max())
+    images = replace(
+        core.data, split="replay", tokens=core.tokens[rows].cpu(), labels=core.labels[rows].cpu(), identity=None
+    )
+    config = CoreConfig(budgets=tuple(range(1, largest + 1)), reward=core.config.reward)
+    teacher = type(core)(core.backbone, images, len(rows), config)
+    teacher.reset(index=torch.arange(len(rows)), step_cost=None if core.step_cost is None else core.step_cost[rows])
+    total = torch.zeros(len(rows), dtype=torch.float32, device=core.device)
+    places = torch.arange(largest, device=core.device)
+    for step in range(sizes.shape[1]):
+        count = sizes[:, step]  # zero where the step was void
+        acting = (count > 0) & ~teacher.visible.all(-1)
+        rank = torch.where(reveal_step == step, reveal_rank, largest)
+        blocks = rank.argsort(dim=1, stable=True)[:, :largest]
+        # a row without a step here is given a void action: its reward is dropped below
+        blocks = torch.where((places < count[:, None]), blocks, 0)
+        actions = torch.cat([blocks, (count - 1).clamp_min(0)[:, None]], 1) if teacher.multi else blocks[:, 0]
+        actions = torch.where(acting[:, None] if teacher.multi else acting, actions, -1)
+        total += torch.where(acting, teacher.step(actions).reward, 0.0)
+    return total

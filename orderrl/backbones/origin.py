@@ -1,0 +1,57 @@
+"""What a specialist was made for and of, as its checkpoint says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from orderrl.runtime.values import require_kind
+
+ORIGIN = "origin"  # in a checkpoint's description
+NATIVE = "native"  # the policy that is a backbone's own position head
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The order that a backbone was trained in, and the backbone that it was fine-tuned from.
+
+    Attributes:
+        order: the policy that chose the orders, by its name; a planner's file lies beside the checkpoint.
+        label: what tables call the specialist.
+        seed: of its training.
+        start: name or path of the backbone that it was fine-tuned from; None if it was trained from nothing.
+        start_fingerprint: of that backbone.
+        folder: of the checkpoint.
+    """
+
+    order: str
+    label: str
+    seed: int
+    start: str | None = None
+    start_fingerprint: str | None = None
+    folder: Path = Path()
+
+    def described(self) -> dict[str, Any]:
+        """Plain values for a checkpoint's description."""
+        return {key: value for key, value in asdict(self).items() if key != "folder"}
+
+    @classmethod
+    def of(cls, description: Mapping[str, Any], path: Path) -> Origin | None:
+        """What a checkpoint says; None if it is no specialist.
+
+        Raises:
+            ValueError: if it does not say it as this package does.
+        """
+        found = description.get(ORIGIN)
+        if found is None:
+            return None
+        kinds = {"order": str, "label": str, "seed": int, "start": str | None, "start_fingerprint": str | None}
+        try:
+            require_kind(ORIGIN, found, dict)
+            for key, kind in kinds.items():
+                require_kind(key, found.get(key), kind)
+        except ValueError as error:
+            raise ValueError(f"{path}: does not say which orders it was made for ({error})") from error
+        return cls(**{key: found.get(key) for key in kinds}, folder=path.parent)

@@ -1,0 +1,222 @@
+"""Orders of images, extracted for a backbone to be fine-tuned on: OAR (arXiv:2504.17069), with any policy.
+
+A policy reveals every image of the backbone split in teacher mode; the order and the steps that it chose are a row of a
+table in the cache. The table is made in parts by any number of processes and found by everything that determines it.
+With augmentation, orders are those of the very views that are trained on.
+
+Who reads what: a planner sees images through the backbone that it was trained with, whatever the training makes of the
+weights; other policies read the averaged weights of the moment. An order that reads no hidden states needs neither.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orderrl.agents.play import play
+from orderrl.agents.policies import ReferencePolicy
+from orderrl.agents.registry import NamedPolicy, make_policy, policy_source
+from orderrl.agents.schedules import reads_content
+from orderrl.agents.spec import PolicySpec
+from orderrl.backbones.pretraining import OrderedImages
+from orderrl.backbones.protocol import Backbone
+from orderrl.backbones.registry import TrainableBackbone, backbone_fingerprint
+from orderrl.data import TokenSet
+from orderrl.envs.config import CoreConfig
+from orderrl.envs.core import NextBlockCore
+from orderrl.planner import load_planner
+from orderrl.runtime import distributed
+from orderrl.runtime.cache import Cache, fingerprint
+from orderrl.runtime.isolation import isolated
+from orderrl.runtime.job import Job
+from orderrl.runtime.parts import assemble, make_parts, missing_parts
+from orderrl.runtime.progress import progress
+from orderrl.runtime.sources import source_identity
+from orderrl.runtime.tables import Column, floats, open_table
+
+ORDERS = "orders"  # in the cache
+PLANNER = "planner.safetensors"  # beside the checkpoint of a planner's specialist
+_PART = 1024  # images
+Augment = Callable[[Tensor, torch.Generator, float], Tensor]
+
+
+@dataclass(frozen=True)
+class ImageOrders:
+    """The orders that a policy chooses for a data set: where a specialist's training gets them.
+
+    Raises:
+        ValueError: if the policy is unknown, does not fit the backbone, or is none to be distilled.
+    """
+
+    order: str  # the policy's name
+    start: Backbone  # frozen; what planners read
+    data: TokenSet  # images of the backbone split
+    cache_dir: Path
+    seed: int
+    views: int = 1  # of every image; without augmentation 1
+    augment: Augment | None = None
+    strength: float = 0.0  # of the augmentation
+    fitted: Callable[[], Tensor] | None = None  # gives the fixed order that is fitted on gain labels
+
+    def __post_init__(self) -> None:
+        if self.spec.kind == "newest":
+            raise ValueError("order='newest' names no planner for good; give its file")
+        self.policy(self.start)
+        if self.spec.path is not None:
+            made, here = load_planner(self.spec.path)[1].get("backbone"), backbone_fingerprint(self.start)
+            if made != here:
+                raise ValueError(
+                    f"order={self.order!r}: a planner for backbone {made} does not read training.start, which is "
+                    f"{here}; start from the backbone that it was trained with"
+                )
+
+    @cached_property
+    def spec(self) -> PolicySpec:
+        """The policy's name in its parts."""
+        return PolicySpec.parse(self.order)
+
+    @property
+    def hindsight(self) -> bool:
+        """Whether the orders carry information about the tokens, so that no code length belongs to them."""
+        return self.spec.hindsight
+
+    def policy(self, backbone: Backbone) -> NamedPolicy:
+        """The policy on a backbone."""
+        return make_policy(self.spec, backbone, self.fitted)
+
+    # ------------------------------------------------------------------ what a training asks for
+
+    @isolated
+    def extract(self, backbone: TrainableBackbone, round: int) -> str:
+        """Folder of the orders of a round, found in the cache or made; interrupted work continues."""
+        reader = self._reader(backbone)
+        named = self.policy(reader)
+        description = self._description(named, reader, round)
+        cache, key = Cache(self.cache_dir), fingerprint(description)
+        found = distributed.on_main(lambda: cache.find(ORDERS, key))
+        if found is not None:
+            distributed.print_main(f"orders: {found} (cached)")
+            return str(found)
+        total = len(self.data) * self.views
+        parts = [range(start, min(start + _PART, total)) for start in range(0, total, _PART)]
+        with Job(self.cache_dir, f"{ORDERS}-{key}") as job:
+            mine = distributed.share_of(missing_parts(job, ORDERS, parts))
+            with progress(sum(map(len, mine)), f"orders of {self.spec}", "images") as advance:
+
+                def make(part: range) -> dict[str, Tensor]:
+                    views = self._views(part, round)
+                    order, seen = chosen_orders(reader, views, named, self.seed + part.start)
+                    advance(len(part))
+                    kept = {"tokens": views.tokens} if self._augmented else {}
+                    return {
+                        "image": torch.arange(part.start, part.stop) // self.views,
+                        "order": order,
+                        "seen": seen,
+                    } | kept
+
+                make_parts(job, ORDERS, mine, make)
+
+            def publish() -> None:
+                assemble(job, ORDERS, parts, job.folder / ORDERS)
+                with cache.store(ORDERS, key, description) as folder:
+                    (job.folder / ORDERS).rename(folder / ORDERS)
+
+            distributed.on_main(publish)
+        return str(cache.folder(ORDERS, key))
+
+    def open(self, where: str) -> OrderedImages:
+        """The images and orders of a round, read as they are used.
+
+        Raises:
+            ValueError: if the table is damaged, or of other images.
+        """
+        blocks, tokens = self.start.geometry.num_blocks, self.data.tokens
+        columns = {"image": Column(), "order": Column((blocks,)), "seen": Column((blocks,))}
+        if self._augmented:
+            shape = tuple(tokens.shape[1:])
+            columns["tokens"] = floats(*shape) if self.data.token_dim else Column(shape)
+        table = open_table(Path(where) / ORDERS, columns, len(self.data) * self.views)
+        shown = table["tokens"] if self._augmented else self.data.tokens
+        return OrderedImages(shown, self.data.labels[table["image"]], table["order"], table["seen"])
+
+    def of(self, data: TokenSet, backbone: TrainableBackbone) -> OrderedImages:
+        """The orders of other images, kept nowhere."""
+        reader = self._reader(backbone)
+        order, seen = chosen_orders(reader, data, self.policy(reader), self.seed)
+        return OrderedImages(data.tokens, data.labels, order, seen)
+
+    def keep(self, folder: Path) -> str:
+        """Copy what the policy needs to the folder of a specialist; its name there."""
+        if self.spec.path is None:
+            return str(self.spec)
+        shutil.copyfile(self.spec.path, folder / PLANNER)
+        return str(self.spec.at(PLANNER))
+
+    # ------------------------------------------------------------------ parts
+
+    @property
+    def _augmented(self) -> bool:
+        return self.augment is not None and self.strength > 0
+
+    def _reader(self, backbone: TrainableBackbone) -> Backbone:
+        """What the policy reads: planners the start, others a frozen copy of the weights of the moment."""
+        if self.spec.kind == "planner":
+            return self.start
+        return copy.deepcopy(backbone).eval().requires_grad_(False)
+
+    def _views(self, part: range, round: int) -> TokenSet:
+        """Views of images: row i is view i mod V of image i div V."""
+        image = torch.arange(part.start, part.stop) // self.views
+        tokens = self.data.tokens[image]
+        if self._augmented:
+            assert self.augment is not None
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + round) * 2**24 + part.start)
+            tokens = self.augment(tokens, generator, self.strength)
+        return replace(self.data, tokens=tokens, labels=self.data.labels[image], identity=None)
+
+    def _description(self, named: NamedPolicy, reader: Backbone, round: int) -> dict[str, Any]:
+        """What determines the orders of a round."""
+        reads = isinstance(named.policy, ReferencePolicy) or reads_content(named.policy)
+        return {
+            "policy": str(replace(self.spec, kind="newest", name="")) if self.spec.path else str(self.spec),
+            "file": source_identity(policy_source(self.spec)),
+            "backbone": backbone_fingerprint(reader) if reads else str(reader.geometry),
+            "data": self.data.fingerprint,
+            "views": [self.views, self.strength, round] if self._augmented else None,
+            "seed": self.seed,
+        }
+
+
+@isolated
+@torch.no_grad()
+def chosen_orders(backbone: Backbone, data: TokenSet, named: NamedPolicy, seed: int) -> tuple[Tensor, Tensor]:
+    """The orders in which a policy reveals images, in teacher mode.
+
+    Args:
+        data: the images, all at once.
+        seed: of the policy's random numbers; image i acts as in an environment of seed + i.
+
+    Returns:
+        Blocks in the order in which they were revealed, and for each of them in this order how many blocks were visible
+        when its step began, both (n, B) int64 on the CPU.
+
+    Raises:
+        ValueError: if the policy acts illegally.
+    """
+    reads = isinstance(named.policy, ReferencePolicy) or reads_content(named.policy)
+    config = CoreConfig(budgets=named.budgets, strict=True)
+    core = NextBlockCore(backbone, data, len(data), config, seed, observe=reads, rewards=False)
+    core.reset(index=torch.arange(len(data)))
+    play(core, named.policy, torch.Generator().manual_seed(seed))
+    step, rank = core.reveal_step.cpu(), core.reveal_rank.cpu()
+    order = (step * core.geometry.num_blocks + rank).argsort(1)
+    step = step.gather(1, order)
+    return order, (step[:, :, None] > step[:, None]).sum(2)
