@@ -63,6 +63,8 @@ class Agent:
         check: refuses what it cannot learn, before anything that takes long.
         idle: settings that have no effect beside the others, which do not determine the planner.
         describe: what else determines it, beside or instead of what `orderrl.training.describe` says.
+        scores_alone: whether it can train planners that score blocks and do no more (network orderhead), and those that
+            read the states of visible blocks, which environments do not show.
         alone: whether the main process does everything, because nothing can be shared out.
     """
 
@@ -74,6 +76,7 @@ class Agent:
     check: Callable[[Setup, Any], Any] = lambda setup, config: None
     idle: Callable[[Any], list[str]] = lambda config: []
     describe: Callable[[Setup, Any], dict[str, Any]] = lambda setup, config: {}
+    scores_alone: bool = False
     alone: bool = False
 
 
@@ -84,7 +87,7 @@ def _check(name: str, agent: Any) -> None:
         )
 
 
-_SHIPPED = ("bc", "ppo", "grpo", "fitted_q", "schedule", "imitation", "joint")
+_SHIPPED = ("bc", "ppo", "grpo", "fitted_q", "schedule", "imitation", "joint", "ste")
 AGENTS: Registry[Agent] = Registry(
     "agent", "orderrl.agents", {name: f"orderrl.agents.{name}:AGENT" for name in _SHIPPED}, _check
 )

@@ -4,6 +4,7 @@ Targets: "utility" regresses U of every candidate (default: the label's argmax i
 are less so; design, section 3, fact 5), "soft" is listwise cross-entropy to softmax(U / temperature), "label"
 is cross-entropy on the argmax (the first version of the research plan). "charged" regresses minus the block's own
 loss: what the likelihood objective charges for revealing it now (the greedy policy of the reward's other form).
+"entropy" regresses the entropy of the block's first token, "ranks" the order of a teacher (distillation).
 
 "pairs" is for sets. It regresses U and, for every two hidden blocks, what they tell about each other, (G[a, b] +
 G[b, a]) / 2. As long as gains add up, a set A revealed in one step is worth
@@ -27,25 +28,32 @@ from torch.nn import functional as F
 
 from orderrl.agents.agent import Agent
 from orderrl.agents.dagger import label_sets
+from orderrl.agents.play import play
+from orderrl.agents.registry import make_policy
+from orderrl.agents.spec import PolicySpec
 from orderrl.backbones.protocol import backbone_device
+from orderrl.data import load_split
 from orderrl.data.token_set import random_window
+from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.envs.observation import labelled
+from orderrl.envs.reward import CHEAPEST
 from orderrl.factory import Setup
 from orderrl.geometry import BlockGrid
 from orderrl.labels import open_joined
 from orderrl.oracle import WEIGHTS, distance_weights, utilities
-from orderrl.planner import OrderHead, PlannerOutput
+from orderrl.planner import OrderHead, PlannerOutput, load_planner, new_planner
 from orderrl.runtime import distributed
 from orderrl.runtime.isolation import isolated_float32
 from orderrl.runtime.job import Job
 from orderrl.runtime.learning_rate import one_cycle
 from orderrl.runtime.values import Settings, at_least, between, member_of, one_of, positive, setting
+from orderrl.runtime.weights import weights_fingerprint
 
 if TYPE_CHECKING:
     from tensordict import TensorDict
 
-TARGETS = ("label", "soft", "utility", "charged", "pairs")
-REGRESSED = ("utility", "charged", "pairs")  # a mean over candidates, not over states
+TARGETS = ("label", "soft", "utility", "charged", "pairs", "entropy", "ranks")
+REGRESSED = ("utility", "charged", "pairs", "entropy", "ranks")  # a mean over candidates, not over states
 _CHUNK = 4096  # contexts whose gains are read at a time
 _FORWARD = 256  # held-out contexts in a forward
 
@@ -57,8 +65,11 @@ class Config(Settings):
     target: str = setting(
         "utility",
         "What is learnt: utility (regress U), soft (listwise), label (argmax), charged (the block's own loss), pairs "
-        "(U and gains of pairs; needs planner.pairs=true)",
+        "(U and gains of pairs; needs planner.pairs=true), entropy (the block's own) or ranks (in a teacher's order)",
         one_of(TARGETS),
+    )
+    teacher: str | None = setting(
+        None, "For target ranks, the policy whose orders are learnt, its name or file; null for others"
     )
     steps: int = setting(600, "Optimiser steps", at_least(1))
     passes: float | None = setting(50.0, "Passes over the labels, at most; null sets no limit", between("(0, 1000000]"))
@@ -77,6 +88,11 @@ class Config(Settings):
     dagger_steps: int = setting(400, "Optimiser steps of a round", at_least(1))
     dagger_own_share: float = setting(1.0, "Share of own actions on the way; the others are random", between("[0, 1]"))
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.target == "ranks") != (self.teacher is not None):
+            raise ValueError(f"target={self.target!r}, teacher={self.teacher!r}: target ranks, and no other, has one")
+
     def for_contexts(self, count: int) -> Config:
         """The same with no more steps than `passes` over so many contexts take."""
         if self.passes is None:
@@ -89,10 +105,26 @@ def train(setup: Setup, config: Config, job: Job) -> OrderHead:
     if config.dagger_rounds:
         config = replace(config, steps=config.dagger_steps)
     torch.manual_seed(setup.seed)
-    planner = OrderHead(setup.planner).to(backbone_device(setup.backbone))
+    planner = new_planner(setup.planner).to(backbone_device(setup.backbone))
     contexts = open_joined(setup.label_sets, setup.backbone, job)
-    clone(planner, contexts, setup.backbone.geometry, config, setup.seed, job)
+    worth = None
+    if config.teacher is not None:
+        worth = -teacher_ranks(setup, config.teacher, int(contexts["image"].max()) + 1)[contexts["image"]]
+    clone(planner, contexts, setup.backbone.geometry, config, setup.seed, job, worth)
     return planner
+
+
+@torch.no_grad()
+def teacher_ranks(setup: Setup, teacher: str, images: int) -> Tensor:
+    """Place of every block (images, B) float32, from 0, in a policy's order of each of the first planner images."""
+    named, data = make_policy(teacher, setup.backbone), load_split(setup.data, "planner")
+    ranks = []
+    for rows in torch.arange(images).split(_FORWARD):
+        core = NextBlockCore(setup.backbone, data, len(rows), CoreConfig(budgets=named.budgets, reward=CHEAPEST))
+        core.reset(index=rows)
+        play(core, named.policy, torch.Generator().manual_seed(setup.seed))
+        ranks.append((core.reveal_step * core.geometry.num_blocks + core.reveal_rank).argsort(1).argsort(1).cpu())
+    return torch.cat(ranks).float()
 
 
 def bc_loss(scores: Tensor, utility: Tensor, hidden: Tensor, target: str, temperature: float) -> Tensor:
@@ -133,20 +165,28 @@ def held_out_metrics(planner: OrderHead, data: TensorDict, utility: Tensor) -> d
     """How good the first-ranked block is on held-out contexts.
 
     Returns:
-        mean U of the first-ranked block, in standard deviations ("chosen"), and the mean regret to the best.
+        mean U of the first-ranked block, in standard deviations ("chosen"), the mean regret to the best, and score_std,
+        the mean standard deviation of a context's scores.
     """
     planner.eval()
     hidden, device = ~data["visible"], planner.position.device
     scores = torch.cat([planner(part.to(device)).scores.cpu() for part in data.split(_FORWARD)])
+    spread = score_spread(scores, hidden).mean().item()
     scores = scores.masked_fill(~hidden, -torch.inf)
     chosen = utility.gather(1, scores.argmax(-1, keepdim=True))[:, 0]
     best = utility.masked_fill(~hidden, -torch.inf).amax(-1)
-    return {"chosen": chosen.mean().item(), "regret": (best - chosen).mean().item()}
+    return {"chosen": chosen.mean().item(), "regret": (best - chosen).mean().item(), "score_std": spread}
 
 
 @isolated_float32
 def clone(
-    planner: OrderHead, labels: TensorDict, geometry: BlockGrid, config: Config, seed: int = 0, job: Job | None = None
+    planner: OrderHead,
+    labels: TensorDict,
+    geometry: BlockGrid,
+    config: Config,
+    seed: int = 0,
+    job: Job | None = None,
+    worth: Tensor | None = None,
 ) -> None:
     """Train in place; on return the planner holds the weights that were best on held-out images.
 
@@ -157,6 +197,7 @@ def clone(
     Args:
         planner: trained in place.
         labels: contexts as `label_contexts` stores them.
+        worth: (n, B), of each block in each context, for target "ranks".
 
     Metrics: loss, reasoning_steps; at evaluations also chosen and regret (standard deviations of U). Target "pairs"
     adds the loss's parts, loss_scores and loss_pairs, and at evaluations those on held-out images, held_out_scores and
@@ -171,7 +212,7 @@ def clone(
     generator = torch.Generator().manual_seed(seed)
     if config.target == "pairs":
         planner.config.require_pairs("target='pairs'")
-    utility, spread = score_targets(labels, geometry, config)
+    utility, spread = score_targets(labels, geometry, config, worth)
     pairs = PairTargets(labels) if config.target == "pairs" else None
     if pairs is not None:
         planner.set_pair_strength(2 * pairs.spread / (geometry.num_tokens * spread))
@@ -284,14 +325,22 @@ def _pairs(hidden: Tensor) -> Tensor:
     return hidden[:, :, None] & hidden[:, None] & ~same
 
 
-def score_targets(labels: TensorDict, geometry: BlockGrid, config: Config) -> tuple[Tensor, float]:
+def score_targets(
+    labels: TensorDict, geometry: BlockGrid, config: Config, worth: Tensor | None = None
+) -> tuple[Tensor, float]:
     """(n, B) worth of every block in standard deviations over all candidates, and what these are."""
     if config.target == "charged":
         utility = -labels["loss"]
+    elif config.target == "entropy":
+        utility = labels["entropy"][:]
+    elif worth is not None:
+        utility = worth
     else:
         weights = distance_weights(geometry, config.weight, config.sigma)
         chunks = torch.arange(len(labels)).split(_CHUNK)  # gains (n, B, B) may be larger than the memory
         utility = torch.cat([utilities(labels["gains"][rows], geometry, weights) for rows in chunks])
+    if config.target in ("entropy", "ranks"):  # that are not around 0
+        utility = utility - utility[~labels["visible"]].mean()
     spread = utility[~labels["visible"]].std().clamp_min(1e-12)  # a backbone may see no difference
     return utility / spread, spread.item()
 
@@ -304,6 +353,13 @@ def split_images(image: Tensor, share: float, generator: torch.Generator) -> tup
     count = min(max(1, int(share * len(images))), len(images) - 1)
     kept_back = torch.isin(image, images[random_window(len(images), count, generator)])
     return (~kept_back).nonzero().flatten(), kept_back.nonzero().flatten()
+
+
+def score_spread(scores: Tensor, hidden: Tensor) -> Tensor:
+    """Standard deviation of scores (M, B) over the hidden blocks of each context, (M,)."""
+    count = hidden.sum(-1, keepdim=True)
+    mean = scores.masked_fill(~hidden, 0.0).sum(-1, keepdim=True) / count
+    return ((scores - mean).masked_fill(~hidden, 0.0).square().sum(-1) / count[:, 0]).sqrt()
 
 
 def _weight(labels: TensorDict, rows: Tensor, drawn: Tensor, target: str) -> float:
@@ -323,7 +379,25 @@ def _check(setup: Setup, config: Config) -> None:
 
 
 def _idle(config: Config) -> list[str]:
-    return [] if config.dagger_rounds else [item.name for item in fields(config) if item.name.startswith("dagger_")]
+    unused = [] if config.dagger_rounds else [item.name for item in fields(config) if item.name.startswith("dagger_")]
+    return ["teacher", *unused]  # its content is described
 
 
-AGENT = Agent(Config, train, environment=False, label_sets=label_sets, check=_check, idle=_idle)
+def _describe(setup: Setup, config: Config) -> dict[str, Any]:
+    """The teacher by its content, wherever its file lies."""
+    if config.teacher is None:
+        return {}
+    path = PolicySpec.parse(config.teacher).path
+    return {"teacher": config.teacher if path is None else weights_fingerprint(load_planner(path)[0])}
+
+
+AGENT = Agent(
+    Config,
+    train,
+    environment=False,
+    label_sets=label_sets,
+    check=_check,
+    idle=_idle,
+    describe=_describe,
+    scores_alone=True,
+)

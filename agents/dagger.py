@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from orderrl.agents.play import play
-from orderrl.agents.policies import PlannerPolicy, Policy
+from orderrl.agents.policies import PlannerPolicy, Policy, take_attributes
+from orderrl.agents.schedules import reads_content
 from orderrl.data import load_split
 from orderrl.data.token_set import random_window
 from orderrl.envs.core import CoreConfig, NextBlockCore
@@ -131,4 +132,5 @@ def _mixed(policy: Policy, own_share: float, seed: int, number: Tensor) -> Polic
         anything = uniforms[:, :-1].masked_fill(visible, -1.0).argmax(-1)
         return torch.where(uniforms[:, -1] < own_share, policy(observation, generator), anything)
 
+    take_attributes(mixed, policy, reads_content(policy))
     return mixed

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 from orderrl.agents import bc
 from orderrl.agents.agent import Agent, Trained
-from orderrl.agents.bc import cloning_losses, score_targets, split_images
+from orderrl.agents.bc import cloning_losses, score_spread, score_targets, split_images
+from orderrl.agents.body import require_tunable, top_of, tunable_copy
 from orderrl.agents.play import play
 from orderrl.agents.policies import RankingPolicy, planner_scorer
 from orderrl.backbones import Backbone, OrderRobustTransformer
 from orderrl.backbones.pretraining import block_orders, mean_loss, order_losses, training_loss
 from orderrl.backbones.protocol import backbone_device
-from orderrl.backbones.registry import with_block_size
 from orderrl.data import AUGMENTATIONS, TokenSet, load_split
 from orderrl.envs.core import CoreConfig, NextBlockCore, Transition
 from orderrl.envs.observation import observed
@@ -125,40 +125,17 @@ def train(setup: Setup, config: Config, job: Job) -> Trained:
     return Trained(tuning.planner, tuned, outcome)
 
 
-def require_tunable(backbone: Backbone, layers: int) -> None:
-    """Refuse a backbone that cannot be tuned.
-
-    Raises:
-        ValueError: if it is no order-robust causal transformer in float32, or has fewer layers.
-    """
-    if type(backbone) is not OrderRobustTransformer:
-        raise ValueError(
-            f"agent=joint tunes backbones of type OrderRobustTransformer (digits, canvas, small, RandAR), got "
-            f"{type(backbone).__name__}; use agent=bc or agent=ppo, which leave the backbone as it is"
-        )
-    dtype = backbone.output.weight.dtype
-    if dtype != torch.float32:
-        raise ValueError(f"agent=joint makes steps too small for {dtype}; use backbone.dtype=float32")
-    if layers > backbone.config.layers:
-        raise ValueError(f"layers={layers} exceed the backbone's; use 0 to {backbone.config.layers}")
-
-
 def copy_to_tune(backbone: Backbone, layers: int) -> OrderRobustTransformer:
     """A copy of a backbone, to be tuned while the original stays as it is.
 
     Raises:
         ValueError: if it cannot be tuned, see `require_tunable`.
     """
-    require_tunable(backbone, layers)
+    require_tunable(backbone, layers, "joint")
     assert isinstance(backbone, OrderRobustTransformer)
-    tuned = with_block_size(backbone, backbone.config.block_size)
-    tuned.packing = backbone.packing
+    tuned = tunable_copy(backbone)
+    assert isinstance(tuned, OrderRobustTransformer)
     return tuned
-
-
-def top_of(backbone: OrderRobustTransformer, layers: int) -> nn.ModuleList:
-    """The part that is tuned: the last layers, the final norm and the output matrix; nothing for layers=0."""
-    return nn.ModuleList([*backbone.layers[-layers:], backbone.norm, backbone.output] if layers else [])
 
 
 def observe(backbone: OrderRobustTransformer, images: TokenSet, contexts: TensorDict) -> TensorDict:
@@ -350,7 +327,7 @@ class JointTuning:
         for rows in self.watched.split(self.config.contexts):
             observation = self._observe(rows)
             output = self.planner(observation)
-            spread += _spread(output.scores, observation["action_mask"]).sum().item() / len(self.watched)
+            spread += score_spread(output.scores, observation["action_mask"]).sum().item() / len(self.watched)
             loss += self._loss_of(output, rows, self.watched).item()
         return spread, loss
 
@@ -392,18 +369,11 @@ class JointTuning:
         return {name: {key: value.clone() for key, value in part.items()} for name, part in parts.items()}
 
 
-def _spread(scores: Tensor, hidden: Tensor) -> Tensor:
-    """Standard deviation of scores (M, B) over the hidden blocks of each context, (M,)."""
-    count = hidden.sum(-1, keepdim=True)
-    mean = scores.masked_fill(~hidden, 0.0).sum(-1, keepdim=True) / count
-    return ((scores - mean).masked_fill(~hidden, 0.0).square().sum(-1) / count[:, 0]).sqrt()
-
-
 AGENT = Agent(
     Config,
     train,
     environment=False,
     start=True,
     label_sets=random_label_sets,
-    check=lambda setup, config: require_tunable(setup.backbone, config.layers),
+    check=lambda setup, config: require_tunable(setup.backbone, config.layers, "joint"),
 )

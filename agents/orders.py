@@ -91,6 +91,12 @@ def spiral_out(geometry: BlockGrid) -> Tensor:
     return spiral_in(geometry).flip(0)
 
 
+def blockwise(geometry: BlockGrid) -> Tensor:
+    """Square tiles row by row, raster inside each; their side is a quarter of the grid's, at least 2."""
+    side = max(2, geometry.rows // 4)
+    return _by_key(geometry, lambda row, column: (row // side, column // side, row, column))
+
+
 def stride2(geometry: BlockGrid) -> Tensor:
     """Every second row and column first, then the three remaining phases."""
     phase = {(0, 0): 0, (0, 1): 1, (1, 0): 2, (1, 1): 3}
@@ -140,7 +146,7 @@ def halton(geometry: BlockGrid) -> Tensor:
 
 _SHIPPED = (
     *(raster, mirrored_raster, flipped_raster, reversed_raster, column_major, zigzag, diagonal, staggered, spiral_in),
-    *(spiral_out, stride2, centre, fixed_random, multiscale, halton),
+    *(spiral_out, blockwise, stride2, centre, fixed_random, multiscale, halton),
 )
 ORDERS: Registry[Callable[[BlockGrid], Tensor]] = Registry(
     "order", "orderrl.orders", {order.__name__: order for order in _SHIPPED}, taken=OTHER_POLICIES

@@ -105,13 +105,22 @@ def act(policy: Policy | ReferencePolicy, core: NextBlockCore, generator: torch.
         policy.reset(core.step_count == 0)
     if isinstance(policy, ReferencePolicy):
         return policy.act(core)
-    observation = core.observation()
-    if getattr(policy, "reads_tokens", False):
-        observation["tokens"] = visible_tokens(core)
-    actions = policy(observation, generator)
+    actions = policy(seen_by(policy, core), generator)
     if not isinstance(actions, Tensor):
         raise ValueError(f"policy must return a torch.Tensor of int64 actions, got {type(actions).__name__}")
     return actions
+
+
+def seen_by(policy: Policy, core: NextBlockCore) -> TensorDictBase:
+    """The observation of a core's states with what a policy asks for; hidden tokens have no influence on any of it."""
+    observation = core.observation()
+    if getattr(policy, "reads_tokens", False):
+        observation["tokens"] = visible_tokens(core)
+    if getattr(policy, "reads_visible_states", False):
+        blocks = torch.arange(core.geometry.num_blocks, device=core.device).expand(core.num_envs, -1)
+        states, _ = core.backbone.observe(core.prefix, blocks)
+        observation["hidden"] = torch.where(core.visible[..., None], states.float(), observation["hidden"])
+    return observation
 
 
 def visible_tokens(core: NextBlockCore) -> Tensor:

@@ -6,9 +6,10 @@ on the device; actions may lie on either.
 Baselines rank the hidden blocks by an order or by a score and let a schedule choose the budget; planners choose
 both. Only references (oracle, lookahead, confidence) look at the state behind the observation.
 
-A policy may have two attributes. `reset(starting)` is called before it acts in states of which some begin an episode,
+A policy may have three attributes. `reset(starting)` is called before it acts in states of which some begin an episode,
 those of starting (batch,) bool: one that remembers something forgets it there. `reads_tokens = True` adds the key
 `tokens` to its observation: (batch, N) int64 in raster order, -1 where hidden; continuous ones (batch, N, C) are 0.
+`reads_visible_states = True` fills `hidden` where blocks are visible, too, with the state that a query there has.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from tensordict import TensorDictBase
 
 Policy = Callable[["TensorDictBase", torch.Generator], Tensor]
+ASKING = ("reset", "reads_tokens", "reads_visible_states")  # attributes by which policies ask for more
 _LOWEST = -1e9
 
 
@@ -65,12 +67,53 @@ class RankingPolicy:
         self.scorer, self.budgets, self.schedule = scorer, tuple(budgets), schedule or fixed(0)
         self.closeness = spacing * torch.exp(-(geometry.distances**2) / 2)
         self.reads_content = reads_content(scorer) or reads_content(self.schedule)
+        self.reads_visible_states = getattr(scorer, "reads_visible_states", False)
 
     def __call__(self, observation: TensorDictBase, generator: torch.Generator) -> Tensor:
         scores = self.scorer(observation, generator).float()
         return scheduled_action(
             scores, self.closeness.to(scores, non_blocking=True), observation, self.budgets, self.schedule
         )
+
+
+class RescoringPolicy(RankingPolicy):
+    """A ranking policy whose scores are made at some steps only; between them the last ones stand.
+
+    Args:
+        scorer, geometry, budgets, schedule, spacing: as in `RankingPolicy`.
+        period: steps from one scoring to the next; None scores the empty image and never again.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        geometry: BlockGrid,
+        budgets: tuple[int, ...] = (1,),
+        schedule: Schedule | None = None,
+        spacing: float = 0.0,
+        period: int | None = None,
+    ) -> None:
+        super().__init__(self._kept_scores, geometry, budgets, schedule, spacing)
+        self.fresh, self.period = scorer, period
+        self.reads_content = reads_content(scorer) or reads_content(self.schedule)
+        self.reads_visible_states = period is not None and getattr(scorer, "reads_visible_states", False)
+
+    def reset(self, starting: Tensor) -> None:
+        """Forget the scores of episodes that begin, (M,) bool."""
+        if bool(starting.all()):
+            self.step = torch.zeros_like(starting, dtype=torch.int64)
+            self.scores: Tensor | None = None
+        self.step = self.step.masked_fill(starting, 0)
+
+    def _kept_scores(self, observation: TensorDictBase, generator: torch.Generator) -> Tensor:
+        due = self.step == 0 if self.period is None else self.step % self.period == 0
+        if bool(due.any()):
+            made = self.fresh(observation, generator).float()
+            old = made if self.scores is None else self.scores
+            self.scores = torch.where(due.to(made.device)[:, None], made, old)
+        self.step = self.step + 1
+        assert self.scores is not None
+        return self.scores
 
 
 class PairedPolicy:
@@ -172,6 +215,8 @@ def planner_scorer(planner: OrderHead) -> Scorer:
     def score(observation: TensorDictBase, generator: torch.Generator) -> Tensor:
         return planner(observation).scores
 
+    score.reads_visible_states = planner.config.visible_states  # type: ignore[attr-defined]
+    score.planner = planner  # type: ignore[attr-defined]
     return score
 
 
@@ -184,6 +229,7 @@ class PlannerPolicy:
     def __init__(self, planner: OrderHead, budgets: tuple[int, ...] = (1,), deterministic: bool = True) -> None:
         planner.config.require_budgets(budgets)
         self.planner, self.budgets, self.deterministic = planner, tuple(budgets), deterministic
+        self.reads_visible_states = planner.config.visible_states
 
     @torch.no_grad()
     def __call__(self, observation: TensorDictBase, generator: torch.Generator) -> Tensor:
@@ -202,7 +248,7 @@ class AmongBudgets:
     def __init__(self, policy: Policy, own: tuple[int, ...], offered: tuple[int, ...]) -> None:
         self.policy, self.own, self.offered = policy, tuple(own), tuple(offered)
         self.place = _places(self.own, self.offered)
-        _take_attributes(self, policy, reads_content(policy))
+        take_attributes(self, policy, reads_content(policy))
 
     def __call__(self, observation: TensorDictBase, generator: torch.Generator) -> Tensor:
         if self.own == self.offered:
@@ -245,7 +291,7 @@ class _Scheduled:
 
     def __init__(self, policy: Policy, budgets: tuple[int, ...], schedule: Schedule, name: str) -> None:
         self.policy, self.budgets, self.schedule, self.name = policy, budgets, schedule, name
-        _take_attributes(self, policy, reads_content(policy) or reads_content(schedule))
+        take_attributes(self, policy, reads_content(policy) or reads_content(schedule))
 
     def __call__(self, observation: TensorDictBase, generator: torch.Generator) -> Tensor:
         action, most = self.policy(observation, generator), self.budgets[-1]
@@ -263,10 +309,10 @@ class _Scheduled:
         return torch.cat([ranked, legal_place(self.schedule, observation, ranked)[:, None]], dim=-1)
 
 
-def _take_attributes(wrapper: Any, policy: Policy, content: bool) -> None:
+def take_attributes(wrapper: Any, policy: Policy, content: bool) -> None:
     """Give a policy that asks another one the attributes of that."""
     wrapper.reads_content = content
-    for name in ("reset", "reads_tokens"):
+    for name in ASKING:
         if hasattr(policy, name):
             setattr(wrapper, name, getattr(policy, name))
 

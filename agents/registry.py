@@ -24,13 +24,14 @@ from orderrl.agents.policies import (
     Policy,
     RankingPolicy,
     ReferencePolicy,
+    RescoringPolicy,
     Scorer,
     fixed_order,
     planner_scorer,
     with_schedule,
 )
-from orderrl.agents.schedules import Schedule, entropy_threshold, fixed, growing, information_threshold
-from orderrl.agents.spec import PAIRED, REFERENCES, SPACED, THRESHOLD, PolicySpec, written_cost
+from orderrl.agents.schedules import Schedule, cosine_sizes, entropy_threshold, fixed, growing, information_threshold
+from orderrl.agents.spec import COSINE, MODE, PAIRED, REFERENCES, SPACED, THRESHOLD, PolicySpec, written_cost
 from orderrl.agents.specialist import Native, ThroughStart, open_start, require_head
 from orderrl.backbones.protocol import Backbone, backbone_device
 from orderrl.envs.observation import observed
@@ -127,8 +128,38 @@ def make_policy(
     if spec.kind == "reference":
         return _named(spec, _reference(spec, backbone, chosen, schedule), chosen)
     scorer = _scorer(spec, backbone, fitted)
-    policy = RankingPolicy(scorer, backbone.geometry, chosen, schedule, SPACING if spec.prefix == SPACED else 0.0)
-    return _named(spec, policy, chosen, scorer)
+    return _named(spec, _ranking(spec, scorer, backbone, chosen, schedule), chosen, scorer)
+
+
+def _ranking(
+    spec: PolicySpec, scorer: Scorer, backbone: Backbone, budgets: tuple[int, ...], schedule: Schedule
+) -> RankingPolicy:
+    """A scorer's policy, scored as often as the mode of its name says."""
+    spacing = SPACING if spec.prefix == SPACED else 0.0
+    if spec.mode in ("", "slow") or spec.candidates > 1:
+        return RankingPolicy(scorer, backbone.geometry, budgets, schedule, spacing)
+    found, period = MODE.fullmatch(spec.mode), None
+    if found is not None and found[1]:
+        if THRESHOLD.fullmatch(spec.schedule):
+            raise ValueError(f"policy '{spec}': a threshold does not say how many steps there are; use fast or slow")
+        period = -(-_number_of_steps(spec, backbone) // int(found[1]))
+    return RescoringPolicy(scorer, backbone.geometry, budgets, schedule, spacing, period)
+
+
+def _number_of_steps(spec: PolicySpec, backbone: Backbone) -> int:
+    sizes, blocks = _sizes(spec, backbone), backbone.geometry.num_blocks
+    return len(sizes) if len(sizes) > 1 else -(-blocks // sizes[0])
+
+
+def _sizes(spec: PolicySpec, backbone: Backbone) -> tuple[int, ...]:
+    """Blocks of the steps; a single number is that of all."""
+    cosine = COSINE.fullmatch(spec.schedule)
+    if cosine is None:
+        return tuple(int(size) for size in (spec.schedule or "1").split("+"))
+    try:
+        return cosine_sizes(int(cosine[1]), backbone.geometry.num_blocks)
+    except ValueError as error:
+        raise ValueError(f"policy '{spec}': {error}") from None
 
 
 def _named(
@@ -164,7 +195,7 @@ def _schedule(spec: PolicySpec, backbone: Backbone) -> tuple[tuple[int, ...], Sc
     blocks = backbone.geometry.num_blocks
     if THRESHOLD.fullmatch(spec.schedule):
         return _threshold(spec, backbone)
-    steps = tuple(int(size) for size in spec.schedule.split("+"))
+    steps = _sizes(spec, backbone)
     if min(steps) < 1 or max(steps) > blocks:
         raise ValueError(f"policy '{spec}': a step must reveal between 1 and {blocks} blocks")
     if len(steps) == 1:
@@ -231,14 +262,14 @@ def _planner_policy(spec: PolicySpec, backbone: Backbone) -> NamedPolicy:
             raise ValueError(f"policy '{spec}': {error}") from None
     at_cost = f"@{written_cost(spec.step_cost)}" if spec.step_cost is not None else ""
     budgets: tuple[int, ...] = tuple(description["budgets"])
-    policy: Policy = PlannerPolicy(planner, budgets)
-    if spec.schedule or spec.prefix:
+    policy: Policy = PlannerPolicy(planner, budgets, deterministic=spec.candidates == 1)  # candidates differ in order
+    family += f"@{spec.mode}" if spec.mode else ""
+    if spec.schedule or spec.prefix or (spec.mode and spec.candidates == 1):
         budgets, schedule = _schedule(spec, backbone)
         if spec.prefix == PAIRED:
             policy = PairedPolicy(planner, budgets, schedule)
         else:
-            spacing = SPACING if spec.prefix == SPACED else 0.0
-            policy = RankingPolicy(planner_scorer(planner), backbone.geometry, budgets, schedule, spacing)
+            policy = _ranking(spec, planner_scorer(planner), backbone, budgets, schedule)
     scorer: Scorer = planner_scorer(planner)
     acting: Policy | ReferencePolicy = policy
     if (start := open_start(backbone, description.get("backbone", ""))) is not None:

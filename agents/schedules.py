@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from orderrl.backbones.mar import hidden_after
+
 if TYPE_CHECKING:
     from tensordict import TensorDictBase
 
@@ -44,6 +46,23 @@ def fixed(place: int = 0) -> Schedule:
         return torch.full_like(observation["label"], place)
 
     return schedule
+
+
+def cosine_sizes(iterations: int, blocks: int) -> tuple[int, ...]:
+    """Blocks of each iteration of MAR's cosine schedule (Li et al., 2024): few at first, many at the end.
+
+    Raises:
+        ValueError: if there are more iterations than blocks.
+    """
+    if not 1 <= iterations <= blocks:
+        raise ValueError(f"cosine:{iterations} must have between 1 and {blocks} iterations, one block each at least")
+    left = blocks
+    sizes = []
+    for iteration in range(iterations):
+        after = hidden_after(iteration, iterations, left, blocks) if iteration + 1 < iterations else 0
+        sizes.append(left - after)
+        left = after
+    return tuple(sizes)
 
 
 def growing(budgets: tuple[int, ...], sizes: tuple[int, ...]) -> Schedule:

@@ -1,11 +1,16 @@
 """What a policy's name means, parsed once: everything else reads the fields of a `PolicySpec`.
 
-    NAME[@SCHEDULE]                     a baseline: raster, spaced_random@4, halton@1+1+2+4+8, random@i<6/1,2,4,8
+    NAME[@MODE][@SCHEDULE]              a baseline: raster, spaced_random@4, halton@1+1+2+4+8, low_entropy@fast@cosine:8
     NAME[:ARGUMENT][@SCHEDULE]          a reference: oracle, lookahead:4, confidence:highest+near0.1, native
-    PATH.safetensors[@costC][@SCHEDULE] a planner; spaced_PATH and paired_PATH choose the blocks of a step in other ways
+    PATH.safetensors[@costC][@MODE][@SCHEDULE]
+                                        a planner; spaced_PATH and paired_PATH choose the blocks of a step in other ways
     hf://OWNER/NAME/planner.safetensors the same of the Hugging Face Hub
-    newest[@costC][@SCHEDULE]           the newest planner in the cache, where a command knows which that is
+    newest[@costC][@MODE][@SCHEDULE]    the newest planner in the cache, where a command knows which that is
     MODULE:ATTRIBUTE[@SCHEDULE]         a user's own policy, or the NAME under which it is registered
+
+A mode says when scores are made: fast (once, of the empty image), semifast:8 (at 8 steps, evenly spaced) or slow (at
+every step, which no mode is too). best_of:8 is slow too, and draws 8 images for one: the one with the shortest code in
+its own order is kept.
 
 A path may hold any character: what follows its last ".safetensors" alone is a step cost or a schedule. A relative path
 that begins like a prefix is taken whole if there is such a file, and can be written `./spaced_...`.
@@ -30,6 +35,8 @@ NEWEST = "newest"
 SUFFIX = ".safetensors"
 THRESHOLD = re.compile(r"(i?)<(-?\d*\.?\d+)(?:/(\d+(?:,\d+)*))?")  # kind, nats, budgets
 STEPS = re.compile(r"\d+(?:\+\d+)*")
+COSINE = re.compile(r"cosine:(\d+)")  # iterations
+MODE = re.compile(r"fast|slow|semifast:([1-9]\d*)|best_of:([1-9]\d*)")  # scorings; images drawn for one
 _NO_RIVALS = ("hindsight_confidence", "lookahead", "oracle")
 _PLANNER = re.compile(rf"(.*{re.escape(SUFFIX)}|{NEWEST})(?:@(.*))?", re.DOTALL)
 _COST = re.compile(r"cost(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+(?:e[+-]?\d+)?)(?:@(.*))?", re.DOTALL)  # nats, schedule
@@ -48,8 +55,10 @@ class PolicySpec:
         draws: of lookahead; None takes one.
         rule: of confidence, as `orderrl.agents.confidence.ConfidenceRule` reads it; "" is OAR's own.
         step_cost: nats per image at which a planner acts; None where the name gives none.
-        schedule: how many blocks a step reveals, "4", "1+1+2+4+8", "<1.5" or "i<6/1,2,4,8"; "" is one block a step, or
-            what a planner or a user's policy chooses itself.
+        mode: when scores are made, "fast", "semifast:8" or "slow", or how many images are drawn for one, "best_of:8";
+            "" is slow.
+        schedule: how many blocks a step reveals, "4", "1+1+2+4+8", "<1.5", "i<6/1,2,4,8" or "cosine:64"; "" is one
+            block a step, or what a planner or a user's policy chooses itself.
 
     Raises:
         ValueError: if the schedule is none, or a part does not belong to the kind.
@@ -61,13 +70,18 @@ class PolicySpec:
     draws: int | None = None
     rule: str = ""
     step_cost: float | None = None
+    mode: str = ""
     schedule: str = ""
 
     def __post_init__(self) -> None:
         if self.kind == "planner" and self.name.startswith((SPACED, PAIRED)):
             object.__setattr__(self, "name", f"./{self.name}")  # written so, it is not read as a prefix
-        if self.schedule and not (THRESHOLD.fullmatch(self.schedule) or STEPS.fullmatch(self.schedule)):
+        if self.schedule and not any(form.fullmatch(self.schedule) for form in (THRESHOLD, STEPS, COSINE)):
             raise _no_schedule(str(self), self.schedule)
+        if self.mode and (self.kind in ("reference", "own") or self.prefix == PAIRED):
+            raise ValueError(
+                f"policy '{self}': modes are for block scores, of baselines and planners; leave out its mode"
+            )
 
     @classmethod
     def parse(cls, text: str) -> PolicySpec:
@@ -88,15 +102,16 @@ class PolicySpec:
             raise ValueError(f"policy {text!r} is no planner: its file must end in {SUFFIX}")
         if at and not schedule:
             raise _no_schedule(text, "")
+        mode, schedule = _mode_and_schedule(text, schedule) if at else ("", "")
         name, colon, argument = base.partition(":")
         if name in REFERENCES:
             if colon and name != "lookahead":
-                return cls("reference", name, rule=_rule(text, name, argument), schedule=schedule)
-            return cls("reference", name, draws=_draws(text, argument) if colon else None, schedule=schedule)
+                return cls("reference", name, rule=_rule(text, name, argument), mode=mode, schedule=schedule)
+            return cls("reference", name, draws=_draws(text, argument) if colon else None, mode=mode, schedule=schedule)
         if colon or base in POLICIES:
-            return cls("own", base, schedule=schedule)
+            return cls("own", base, mode=mode, schedule=schedule)
         prefix = SPACED if base.startswith(SPACED) else ""
-        return cls("baseline", base.removeprefix(prefix), prefix, schedule=schedule)
+        return cls("baseline", base.removeprefix(prefix), prefix, mode=mode, schedule=schedule)
 
     @classmethod
     def _planner(cls, text: str, name: str, rest: str | None, prefix: str) -> PolicySpec:
@@ -107,18 +122,25 @@ class PolicySpec:
         schedule = cost[2] if cost else rest
         if schedule == "":
             raise _no_schedule(text, "")
-        return cls(kind, name, prefix, step_cost=float(cost[1]) if cost else None, schedule=schedule or "")
+        mode, schedule = _mode_and_schedule(text, schedule or "")
+        return cls(kind, name, prefix, step_cost=float(cost[1]) if cost else None, mode=mode, schedule=schedule)
 
     def __str__(self) -> str:
         draws = f":{self.rule}" if self.rule else "" if self.draws is None else f":{self.draws}"
         cost = "" if self.step_cost is None else f"@{written_cost(self.step_cost)}"
-        schedule = f"@{self.schedule}" if self.schedule else ""
-        return f"{self.prefix}{self.name}{draws}{cost}{schedule}"
+        parts = "".join(f"@{part}" for part in (self.mode, self.schedule) if part)
+        return f"{self.prefix}{self.name}{draws}{cost}{parts}"
 
     @property
     def family(self) -> PolicySpec:
         """The same whatever its schedule and step cost."""
         return replace(self, schedule="", step_cost=None)
+
+    @property
+    def candidates(self) -> int:
+        """Images that are drawn for one."""
+        found = MODE.fullmatch(self.mode)
+        return int(found[2] or 1) if found else 1
 
     @property
     def rival(self) -> bool:
@@ -148,6 +170,16 @@ def written_cost(step_cost: float) -> str:
     return f"cost{short if float(short) == step_cost else repr(float(step_cost))}"
 
 
+def _mode_and_schedule(text: str, rest: str) -> tuple[str, str]:
+    """What stands behind an @: a mode, a schedule, or both."""
+    first, at, schedule = rest.partition("@")
+    if not MODE.fullmatch(first):
+        return "", rest
+    if at and not schedule:
+        raise _no_schedule(text, "")
+    return first, schedule
+
+
 def _draws(text: str, argument: str) -> int:
     if not re.fullmatch("[0-9]+", argument) or int(argument) < 1:
         raise ValueError(f"policy {text!r} must name a number of draws, for example lookahead:4")
@@ -170,5 +202,6 @@ def _rule(text: str, name: str, argument: str) -> str:
 def _no_schedule(text: str, schedule: str) -> ValueError:
     return ValueError(
         f"policy {text!r}: {schedule!r} is no schedule; write @4, @1+1+2+4+8, or a threshold in nats: @<1.5 (mean "
-        "entropy), @i<6 (summed entropy), @i<6/1,2,4,8 (other budgets); a planner's step cost is written @cost0.5"
+        "entropy), @i<6 (summed entropy), @i<6/1,2,4,8 (other budgets), or @cosine:8 (MAR's, in 8 iterations); before "
+        "it may stand a mode, @fast, @semifast:8 or @slow; a planner's step cost is written @cost0.5"
     )

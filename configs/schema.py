@@ -16,10 +16,11 @@ from orderrl.data import DATA
 from orderrl.runtime.loggers import LOGGERS
 from orderrl.runtime.registry import Registry, is_reference
 from orderrl.runtime.schema import Node
-from orderrl.tokenizers.registry import TOKENIZERS
+from orderrl.tokenizers.registry import PATCHES, TOKENIZERS
 
 ADAPTIVE = ("fitted_q", "schedule", "imitation")  # agents that choose how many blocks a step reveals, without labels
 PRICED = [{"override /env@_global_.env": "likelihood"}, {"override /labels@_global_.labels": "_none"}]
+SCORES = [{"override /planner@_global_.planner": "orderhead"}]
 NOTHING = "orderrl.runtime.schema:Nothing"  # no keys
 
 
@@ -37,7 +38,7 @@ def _agent(name: str) -> Node:
     """An agent's settings; it is imported when they are looked at."""
     given = AGENTS.given(name)
     kind = f"{given}.config" if isinstance(given, str) else find_agent(name).config
-    return Node(kind, name, defaults=PRICED if name in ADAPTIVE else ())
+    return Node(kind, name, defaults=SCORES if name == "ste" else PRICED if name in ADAPTIVE else ())
 
 
 def _logger(name: str) -> Node:
@@ -113,6 +114,7 @@ GROUPS = {
     "tokenizer/vq16": Node("orderrl.tokenizers.config:PublishedTokenizer", "vq16"),
     "tokenizer/vq8": Node("orderrl.tokenizers.config:PublishedTokenizer", "vq8"),
     "tokenizer/kl16": Node("orderrl.tokenizers.config:ContinuousTokenizer", "kl16"),
+    **{f"tokenizer/{name}": Node("orderrl.tokenizers.config:Patches", name) for name in PATCHES},
     "tokenizer/small": Node("orderrl.tokenizers.config:SmallTokenizer", "small"),
     "new_tokenizer/_base": Node("orderrl.tokenizers.config:NewTokenizer"),
 }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from orderrl.data import TokenSet
 from orderrl.envs.config import CoreConfig
 
 if TYPE_CHECKING:
@@ -23,16 +24,31 @@ def replay_return(core: NextBlockCore, rows: Tensor) -> Tensor:
     Returns:
         (m,) float32, nats per image token; every step that revealed something is charged.
     """
-    reveal_step, reveal_rank = core.reveal_step[rows], core.reveal_rank[rows]
-    sizes = torch.nn.functional.one_hot(reveal_step).sum(1)  # (m, steps)
-    largest = int(sizes.max())
     images = replace(
         core.data, split="replay", tokens=core.tokens[rows].cpu(), labels=core.labels[rows].cpu(), identity=None
     )
+    costs = None if core.step_cost is None else core.step_cost[rows]
+    return replay(core, images, core.reveal_step[rows], core.reveal_rank[rows], costs)
+
+
+def replay(
+    core: NextBlockCore, images: TokenSet, reveal_step: Tensor, reveal_rank: Tensor, step_cost: Tensor | None = None
+) -> Tensor:
+    """Returns of images under the steps that revealed them, (m,) float32, nats per image token.
+
+    Args:
+        core: gives backbone and reward.
+        images: m finished ones.
+        reveal_step: (m, B) int64, the step that revealed each block; void steps are skipped numbers.
+        reveal_rank: (m, B) int64, its place in the action of that step.
+        step_cost: (m,) float32, what a step cost each image, where the reward's is a range.
+    """
+    sizes = torch.nn.functional.one_hot(reveal_step).sum(1)  # (m, steps)
+    largest = int(sizes.max())
     config = CoreConfig(budgets=tuple(range(1, largest + 1)), reward=core.config.reward)
-    teacher = type(core)(core.backbone, images, len(rows), config)
-    teacher.reset(index=torch.arange(len(rows)), step_cost=None if core.step_cost is None else core.step_cost[rows])
-    total = torch.zeros(len(rows), dtype=torch.float32, device=core.device)
+    teacher = type(core)(core.backbone, images, len(images), config)
+    teacher.reset(index=torch.arange(len(images)), step_cost=step_cost)
+    total = torch.zeros(len(images), dtype=torch.float32, device=core.device)
     places = torch.arange(largest, device=core.device)
     for step in range(sizes.shape[1]):
         count = sizes[:, step]  # zero where the step was void

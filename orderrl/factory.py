@@ -5,7 +5,7 @@ an agent, a label set, an evaluation or a search for the newest planner depends 
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -27,7 +27,7 @@ from orderrl.tokenizers import KLTokenizer, VQTokenizer, load_tokenizer
 T = TypeVar("T")
 NO_DATA = "none"  # the data of a config that draws with a backbone and a tokeniser alone
 FORMAT = 2  # of what is cached; raised when the meaning of stored files changes
-_OF_BACKBONE = ("num_blocks", "hidden_size", "num_classes")
+_OF_BACKBONE = ("num_blocks", "hidden_size", "num_classes", "token_dim")
 _OF_AGENT = ("num_budgets", "privileged", "step_cost_range")
 
 
@@ -96,7 +96,11 @@ def setup_of(config: DictConfig, backbone: Backbone) -> Setup:
     planner = section(config, "planner") if "planner" in config else {}
     parts: dict[str, Any] = {}
     if labels := section(config, "labels") if "labels" in config else {}:  # empty for agents that need none
-        parts |= {"shard_size": labels.pop("shard_size"), "labels": LabelConfig(**labels)}
+        seen = planner.get("visible_states", False)
+        parts |= {
+            "shard_size": labels.pop("shard_size"),
+            "labels": replace(typed(LabelConfig, labels), visible_states=seen),
+        }
     if "env" in config:
         parts["environment"] = environment_of(config)
     return Setup(

@@ -51,7 +51,8 @@ def generate(config: DictConfig) -> Path:
     else:
         fitted = None if setup.data == NO_DATA else partial(fitted_order, setup)
         named = make_policy(spec, backbone, fitted, tuple(config.budgets))
-        draw = partial(generate_images, backbone, data, named.policy, named.budgets, labels, sampling, config.seed)
+        how = (backbone, data, named.policy, named.budgets, labels, sampling, config.seed)
+        draw = partial(generate_images, *how, candidates=spec.candidates)
     # draw, and show what was drawn
     with Run("generate", config) as run:
         with progress(config.n, f"generating ({spec})", "images") as advance:

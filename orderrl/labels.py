@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor
 
 from orderrl.backbones import Backbone, backbone_fingerprint
+from orderrl.backbones.protocol import backbone_device
 from orderrl.backbones.sharding import fix_memory, shard_backbone
 from orderrl.data import TokenSet, load_split
 from orderrl.factory import FORMAT, Setup
-from orderrl.oracle import Contexts, LabelConfig, label_contexts, random_contexts
+from orderrl.oracle import CLASSIFIER, Contexts, LabelConfig, label_contexts, random_contexts
+from orderrl.partial_classifier import PartialClassifier, find_or_train_classifier
 from orderrl.runtime import distributed
 from orderrl.runtime.cache import Cache, fingerprint
 from orderrl.runtime.job import Job, finish
@@ -50,6 +53,10 @@ def label_settings(settings: LabelConfig) -> dict[str, Any]:
     """The settings on which labels depend."""
     values = asdict(settings)
     del values["batch_size"]
+    for key in ("clusters", "grouping", "classifier") if settings.kind != CLASSIFIER else ():
+        del values[key]
+    if not values["visible_states"]:
+        del values["visible_states"]
     return values
 
 
@@ -93,11 +100,12 @@ def find_or_label(
         finish(setup.cache_dir, f"{LABELS}-{key}")
         distributed.print_main(f"labels: {found} (cached)")
         return found
-    if settings.kind != "pointwise" and not backbone.vocab_size:
+    if settings.kind not in ("pointwise", CLASSIFIER) and not backbone.vocab_size:
         raise ValueError(
             f"labels.kind={settings.kind!r} needs token probabilities, which a backbone of continuous tokens does not "
-            "have; use labels=pointwise"
+            "have; use labels=pointwise or classifier"
         )
+    classifier = find_classifier(setup, settings) if settings.kind == CLASSIFIER else None
     # what is to be made, in which parts
     where = f"{settings.contexts} contexts of {data.name}/{data.split}"
     distributed.print_main(f"labels: none for this config yet, labelling {where}")
@@ -116,7 +124,9 @@ def find_or_label(
         with progress(sum(map(len, mine)), "labelling", "contexts") as advance:
 
             def make(shard: range) -> dict[str, Tensor]:
-                label = label_shard_together if setup.shard else label_shard
+                label: Callable[..., dict[str, Tensor]] = label_shard_together if setup.shard else label_shard
+                if classifier is not None:
+                    label = partial(label, classifier=classifier)
                 made = label(backbone, data, settings, contexts, shard, advance)
                 if run is not None:
                     run.log({"mean_gain": made["gains"].mean().item()}, shard.stop)
@@ -132,6 +142,14 @@ def find_or_label(
 
         distributed.on_main(publish)
     return cache.folder(LABELS, key)
+
+
+def find_classifier(setup: Setup, settings: LabelConfig) -> PartialClassifier:
+    """The frozen classifier of some labels, on the backbone's device; trained if it is not in the cache."""
+    found = find_or_train_classifier(
+        setup.data, settings.classifier, settings.seed, setup.cache_dir, setup.checkpoint_seconds
+    )
+    return found.to(backbone_device(setup.backbone))
 
 
 def open_labels(folder: Path, backbone: Backbone) -> TensorDict:
@@ -183,19 +201,31 @@ def plan_shards(contexts: Contexts, batch_size: int, shard_size: int) -> list[ra
 
 
 def label_shard(
-    backbone: Backbone, data: TokenSet, settings: LabelConfig, contexts: Contexts, shard: range, advance: Advance
+    backbone: Backbone,
+    data: TokenSet,
+    settings: LabelConfig,
+    contexts: Contexts,
+    shard: range,
+    advance: Advance,
+    classifier: PartialClassifier | None = None,
 ) -> dict[str, Tensor]:
     """Labels of a shard's contexts, as `label_contexts` gives them."""
     rows = torch.arange(shard.start, shard.stop)
     parts = []
-    for part in label_contexts(backbone, data.tokens, data.labels, settings, contexts.select(rows)):
+    for part in label_contexts(backbone, data.tokens, data.labels, settings, contexts.select(rows), classifier):
         parts.append(part)
         advance(len(part["label"]))
     return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
 def label_shard_together(
-    backbone: Backbone, data: TokenSet, settings: LabelConfig, contexts: Contexts, shard: range, advance: Advance
+    backbone: Backbone,
+    data: TokenSet,
+    settings: LabelConfig,
+    contexts: Contexts,
+    shard: range,
+    advance: Advance,
+    classifier: PartialClassifier | None = None,
 ) -> dict[str, Tensor]:
     """The same with every batch shared out among all processes, which thereby make the same calls at the same time.
 
@@ -212,7 +242,7 @@ def label_shard_together(
         mine.append(padded.view(-1, processes)[:, distributed.rank()])
         kept.append((torch.arange(len(padded)) < len(rows)).view(-1, processes)[:, distributed.rank()])
     selected, real = torch.cat(mine), torch.cat(kept)
-    parts = list(label_contexts(backbone, data.tokens, data.labels, settings, contexts.select(selected)))
+    parts = list(label_contexts(backbone, data.tokens, data.labels, settings, contexts.select(selected), classifier))
     advance(len(shard))
     here = {key: torch.cat([part[key] for part in parts])[real] for key in parts[0]}
     gathered = distributed.gather((selected[real], here))

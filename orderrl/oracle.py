@@ -17,13 +17,15 @@ from torch import Tensor
 from orderrl.backbones.protocol import Backbone, BlockLosses, backbone_device
 from orderrl.backbones.sampling import Sampling
 from orderrl.geometry import BlockGrid
+from orderrl.partial_classifier import GROUPINGS, ClassifierConfig, PartialClassifier, cluster_orders, importance
 from orderrl.runtime.devices import moved
 from orderrl.runtime.isolation import isolated
 from orderrl.runtime.random import Stream, keyed_uniform
 from orderrl.runtime.registry import Registry
 from orderrl.runtime.values import Settings, at_least, between, one_of, setting
 
-KINDS = ("pointwise", "kl", "expected")
+KINDS = ("pointwise", "kl", "expected")  # of gains
+CLASSIFIER = "classifier"  # the kind of labels that are no gains: what a block says about the class
 WEIGHTS: Registry[Callable[[BlockGrid, float], Tensor]] = Registry(
     "weight",
     "orderrl.weights",
@@ -219,15 +221,27 @@ class LabelConfig(Settings):
     kind: str = setting(
         "pointwise",
         "Kind of gains: pointwise (true block, true rest), kl (true block, expectation over the rest under the "
-        "backbone) or expected (block and rest drawn from the backbone: no hindsight)",
-        one_of(KINDS),
+        "backbone) or expected (block and rest drawn from the backbone: no hindsight); or classifier (how well a block "
+        "tells the class, no gain)",
+        one_of((*KINDS, CLASSIFIER)),
     )
-    samples: int = setting(1, "Draws per context, for kinds kl and expected", at_least(1))
+    samples: int = setting(1, "Draws per context, for kinds kl, expected and classifier", at_least(1))
     seed: int = setting(0, "Seed of the contexts and draws", at_least(0))
     batch_size: int = setting(64, "Contexts per call; fewer if memory is short", at_least(1))
     target_fraction: float = setting(
         1.0, "Share of the other hidden blocks whose gains are computed for each candidate; 1 is all", between("(0, 1]")
     )
+    clusters: int = setting(
+        4, "For kind classifier, disjoint clusters of blocks that are shown to it alone", at_least(1)
+    )
+    grouping: str = setting(
+        "random",
+        "For kind classifier, how clusters are formed: random (partitions, averaged over samples), tiles, cumulative "
+        "(first parts of random orders) or, with agent=ste, ranks of the scores",
+        one_of(GROUPINGS),
+    )
+    classifier: ClassifierConfig = setting(ClassifierConfig(), "For kind classifier, its shape and training")
+    visible_states: bool = False  # store the hidden states of visible blocks too, for planners that read them
 
 
 @dataclass(frozen=True)
@@ -269,7 +283,12 @@ def random_contexts(config: LabelConfig, images: int, num_blocks: int) -> Contex
 @isolated
 @torch.no_grad()
 def label_contexts(
-    backbone: Backbone, tokens: Tensor, labels: Tensor, config: LabelConfig, contexts: Contexts
+    backbone: Backbone,
+    tokens: Tensor,
+    labels: Tensor,
+    config: LabelConfig,
+    contexts: Contexts,
+    classifier: PartialClassifier | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """Label contexts in batches of equal length.
 
@@ -277,10 +296,12 @@ def label_contexts(
         tokens: (n, N) int64, images.
         labels: (n,) int64, their classes.
         contexts: all or some of what `random_contexts` gives; rows come back sorted by length, else in their order.
+        classifier: of kind "classifier", whose gains are diagonal: their row sums, the utilities, are the importance.
 
     Yields:
         Dicts of tensors with m rows: image (m,), order (m, B), length (m,), label (m,), observation parts
-        hidden (m, B, D), entropy (m, B), visible (m, B); loss (m, B) and gains (m, B, B) in nats.
+        hidden (m, B, D), zero where visible unless the config wants those states too, entropy (m, B), visible (m, B);
+        loss (m, B) and gains (m, B, B) in nats.
     """
     _, image, order, length = contexts
     device = backbone_device(backbone)
@@ -300,23 +321,34 @@ def label_contexts(
             now, entries = backbone.context_loss(prefix, x, hidden_blocks, whole=True)
             key = (config.seed, contexts.number[rows])
             uniforms, targets = None, None
-            if config.kind != "pointwise":
+            if config.kind in ("kl", "expected"):
                 uniforms = gain_uniforms(geometry, key, config.samples, device)
             if config.target_fraction < 1:
                 chosen = target_uniforms(key, hidden_blocks)
                 targets = sampled_targets(geometry, hidden_blocks, now.loss, config.target_fraction, chosen)
             known = (now, entries)
-            gains = block_gains(
-                backbone, prefix, x, hidden_blocks, config.kind, uniforms, config.samples, known, targets
-            )
+            if config.kind == CLASSIFIER:
+                assert classifier is not None
+                orders = cluster_orders(config.grouping, geometry, config.clusters, config.samples, (image[rows],))
+                cumulative = config.grouping == "cumulative"
+                worth = importance(classifier, geometry, x, y, orders, config.clusters, cumulative)
+                worth = torch.zeros_like(worth).scatter(1, hidden_blocks, worth.gather(1, hidden_blocks))
+                gains = torch.diag_embed(worth * geometry.num_tokens)
+            else:
+                gains = block_gains(
+                    backbone, prefix, x, hidden_blocks, config.kind, uniforms, config.samples, known, targets
+                )
             m, total = len(rows), geometry.num_blocks
             spread = hidden_blocks[..., None].expand(-1, -1, backbone.hidden_size)
+            states = now.hidden.new_zeros(m, total, backbone.hidden_size).scatter(1, spread, now.hidden)
+            if config.visible_states:
+                states = backbone.observe(prefix, torch.arange(total, device=device).expand(m, -1))[0]
             yield {
                 "image": image[rows],
                 "order": order[rows],
                 "length": length[rows],
                 "label": labels[image[rows]],
-                "hidden": now.hidden.new_zeros(m, total, backbone.hidden_size).scatter(1, spread, now.hidden).cpu(),
+                "hidden": states.cpu(),
                 "entropy": now.entropy.new_zeros(m, total).scatter(1, hidden_blocks, now.entropy).cpu(),
                 "visible": torch.ones(m, total, dtype=torch.bool).scatter(1, hidden_blocks.cpu(), False),
                 "loss": now.loss.new_zeros(m, total).scatter(1, hidden_blocks, now.loss).cpu(),

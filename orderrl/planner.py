@@ -5,6 +5,7 @@ Notable:
 - Latent reasoning: R passes of one weight-shared core over the block tokens and a few scratchpad latents,
   carried from pass to pass and never decoded (Chain of Continuous Thought, Hao et al., 2024). R = 0 is the
   one-shot planner; the same weights run with any R.
+- `TokenOrderHead` is the research notes' estimator of the same name: scores of the hidden states of all positions.
 - Sets (`pairs`): a bilinear form of the block tokens predicts how much two blocks depend on each other given what is
   visible; blocks listed in one step take it from each other's logits.
 """
@@ -28,11 +29,14 @@ from orderrl.runtime.checkpoint import build_to_fit, load_checkpoint, load_state
 from orderrl.runtime.finite import DIVERGED, require_finite
 from orderrl.runtime.hub import hub_file, push_to_hub
 from orderrl.runtime.isolation import isolated_float32
-from orderrl.runtime.values import at_least, between, check_fields, require_kind, setting
+from orderrl.runtime.values import at_least, between, check_fields, one_of, require_kind, setting
 from orderrl.runtime.weights import HUB
 
 if TYPE_CHECKING:
     from tensordict import TensorDictBase
+
+
+NETWORKS = ("latent", "orderhead")
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,13 @@ class PlannerConfig:
     hidden_size: int  # D, width of the backbone's hidden states
     num_classes: int  # class labels
     num_budgets: int = 1  # budgets to choose from
+    token_dim: int = 0  # C, width of a block's true tokens, which network orderhead may read in training; 0 reads none
+    network: str = setting(
+        "latent",
+        "Network: latent (block tokens, latent reasoning, heads for budgets and value) or orderhead (the research "
+        "notes' scorer of hidden states: stem blocks, latents as registers, no other heads)",
+        one_of(NETWORKS),
+    )
     dim: int = setting(64, "Width", at_least(1))
     stem: int = setting(2, "Transformer blocks before the core", at_least(0))
     core: int = setting(1, "Transformer blocks of the weight-shared core", at_least(1))
@@ -51,6 +62,9 @@ class PlannerConfig:
     reasoning_steps: int = setting(0, "R, passes of the core; 0 is the one-shot planner", between("[0, 1000]"))
     content: bool = setting(
         True, "Read hidden states and entropies; false sees places, what is visible and the class alone"
+    )
+    visible_states: bool = setting(
+        False, "Read the hidden states of visible blocks too; false sees zeros in their place"
     )
     privileged: bool = False  # also read context losses (a critic in training)
     dropout: float = setting(0.1, "Dropout rate in cloning and fitted Q iteration", between("[0, 1)"))
@@ -65,11 +79,27 @@ class PlannerConfig:
         check_fields(self, at_least(1, "num_blocks", "hidden_size", "num_classes", "num_budgets"))
         if self.dim % self.heads:
             raise ValueError(f"heads={self.heads} must divide dim={self.dim}")
+        if self.network == "orderhead":
+            self._require_scores_alone()
         if self.step_cost_range is not None:  # a list in checkpoints
             low, high = self.step_cost_range
             if not 0 < low < high:
                 raise ValueError(f"step_cost_range must be (low, high) with 0 < low < high, got {(low, high)}")
             object.__setattr__(self, "step_cost_range", (low, high))
+
+    def _require_scores_alone(self) -> None:
+        """Refuse what the notes' scorer has no part for."""
+        asked = {
+            "reasoning_steps": self.reasoning_steps > 0, "content": not self.content, "pairs": self.pairs,
+            "privileged": self.privileged, "num_budgets": self.num_budgets > 1,
+            "step_cost_range": self.step_cost_range is not None,
+        }  # fmt: skip
+        for name, wrong in asked.items():
+            if wrong:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is for network=latent: network=orderhead scores hidden states and "
+                    "does nothing else"
+                )
 
     def require_pairs(self, what: str) -> None:
         """Raise ValueError, saying what needs them, if the planner has no `pairs`."""
@@ -86,12 +116,21 @@ class PlannerConfig:
     @classmethod
     def for_backbone(cls, backbone: Backbone, **shape: Any) -> PlannerConfig:
         """The config that fits a backbone."""
-        return cls(backbone.geometry.num_blocks, backbone.hidden_size, backbone.num_classes, **shape)
+        width = token_width(backbone) if shape.get("network") == "orderhead" else 0
+        return cls(backbone.geometry.num_blocks, backbone.hidden_size, backbone.num_classes, token_dim=width, **shape)
 
 
 def checked_shape(**shape: Any) -> PlannerConfig:
     """A shape from the config group `planner`, for a backbone that is still to come."""
     return PlannerConfig(num_blocks=1, hidden_size=1, num_classes=1, **shape)
+
+
+def token_width(backbone: Backbone) -> int:
+    """C, values that stand for a true token: a continuous token's own, else those of its embedding; 0 if none are."""
+    if channels := getattr(backbone, "token_dim", 0):
+        return int(channels)
+    table = getattr(backbone, "tok_embeddings", None)
+    return 0 if table is None else int(table.weight.shape[1])
 
 
 class PlannerOutput(NamedTuple):
@@ -328,6 +367,74 @@ class OrderHead(nn.Module):
         return other
 
 
+class TokenOrderHead(OrderHead):
+    """The research notes' OrderHead: scores (M, B) of hidden states, higher is earlier; `stem` is their L.
+
+    Its only heads are the scores: budget logits and value are zero, there is one budget, and agents that need more
+    refuse it. Register tokens (`latents`) stand in front and are discarded at the end.
+    """
+
+    @isolated_float32
+    def __init__(self, config: PlannerConfig) -> None:
+        nn.Module.__init__(self)
+        from timm.models.vision_transformer import Block  # takes long to import
+
+        self.config, c = config, config
+        self.input = nn.Sequential(nn.Linear(c.hidden_size, c.dim), nn.LayerNorm(c.dim))
+        self.true_input = nn.Sequential(nn.Linear(c.token_dim, c.dim), nn.LayerNorm(c.dim)) if c.token_dim else None
+        self.registers = nn.Parameter(0.02 * torch.randn(1, c.latents, c.dim))
+        self.position = nn.Parameter(0.02 * torch.randn(1, c.latents + c.num_blocks, c.dim))
+        self.blocks = nn.Sequential(
+            *(Block(c.dim, c.heads, mlp_ratio=4.0, qkv_bias=True, proj_drop=c.dropout) for _ in range(c.stem))
+        )
+        self.head = nn.Sequential(nn.Linear(c.dim, c.dim // 2), nn.GELU(), nn.Linear(c.dim // 2, 1))
+
+    def score(self, states: Tensor, true_tokens: Tensor | None = None, routed: Tensor | None = None) -> Tensor:
+        """Scores (M, B) of hidden states (M, B, D).
+
+        Args:
+            true_tokens: (M, B, C), for training and analyses alone: policies have no way to give them.
+            routed: (M,) bool, images of which these are read instead of the states; None is all.
+
+        Raises:
+            ValueError: if the network has no input for true tokens.
+        """
+        x = self.input(states)
+        if true_tokens is not None:
+            if self.true_input is None:
+                raise ValueError("true tokens can't be read: this planner was made for a backbone without embeddings")
+            seen = self.true_input(true_tokens)
+            x = seen if routed is None else torch.where(routed[:, None, None], seen, x)
+        x = torch.cat([self.registers.expand(len(x), -1, -1), x], dim=1) + self.position
+        return self.head(self.blocks(x)[:, self.config.latents :])[..., 0]
+
+    def forward(self, observation: TensorDictBase, reasoning_steps: int | None = None) -> PlannerOutput:
+        """Scores of the environment's observations; see `OrderHead.forward`.
+
+        Raises:
+            ValueError: if it reads the states of visible blocks and they are not there.
+        """
+        states, visible = observation["hidden"], observation["visible"]
+        if self.config.visible_states and bool((visible & (states == 0).all(-1)).any()):
+            raise ValueError(
+                "this planner reads the states of visible blocks too, and they are zero here; let a policy with "
+                "reads_visible_states=True ask for them, or train with planner.visible_states=false"
+            )
+        scores = self.score(states)
+        zeros = scores.new_zeros(len(scores), 1)
+        none = scores.new_zeros(()).expand(len(scores), *2 * [self.config.num_blocks])
+        return PlannerOutput(scores, scores, zeros, zeros, none, none)
+
+    def with_budgets(self, num_budgets: int, step_cost_range: tuple[float, float] | None = None) -> OrderHead:
+        """Refused: the network scores blocks and chooses no budgets."""
+        raise ValueError("a planner with network=orderhead chooses no budgets; use planner.network=latent")
+
+
+def new_planner(config: PlannerConfig) -> OrderHead:
+    """A planner with fresh weights, of the network that its config names."""
+    return TokenOrderHead(config) if config.network == "orderhead" else OrderHead(config)
+
+
 def save_planner(path: Path, planner: OrderHead, description: dict[str, Any]) -> None:
     """Write a planner as safetensors with its config and a description (agent, budgets, backbone, data).
 
@@ -365,7 +472,7 @@ def load_planner(path: Path | str, backbone: Backbone | None = None) -> tuple[Or
                     f"{path}: planner with {name}={have} does not fit the backbone's {name}={want}; train one for this "
                     "backbone with `python -m orderrl.train agent=bc`"
                 )
-    planner = build_to_fit(lambda: OrderHead(config), description["shape"], tensors, path)
+    planner = build_to_fit(lambda: new_planner(config), description["shape"], tensors, path)
     load_state(planner, tensors, Path(path))
     if backbone is not None:
         planner.to(backbone_device(backbone))

@@ -3,7 +3,7 @@
 `python -m orderrl.reproduce suite=canvas`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from orderrl.runtime.distributed import launched, print_main
 from orderrl.runtime.isolation import isolated_float32
 from orderrl.train import train
 
+TRAINED = "trained:"  # a teacher that the suite trains itself, by its name
 SHARED = ("backbone", "data", "logger", "output_dir", "cache_dir", "device", "checkpoint_seconds")
 _OF_SPECIALISTS = tuple(key for key in SHARED if key != "backbone")
 
@@ -30,11 +31,13 @@ def reproduce(config: DictConfig) -> Path:
     trainings = [(seed, row, training_config(config, row, seed)) for seed in config.seeds for row in config.runs]
     for seed in config.seeds:
         list(specialist_configs(config, seed, ["planner.safetensors"] * len(config.runs)))
+    named: dict[str, str] = {}
     # planners, then the backbones that learn their orders
     planners: dict[int, list[str]] = {seed: [] for seed in config.seeds}
     for seed, overrides, training in trainings:
         print_main(f"\n== seed {seed}: {' '.join(overrides)}")
-        planners[seed].append(str(train(training)))
+        planners[seed].append(str(train(taught(training, named))))
+        named[str(training.name)] = planners[seed][-1]  # of this seed, if the next rows ask for it
     specialists = [
         str(specialist(wanted)) for seed in config.seeds for wanted in specialist_configs(config, seed, planners[seed])
     ]
@@ -42,6 +45,21 @@ def reproduce(config: DictConfig) -> Path:
     checkpoints = [path for seed in config.seeds for path in planners[seed]]
     found: dict[str, Any] = {"planners": checkpoints, "specialists": specialists}
     return evaluate(with_values(config, {"eval": found}))
+
+
+def taught(training: DictConfig, named: Mapping[str, str]) -> DictConfig:
+    """A training whose teacher, if it is trained:NAME, is the planner of this name that was trained before it.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    teacher = training.agent.get("teacher") or ""
+    if not teacher.startswith(TRAINED):
+        return training
+    name = teacher.removeprefix(TRAINED)
+    if name not in named:
+        raise ValueError(f"agent.teacher={teacher}: no run before it has name={name}; there are {', '.join(named)}")
+    return with_values(training, {"agent": {"teacher": named[name]}})
 
 
 def training_config(config: DictConfig, overrides: list[str], seed: int) -> DictConfig:

@@ -56,6 +56,12 @@ def find_or_train(setup: Setup, name: str, config: Any, run: Run | None = None, 
     setup.require_order_robust(f"agent={name}")
     if agent.environment:
         setup.environment.require_blocks(setup.backbone.geometry.num_blocks)
+    if not agent.scores_alone and (setup.planner.network == "orderhead" or setup.planner.visible_states):
+        raise ValueError(
+            f"agent={name} needs a planner with heads for budgets and value that is content with hidden blocks, got "
+            f"planner.network={setup.planner.network}, planner.visible_states={setup.planner.visible_states}; use "
+            "planner=latent, or agent=bc or ste"
+        )
     agent.check(setup, config)
     recipe = partial(_find_or_train, setup, name, agent, config, run, reuse)
     return distributed.on_main(recipe) if agent.alone else recipe()

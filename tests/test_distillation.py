@@ -227,9 +227,9 @@ def test_a_masked_model_is_shown_beginnings_of_the_order(several: bool) -> None:
     shown: list[Tensor] = []
     conditions = model.conditions
 
-    def watched(tokens: Tensor, visible: Tensor, labels: Tensor) -> Tensor:
+    def watched(tokens: Tensor, visible: Tensor, labels: Tensor, scale: Tensor | None = None) -> Tensor:
         shown.append(visible)
-        return conditions(tokens, visible, labels)
+        return conditions(tokens, visible, labels, scale)
 
     model.conditions = watched  # type: ignore[method-assign]
     model.training_loss(

@@ -18,7 +18,7 @@ LAYERS = [
     ["geometry"],
     ["tokenizers"],
     ["data"],
-    ["backbones"],
+    ["backbones", "partial_classifier"],
     ["oracle", "planner", "verification"],
     ["envs"],
     ["factory"],

@@ -36,6 +36,7 @@ ZERO = {
     *("temperature", "top_k", "guidance", "guidance_interval", "samples", "distance_resamples", "num_res_blocks"),
     *("dagger_rounds", "dagger_own_share", "own_share", "entropy_coeff", "kl_coeff", "spacing", "pair_strength"),
     *("gae_lambda", "critic_warmup", "refinements", "layers", "oh_coeff", "collapse", "explosion", "label"),
+    *("gen_coeff", "oracle_coeff", "l2_coeff", "curriculum_steps"),
     *("rounds", "random_share", "locality", "position_weight"),
 }
 SIGNED = "guidance_interval"
@@ -44,7 +45,7 @@ CLOSED = {
     *("agent.name", "agent.target", "agent.weight", "env.objective", "env.form", "env.weight", "labels.kind", "split"),
     *("data.crop", "backbone.family", "backbone.dtype", "backbone.compile", "device"),
     *("tokenizer.training.reconstruction", "logger.name", "logger.mode", "guidance_schedule", "eval.guidance_schedule"),
-    "eval.hidden_fill",
+    *("eval.hidden_fill", "agent.body", "labels.grouping", "planner.network"),
 }
 
 

@@ -172,8 +172,12 @@ class MAR(nn.Module):
 
     # ------------------------------------------------------------------ conditions
 
-    def encode(self, tokens: Tensor, visible: Tensor, labels: Tensor) -> Tensor:
+    def encode(self, tokens: Tensor, visible: Tensor, labels: Tensor, scale: Tensor | None = None) -> Tensor:
         """Encode the class and the visible tokens; hidden tokens are never read.
+
+        Args:
+            scale: (M, N), factors of the visible tokens' embeddings; None is 1. Gradients with respect to it say what a
+                token's visibility is worth.
 
         Returns:
             (M, buffer_size + V, encoder_embed_dim): the class entries, then the visible tokens in raster order. V is
@@ -191,7 +195,10 @@ class MAR(nn.Module):
         if exists is not None:
             seen = seen.where(exists[..., None], 0)
         places = self.encoder_pos_embed_learned[0]
-        seen = self.z_proj(seen) + places[c.buffer_size + index]
+        seen = self.z_proj(seen)
+        if scale is not None:
+            seen = seen * scale.gather(1, index)[..., None]
+        seen = seen + places[c.buffer_size + index]
         x = torch.cat([start + places[: c.buffer_size], seen], dim=1)  # (M, buffer + V, encoder_embed_dim)
         x = self.z_proj_ln(x)
         mask = None
@@ -221,13 +228,14 @@ class MAR(nn.Module):
             x = block(x)
         return self.decoder_norm(x)[:, c.buffer_size :] + self.diffusion_pos_embed_learned
 
-    def conditions(self, tokens: Tensor, visible: Tensor, labels: Tensor) -> Tensor:
+    def conditions(self, tokens: Tensor, visible: Tensor, labels: Tensor, scale: Tensor | None = None) -> Tensor:
         """Conditions z of all positions given the visible tokens and the class.
 
         Args:
             tokens: (M, N, C); what stands at hidden places is never read.
             visible: (M, N) bool; rows may see different numbers of tokens.
             labels: (M,) int64 in 0..class_num; class_num means no class.
+            scale: as in `encode`.
 
         Returns:
             (M, N, D).
@@ -235,7 +243,7 @@ class MAR(nn.Module):
         Raises:
             ValueError: if a shape or dtype does not fit.
         """
-        return self.decode_positions(self.encode(tokens, visible, labels), visible)
+        return self.decode_positions(self.encode(tokens, visible, labels, scale), visible)
 
     def _check_state(self, tokens: Tensor, visible: Tensor, labels: Tensor) -> None:
         c = self.config

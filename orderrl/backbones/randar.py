@@ -112,19 +112,29 @@ class OrderRobustTransformer(CausalTransformer, ChainBackbone):
 
     # ------------------------------------------------------------------ training
 
-    def teacher_forced(self, tokens: Tensor, labels: Tensor, token_order: Tensor) -> Tensor:
+    def teacher_forced(
+        self, tokens: Tensor, labels: Tensor, token_order: Tensor, scale: Tensor | None = None
+    ) -> Tensor:
         """Logits (M, N, vocab) of every token given its predecessors in an order, in which they stand.
 
         Args:
             tokens: (M, N) int64, raster order.
             labels: (M,) int64; num_classes is the dropped label.
             token_order: (M, N) int64, raster positions in the order of generation.
+            scale: (M, N) in raster order, factors of the tokens' embeddings; None is 1. Gradients with respect to it
+                say what a token's visibility is worth.
         """
-        return self.logits(self._teacher_forced(tokens, labels, token_order)[:, 1::2])
+        return self.logits(self._teacher_forced(tokens, labels, token_order, scale)[:, 1::2])
 
-    def _teacher_forced(self, tokens: Tensor, labels: Tensor, token_order: Tensor) -> Tensor:
+    def _teacher_forced(
+        self, tokens: Tensor, labels: Tensor, token_order: Tensor, scale: Tensor | None = None
+    ) -> Tensor:
         """Hidden states (M, 2N, dim) of class, q1, x1, ..., qN: the last content token predicts nothing."""
         x, rope = self._sequence(tokens, labels, token_order)
+        if scale is not None:  # of contents; the class and the instructions stay
+            factors = torch.ones_like(x[..., 0])
+            factors[:, 2::2] = scale.gather(1, token_order)
+            x = x * factors[..., None]
         return self._forward(x[:, :-1], rope[:, :-1])
 
     def sampler_forced(

@@ -50,8 +50,8 @@ def _shipped(name: str) -> Backbone:
 BACKBONES: Registry[Callable[[], Backbone]] = Registry(
     "backbone",
     "orderrl.backbones",
-    {name: partial(_shipped, name) for name in ("digits", "digits_raster", "canvas")},
-    taken=(*PRESETS, "small", "none", "digits_mar"),
+    {name: partial(_shipped, name) for name in ("digits", "digits_raster", "digits_mar", "canvas")},
+    taken=(*PRESETS, "small", "none", "cifar_mar"),
 )
 register_backbone = BACKBONES.register
 

@@ -150,7 +150,7 @@ def content_entries(p: EvaluationProtocol, policies: Sequence[NamedPolicy]) -> l
     found: list[dict[str, Any]] = []
     pairs: list[Pair] = []
     for named in policies:
-        if named.scorer is None:
+        if named.scorer is None or getattr(named.scorer, "reads_visible_states", False):  # states show no visible ones
             continue
         ablation = content_ablation(p, observations, named.scorer, utility)
         known = torch.stack(list(ablation.spearman.values())).isfinite().all(0)

@@ -150,6 +150,15 @@ GROUPS: dict[str, list[Column]] = {
                "numbers; read it beside R².", LOWER, interval=False),
         Column("calibration_r2", "R²", "", 3,
                "Share of the variance of utilities that the scores explain by one line.", HIGHER, interval=False),
+        Column("importance_spearman", "importance Spearman", "rank corr.", 3,
+               "Rank correlation of being revealed early with the classifier's importance, image by image "
+               "(labels=classifier).", HIGHER, places="compare"),
+        Column("content_spearman", "with true content", "rank corr.", 3,
+               "Rank correlation with that importance of scores that see the whole true image: what content could add "
+               "(network orderhead).", HIGHER),
+        Column("content_match", "content match", "rank corr.", 3,
+               "Rank correlation of scores that see the whole true image with those of the empty one: 1 is a mere "
+               "spatial prior (network orderhead)."),
         Column("score_std", "score spread", "score", 3,
                "Standard deviation of the scores of a state's hidden blocks, in their own unit."),
     ],
@@ -173,6 +182,9 @@ GROUPS: dict[str, list[Column]] = {
         Column("decode_calls", "decode calls", "per image", 1,
                "Sequential calls of the backbone's decoder.",
                per_image=lambda rollout, backbone: rollout.steps * backbone.draws_per_block),
+        Column("scorings", "scorings", "per image", 1,
+               "Times that a policy's block scores are made: once in mode fast, at every step in mode slow.",
+               interval=False),
         Column("seconds_per_image", "time", "ms per image", 1,
                "Wall time of drawing the samples, batched, with the policy's own time.",
                scale=1000, interval=False, clock=True, places="cost"),

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from orderrl.backbones.protocol import backbone_device
 from orderrl.backbones.published import PublishedSamples, arpg_sampler, llamagen_sampler, randar_sampler
 from orderrl.data import TokenSet
 from orderrl.envs.core import CoreConfig, NextBlockCore
+from orderrl.envs.replay import replay
+from orderrl.envs.reward import RewardConfig
 from orderrl.runtime.isolation import isolated
 from orderrl.runtime.random import Stream, keyed_normal, keyed_uniform
 
@@ -43,6 +45,7 @@ def generate_images(
     seed: int = 0,
     batch_size: int = 250,
     advance: Callable[[float], None] | None = None,
+    candidates: int = 1,
 ) -> Generated:
     """Generate one image for each label.
 
@@ -52,7 +55,21 @@ def generate_images(
         sampling: how tokens are drawn; None is temperature 1 and no filter.
         seed: image i is drawn with seed + i, whatever the batch.
         advance: called with the number of images that were done.
+        candidates: images drawn for one, with seeds and sampled orders of their own; the one is kept that has the
+            shortest code (`drawn_code_lengths`).
     """
+    if candidates > 1:
+        start = time.perf_counter()
+        how = (backbone, data, policy, budgets, labels, sampling)
+        sets = [generate_images(*how, seed + number * len(labels), batch_size) for number in range(candidates)]
+        best = torch.stack([drawn_code_lengths(backbone, data, made, batch_size) for made in sets]).argmin(0)
+        rows = torch.arange(len(labels))
+        tokens, reveal_step = (
+            torch.stack([getattr(made, name) for made in sets])[best, rows] for name in ("tokens", "reveal_step")
+        )
+        if advance is not None:
+            advance(len(labels))
+        return Generated(tokens, sets[0].labels, reveal_step, time.perf_counter() - start)
     config = CoreConfig("generate", budgets, sampling=sampling or Sampling(), strict=True, hindsight=False)
     generator = torch.Generator().manual_seed(seed)
     start = time.perf_counter()
@@ -66,6 +83,21 @@ def generate_images(
             advance(len(rows))
     tokens, drawn_labels, reveal_step = (torch.cat(part) for part in zip(*parts, strict=True))
     return Generated(tokens, drawn_labels, reveal_step, time.perf_counter() - start)
+
+
+@torch.no_grad()
+def drawn_code_lengths(backbone: Backbone, data: TokenSet, made: Generated, batch_size: int = 250) -> Tensor:
+    """What the backbone itself charges drawn images in the order of their drawing, (n,) nats (DiffLoss units)."""
+    config, lengths = CoreConfig("generate", reward=RewardConfig(objective="likelihood")), []
+    blocks = torch.arange(backbone.geometry.num_blocks)
+    for rows in torch.arange(len(made.tokens)).split(batch_size):
+        images = replace(data, split="drawn", tokens=made.tokens[rows], labels=made.labels[rows], identity=None)
+        core = NextBlockCore(backbone, data, len(rows), config, observe=False)
+        tokens, labels, step = (part.to(core.device) for part in (images.tokens, images.labels, made.reveal_step[rows]))
+        losses, _ = backbone.context_loss(backbone.start(labels), tokens, blocks.to(labels).expand(len(rows), -1))
+        total = replay(core, images, step, torch.zeros_like(step))
+        lengths.append((losses.loss.sum(-1) - total * backbone.geometry.num_tokens).cpu())
+    return torch.cat(lengths)
 
 
 @isolated

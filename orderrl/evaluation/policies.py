@@ -126,6 +126,7 @@ def chosen_policies(config: EvalConfig, setup: Setup) -> list[tuple[NamedPolicy,
     listed = [*([own] if own is not None else []), *(PolicySpec.parse(text) for text in config.policies)]
     baselines = dict.fromkeys(swept for spec in listed for swept in schedules(spec, (1,), config.sweep))
     given = [spec for planner in planners for spec in at_step_costs(planner, build(planner), config.step_costs)]
+    given = [replace(spec, mode=spec.mode or mode) for spec in given for mode in config.modes or ("",)]
     learned = dict.fromkeys(swept for spec in given for swept in schedules(spec, build(spec).budgets, config.sweep))
     # planners, own policies and the named ones are sampled
     sampled = {own, *(PolicySpec.parse(text) for text in config.sampled)}

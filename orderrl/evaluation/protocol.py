@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDict
+from torch import Tensor
 
 from orderrl.backbones import Backbone, backbone_fingerprint
 from orderrl.backbones.mar_backbone import MaskedTransformer
 from orderrl.backbones.protocol import backbone_device
 from orderrl.data import TokenSet, load_split
 from orderrl.data.token_files import DESCRIPTION, read_description, token_set_splits
+from orderrl.evaluation.importance import class_importance
 from orderrl.evaluation.settings import EvalConfig
 from orderrl.factory import Setup
 from orderrl.labels import find_or_make_labels, open_labels
@@ -27,6 +29,7 @@ from orderrl.metrics.features import Features, extract_features, name_by_content
 from orderrl.metrics.quality import Quality, real_floor, sample_quality
 from orderrl.metrics.recognisability import Recogniser, make_recogniser
 from orderrl.metrics.references import Reference, open_reference, reference_of
+from orderrl.oracle import CLASSIFIER
 from orderrl.runtime.cache import fingerprint
 from orderrl.runtime.sources import source_identity
 from orderrl.runtime.storage import checksum
@@ -55,6 +58,7 @@ class EvaluationProtocol:
     states: TensorDict | None = None
     # expected utilities in some of the states, for regret against lookahead; None measures none
     lookahead: LookaheadUtility | None = None
+    importance: Tensor | None = None  # (n, B), of the test images' blocks by labels=classifier; None measures none
     recogniser: Recogniser | None = None  # classifies partly revealed images; None measures no recognisability
     clip: ClassCaptions | None = None  # captions of the classes, for the CLIP score; None measures none
     samples_folder: Path | None = None  # where the generated images of every row are kept; None keeps none
@@ -122,6 +126,7 @@ def open_protocol(config: EvalConfig, setup: Setup) -> EvaluationProtocol:
         if config.lookahead_states is not None and backbone.vocab_size:
             count, draws = config.lookahead_states, config.lookahead_draws
             lookahead = lookahead_utility(backbone, subset, states, count, draws, setup.seed)
+    importance = class_importance(setup, subset) if setup.labels.kind == CLASSIFIER else None
     return EvaluationProtocol(
         config=config,
         seed=setup.seed,
@@ -132,6 +137,7 @@ def open_protocol(config: EvalConfig, setup: Setup) -> EvaluationProtocol:
         reference=reference,
         states=states,
         lookahead=lookahead,
+        importance=importance,
         recogniser=recogniser,
         clip=clip,
     )
@@ -223,6 +229,10 @@ def _recognisability(p: EvaluationProtocol) -> str | None:
     return None if recogniser is None else replace(recogniser, name=name_by_content(recogniser.name)).described
 
 
+def _importance(p: EvaluationProtocol) -> str | None:
+    return None if p.importance is None else fingerprint(p.importance.double().sum(0).tolist())
+
+
 def _losses(p: EvaluationProtocol) -> str:
     """The unit of every loss and gain; for masked models also how much a loss moves with its noises."""
     if not isinstance(p.backbone, MaskedTransformer):
@@ -270,6 +280,7 @@ PARTS = (
         label="block_grid",
     ),
     Part("states", lambda p: None if p.states is None else len(p.states), _states, label="calibration"),
+    Part("importance", _importance),
     Part(
         "reference_images",
         lambda p: p.config.reference_images,

@@ -7,8 +7,9 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from orderrl.agents.play import Rollout
-from orderrl.agents.policies import Policy, RankingPolicy, ReferencePolicy, Scorer
+from orderrl.agents.policies import Policy, RankingPolicy, ReferencePolicy, Scorer, take_attributes
 from orderrl.agents.registry import NamedPolicy
+from orderrl.agents.schedules import reads_content
 from orderrl.data import TokenSet
 from orderrl.data.classes import class_words
 from orderrl.envs.core import NextBlockCore
@@ -76,6 +77,7 @@ def _recorded_planner(policy: Policy, scorer: Scorer, log: ScoreLog) -> Policy:
         log.add(scorer(observation[:EXAMPLES], generator.clone_state()))
         return policy(observation, generator)
 
+    take_attributes(act, policy, reads_content(policy))
     return act
 
 

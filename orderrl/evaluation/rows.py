@@ -11,8 +11,8 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from orderrl.agents.play import Rollout, act, roll_out
-from orderrl.agents.policies import Policy, ReferencePolicy, all_scores
+from orderrl.agents.play import Rollout, act, roll_out, seen_by
+from orderrl.agents.policies import ASKING, Policy, ReferencePolicy, RescoringPolicy, all_scores
 from orderrl.agents.registry import NamedPolicy, make_policy
 from orderrl.agents.spec import PolicySpec
 from orderrl.backbones import Backbone, load_backbone, with_block_size
@@ -25,6 +25,7 @@ from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.envs.observation import labelled
 from orderrl.evaluation.columns import all_columns, empty_row
 from orderrl.evaluation.drawing import balanced_labels, generate_images
+from orderrl.evaluation.importance import content_agreement, order_agreement
 from orderrl.evaluation.policies import own_order
 from orderrl.evaluation.protocol import EvaluationProtocol
 from orderrl.evaluation.recording import ScoreLog, recorded
@@ -85,6 +86,12 @@ def evaluate_policy(p: EvaluationProtocol, named: NamedPolicy, sampled: bool) ->
     # what that is worth, image by image
     areas, curve = _recognisability(p, rollout)
     per_image = planning_values(rollout, p.backbone) | areas
+    if p.importance is not None:
+        worth = p.importance[:images]
+        per_image["importance_spearman"] = order_agreement(rollout, worth)
+        planner = getattr(named.scorer, "planner", None)
+        if planner is not None and planner.config.network == "orderhead":
+            per_image |= content_agreement(planner, p.backbone, p.data, worth)
     row = empty_row() | {
         "policy": named.name,
         "family": named.family or named.name,
@@ -99,6 +106,7 @@ def evaluate_policy(p: EvaluationProtocol, named: NamedPolicy, sampled: bool) ->
         "first_choice_entropy": first_choice_entropy(rollout),
         "place_entropy": place_entropy(rollout),
         "rollout_seconds_per_image": rollout.seconds / images,
+        "scorings": None if named.scorer is None else _scorings(named.policy, rollout),
     }
     if named.spec is not None and named.spec.hindsight:  # the order tells about the tokens: this is no code length
         per_image = {key: value for key, value in per_image.items() if key != "decode_nll"}
@@ -108,7 +116,8 @@ def evaluate_policy(p: EvaluationProtocol, named: NamedPolicy, sampled: bool) ->
     # the images that it draws
     drawn = None
     if sampled and not few:
-        found, drawn = _samples(p, row, p.backbone, named.policy, named.budgets)
+        candidates = 1 if named.spec is None else named.spec.candidates
+        found, drawn = _samples(p, row, p.backbone, named.policy, named.budgets, candidates)
         row |= found
     return Evaluated(row, per_image, rollout, log.scores, drawn)
 
@@ -140,6 +149,13 @@ def evaluate_specialist(p: EvaluationProtocol, name: str, order: str = OWN_ORDER
     else:
         made = evaluate_policy(p, replace(make_policy(spec, specialist), name=label, family=label), True)
     return replace(made, row=made.row | {"seed": origin.seed})
+
+
+def _scorings(policy: Policy | ReferencePolicy, rollout: Rollout) -> float:
+    """How often an image's blocks were scored, the mean."""
+    if not isinstance(policy, RescoringPolicy):
+        return rollout.steps.mean().item()
+    return 1.0 if policy.period is None else (rollout.steps / policy.period).ceil().mean().item()
 
 
 def planning_values(rollout: Rollout, backbone: Backbone) -> dict[str, Tensor]:
@@ -214,12 +230,13 @@ def _samples(
     backbone: Backbone,
     policy: Policy | ReferencePolicy,
     budgets: tuple[int, ...],
+    candidates: int = 1,
 ) -> tuple[dict[str, Any], Tensor | None]:
     """Images drawn in a policy's order: entries of its row, and the first of them; kept if the protocol says so."""
     if not p.config.samples:
         return {}, None
     wanted = balanced_labels(p.config.samples, p.data.classes)
-    made = generate_images(backbone, p.data, policy, budgets, wanted, p.config.sampling, p.seed)
+    made = generate_images(backbone, p.data, policy, budgets, wanted, p.config.sampling, p.seed, candidates=candidates)
     found: dict[str, Any] = {"seconds_per_image": made.seconds / len(made.tokens)}
     measures = {column.name: column.per_sample for column in all_columns() if column.per_sample is not None}
     if p.clip is not None:
@@ -307,11 +324,13 @@ def first_choices(p: EvaluationProtocol, named: NamedPolicy) -> tuple[Tensor, Te
     assert states is not None
     generator = torch.Generator().manual_seed(p.seed)
     policy = named.policy
-    if isinstance(policy, ReferencePolicy) or hasattr(policy, "reset") or getattr(policy, "reads_tokens", False):
+    if isinstance(policy, ReferencePolicy) or any(getattr(policy, name, False) for name in ASKING):
         core = NextBlockCore(p.backbone, p.data, len(states), CoreConfig(budgets=named.budgets, strict=True), p.seed)
         core.reset(index=states["image"])
         core.show(states["order"], states["length"])
         scores = all_scores(policy, core) if isinstance(policy, ReferencePolicy) else None
+        if named.scorer is not None and not isinstance(policy, ReferencePolicy):
+            scores = named.scorer(seen_by(policy, core), generator)
         action = act(policy, core, generator) if scores is None else None
     else:
         observation = labelled(states, budgets=named.budgets).to(p.device)

@@ -11,12 +11,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from orderrl.agents.spec import MODE
 from orderrl.backbones import Sampling
 from orderrl.evaluation.columns import METRICS
 from orderrl.metrics.clip_score import PROMPT
 from orderrl.metrics.features import own_features
 from orderrl.metrics.recognisability import FILLS, OWN
-from orderrl.runtime.values import Settings, at_least, member_of, one_of, positive, setting, zero_or_at_least
+from orderrl.runtime.values import Rule, Settings, at_least, member_of, one_of, positive, setting, zero_or_at_least
 
 OWN_ORDER = "own"  # the order that a specialist was made for
 _FEW = at_least(2)  # the fewest images that have an interval
@@ -120,6 +121,11 @@ class EvalConfig(Sampling):
         None,
         "Step costs at which planners trained on a range of them act; null takes its ends and its middle",
         positive(),
+    )
+    modes: list[str] = setting(
+        [],
+        "Modes in which planners act: fast (scored once), semifast:N (N times), slow, best_of:N; none is slow",
+        Rule((), lambda mode: MODE.fullmatch(mode) is not None, "={} must be of fast, slow, semifast:N and best_of:N"),
     )
     budgets: list[int] = setting([1], "Budgets of own policies (module:attribute) without a schedule", at_least(1))
     token_raster: list[str] = setting(

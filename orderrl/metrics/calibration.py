@@ -103,7 +103,7 @@ def rank_correlation(scores: Tensor, utility: Tensor, hidden: Tensor, correlate:
 
 
 def reliability(scores: NDArray[np.float64], utility: NDArray[np.float64], bins: int = BINS) -> Reliability | None:
-    """Reliability of scores (c,) of candidates as predictions of their utilities (c,); None if all scores are equal.
+    """Reliability of scores (c,) of candidates as predictions of their utilities (c,); None if all of one are equal.
 
     At most so many bins are made; scores that are equal share one.
     """
@@ -111,6 +111,8 @@ def reliability(scores: NDArray[np.float64], utility: NDArray[np.float64], bins:
         return None
     line = linregress(scores, utility)
     predicted = line.intercept + line.slope * scores
+    if np.ptp(predicted) == 0:  # utilities that are all equal
+        return None
     edges = np.unique(np.quantile(predicted, np.linspace(0, 1, bins + 1)))
     sums, edges, number = binned_statistic(predicted, [predicted, utility], "sum", bins=edges)
     count = np.bincount(number, minlength=len(edges) + 1)[1 : len(edges)]

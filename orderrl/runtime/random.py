@@ -28,6 +28,7 @@ class Stream(IntEnum):
     NOISE = 5
     TARGET = 6
     STEP_COST = 7
+    CLUSTER = 8
 
 
 _inherited_seed: int | None = None  # of PyTorch's generator, in a process that has a copy of its parent's

@@ -30,6 +30,13 @@ class ContinuousTokenizer(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Patches(Settings):
+    """Tokeniser: none to train, square patches of pixels are continuous tokens."""
+
+    half: bool = setting(False, "Store tokens as float16 instead of float32")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SmallTokenizer(Settings):
     """Tokeniser: a small VQ tokeniser, which pretrain trains on any image folder."""
 

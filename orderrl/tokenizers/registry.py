@@ -18,6 +18,7 @@ from orderrl.runtime.weights import missing_weights, read_state
 from orderrl.tokenizers import kl, vq
 from orderrl.tokenizers.kl import KLConfig, KLTokenizer
 from orderrl.tokenizers.layers import StackConfig
+from orderrl.tokenizers.patches import PatchTokenizer
 from orderrl.tokenizers.protocol import Tokenizer
 from orderrl.tokenizers.vq import VQConfig, VQTokenizer
 
@@ -27,6 +28,7 @@ PRESETS: dict[str, VQConfig | KLConfig] = {
     "vq8": VQConfig(encoder=_CH_MULT_8, decoder=_CH_MULT_8),
     "kl16": KLConfig(),
 }
+PATCHES = {f"patches{side}": side for side in (2, 4, 8)}
 _PUBLISHED = {"vq16": "vq_ds16_c2i.pt of LlamaGen", "vq8": "vq_ds8_c2i.pt of LlamaGen", "kl16": "kl16.ckpt of MAR"}
 
 
@@ -52,7 +54,8 @@ def load_tokenizer(
     """A frozen tokeniser: eval mode, no gradients.
 
     Args:
-        name: vq16, vq8 or kl16, with the path of the published weights; small, with the path of a tokeniser written by
+        name: vq16, vq8 or kl16, with the path of the published weights; patches2, patches4 or patches8, which have
+            none; small, with the path of a tokeniser written by
             `python -m orderrl.pretrain backbone=none tokenizer=small`; that path alone; a registered name, or the
             module:attribute of a function of the path that makes a tokeniser.
         path: the weights: .safetensors, .pt, .pth or .ckpt, or a hub name for published ones (`hf://OWNER/NAME/FILE`).
@@ -95,6 +98,12 @@ def _published(name: str, path: str | Path | None) -> VQTokenizer | KLTokenizer:
     return tokenizer
 
 
+def _patches(name: str, path: str | Path | None) -> PatchTokenizer:
+    if path is not None:
+        raise ValueError(f"tokenizer={name} has no weights, got path={str(path)!r}; leave it out")
+    return PatchTokenizer(PATCHES[name])
+
+
 def _own(path: Path) -> VQTokenizer:
     tensors, description = load_checkpoint(path, "tokenizer")
     try:
@@ -122,7 +131,11 @@ def _small(path: str | Path | None) -> VQTokenizer:
 TOKENIZERS: Registry[Callable[[str | Path | None], Any]] = Registry(
     "tokenizer",
     "orderrl.tokenizers",
-    {**{name: partial(_published, name) for name in PRESETS}, "small": _small},
+    {
+        **{name: partial(_published, name) for name in PRESETS},
+        **{name: partial(_patches, name) for name in PATCHES},
+        "small": _small,
+    },
     taken=("none",),
 )
 """Functions of the weights' path, or None, that make a tokeniser: a module that is a `Tokenizer`."""

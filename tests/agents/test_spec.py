@@ -11,7 +11,8 @@ import pytest
 from orderrl.agents.spec import PAIRED, SPACED, PolicySpec
 
 NASTY = "@:=,+<>#?%$!&*~^'\"`()[]{}|\\ \tä字🙂.-_/"
-SCHEDULES = ("", "4", "1+1+2+4+8", "<1.5", "i<6", "i<.5/1,2,4,8")
+SCHEDULES = ("", "4", "1+1+2+4+8", "<1.5", "i<6", "i<.5/1,2,4,8", "cosine:8")
+MODES = ("", "fast", "slow", "semifast:8", "best_of:8")
 
 
 def some_path(source: random.Random) -> str:
@@ -32,18 +33,18 @@ def some_path(source: random.Random) -> str:
 
 
 def some_spec(source: random.Random) -> PolicySpec:
-    schedule = source.choice(SCHEDULES)
+    schedule, mode = source.choice(SCHEDULES), source.choice(MODES)
     cost = source.choice([None, 0.5, 2.0, 1e-05, source.random() * 10 ** source.randint(-9, 9)])
     kind = source.choice(["planner", "planner", "newest", "baseline", "reference", "own"])
     if kind == "planner":
-        return PolicySpec(
-            "planner", some_path(source), source.choice(["", SPACED, PAIRED]), step_cost=cost, schedule=schedule
-        )
+        prefix = source.choice(["", SPACED] if mode else ["", SPACED, PAIRED])
+        return PolicySpec("planner", some_path(source), prefix, step_cost=cost, mode=mode, schedule=schedule)
     if kind == "newest":
-        return PolicySpec("newest", "newest", source.choice(["", SPACED, PAIRED]), step_cost=cost, schedule=schedule)
+        prefix = source.choice(["", SPACED])
+        return PolicySpec("newest", "newest", prefix, step_cost=cost, mode=mode, schedule=schedule)
     if kind == "baseline":
         return PolicySpec(
-            "baseline", source.choice(["random", "raster"]), source.choice(["", SPACED]), schedule=schedule
+            "baseline", source.choice(["random", "raster"]), source.choice(["", SPACED]), mode=mode, schedule=schedule
         )
     if kind == "reference":
         name, draws, rule = source.choice(
@@ -112,3 +113,9 @@ def test_a_family_is_the_policy_without_schedule_and_cost() -> None:
     assert str(spec.family) == "spaced_a@b/c.safetensors" and spec.family == replace(spec, schedule="", step_cost=None)
     names = ("oracle@4", "lookahead:4", "confidence", "random", "oracle_x:p")
     assert [PolicySpec.parse(name).rival for name in names] == [False, False, True, True, True]
+
+
+@pytest.mark.parametrize("text", ["oracle@fast", "paired_a.safetensors@fast", "module:attribute@semifast:4"])
+def test_modes_are_for_what_has_block_scores(text: str) -> None:
+    with pytest.raises(ValueError, match="modes are for block scores, of baselines and planners"):
+        PolicySpec.parse(text)

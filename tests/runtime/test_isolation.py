@@ -312,7 +312,7 @@ def fetched() -> list[Any]:
         data = load_split(name, "test")
         tokens = AUGMENTATIONS[name](data.tokens[:3], torch.Generator(device="cpu").manual_seed(0), 1.0)
         made += [data.tokens[:3], data.labels[:3], data.images(data.tokens[:3]), tokens]
-    for name in ("digits", "digits_raster", "canvas"):
+    for name in ("digits", "digits_raster", "digits_mar", "canvas"):
         module: Any = load_backbone(name)
         made += [dict(module.state_dict()), weights_fingerprint(module)]
         made += [module.geometry.distances, module.geometry.touching, module.geometry.token_block]
