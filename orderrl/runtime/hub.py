@@ -20,7 +20,7 @@ tags: [orderrl, generation-order, image-generation, reinforcement-learning]
 ---
 # {title}
 
-{what} Made with [OrderRL](https://pypi.org/project/orderrl/).
+{what} Made with OrderRL (`pip install orderrl`).
 
 ## How to load it
 
