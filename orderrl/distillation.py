@@ -84,6 +84,11 @@ class ImageOrders:
         return PolicySpec.parse(self.order)
 
     @property
+    def label(self) -> str:
+        """What tables call the policy."""
+        return self.policy(self.start).name
+
+    @property
     def hindsight(self) -> bool:
         """Whether the orders carry information about the tokens, so that no code length belongs to them."""
         return self.spec.hindsight

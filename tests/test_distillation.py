@@ -355,7 +355,7 @@ def test_the_command_makes_a_backbone_that_knows_its_order(tmp_path: Path) -> No
     )
     backbone = load_backbone(made)
     assert isinstance(backbone, OrderRobustTransformer) and backbone.origin is not None
-    assert backbone.origin.start_fingerprint == backbone_fingerprint(start)
+    assert backbone.origin.start_fingerprint == backbone_fingerprint(start) and backbone.origin.label == "bc_context_r0"
     spec = own_order(backbone)
     assert spec is not None and spec.path == made.parent / "planner.safetensors"
     assert make_policy(spec, backbone).policy.__class__.__name__ == "ThroughStart"

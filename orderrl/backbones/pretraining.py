@@ -116,6 +116,10 @@ class OrderSource(Protocol):
     """Where the orders of a training come from: `orderrl.distillation.ImageOrders`."""
 
     @property
+    def label(self) -> str:
+        """What tables call the policy."""
+
+    @property
     def hindsight(self) -> bool:
         """Whether the orders carry information about the tokens, so that no code length belongs to them."""
 

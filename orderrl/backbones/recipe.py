@@ -86,7 +86,7 @@ class BackboneRecipe:
         orders = self._orders(start, backbone, train)
         description: dict[str, Any] = {"data": self.data, "split": "backbone", "training": dict(self.training)}
         if config.order != RANDOM or start is not None:
-            description[ORIGIN] = self._origin(start).described()
+            description[ORIGIN] = self._origin(start, orders).described()
         # train
         key = f"backbone-{self._key(backbone, train)}"
         with new_run() as run, Job(cache_dir, key, checkpoint_seconds, run.folder, run) as job:
@@ -154,7 +154,7 @@ class BackboneRecipe:
         """Whether the backbone learns to say which block comes next; its own order is then what it says."""
         return bool(self.backbone.get("model", {}).get("position_head", False))
 
-    def _origin(self, start: Backbone | None) -> Origin:
+    def _origin(self, start: Backbone | None, orders: OrderSource | None) -> Origin:
         """What a specialist is made of and for."""
         config, said = self.config, []
         if start is None:
@@ -169,7 +169,7 @@ class BackboneRecipe:
             said.append("relative")
         if self._has_head:
             said.append("position head")
-        name = config.order if config.policy is None else Path(config.order).name
+        name = config.order if orders is None else orders.label
         return Origin(
             order=NATIVE if self._has_head else config.order,
             label=f"{name} ({', '.join(said)})" if said else name,
