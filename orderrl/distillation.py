@@ -137,7 +137,7 @@ class ImageOrders:
             distributed.on_main(publish)
         return str(cache.folder(ORDERS, key))
 
-    def open(self, where: str) -> OrderedImages:
+    def images(self, where: str) -> OrderedImages:
         """The images and orders of a round, read as they are used.
 
         Raises:

@@ -89,7 +89,7 @@ def test_extraction_is_found_again_and_goes_on_where_it_stopped(tmp_path: Path, 
     where = source.extract(tiny_backbone(), 0)
     assert calls == [8, 8, 8, 4]  # the first part was kept
     assert source.extract(tiny_backbone(), 0) == where and len(calls) == 4
-    found = source.open(where)
+    found = source.images(where)
     whole = chosen_orders(tiny_backbone(), source.data, make_policy("low_entropy", tiny_backbone()), 0)
     assert torch.equal(found.order, whole[0]) and torch.equal(found.tokens, source.data.tokens)
 
@@ -100,12 +100,12 @@ def test_orders_belong_to_the_views_that_are_trained_on(tmp_path: Path) -> None:
         return (tokens + shift) % 5
 
     source = orders(tmp_path, views=3, augment=augment, strength=1.0)
-    found = source.open(source.extract(tiny_backbone(), 0))
+    found = source.images(source.extract(tiny_backbone(), 0))
     assert len(found) == 60 and not torch.equal(found.tokens[::3], found.tokens[1::3])
     views = replace(source.data, tokens=found.tokens, labels=found.labels)
     named = make_policy("low_entropy", tiny_backbone())
     assert torch.equal(found.order, chosen_orders(tiny_backbone(), views, named, 0)[0])
-    other = source.open(source.extract(tiny_backbone(), 1))
+    other = source.images(source.extract(tiny_backbone(), 1))
     assert not torch.equal(other.tokens, found.tokens)  # another round shows other views
 
 
@@ -168,7 +168,7 @@ def test_rounds_of_none_train_as_without_a_policy(tmp_path: Path) -> None:
 
 def test_every_image_is_trained_in_its_own_order(tmp_path: Path, monkeypatch: Any) -> None:
     source = orders(tmp_path)
-    whole = source.open(source.extract(tiny_backbone(), 0))
+    whole = source.images(source.extract(tiny_backbone(), 0))
     known = {tuple(tokens.tolist()): order for tokens, order in zip(source.data.tokens, whole.order, strict=True)}
     trained: list[bool] = []
 
@@ -189,7 +189,7 @@ def test_every_round_is_extracted_from_the_weights_of_the_moment(tmp_path: Path)
     source, seen = orders(tmp_path), []
 
     class Watched:
-        hindsight, open = False, staticmethod(source.open)
+        hindsight, images = False, staticmethod(source.images)
 
         def extract(self, backbone: Any, round: int) -> str:
             seen.append((round, backbone_fingerprint(backbone)))
@@ -402,15 +402,15 @@ class Planted:
             hindsight,
         )
         first = (bits[:, 1] > bits[:, 0]).long() if hindsight else torch.zeros(64, dtype=torch.int64)
-        self.images = OrderedImages(
+        self.ordered = OrderedImages(
             bits, self.data.labels, torch.stack([first, 1 - first], 1), torch.arange(2).expand(64, -1)
         )
 
     def extract(self, backbone: Any, round: int) -> str:
         return ""
 
-    def open(self, where: str) -> OrderedImages:
-        return self.images
+    def images(self, where: str) -> OrderedImages:
+        return self.ordered
 
 
 @pytest.mark.parametrize("hindsight", [False, True])
@@ -426,7 +426,7 @@ def test_an_order_chosen_in_hindsight_leaks_what_it_ranks(hindsight: bool) -> No
     source = Planted(hindsight)
     config = replace(QUICK, steps=120, batch_size=32, learning_rate=2e-2, ema=0.9, evaluate_every=120)
     pretrain(backbone, source.data, source.data, config, orders=source)  # type: ignore[arg-type]
-    code_length = 2 * mean_loss(backbone, source.data, source.images.order)
+    code_length = 2 * mean_loss(backbone, source.data, source.ordered.order)
     named = make_policy("hindsight_confidence" if hindsight else "raster", backbone.requires_grad_(False))
     drawn = generate_images(backbone, source.data, named.policy, (1,), torch.zeros(2000, dtype=torch.int64))
     shares = (2 * drawn.tokens[:, 0] + drawn.tokens[:, 1]).bincount(minlength=4) / 2000

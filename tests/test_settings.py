@@ -79,7 +79,8 @@ def wrong_values(key: str, default: Any, meaning: str) -> Iterator[Any]:
         if default:
             yield from (["a"], [math.inf], [-1], [10**400]) if not isinstance(default[0], str | list) else ([5], [1.5])
     else:
-        yield from (True, math.nan, [True], [5, "a"])
+        yield from ([True] if key != "backbone.cuda_graph" else [])
+        yield from (math.nan, [True], [5, "a"])
     if "null" not in meaning and key != "backbone.name":  # that of `small` is null until there is one
         yield None
     if key in CLOSED:

@@ -126,7 +126,7 @@ class OrderSource(Protocol):
     def extract(self, backbone: TrainableBackbone, round: int) -> str:
         """Extract the orders of a round and say where they are; all processes call it."""
 
-    def open(self, where: str) -> OrderedImages:
+    def images(self, where: str) -> OrderedImages:
         """The images and orders that `extract` left."""
 
     def of(self, data: TokenSet, backbone: TrainableBackbone) -> OrderedImages:
@@ -352,7 +352,7 @@ def pretrain(
                 phase |= {"round": round, "orders": orders.extract(mean, round)}
                 images = None
             if images is None:  # a new round, or a training that continues
-                images = orders.open(phase["orders"])
+                images = orders.images(phase["orders"])
         share = random_share(step, config)
         if share < 1 and config.order == RANDOM and not phase["kept_random"]:
             phase["kept_random"] = True

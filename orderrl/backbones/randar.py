@@ -88,7 +88,7 @@ class OrderRobustTransformer(CausalTransformer, ChainBackbone):
             assert before is not None
             earlier = torch.cat([before[..., None], positions[..., :-1]], -1)
         queries, query_rope = self.instructions(positions, earlier)
-        rope = self.rope[positions + 1]
+        rope = self.rope[positions + 1] if self.relative else query_rope
         contents = self.tok_embeddings(tokens)
         return (
             torch.stack([queries, contents], dim=-2).flatten(-3, -2),

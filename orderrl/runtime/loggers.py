@@ -173,7 +173,7 @@ class Wandb(Settings):
         except (wandb.Error, ValueError, OSError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(
-                f"logger=wandb can't be started: {reason}; log in with `wandb login`, or use logger.mode=offline"
+                f"logger=wandb cannot be started: {reason}; log in with `wandb login`, or use logger.mode=offline"
             ) from error
 
 

@@ -72,12 +72,13 @@ def test_every_mean_of_a_row_has_an_interval_around_it(random_row: Evaluated) ->
     assert list(row) == list(empty_row())
     with_interval = {key.removesuffix("_ci") for key in row if key.endswith("_ci")}
     absent = {key for key in with_interval if row[key] is None}
-    assert absent == {"decode_loss", "clip_score"}  # of models of continuous tokens; of a CLIP network
+    # of models of continuous tokens; of a CLIP network; of labels=classifier and heads that read visible states
+    assert absent == {"decode_loss", "clip_score", "importance_spearman", "content_spearman", "content_match"}
     for key in with_interval - absent:
         low, high = row[f"{key}_ci"]
         assert low <= row[key] <= high, key
     # without an interval: nothing, names, lists, and what is no mean over images
-    plain = {"calibration_error", "calibration_r2", "first_choice_entropy", "place_entropy"}
+    plain = {"calibration_error", "calibration_r2", "first_choice_entropy", "place_entropy", "scorings"}
     seconds = {column.name for column in all_columns() if column.clock}
     scores = {"frechet_distance_infinity", "inception_score", "kid"}
     assert {key for key in set(row) - with_interval if isinstance(row[key], float)} == plain | seconds | scores

@@ -262,6 +262,7 @@ def test_every_setting_names_its_part_or_chooses_rows(
     other = {"sweep": [2], "step_costs": [0.5], "budgets": [2], "token_raster": [], "planners": [], "sampled": []}
     other |= {"metrics": ["tests.evaluation.test_columns:LOSS"]}
     other |= {
+        "modes": ["fast"],
         "specialists": ["specialist.safetensors"],
         "specialist_orders": ["raster"],
         "foreign": ["adm=samples.npz"],
@@ -287,7 +288,7 @@ def test_the_keys_of_identity_and_wording_are_those_of_stored_runs(protocol: Eva
     assert set(protocol.identity()) == {
         *("version", "data", "split", "images", "content", "backbone", "blocks", "states", "lookahead"),
         *("reference_images", "recognisability", "samples", "sampling", "features", "feature_weights", "reference"),
-        *("kid_subsets", "clip_score", "real_images", "seed"),
+        *("kid_subsets", "clip_score", "real_images", "seed", "importance"),
     }
     said = protocol.described()
     assert said["data"] == "digits/test, 20 images" and said["backbone"].startswith("digits (")

@@ -43,7 +43,7 @@ def test_a_file_that_does_not_fit_is_refused_with_its_keys(tmp_path: Path, monke
 
 
 def test_names_that_say_nothing_are_refused_with_the_choices(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="vq16, vq8, kl16, small"):
+    with pytest.raises(ValueError, match="vq16, vq8, kl16, patches2, patches4, patches8, small"):
         load_tokenizer("vq32")
     with pytest.raises(ValueError, match=r"vq16 needs weights: give tokenizer\.path=FILE.*vq_ds16_c2i\.pt"):
         load_tokenizer("vq16")
