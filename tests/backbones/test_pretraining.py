@@ -171,7 +171,7 @@ def test_the_shipped_backbones_are_what_they_are_called() -> None:
     for name in ("digits", "digits_raster"):
         backbone = load_backbone(name)
         assert isinstance(backbone, OrderRobustTransformer)
-        losses[name] = order_losses(backbone, load_split("digits", "test"), repeats=1)
+        losses[name] = order_losses(backbone, load_split("digits", "test").first(120), repeats=1)
     robust, raster = losses["digits"], losses["digits_raster"]
     assert robust["loss_random"] <= 1.25
     assert abs(robust["loss_raster"] - robust["loss_random"]) < 0.03
