@@ -170,11 +170,14 @@ class BackboneRecipe:
         if self._has_head:
             said.append("position head")
         name = config.order if orders is None else orders.label
+        begun = config.start
+        if begun is not None and Path(begun).is_file():  # found again from any folder
+            begun = str(Path(begun).resolve())
         return Origin(
             order=NATIVE if self._has_head else config.order,
             label=f"{name} ({', '.join(said)})" if said else name,
             seed=self.seed,
-            start=config.start,
+            start=begun,
             start_fingerprint=None if start is None else backbone_fingerprint(start),
         )
 

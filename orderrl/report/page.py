@@ -24,6 +24,8 @@ from orderrl.report.viewer import partial_drawing, steps_at, viewer_data
 STRIPS = 3  # example images drawn under every policy; the viewer has all of them
 SMALL = 100  # pixels; smaller pictures are enlarged without smoothing
 
+PICTURES, IN_COLUMN = ("png", "svg"), ("pdf",)  # formats of a figure, and of it in a column's width
+
 
 @dataclass(frozen=True)
 class Plot:
@@ -219,11 +221,12 @@ def save_figures(folder: Path, wanted: Mapping[str, Callable[[], Figure]]) -> No
     folder.mkdir(parents=True, exist_ok=True)
     for name, draw in wanted.items():
         figure = draw()
-        for suffix in ("png", "svg"):
+        for suffix in PICTURES:
             style.save_figure(figure, folder / f"{name}.{suffix}")
             figure.set_layout_engine("none")  # it is laid out, and looks the same in all formats
-        with style.for_column():
-            style.save_figure(draw(), folder / f"{name}.pdf")
+        for suffix in IN_COLUMN:
+            with style.for_column():
+                style.save_figure(draw(), folder / f"{name}.{suffix}")
 
 
 def _breakable(name: str) -> Markup:
