@@ -70,10 +70,14 @@ class RankingPolicy:
         self.reads_visible_states = getattr(scorer, "reads_visible_states", False)
 
     def __call__(self, observation: TensorDictBase, generator: torch.Generator) -> Tensor:
-        scores = self.scorer(observation, generator).float()
+        scores = self.scored(observation, generator).float()
         return scheduled_action(
             scores, self.closeness.to(scores, non_blocking=True), observation, self.budgets, self.schedule
         )
+
+    def scored(self, observation: TensorDictBase, generator: torch.Generator) -> Tensor:
+        """The scores (M, B) by which blocks are ranked at this step."""
+        return self.scorer(observation, generator)
 
 
 class RescoringPolicy(RankingPolicy):
@@ -93,9 +97,8 @@ class RescoringPolicy(RankingPolicy):
         spacing: float = 0.0,
         period: int | None = None,
     ) -> None:
-        super().__init__(self._kept_scores, geometry, budgets, schedule, spacing)
-        self.fresh, self.period = scorer, period
-        self.reads_content = reads_content(scorer) or reads_content(self.schedule)
+        super().__init__(scorer, geometry, budgets, schedule, spacing)
+        self.period = period
         self.reads_visible_states = period is not None and getattr(scorer, "reads_visible_states", False)
 
     def reset(self, starting: Tensor) -> None:
@@ -105,10 +108,10 @@ class RescoringPolicy(RankingPolicy):
             self.scores: Tensor | None = None
         self.step = self.step.masked_fill(starting, 0)
 
-    def _kept_scores(self, observation: TensorDictBase, generator: torch.Generator) -> Tensor:
+    def scored(self, observation: TensorDictBase, generator: torch.Generator) -> Tensor:
         due = self.step == 0 if self.period is None else self.step % self.period == 0
         if bool(due.any()):
-            made = self.fresh(observation, generator).float()
+            made = super().scored(observation, generator).float()
             old = made if self.scores is None else self.scores
             self.scores = torch.where(due.to(made.device)[:, None], made, old)
         self.step = self.step + 1

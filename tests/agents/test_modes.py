@@ -15,6 +15,7 @@ from orderrl.agents.schedules import cosine_sizes
 from orderrl.backbones.mar import hidden_after
 from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.evaluation.drawing import drawn_code_lengths, generate_images
+from orderrl.evaluation.recording import ScoreLog, recorded
 from tests.backbones.families import images, tiny
 
 BACKBONE = tiny("mar", block_size=1)  # 16 blocks of a token
@@ -118,3 +119,14 @@ def test_what_cannot_be_scheduled_is_refused() -> None:
         make_policy("random@cosine:17", BACKBONE)
     with pytest.raises(ValueError, match="a threshold does not say how many steps there are"):
         make_policy("high_entropy@semifast:2@<1.5", BACKBONE)
+
+
+@pytest.mark.parametrize("mode", ["fast", "semifast:2"])
+def test_a_mode_plays_alike_where_its_scores_are_taken_down(mode: str) -> None:
+    named = make_policy(f"high_entropy@{mode}", BACKBONE)
+    log, orders = ScoreLog(), []
+    for policy in (named.policy, recorded(named, log)):
+        core = NextBlockCore(BACKBONE, images(BACKBONE), 3, CoreConfig(strict=True))
+        orders.append(roll_out(core, policy, torch.Generator(), torch.arange(3)).order)
+    assert torch.equal(*orders)
+    assert log.scores is not None and len(log.scores) == BACKBONE.geometry.num_blocks
