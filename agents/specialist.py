@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from orderrl.agents.policies import Policy, ReferencePolicy, Scorer
+from orderrl.agents.policies import Policy, ReferencePolicy, Scorer, take_attributes
 from orderrl.agents.schedules import Schedule
 from orderrl.backbones import load_backbone
 from orderrl.backbones.protocol import Backbone, backbone_device
@@ -36,6 +36,7 @@ class ThroughStart(ReferencePolicy):
     def __init__(self, policy: Policy, reader: Backbone, budgets: tuple[int, ...], scorer: Scorer | None) -> None:
         super().__init__(budgets)
         self.policy, self.reader, self.scorer = policy, reader, scorer
+        take_attributes(self, policy, True)
 
     def act(self, core: NextBlockCore) -> Tensor:
         return self.policy(self.observation(core), torch.Generator())
@@ -57,7 +58,9 @@ class ThroughStart(ReferencePolicy):
         # and its hidden states of what is not
         every = torch.arange(blocks, device=core.device).expand_as(visible)
         hidden, entropy = self.reader.observe(prefix, every)
-        hidden, entropy = hidden.masked_fill(visible[..., None], 0.0), entropy.masked_fill(visible, 0.0)
+        entropy = entropy.masked_fill(visible, 0.0)
+        if not getattr(self.policy, "reads_visible_states", False):
+            hidden = hidden.masked_fill(visible[..., None], 0.0)
         mask = core.budget_mask() if core.multi else None
         return observed(hidden, entropy, visible, core.labels, mask, core.step_cost)
 

@@ -333,6 +333,9 @@ def test_a_planner_reads_the_start_whatever_training_makes_of_the_body(tmp_path:
     moved.origin = origin
     through, _ = chosen_orders(moved, images, make_policy(str(path), moved), 0)
     assert torch.equal(through, expected) and not torch.equal(body, expected)
+    for mode in ("fast", "semifast:3"):  # policies with a memory keep it through the other backbone
+        wanted, _ = chosen_orders(start, images, make_policy(f"{path}@{mode}", start), 0)
+        assert torch.equal(chosen_orders(moved, images, make_policy(f"{path}@{mode}", moved), 0)[0], wanted)
     save_backbone(tmp_path / "start.safetensors", moved, {})
     with pytest.raises(ValueError, match="there is another backbone under this name now"):
         make_policy(str(path), moved)
