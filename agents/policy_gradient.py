@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torchrl.modules import ProbabilisticActor
 from torchrl.objectives import ClipPPOLoss
 
+from orderrl.agents.bc import score_spread
 from orderrl.agents.distribution import RankedBlocks
 from orderrl.data import load_split
 from orderrl.envs.core import NextBlockCore
@@ -203,7 +204,8 @@ class PolicyGradient(ABC):
             job: keeps the state between rounds, so that an interrupted training continues, and logs.
 
         Metrics: frames, return (of each image's first episode, nats per image), planner_steps (of the same), illegal
-        (share of void steps), entropy, clip_fraction, the parts of the loss, and what the agent adds.
+        (share of void steps), score_std (standard deviation of the logits of an image's hidden blocks), entropy,
+        clip_fraction, the parts of the loss, and what the agent adds.
         """
         config, core, job = self.config, self.env.core, job or Job()
         minibatch = config.minibatch_size // distributed.size()
@@ -281,6 +283,7 @@ class PolicyGradient(ABC):
             "return": returns.mean().item(),
             "planner_steps": first.sum(1)[complete].float().mean().item(),
             "illegal": data["next", "illegal"].float().mean().item(),
+            "score_std": score_spread(*(data[key].flatten(0, 1) for key in ("logits", "action_mask"))).mean().item(),
         }
 
     # ------------------------------------------------------------------ resuming

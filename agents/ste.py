@@ -8,7 +8,9 @@ Notable:
   image and theta the k-th highest, held fixed. Forward it is the hard split, backward the sigmoid.
 - s~ knows neither the scale nor the mean of the scores, so nothing in this loss holds their spread: alone it may
   explode, and held too tightly it collapses. `score_std` is watched; both give a warning and do not end the training.
-- The oracle term, oracle_coeff * MSE(sigmoid(s), importance), has the classifier's importance (labels=classifier).
+- The oracle term, oracle_coeff * MSE(sigmoid(s), importance), has the classifier's importance (labels=classifier). Its
+  other form, reinforce_coeff, is a policy gradient: splits are drawn from the scores, and rewarded if the classifier
+  recognises the image from the visible group.
 - The head never reads a hidden token but where `curriculum_steps` routes true tokens to it, in training alone.
 """
 
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,7 +39,7 @@ from orderrl.factory import Setup
 from orderrl.geometry import BlockGrid
 from orderrl.labels import find_classifier, label_settings
 from orderrl.oracle import CLASSIFIER
-from orderrl.partial_classifier import cluster_orders, importance
+from orderrl.partial_classifier import PartialClassifier, cluster_orders, importance
 from orderrl.planner import TokenOrderHead, new_planner
 from orderrl.runtime.distributed import print_main
 from orderrl.runtime.isolation import isolated_float32
@@ -46,6 +49,9 @@ from orderrl.runtime.values import Settings, at_least, between, one_of, positive
 
 Importance = Callable[[Tensor, Tensor, Tensor, torch.Generator], Tensor]
 """(tokens, labels, scores (M, B), generator) -> (M, B) in [0, 1], what the oracle term has the head regress."""
+
+Reward = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(tokens, labels, blocks (R, M, k) that are visible) -> (R, M), what the policy gradient raises."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +74,16 @@ class Config(Settings):
     oracle_coeff: float = setting(
         0.0, "Weight of the mean squared error to the classifier's importance (labels=classifier)", at_least(0)
     )
+    reinforce_coeff: float = setting(
+        0.0,
+        "Weight of the policy gradient whose reward is 1 where the classifier recognises the class from visible blocks "
+        "that are drawn from the scores (labels=classifier)",
+        at_least(0),
+    )
+    splits: int = setting(4, "Splits that the policy gradient draws of every image", at_least(2))
     l2_coeff: float = setting(0.0, "Weight of the mean square of the scores", at_least(0))
+    spread_coeff: float = setting(0.0, "Weight of exp(-score_std), which keeps scores apart", at_least(0))
+    entropy_coeff: float = setting(0.0, "Weight of the entropy of the scores' softmax, which is raised", at_least(0))
     learning_rate: float = setting(5e-4, "Peak learning rate of the head, before its scale", positive())
     head_scale: float = setting(1.0, "Factor of the head's learning rate", positive())
     head_clip: float | None = setting(1.0, "Norm to which the head's gradient is clipped; null clips none", positive())
@@ -90,10 +105,17 @@ class Config(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.gen_coeff and not self.oracle_coeff:
-            raise ValueError("gen_coeff=0 and oracle_coeff=0 leave nothing to learn; set one of them")
+        if not self.gen_coeff and not self.judged:
+            raise ValueError(
+                "gen_coeff=0, oracle_coeff=0 and reinforce_coeff=0 leave nothing to learn; set one of them"
+            )
         if not self.gen_coeff and self.body != "frozen":
             raise ValueError(f"body={self.body!r} learns from the generation loss; set gen_coeff, or use body=frozen")
+
+    @property
+    def judged(self) -> bool:
+        """Whether a term asks the classifier."""
+        return self.oracle_coeff > 0 or self.reinforce_coeff > 0
 
     def tau_at(self, step: int) -> float:
         """Temperature at a step: a line from `tau` to `final_tau`."""
@@ -113,17 +135,19 @@ def train(setup: Setup, config: Config, job: Job) -> Trained:
     head = new_planner(setup.planner).to(backbone_device(backbone))
     assert isinstance(head, TokenOrderHead)
     body = trained_part(backbone, config.body, config.layers, config.rank)
-    importance = classifier_importance(setup) if config.oracle_coeff else None
-    training = SplitTraining(head, backbone, body, load_split(setup.data, "planner"), config, importance, setup.seed)
+    classifier = find_classifier(setup, setup.labels) if config.judged else None
+    importance = classifier_importance(setup, classifier) if classifier is not None and config.oracle_coeff else None
+    reward = recognition(setup, classifier) if classifier is not None and config.reinforce_coeff else None
+    images = load_split(setup.data, "planner")
+    training = SplitTraining(head, backbone, body, images, config, importance, reward, setup.seed)
     training.train(job)
     merge_adapters(backbone)
     return Trained(head, None if config.body == "frozen" else backbone, training.outcome)
 
 
-def classifier_importance(setup: Setup) -> Importance:
-    """The importance that the labels' settings ask for, by the frozen classifier; trained if it is not in the cache."""
+def classifier_importance(setup: Setup, classifier: PartialClassifier) -> Importance:
+    """The importance that the labels' settings ask for, by the frozen classifier."""
     settings, geometry = setup.labels, setup.backbone.geometry
-    classifier = find_classifier(setup, settings)
 
     def found(tokens: Tensor, labels: Tensor, scores: Tensor, generator: torch.Generator) -> Tensor:
         keys = (torch.randint(2**53, (len(labels),), generator=generator),)
@@ -133,6 +157,18 @@ def classifier_importance(setup: Setup) -> Importance:
         )
 
     return found
+
+
+def recognition(setup: Setup, classifier: PartialClassifier) -> Reward:
+    """1 where the frozen classifier recognises the image from the true tokens of the visible blocks, else 0."""
+    places = setup.backbone.geometry.block_tokens
+
+    @torch.no_grad()
+    def reward(tokens: Tensor, labels: Tensor, blocks: Tensor) -> Tensor:
+        kept = places.to(blocks.device)[blocks].flatten(2)  # (R, M, k p p)
+        return torch.stack([(classifier(tokens, shown).argmax(-1) == labels).float() for shown in kept])
+
+    return reward
 
 
 # ---------------------------------------------------------------------- the estimator
@@ -193,6 +229,44 @@ def generation_loss(
     return (losses * weight.gather(1, hidden)).mean()
 
 
+# ---------------------------------------------------------------------- the policy gradient
+
+
+def list_log_probs(scores: Tensor, ranked: Tensor) -> Tensor:
+    """Plackett-Luce log-probability of the first k blocks of each list, (..., B) for k = 1 .. B.
+
+    Args:
+        scores: (M, B).
+        ranked: (..., M, B) int64, all blocks in the order in which they were drawn.
+    """
+    chosen = scores.expand(ranked.shape).gather(-1, ranked)
+    return (chosen - chosen.flip(-1).logcumsumexp(-1).flip(-1)).cumsum(-1)
+
+
+def policy_gradient(
+    scores: Tensor, visible: int, splits: int, reward: Callable[[Tensor], Tensor], generator: torch.Generator
+) -> Tensor:
+    """REINFORCE on visible groups drawn from the scores by Gumbel top-k; its gradient raises the reward.
+
+    The advantage of a split is its reward in standard deviations from the mean over the splits of its image.
+
+    Args:
+        scores: (M, B).
+        visible: blocks of a group.
+        splits: R, drawn of each image.
+        reward: of blocks (R, M, visible), (R, M).
+        generator: on the CPU.
+
+    Returns:
+        Scalar.
+    """
+    noise = -torch.empty(splits, *scores.shape).exponential_(generator=generator).log().to(scores)
+    ranked = (scores.detach() + noise).argsort(-1, descending=True)
+    rewards = reward(ranked[..., :visible])
+    advantage = (rewards - rewards.mean(0)) / rewards.std(0, correction=0).clamp_min(1e-6)
+    return -(advantage * list_log_probs(scores, ranked)[..., visible - 1]).mean()
+
+
 # ---------------------------------------------------------------------- what the head reads
 
 
@@ -231,6 +305,7 @@ class SplitTraining:
         backbone: of which `body` is trained in place.
         images: the planner split; a share of it is kept back and watched.
         importance: of the oracle term; None if there is none.
+        reward: of the policy gradient; None if there is none.
         seed: of batches, contexts and noises.
 
     Attributes:
@@ -246,9 +321,11 @@ class SplitTraining:
         images: TokenSet,
         config: Config,
         importance: Importance | None = None,
+        reward: Reward | None = None,
         seed: int = 0,
     ) -> None:
-        self.head, self.backbone, self.body, self.config, self.importance = head, backbone, body, config, importance
+        self.head, self.backbone, self.body, self.config = head, backbone, body, config
+        self.importance, self.reward = importance, reward
         self.generator = torch.Generator().manual_seed(seed)
         self.augment = AUGMENTATIONS.get(images.name)
         count = max(1, int(config.held_out * len(images)))
@@ -265,7 +342,8 @@ class SplitTraining:
     def train(self, job: Job | None = None) -> None:
         """Train in place.
 
-        Metrics: loss, loss_gen (nats or DiffLoss units per token), loss_oracle; at evaluations what `watch` gives.
+        Metrics: loss, loss_gen (nats or DiffLoss units per token), loss_oracle, loss_reinforce; at evaluations what
+        `watch` gives.
         """
         c, job = self.config, job or Job()
         groups = [
@@ -314,15 +392,18 @@ class SplitTraining:
         self.head.train()
         scores = self.head.score(states, true, routed if true is not None else None)
         self.backbone.train(c.body != "frozen")
-        terms = {"l2": c.l2_coeff * scores.square().mean()}
+        terms = {}
         if c.gen_coeff:
             mask = split_mask(scores, self.visible, c.tau_at(step))
-            terms["gen"] = c.gen_coeff * generation_loss(self.backbone, tokens, given, mask, generator)
+            terms["gen"] = generation_loss(self.backbone, tokens, given, mask, generator)
         if self.importance is not None:
             target = self.importance(tokens, labels, scores.detach(), generator)
-            terms["oracle"] = c.oracle_coeff * F.mse_loss(scores.sigmoid(), target)
+            terms["oracle"] = F.mse_loss(scores.sigmoid(), target)
+        if self.reward is not None:
+            rewarded = partial(self.reward, tokens, labels)
+            terms["reinforce"] = policy_gradient(scores, self.visible, c.splits, rewarded, generator)
         # a step; the head's gradient is clipped by itself
-        loss = torch.stack([*terms.values()]).sum()
+        loss = self._held(scores) + sum(getattr(c, f"{name}_coeff") * term for name, term in terms.items())
         optimizer.zero_grad()
         loss.backward()
         if c.head_clip is not None:
@@ -330,8 +411,18 @@ class SplitTraining:
         if len(self.body):
             nn.utils.clip_grad_norm_(self.body.parameters(), 1.0)
         optimizer.step()
-        weights = {"gen": c.gen_coeff, "oracle": c.oracle_coeff}
-        return {"loss": loss.item()} | {f"loss_{k}": terms[k].item() / w for k, w in weights.items() if k in terms}
+        return {"loss": loss.item()} | {f"loss_{name}": term.item() for name, term in terms.items()}
+
+    def _held(self, scores: Tensor) -> Tensor:
+        """What holds the scores in place, whatever they are for."""
+        c = self.config
+        held = c.l2_coeff * scores.square().mean()
+        if c.spread_coeff:
+            held = held + c.spread_coeff * (-scores.std(-1, correction=0)).exp().mean()
+        if c.entropy_coeff:
+            log_probs = scores.log_softmax(-1)
+            held = held + c.entropy_coeff * (log_probs.exp() * log_probs).sum(-1).mean()
+        return held
 
     @torch.no_grad()
     def watch(self) -> dict[str, float]:
@@ -378,25 +469,26 @@ def _check(setup: Setup, config: Config) -> None:
         "ste",
         (OrderRobustTransformer, MaskedTransformer),
     )
-    if config.oracle_coeff and setup.labels.kind != CLASSIFIER:
+    if config.judged and setup.labels.kind != CLASSIFIER:
         raise ValueError(
-            f"agent.oracle_coeff={config.oracle_coeff:g} needs labels=classifier, which says how important blocks are; "
-            f"got labels.kind={setup.labels.kind}"
+            f"agent.oracle_coeff={config.oracle_coeff:g} and agent.reinforce_coeff={config.reinforce_coeff:g} need "
+            f"labels=classifier, which says how important blocks are; got labels.kind={setup.labels.kind}"
         )
     if setup.planner.network != "orderhead":
         raise ValueError(f"agent=ste trains planner=orderhead, got planner.network={setup.planner.network}")
 
 
 def _idle(config: Config) -> list[str]:
-    """Settings of bodies that are not trained."""
-    used = {"frozen": (), "top": ("layers",), "lora": ("rank",), "all": ()}[config.body]
-    unused = {"layers", "rank"} - set(used)
-    return sorted(unused | ({"body_learning_rate"} if config.body == "frozen" else set()))
+    """Settings of bodies that are not trained and of terms that weigh nothing."""
+    unused = {"layers", "rank"} - {"top": {"layers"}, "lora": {"rank"}}.get(config.body, set())
+    unused |= {"body_learning_rate"} if config.body == "frozen" else set()
+    unused |= {f"{name}_coeff" for name in ("reinforce", "spread", "entropy") if not getattr(config, f"{name}_coeff")}
+    return sorted(unused | (set() if config.reinforce_coeff else {"splits"}))
 
 
 def _describe(setup: Setup, config: Config) -> dict[str, Any]:
     """The classifier, which the labels' settings determine."""
-    return {"labels": label_settings(setup.labels)} if config.oracle_coeff else {}
+    return {"labels": label_settings(setup.labels)} if config.judged else {}
 
 
 AGENT = Agent(

@@ -18,6 +18,7 @@ from orderrl.runtime.config import compose, run_application
 from orderrl.runtime.distributed import launched, print_main
 from orderrl.runtime.isolation import isolated_float32
 from orderrl.train import train
+from orderrl.training import BODY
 
 TRAINED = "trained:"  # a teacher that the suite trains itself, by its name
 SHARED = ("backbone", "data", "logger", "output_dir", "cache_dir", "device", "checkpoint_seconds")
@@ -41,9 +42,14 @@ def reproduce(config: DictConfig) -> Path:
     specialists = [
         str(specialist(wanted)) for seed in config.seeds for wanted in specialist_configs(config, seed, planners[seed])
     ]
+    # a planner whose agent tuned a body of its own is evaluated with that one
     print_main("\n== evaluation")
-    checkpoints = [path for seed in config.seeds for path in planners[seed]]
-    found: dict[str, Any] = {"planners": checkpoints, "specialists": specialists}
+    made = [Path(path) for seed in config.seeds for path in planners[seed]]
+    bodies = {path: path.with_name(BODY) for path in made if path.with_name(BODY).exists()}
+    found: dict[str, Any] = {
+        "planners": [str(path) for path in made if path not in bodies],
+        "specialists": [*specialists, *(str(body) for body in bodies.values())],
+    }
     return evaluate(with_values(config, {"eval": found}))
 
 
@@ -75,6 +81,8 @@ def training_config(config: DictConfig, overrides: list[str], seed: int) -> Dict
 def specialist_configs(config: DictConfig, seed: int, planners: list[str]) -> Iterator[DictConfig]:
     """The configs of `python -m orderrl.pretrain` for the specialists of a seed, in the order of the suite.
 
+    One that names no backbone is fine-tuned from the suite's own.
+
     Raises:
         ValueError: if one names a planner that no run trains.
     """
@@ -83,7 +91,9 @@ def specialist_configs(config: DictConfig, seed: int, planners: list[str]) -> It
             filled = [override.format(*planners) for override in overrides]
         except IndexError:
             raise ValueError(f"specialists: {list(overrides)} name a run that the suite lacks") from None
-        wanted = compose("pretrain", [*filled, f"seed={seed}"])
+        named = any(override.startswith("backbone=") for override in filled)
+        own = [] if named else [f"backbone={config.backbone.name}", f"training.start={config.backbone.name}"]
+        wanted = compose("pretrain", [*own, *filled, f"seed={seed}"])
         yield with_values(wanted, {key: config[key] for key in _OF_SPECIALISTS})
 
 

@@ -17,6 +17,7 @@ from orderrl.agents.orders import ORDERS
 from orderrl.agents.registry import differing_settings
 from orderrl.agents.spec import NEWEST
 from orderrl.backbones import backbone_fingerprint, save_backbone
+from orderrl.backbones.origin import ORIGIN, Origin
 from orderrl.envs.reward import OBJECTIVES
 from orderrl.factory import FORMAT, NO_DATA, Setup
 from orderrl.labels import LABELS, label_settings
@@ -32,7 +33,8 @@ from orderrl.runtime.storage import write_json
 from orderrl.runtime.weights import weights_fingerprint
 
 PLANNERS = "planners"  # in the cache
-KEPT = ("planner.safetensors", "backbone.safetensors", "results.json")  # of a planner; the last two not of all
+BODY = "backbone.safetensors"  # that an agent tuned together with its planner
+KEPT = ("planner.safetensors", BODY, "results.json")  # of a planner; the last two not of all
 _SHOWN = 5  # settings in a message
 
 
@@ -146,7 +148,10 @@ def save_trained(folder: Path, setup: Setup, trained: Trained, description: Mapp
     fits = setup.backbone if trained.backbone is None else trained.backbone
     save_planner(planner, trained.planner, {**description, "backbone": backbone_fingerprint(fits)})
     if trained.backbone is not None:
+        # a specialist: it draws in the order of the planner beside it
+        origin = Origin(order=planner.name, label=setup.name or description["agent"]["name"], seed=setup.seed)
         made = {"tuned_from": description["backbone"], "agent": description["agent"], "data": setup.data}
+        made[ORIGIN] = origin.described()
         save_backbone(backbone, trained.backbone, made)
     if trained.outcome is not None:
         write_json(outcome, trained.outcome)

@@ -14,6 +14,7 @@ from orderrl.backbones.recipe import BackboneRecipe
 from orderrl.configs.schema import ADAPTIVE
 from orderrl.factory import with_values
 from orderrl.reproduce import reproduce, specialist_configs, training_config
+from orderrl.training import BODY
 
 SUITES = sorted(
     part.name.removesuffix(".yaml") for part in resources.files("orderrl.configs").joinpath("suite").iterdir()
@@ -69,12 +70,37 @@ def test_specialists_learn_the_orders_of_their_own_seeds_planner(monkeypatch: py
     monkeypatch.setattr(BackboneRecipe, "find_or_train", find_or_train)
     further = ["backbone=digits", "training=further", "training.start=digits"]
     rows = [[*further, f"training.order={order}"] for order in ("raster", "'{0}'")]
-    config = compose("reproduce", ["suite=orders", "seeds=[0,4]"])
+    config = compose("reproduce", ["suite=orders", "seeds=[0,4]", "runs=[['agent=bc']]"])
     reproduce(with_values(config, {"specialists": rows}))
     planners = [f"planner{seed}.safetensors" for seed in (0, 4)]
     assert asked == [(0, "raster"), (0, planners[0]), (4, "raster"), (4, planners[1])]
     assert list(seen[0].eval.planners) == planners
     assert list(seen[0].eval.specialists) == [f"specialist{i}.safetensors" for i in range(1, 5)]
+
+
+def test_a_planner_with_a_body_of_its_own_is_evaluated_with_that_body(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[DictConfig] = []
+
+    def train(config: DictConfig) -> Path:
+        folder = tmp_path / str(config.agent.name)
+        folder.mkdir()
+        if config.agent.name == "joint":
+            (folder / BODY).touch()
+        return folder / "planner.safetensors"
+
+    monkeypatch.setattr("orderrl.reproduce.train", train)
+    monkeypatch.setattr("orderrl.reproduce.evaluate", lambda config: seen.append(config) or Path())
+    reproduce(compose("reproduce", ["suite=orders", "specialists=[]", "runs=[['agent=bc'],['agent=joint']]"]))
+    assert list(seen[0].eval.planners) == [str(tmp_path / "bc" / "planner.safetensors")]
+    assert list(seen[0].eval.specialists) == [str(tmp_path / "joint" / BODY)]
+
+
+def test_a_specialist_is_fine_tuned_from_the_backbone_of_the_suite() -> None:
+    config = compose("reproduce", ["suite=orders", "backbone=canvas", "data=canvas"])
+    for made in specialist_configs(config, 0, ["planner.safetensors"] * len(config.runs)):
+        assert (made.backbone.name, made.training.start, made.data.name) == ("canvas",) * 3
 
 
 def test_a_specialist_of_a_run_that_is_not_there_is_refused() -> None:

@@ -24,6 +24,7 @@ from orderrl.backbones.randar import cross_entropy
 from orderrl.backbones.registry import new_backbone
 from orderrl.data import TokenSet
 from orderrl.envs.core import CoreConfig, NextBlockCore
+from orderrl.evaluation.policies import own_order
 from orderrl.factory import Setup
 from orderrl.oracle import LabelConfig, label_contexts, random_contexts
 from orderrl.planner import OrderHead, load_planner
@@ -362,6 +363,8 @@ def test_the_command_leaves_a_planner_and_its_backbone(home: Path, capsys: pytes
     _, description = load_planner(path, tuned)
     frozen = backbone_fingerprint(load_backbone(str(home / "tiny.safetensors")))
     assert description["backbone"] == backbone_fingerprint(tuned) and description["budgets"] == [1]
+    own = own_order(tuned)  # whoever takes the backbone draws in the order of the planner beside it
+    assert own is not None and own.path == path.parent / "planner.safetensors"
     outcome = json.loads((path.parent / "results.json").read_text())
     assert (description["backbone"] != frozen) == (outcome["kept_step"] > 0)
     assert [row["step"] for row in metrics(path.parent)] == list(range(7))

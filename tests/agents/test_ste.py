@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,16 @@ from orderrl.agents import ste
 from orderrl.agents.body import merge_adapters, trained_part, tunable_copy
 from orderrl.agents.play import seen_by
 from orderrl.agents.policies import PlannerPolicy
-from orderrl.agents.ste import Config, SplitTraining, generation_loss, split_mask, standardised, states_of
+from orderrl.agents.ste import (
+    Config,
+    SplitTraining,
+    generation_loss,
+    list_log_probs,
+    policy_gradient,
+    split_mask,
+    standardised,
+    states_of,
+)
 from orderrl.backbones import load_backbone, save_backbone
 from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.planner import PlannerConfig, TokenOrderHead, new_planner
@@ -184,6 +194,48 @@ def test_true_tokens_fade_out_and_the_temperature_falls() -> None:
     assert Config().routed_at(0) == 0.0
 
 
+# ---------------------------------------------------------------------- the policy gradient
+
+
+def test_log_probabilities_are_those_of_enumeration() -> None:
+    """Over all lists of k blocks probabilities sum to 1, and each is the product of its softmaxes."""
+    scores = torch.randn(1, 5, generator=generator(), dtype=torch.float64)
+    ranked = torch.tensor(list(permutations(range(5))))[:, None]  # (120, 1, 5)
+    found = list_log_probs(scores, ranked)[:, 0]
+    for k in range(1, 6):
+        lists = {tuple(row[:k].tolist()): value[k - 1] for row, value in zip(ranked[:, 0], found, strict=True)}
+        assert torch.stack(list(lists.values())).exp().sum().item() == pytest.approx(1.0)
+    left = scores[0].clone()
+    expected = []
+    for block in (3, 0, 4, 1, 2):
+        expected.append(left.log_softmax(0)[block])
+        left[block] = -torch.inf
+    row = list_log_probs(scores, torch.tensor([[3, 0, 4, 1, 2]]))[0]
+    assert torch.allclose(row, torch.stack(expected).cumsum(0))
+
+
+def test_the_policy_gradient_is_that_of_the_expected_reward() -> None:
+    """With the standard deviation of rewards known, its mean is the gradient of the enumerated expectation."""
+    scores = torch.randn(1, 4, generator=generator(), dtype=torch.float64).requires_grad_(True)
+    worth = torch.tensor([0.0, 1.0, 0.0, 0.0], dtype=torch.float64)
+    ranked = torch.tensor(list(permutations(range(4))))[:, None]
+    pairs = {tuple(row[:2].tolist()): i for i, row in enumerate(ranked[:, 0])}
+    rows = torch.tensor(list(pairs.values()))
+    probability = list_log_probs(scores, ranked)[rows, 0, 1].exp()
+    reward = worth[ranked[rows, 0, :2]].sum(-1)
+    (expected,) = torch.autograd.grad((probability * reward).sum(), scores)
+    spread = ((probability * reward.square()).sum() - (probability * reward).sum().square()).sqrt()
+    loss = policy_gradient(scores, 2, 40_000, lambda blocks: worth[blocks].sum(-1), generator())
+    (found,) = torch.autograd.grad(loss, scores)
+    assert torch.allclose(-found * spread.detach(), expected, atol=0.01)
+
+
+def test_splits_of_equal_reward_teach_nothing() -> None:
+    scores = torch.randn(3, 6, generator=generator()).requires_grad_(True)
+    policy_gradient(scores, 2, 4, lambda blocks: torch.ones(blocks.shape[:2]), generator()).backward()
+    assert scores.grad is not None and not scores.grad.any()
+
+
 # ---------------------------------------------------------------------- what is trained
 
 
@@ -240,7 +292,8 @@ def test_the_heads_gradient_is_clipped_by_itself() -> None:
 
 def test_the_terms_are_their_formulas() -> None:
     target = torch.rand(8, 16, generator=generator())
-    made = training(oracle_coeff=2.0, l2_coeff=0.5, aligned=True, gen_coeff=0.0, label_dropout=0.0)
+    held = {"l2_coeff": 0.5, "spread_coeff": 0.7, "entropy_coeff": 0.3}
+    made = training(oracle_coeff=2.0, aligned=True, gen_coeff=0.0, label_dropout=0.0, **held)
     made.importance = lambda tokens, labels, scores, generator: target
     seen: list[Tensor] = []
     original = made.head.score
@@ -249,7 +302,20 @@ def test_the_terms_are_their_formulas() -> None:
     scores = seen[0].detach()
     oracle = ((1 / (1 + (-scores).exp()) - target) ** 2).mean()
     assert row["loss_oracle"] == pytest.approx(oracle.item(), rel=1e-5)
-    assert row["loss"] == pytest.approx(2 * oracle.item() + 0.5 * (scores**2).mean().item(), rel=1e-5)
+    spread = (-scores.std(-1, correction=0)).exp().mean()
+    entropy = torch.distributions.Categorical(logits=scores).entropy().mean()
+    expected = 2 * oracle + 0.5 * (scores**2).mean() + 0.7 * spread - 0.3 * entropy
+    assert row["loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_reward_draws_scores_to_what_it_rewards() -> None:
+    made = training(steps=40, gen_coeff=0.0, reinforce_coeff=1.0, aligned=True, augmentation=0.0, learning_rate=1e-2)
+    made.reward = lambda tokens, labels, blocks: (blocks == 5).any(-1).float()
+    made.train()
+    tokens, labels = made.watched.tokens[:], made.watched.labels[:]
+    order, length = torch.arange(16).expand(len(labels), -1), torch.zeros(len(labels), dtype=torch.int64)
+    scores = made.head.score(states_of(made.backbone, tokens, labels, order, length))
+    assert (scores.argmax(-1) == 5).all()
 
 
 @pytest.mark.parametrize(("factor", "said"), [(0.0, "collapsed at step 2: score_std"), (1e4, "exploded at step 2")])
