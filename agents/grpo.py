@@ -132,7 +132,13 @@ class GRPO(PolicyGradient):
         done = data["next", "done"][..., 0]
         data["played"] = (done.cumsum(1) - done.long()) == 0  # a rollout repeats the last step of those that wait
         data["next", "reward"] = data["next", "reward"] * self.env.core.geometry.num_tokens  # nats per image
-        seen = ("action", "action_log_prob", "played", *(("next", key) for key in ("reward", "done", "illegal")))
+        seen = (
+            "action",
+            "action_log_prob",
+            "logits",
+            "played",
+            *(("next", key) for key in ("reward", "done", "illegal")),
+        )
         return data.select(*self.actor.in_keys, *seen)  # next states are of no use, and pairs of blocks are large
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from orderrl.agents.agent import Agent
+from orderrl.agents.bc import score_spread
 from orderrl.agents.distribution import planner_actions
 from orderrl.agents.play import act, play, scripted
 from orderrl.agents.policies import AmongBudgets, Policy, ReferencePolicy
@@ -109,8 +110,8 @@ def imitate(
         policy: gives the action to learn in every state.
         seed: of episodes and actions.
 
-    Metrics: loss, entropy, agreement (share of states in which the most likely first block and budget are the
-    policy's).
+    Metrics: loss, entropy, score_std (standard deviation of the scores of a state's hidden blocks), agreement (share of
+    states in which the most likely first block and budget are the policy's).
 
     Raises:
         ValueError: if the planner has another number of budgets than the core.
@@ -137,7 +138,8 @@ def imitate(
         # a gradient step on the current states
         observation = core.observation()
         shown = act(policy, core, generator).to(core.device)
-        distribution = planner_actions(planner(observation), observation, budgets)
+        output = planner(observation)
+        distribution = planner_actions(output, observation, budgets)
         playing = ~core.visible.all(-1)
         entropy = distribution.entropy()[playing].mean()
         loss = -distribution.log_prob(shown)[playing].mean() - config.entropy_coeff * entropy
@@ -152,7 +154,8 @@ def imitate(
         actions = torch.where(own.view(-1, *[1] * (shown.ndim - 1)), distribution.sample(), shown)
         chosen.append(actions.cpu())
         agreement = (same[:, 0] & same[:, -1]).float().mean().item()
-        job.log(loss=loss.item(), entropy=entropy.item(), agreement=agreement)
+        spread = score_spread(output.scores, observation["action_mask"])[playing].mean()
+        job.log(loss=loss.item(), entropy=entropy.item(), agreement=agreement, score_std=spread.item())
 
 
 def _describe(setup: Setup, config: Config) -> dict[str, Any]:

@@ -204,7 +204,7 @@ class PolicyGradient(ABC):
             job: keeps the state between rounds, so that an interrupted training continues, and logs.
 
         Metrics: frames, return (of each image's first episode, nats per image), planner_steps (of the same), illegal
-        (share of void steps), score_std (standard deviation of the logits of an image's hidden blocks), entropy,
+        (share of void steps), score_std (standard deviation of the scores of a state's hidden blocks), entropy,
         clip_fraction, the parts of the loss, and what the agent adds.
         """
         config, core, job = self.config, self.env.core, job or Job()
@@ -276,6 +276,9 @@ class PolicyGradient(ABC):
     def _summary(self, data: TensorDictBase) -> dict[str, float]:
         """Metrics of a round; return and steps are those of each image's first episode, if it ended."""
         ended = data["next", "done"][..., 0]  # (num_envs, steps)
+        hidden = data["action_mask"].flatten(0, 1)
+        playing = hidden.any(-1)
+        spread = score_spread(data["logits"].flatten(0, 1)[playing], hidden[playing])
         first = (ended.cumsum(1) - ended.long()) == 0
         complete = ended.any(1)
         returns = (data["next", "reward"][..., 0] * first).sum(1)[complete]
@@ -283,7 +286,7 @@ class PolicyGradient(ABC):
             "return": returns.mean().item(),
             "planner_steps": first.sum(1)[complete].float().mean().item(),
             "illegal": data["next", "illegal"].float().mean().item(),
-            "score_std": score_spread(*(data[key].flatten(0, 1) for key in ("logits", "action_mask"))).mean().item(),
+            "score_std": (spread.mean() / self.planner.sharpness.exp()).item(),
         }
 
     # ------------------------------------------------------------------ resuming

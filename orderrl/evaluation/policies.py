@@ -123,7 +123,7 @@ def chosen_policies(config: EvalConfig, setup: Setup) -> list[tuple[NamedPolicy,
         return make_policy(spec, backbone, fitted, tuple(config.budgets))
 
     # every policy at its schedules, planners also at their step costs
-    listed = [*([own] if own is not None else []), *(PolicySpec.parse(text) for text in config.policies)]
+    listed = [*([] if own is None or own in planners else [own]), *(PolicySpec.parse(text) for text in config.policies)]
     baselines = dict.fromkeys(swept for spec in listed for swept in schedules(spec, (1,), config.sweep))
     given = [spec for planner in planners for spec in at_step_costs(planner, build(planner), config.step_costs)]
     given = [replace(spec, mode=spec.mode or mode) for spec in given for mode in config.modes or ("",)]
