@@ -327,7 +327,9 @@ def first_choices(p: EvaluationProtocol, named: NamedPolicy) -> tuple[Tensor, Te
     if isinstance(policy, ReferencePolicy) or any(getattr(policy, name, False) for name in ASKING):
         core = NextBlockCore(p.backbone, p.data, len(states), CoreConfig(budgets=named.budgets, strict=True), p.seed)
         core.reset(index=states["image"])
-        core.show(states["order"], states["length"])
+        once = isinstance(policy, RescoringPolicy) and policy.period is None
+        if not once:  # what was scored on the empty image stands in every state
+            core.show(states["order"], states["length"])
         scores = all_scores(policy, core) if isinstance(policy, ReferencePolicy) else None
         if named.scorer is not None and not isinstance(policy, ReferencePolicy):
             scores = named.scorer(seen_by(policy, core), generator)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from tensordict import TensorDict
 
 from orderrl import compose
 from orderrl.agents.bc import Config, score_targets, teacher_ranks
@@ -16,9 +19,10 @@ from orderrl.backbones import load_backbone
 from orderrl.data import load_split
 from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.evaluation.importance import content_agreement, order_agreement
+from orderrl.evaluation.rows import first_choices
 from orderrl.factory import Setup
 from orderrl.geometry import BlockGrid
-from orderrl.planner import PlannerConfig, new_planner
+from orderrl.planner import PlannerConfig, new_planner, save_planner
 from orderrl.reproduce import taught
 from tests.agents.helpers import tiny_labels
 from tests.backbones.families import images, tiny
@@ -50,6 +54,31 @@ def test_a_head_that_reads_places_alone_owes_nothing_to_content() -> None:
         head.position.normal_()
     blind = content_agreement(head, backbone, images(backbone, 6), worth)
     assert blind["content_match"].tolist() == pytest.approx([1.0] * 6)
+
+
+def test_what_was_scored_once_stands_in_every_shared_state(tmp_path: Path) -> None:
+    backbone: Any = tiny("mar", block_size=1)
+    shape = {"network": "orderhead", "dim": 16, "stem": 1, "heads": 2, "dropout": 0.0, "visible_states": True}
+    torch.manual_seed(0)
+    path, data = tmp_path / "head.safetensors", images(backbone, 4)
+    head = new_planner(PlannerConfig.for_backbone(backbone, **shape))
+    save_planner(path, head, {"agent": {"name": "ste"}, "budgets": [1], "objective": "context", "seed": 0})
+    order = torch.arange(16).repeat(4, 1)
+    found = {}
+    for mode, length in {"@fast": 5, "": 5, "@fast, empty": 0}.items():
+        states = {
+            "image": torch.arange(4),
+            "order": order,
+            "length": torch.full((4,), length),
+            "visible": order < length,
+        }
+        protocol: Any = SimpleNamespace(
+            states=TensorDict(states, [4]), backbone=backbone, data=data, seed=0, device="cpu"
+        )
+        named = make_policy(f"{path}{mode.partition(',')[0]}", backbone)
+        found[mode] = first_choices(protocol, named)[1]
+    assert torch.equal(found["@fast"], found["@fast, empty"])  # type: ignore[arg-type]
+    assert not torch.allclose(found["@fast"], found[""])  # type: ignore[arg-type]
 
 
 def test_entropy_and_ranks_are_centred_targets_in_standard_deviations() -> None:
