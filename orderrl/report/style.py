@@ -41,9 +41,9 @@ Draw = Callable[[str], Figure]
 """Makes a figure from the colour of its ink."""
 
 
-def policy_colours(learned: Sequence[str], ink: str = INK) -> dict[str, str]:
-    """Colours of the highlighted policies: learned planners in colour, raster in the colour of the text."""
-    return {"raster": ink} | {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(learned)}
+def policy_colours(names: Sequence[str], ink: str = INK) -> dict[str, str]:
+    """Colours of the highlighted policies: these in colour, raster in the colour of the text."""
+    return {"raster": ink} | {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
 
 
 _in_column: ContextVar[bool] = ContextVar("in_column", default=False)

@@ -270,6 +270,15 @@ def test_summary_averages_seeds_and_never_takes_a_baseline_for_a_planner() -> No
     assert summary({"protocol": {}, "rows": rows[:2]}).endswith("No learned planner was evaluated.")
 
 
+@pytest.mark.parametrize(("high", "said"), [(0.03, "is above"), (0.05, "does not differ significantly from")])
+def test_summary_says_how_a_users_policy_did(high: float, said: str) -> None:
+    found = [comparison(0.01 if high == 0.03 else -0.01, high, "mine:play - raster")]
+    rows = [row("raster", 0.06), row("mine:play", 0.08, own=True)]
+    assert f"mine:play {said} raster in information-gain AUC (paired" in summary(
+        {"protocol": {}, "rows": rows, "comparisons": found}
+    )
+
+
 def test_summary_names_the_strongest_rival_but_no_reference() -> None:
     rows = [row(name, gain) for name, gain in (("raster", 0.06), ("fitted", 0.08), ("halton", 0.07), ("oracle", 0.2))]
     names = [entry["policy"] for entry in rows]
