@@ -224,11 +224,23 @@ def test_figures_lie_beside_the_page(folder: Path) -> None:
 
 
 def test_figures_for_papers_fit_a_column_and_embed_their_fonts(folder: Path) -> None:
-    for name in ("gain_auc", "gain_curves", "calibration", "quality_steps"):
-        written = (folder / "figures" / f"{name}.pdf").read_bytes()
+    found = list((folder / "figures").glob("*.pdf"))
+    assert len(found) > 10
+    for written in (path.read_bytes() for path in found):
         (width,) = re.findall(rb"/MediaBox \[ 0 0 ([\d.]+) ", written)
         assert float(width) <= 3.3 * 72 + 0.1
         assert b"/FontFile2" in written and b"/Type3" not in written
+
+
+def test_names_beside_pictures_are_not_cut_off(tmp_path: Path) -> None:
+    shown = [detail("raster"), detail("my_module:a_policy_of_mine"), detail("c")]
+    pictures = drawn(*(each.name for each in shown), images=20)
+    said = dict.fromkeys([each.name for each in shown], "Fréchet distance 173.59")
+    for figure in (figures.strips_figure(shown, examples(), 0), figures.samples_figure(pictures, said)):
+        style.save_figure(figure, tmp_path / "figure.png")
+        figure.set_dpi(144)  # as it was written
+        taken, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+        assert taken.x0 >= 0 and taken.y0 >= 0 and taken.x1 <= width and taken.y1 <= height
 
 
 def test_drawn_images_stand_beside_their_distance(tmp_path: Path) -> None:
