@@ -16,6 +16,7 @@ from orderrl.runtime.schema import Part, defaults_of, settings_of
 ROOT = Path(__file__).parents[1]
 _TAKEN = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 _LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
+_HREF = re.compile(r'(href=")([^":#]+)((?:#[^"]*)?")')
 _OUTSIDE = {"LICENSE", "pyproject.toml"}
 
 
@@ -39,7 +40,15 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     return markdown if page.file.generated_by else _relinked(f"docs/{page.file.src_uri}", markdown)
 
 
-def _relinked(page: str, text: str) -> str:
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """Let notebooks, whose links MkDocs leaves as they are, link to the site's pages."""
+    if not page.file.src_uri.endswith(".ipynb"):
+        return html
+    linked = _relinked(f"docs/{page.file.src_uri}", html, _HREF)
+    return re.sub(r'(href="[^":#]+)\.md(["#])', r"\1.html\2", linked)
+
+
+def _relinked(page: str, text: str, pattern: re.Pattern[str] = _LINK) -> str:
     """Links to files of the repository as links to the site's pages."""
     source = _TAKEN.get(page, page)
     folder, here = (ROOT / source).parent, Path(page.removeprefix("docs/")).parent
@@ -57,11 +66,11 @@ def _relinked(page: str, text: str) -> str:
         elif name in taken:
             name = taken[name]
         else:  # stays in the repository
-            return f"]({'#'})" if name in _OUTSIDE else found[0]
+            return "](#)" if name in _OUTSIDE else found[0]
         up = "../" * len(here.parts)
         return f"{found[1]}{up}{name}{found[3]}"
 
-    return _LINK.sub(link, text)
+    return pattern.sub(link, text)
 
 
 def configuration() -> str:
@@ -72,12 +81,12 @@ def configuration() -> str:
         lines += [f"## {command}\n", "| group | choices |\n|---|---|"]
         lines += [f"| `{group}` | {', '.join(names)} |" for group, names in help_of(command).groups.items()]
         lines += _table([part for part in parts_of(command) if part.place == ""])
-    lines += ["# Groups\n"]
+    lines += ["## Groups\n"]
     for path, node in sorted(nodes.items()):
         group, _, name = path.partition("/")
         if (name and not name.startswith("_")) or path.endswith("/_base"):
             table = _table([Part(group, node)])
-            lines += [f"## {group}{'' if name == '_base' else '=' + name}\n", *table] if len(table) > 2 else []
+            lines += [f"### {group}{'' if name == '_base' else '=' + name}\n", *table] if len(table) > 2 else []
     return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from orderrl.geometry import BlockGrid
 
 HIDDEN_GREY = 128
+OUTLINE = (230, 120, 20)  # orange
 
 
 def hide_blocks(images: Tensor, visible: Tensor, geometry: BlockGrid) -> Tensor:
@@ -29,6 +30,19 @@ def hide_blocks(images: Tensor, visible: Tensor, geometry: BlockGrid) -> Tensor:
             f"images of {height}x{width} pixels cannot be cut into {geometry.rows}x{geometry.columns} blocks; "
             "height and width must be multiples of these"
         )
-    mask = visible.unflatten(-1, (geometry.rows, geometry.columns))
-    mask = mask.repeat_interleave(height // geometry.rows, -2).repeat_interleave(width // geometry.columns, -1)
-    return torch.where(mask.unsqueeze(-3), images, HIDDEN_GREY)
+    return torch.where(_pixels(visible, height, width, geometry), images, HIDDEN_GREY)
+
+
+def outline_blocks(images: Tensor, chosen: Tensor, geometry: BlockGrid) -> Tensor:
+    """Draw the edges of chosen blocks (..., B) in images (..., 3, height, width), two pixels wide; as `hide_blocks`."""
+    height, width = images.shape[-2:]
+    edge = torch.ones(height // geometry.rows, width // geometry.columns, dtype=torch.bool)
+    edge[2:-2, 2:-2] = False
+    drawn = _pixels(chosen, height, width, geometry) & edge.repeat(geometry.rows, geometry.columns)
+    return torch.where(drawn, torch.tensor(OUTLINE, dtype=torch.uint8).view(3, 1, 1), images)
+
+
+def _pixels(blocks: Tensor, height: int, width: int, geometry: BlockGrid) -> Tensor:
+    """What is true of blocks (..., B), of their pixels: (..., 1, height, width) bool."""
+    mask = blocks.unflatten(-1, (1, geometry.rows, geometry.columns))
+    return mask.repeat_interleave(height // geometry.rows, -2).repeat_interleave(width // geometry.columns, -1)

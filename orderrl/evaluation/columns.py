@@ -236,11 +236,12 @@ GROUPS: dict[str, list[Column]] = {
 """Columns by what they are about; one without a value in any row is left out."""
 
 _WITHOUT_COLUMN = (
-    *("family", "rival", "recognisability_curve", "visible_neighbours_curve", "reliability"),
+    *("family", "rival", "own", "recognisability_curve", "visible_neighbours_curve", "reliability"),
     *("decode_bits", "decode_bits_ci"),
 )
 """Entries of a row that no table shows. `family` is the policy without schedule and step cost; `rival` is false for
-oracle and lookahead, which know or try out hidden tokens and are evaluated on the first images only."""
+oracle and lookahead, which know or try out hidden tokens and are evaluated on the first images only;
+`own` is true for policies of users."""
 
 
 def _check(name: str, column: Any) -> None:
@@ -342,6 +343,11 @@ def is_rival(row: Mapping[str, Any]) -> bool:
 def learned_policies(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Names of the learned planners, those with a number of reasoning passes R, in the order of the table."""
     return list(dict.fromkeys(row["policy"] for row in rows if row.get("R") is not None))
+
+
+def own_policies(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of the user's policies, in the order of the table."""
+    return list(dict.fromkeys(row["policy"] for row in rows if row.get("own")))
 
 
 def measured(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> list[Column]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from orderrl.evaluation.columns import column_of, is_rival, metric_of
+from orderrl.evaluation.columns import column_of, is_rival, metric_of, own_policies
 from orderrl.evaluation.rows import Evaluated
 from orderrl.evaluation.runs import Evaluation, collected
 from orderrl.metrics.statistics import RESAMPLES, holm, is_significant, paired_bootstrap
@@ -129,7 +129,8 @@ def comparisons(rows: Sequence[Evaluated], resamples: int, seed: int) -> list[di
     Planners for "context" are compared in information-gain AUC with the baselines that reveal one block a step, and
     with each other once, the one that stands first less the other. Planners for "likelihood" are compared in code
     length with raster at one block a step, and with every order at equal mean steps (interpolated between its best
-    schedules). Planners for a user's objective are compared in its return, as those for "context" in theirs.
+    schedules). Planners for a user's objective are compared in its return, as those for "context" in theirs. Policies
+    of users that reveal one block a step are compared with raster in information-gain AUC.
 
     Returns:
         As `compare`.
@@ -150,6 +151,9 @@ def comparisons(rows: Sequence[Evaluated], resamples: int, seed: int) -> list[di
         elif objective is not None:
             rivals = {other: rows for other, rows in groups.items() if other not in done}
             pairs += _return_pairs(name, group, rivals, objective)
+    raster = {name: group for name, group in groups.items() if name == "raster"}
+    for name in own_policies([row.row for row in rows if row.row["budgets"] == [1]]):
+        pairs += _return_pairs(name, groups[name], raster, "context")
     return compare(pairs, resamples, seed)
 
 

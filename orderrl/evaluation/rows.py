@@ -96,6 +96,7 @@ def evaluate_policy(p: EvaluationProtocol, named: NamedPolicy, sampled: bool) ->
         "policy": named.name,
         "family": named.family or named.name,
         "rival": not reference,
+        "own": named.spec is not None and named.spec.kind == "own",
         "objective": named.objective,
         "budgets": list(named.budgets),
         "R": named.reasoning_steps,

@@ -8,9 +8,11 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from orderrl.data import TokenSet
+from orderrl.data.pictures import outline_blocks
 from orderrl.envs.render import order_image, partial_images
 from orderrl.evaluation.drawing import Generated
 from orderrl.geometry import BlockGrid
+from orderrl.report.animation import save_animation, titled
 
 SMALLEST_SIDE = 64  # of an image in the pictures, pixels
 
@@ -25,16 +27,18 @@ def save_pictures(
     columns = max(1, round(len(made.tokens) ** 0.5))
     # the images at every step
     frames = []
-    for step in range(-1, int(made.reveal_step.max()) + 1):
-        images = partial_images(data, geometry, made.tokens, made.reveal_step <= step, device)
+    for step in range(int(made.reveal_step.max()) + 2):
+        images = partial_images(data, geometry, made.tokens, made.reveal_step < step, device)
         factor = max(1, SMALLEST_SIDE // images.shape[-1])
-        frames.append(_sheet(images.repeat_interleave(factor, -1).repeat_interleave(factor, -2), columns))
+        images = images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+        outlined = outline_blocks(images, (made.reveal_step == step - 1).cpu(), geometry)
+        frames.append(titled(_sheet(outlined, columns), f"step {step}"))
     # their order, in colours
-    height, width = images.shape[-2] * factor, images.shape[-1] * factor
+    height, width = images.shape[-2:]
     maps = torch.stack([order_image(geometry, steps, height, width) for steps in made.reveal_step])
     paths = [folder / name for name in ("images.png", "order.gif", "order.png")]
-    frames[-1].save(paths[0])
-    frames[0].save(paths[1], save_all=True, append_images=frames[1:] + [frames[-1]] * 4, duration=250, loop=0)
+    _sheet(images, columns).save(paths[0])
+    save_animation(paths[1], frames)
     _sheet(maps, columns).save(paths[2])
     return paths
 

@@ -21,6 +21,7 @@ from orderrl.report.style import (
     WIDTH,
     colour_pixels,
     grid_lines,
+    in_column,
     new_figure,
     percent,
     shorten,
@@ -137,7 +138,7 @@ def calibration_figure(
 
 def orders_figure(details: Sequence[PolicyDetail], colours: dict[str, str], ink: str = INK) -> Figure:
     """Mean reveal step of every block, one small map a policy, on one colour scale; names with a colour are bold."""
-    columns = min(6, max(len(details), 1))
+    columns = min(3 if in_column() else 6, max(len(details), 1))
     lines = -(-len(details) // columns)
     rows, width = np.shape(details[0].mean_reveal_step) if details else (1, 1)
     pitch = (1.15 * width, rows + 0.3 * width)  # of the maps, in blocks
@@ -150,8 +151,8 @@ def orders_figure(details: Sequence[PolicyDetail], colours: dict[str, str], ink:
             place = (left, left + width, top + rows, top)
             image = axes.imshow(detail.mean_reveal_step, cmap=COLOUR_MAP, vmin=0, vmax=1, extent=place)
             weight = "bold" if detail.name in colours else "normal"
-            name = shorten(detail.name, 20)
-            axes.text(left, top - 0.04 * width, name, fontsize=7, va="bottom", fontweight=weight, clip_on=False)
+            name, size = (shorten(detail.name, 14), 6) if in_column() else (shorten(detail.name, 20), 7)
+            axes.text(left, top - 0.04 * width, name, fontsize=size, va="bottom", fontweight=weight, clip_on=False)
         axes.set(xlim=(0, columns * pitch[0]), ylim=(lines * pitch[1], 0))
         if details:
             bar = figure.colorbar(image, ax=axes, shrink=0.8)

@@ -14,7 +14,14 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 from torch.nn import functional as F
 
-from orderrl.evaluation.columns import all_columns, column_of, in_features, learned_policies, shown_columns
+from orderrl.evaluation.columns import (
+    all_columns,
+    column_of,
+    in_features,
+    learned_policies,
+    own_policies,
+    shown_columns,
+)
 from orderrl.evaluation.detail import Curve, Drawn, Examples, PolicyDetail
 from orderrl.report import cost, figures, style
 from orderrl.report.summary import summary
@@ -85,11 +92,12 @@ def report_page(
     if not all(row.get("policy") for row in rows):
         raise ValueError("results['rows'] must name a policy in every row")
     learned = learned_policies(rows)
+    highlighted = [*learned, *own_policies(rows)]
     several = {row["policy"] for row in rows if _several_blocks(row)} - set(learned)
     single = [detail for detail in details if detail.name not in several]
-    plots = _plots(rows, single, learned)
+    plots = _plots(rows, single, highlighted)
     distances = _distances(rows)
-    beside = _figures_beside(plots, single, examples, drawn, distances, style.policy_colours(learned))
+    beside = _figures_beside(plots, single, examples, drawn, distances, style.policy_colours(highlighted))
     text = render(
         "report.html.jinja",
         summary=summary(results),
@@ -101,7 +109,7 @@ def report_page(
             for detail in single
         ],
         samples=[_line_of_samples(line, distances) for line in drawn],
-        highlighted=["raster", *learned],
+        highlighted=["raster", *highlighted],
         **results_values(rows, learned, shown_columns(rows)),
         **comparison_values(results.get("comparisons") or []),
         **protocol_values(results["protocol"]),
@@ -130,8 +138,8 @@ def _several_blocks(row: dict[str, Any]) -> bool:
 # -- figures ----------------------------------------------------------------------------------------------------------
 
 
-def _plots(rows: Sequence[dict[str, Any]], details: Sequence[PolicyDetail], learned: Sequence[str]) -> list[Plot]:
-    unit, colours = loss_unit(rows), partial(style.policy_colours, learned)
+def _plots(rows: Sequence[dict[str, Any]], details: Sequence[PolicyDetail], highlighted: Sequence[str]) -> list[Plot]:
+    unit, colours = loss_unit(rows), partial(style.policy_colours, highlighted)
     plots: list[Plot] = []
 
     def add(name: str, title: str, caption: str, draw: style.Draw) -> None:
@@ -141,7 +149,7 @@ def _plots(rows: Sequence[dict[str, Any]], details: Sequence[PolicyDetail], lear
     label = "information-gain AUC"
     draw = partial(figures.metric_figure, rows, "gain_auc", label)
     add("gain_auc", "Information-gain AUC", caption, lambda ink: draw(colours(ink), ink))
-    caption = "Learned planners and raster are highlighted, with 95 % bands over images. Below: mean minus raster's."
+    caption = "Coloured: learned planners and own policies, with 95 % bands over images. Below: mean minus raster's."
     if details:
         title, gain = "Information gained against revealed fraction", {detail.name: detail.gain for detail in details}
         quantity = ("gain so far", unit)

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
@@ -21,11 +23,52 @@ from orderrl.metrics.statistics import RULE, is_significant
 
 
 def print_tables(*tables: Table) -> None:
-    """Tables as wide as the terminal, or 160 characters in a file."""
+    """Tables as wide as the terminal, or 160 characters in a file.
+
+    No word is broken or cut: a table that is too wide has no lines between its columns, or is printed row by row.
+    """
     console = Console(highlight=False)
     console = console if console.is_terminal else Console(highlight=False, width=160)
     for table in tables:
+        if not _fit(table, console.width, frame=3 * len(table.columns) + 1):
+            table.box, table.show_edge, table.padding = box.SIMPLE_HEAD, False, (0, 0, 0, 0)
+            for column in table.columns:
+                column.no_wrap = False
+            if not _fit(table, console.width, frame=len(table.columns) - 1):
+                _print_rows(table, console)
+                continue
         console.print(table)
+
+
+def _fit(table: Table, width: int, frame: int) -> bool:
+    """Set the widths of the columns: no word is broken, then cells have one line, then titles; False if too wide."""
+    cells = [list(map(str, column.cells)) for column in table.columns]
+    titles = [[str(column.header)] for column in table.columns]
+    words = [
+        title + lines if column.no_wrap else [word for line in title + lines for word in line.split()]
+        for column, title, lines in zip(table.columns, titles, cells, strict=True)
+    ]
+    widths, spare = [0] * len(cells), width - frame
+    for wanted in (words, cells, titles):
+        for place, parts in enumerate(wanted):
+            more = max((cell_len(part) for part in parts), default=0) - widths[place]
+            if wanted is not words:
+                more = min(more, spare)
+            widths[place] += max(more, 0)
+            spare -= max(more, 0)
+    for column, fitted in zip(table.columns, widths, strict=True):
+        column.width = fitted
+    return spare >= 0
+
+
+def _print_rows(table: Table, console: Console) -> None:
+    """A table as one list of its columns for each row."""
+    first, *others = (column.header for column in table.columns)
+    for name, *cells in zip(*(column.cells for column in table.columns), strict=True):
+        console.print(f"{first}: {name}", style="bold")
+        for header, cell in zip(others, cells, strict=True):
+            if cell:
+                console.print(f"  {header}: {cell}")
 
 
 def print_results(rows: Sequence[dict[str, Any]], comparisons: Sequence[dict[str, Any]]) -> None:

@@ -41,9 +41,9 @@ Draw = Callable[[str], Figure]
 """Makes a figure from the colour of its ink."""
 
 
-def policy_colours(learned: Sequence[str], ink: str = INK) -> dict[str, str]:
-    """Colours of the highlighted policies: learned planners in colour, raster in the colour of the text."""
-    return {"raster": ink} | {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(learned)}
+def policy_colours(names: Sequence[str], ink: str = INK) -> dict[str, str]:
+    """Colours of the highlighted policies: these in colour, raster in the colour of the text."""
+    return {"raster": ink} | {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
 
 
 _in_column: ContextVar[bool] = ContextVar("in_column", default=False)
@@ -51,10 +51,15 @@ _in_column: ContextVar[bool] = ContextVar("in_column", default=False)
 
 @contextmanager
 def for_column() -> Iterator[None]:
-    """Inside, figures of the page's width are drawn in the width of a paper's column, in its small print."""
+    """Inside, figures are drawn in the width of a paper's column, in its small print."""
     token = _in_column.set(True)
     yield
     _in_column.reset(token)
+
+
+def in_column() -> bool:
+    """Whether figures are drawn for a paper's column."""
+    return _in_column.get()
 
 
 @contextmanager
@@ -62,8 +67,8 @@ def new_figure(width: float, height: float, ink: str) -> Iterator[Figure]:
     """A figure of the house style that no window system knows about; sizes in inches."""
     colours = dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "text.color"), ink)
     style, scale = _STYLE | colours, 1.0
-    if _in_column.get():
-        style, scale = style | {"font.size": _COLUMN_FONT}, _COLUMN / WIDTH
+    if in_column():
+        style, scale = style | {"font.size": _COLUMN_FONT}, _COLUMN / max(width, WIDTH)
     with matplotlib.rc_context(style):
         yield Figure(figsize=(scale * width, scale * height), layout="constrained")
 
@@ -77,6 +82,8 @@ def grid_lines(axes: Any, axis: str = "both") -> None:
 def save_figure(figure: Figure, path: Any) -> None:
     """Write a figure on white in the format of the file's suffix; PNG with 144 dots per inch."""
     FigureCanvasAgg(figure)
+    if (layout := figure.get_layout_engine()) is not None:
+        layout.execute(figure)  # a second time: pictures of fixed proportions are moved by the first
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": path.stem}):
         metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix)
         figure.savefig(path, dpi=144, facecolor="white", metadata=metadata)

@@ -3,7 +3,15 @@
 from collections.abc import Sequence
 from typing import Any
 
-from orderrl.evaluation.columns import column_of, is_rival, learned_policies, metric_of, show_difference, show_interval
+from orderrl.evaluation.columns import (
+    column_of,
+    is_rival,
+    learned_policies,
+    metric_of,
+    own_policies,
+    show_difference,
+    show_interval,
+)
 from orderrl.metrics.statistics import is_significant
 
 
@@ -16,7 +24,7 @@ def summary(results: dict[str, Any]) -> str:
     learned = learned_policies(results["rows"])
     sentences = [_compared(results, learned)]
     if not learned:
-        return " ".join([*sentences, "No learned planner was evaluated."])
+        sentences.append("No learned planner was evaluated.")
     objectives = {row["policy"]: row.get("objective") for row in results["rows"]}
     by_metric: dict[str, list[str]] = {}
     for name in learned:
@@ -26,6 +34,10 @@ def summary(results: dict[str, Any]) -> str:
         sentences += (
             _code_length_sentences(results, names) if of_code_length else _gain_sentences(results, names, metric)
         )
+    for name in own_policies(results["rows"]):
+        if paired := _paired(results, name, "raster", "gain_auc"):
+            relation = {1: "is above", 0: "does not differ significantly from", -1: "is below"}[_sign(paired)]
+            sentences.append(f"{name} {relation} raster in information-gain AUC ({_difference(paired)}).")
     return " ".join(sentences)
 
 

@@ -39,6 +39,7 @@ from omegaconf.errors import (
     UnsupportedInterpolationType,
 )
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 
 from orderrl.runtime import schema
@@ -48,6 +49,7 @@ from orderrl.runtime.terminal import show_anything
 
 CONFIGS = "orderrl.configs"
 _FULL_ERROR = "HYDRA_FULL_ERROR"
+_THREE_COLUMNS = 90  # characters: help pages of narrower terminals have the meaning of a key below it
 _PLACES: dict[tuple[Any, ...], dict[str, str]] = {}  # of nodes, by what they depend on, see `_parts`
 # Given to Hydra in front of the user's own arguments: stay in this directory, write nothing, show warnings alone.
 _HYDRA_SETTINGS = {
@@ -391,12 +393,17 @@ def _print_help(command: str, overrides: Sequence[str], config_module: str) -> N
     if groups:
         console.print(_table(("group", "choices"), [(name, ", ".join(names)) for name, names in groups.items()]))
     shown = [(key, _shown(default), meanings[key]) for key, default in defaults.items()]
-    console.print(_table(("key", "default", "meaning"), shown))
+    if console.width >= _THREE_COLUMNS:
+        console.print(_table(("key", "default", "meaning"), shown))
+        return
+    for key, default, meaning in shown:
+        console.print(f"{key} = {default}", Padding(meaning, (0, 0, 0, 4)), overflow="fold")
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     table = Table(*titles, box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    table.columns[0].overflow = "fold"
+    for column in table.columns:
+        column.overflow = "fold"  # nothing is cut off
     for row in rows:
         table.add_row(*row)
     table.add_row()

@@ -74,6 +74,7 @@ def progress(total: int | None, description: str, unit: str = "it") -> Iterator[
                 bar.update(task, note=note)
 
         yield advance
+        bar.refresh()  # a notebook keeps what was drawn last, and rich draws ten times a second
 
 
 class _RateColumn(ProgressColumn):

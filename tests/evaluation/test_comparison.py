@@ -79,6 +79,14 @@ def test_planners_are_compared_with_baselines_on_what_they_were_trained_for() ->
     assert found["ppo - raster", "decode_nll"]["mean"] == pytest.approx(-0.7)
 
 
+def test_a_users_policy_is_compared_with_raster() -> None:
+    rows = [row("raster", 0.0), row("random", 0.1), row("mine:play", 0.5, own=True)]
+    several = row("mine:play@4", 0.5, own=True, budgets=[4])
+    (found,) = comparisons([*rows, several], 200, 0)
+    assert (found["name"], found["metric"]) == ("mine:play - raster", "gain_auc")
+    assert found["mean"] == pytest.approx(0.5)
+
+
 def test_two_planners_are_compared_once_the_first_less_the_second() -> None:
     planners = [row(name, shift, R=2, objective="context", seed=0) for name, shift in (("ppo", 0.7), ("bc", 0.5))]
     found = {entry["name"]: entry["mean"] for entry in comparisons([*planners, row("raster", 0.0)], 200, 0)}

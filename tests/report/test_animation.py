@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image, ImageSequence
 
-from orderrl.data.pictures import HIDDEN_GREY
+from orderrl.data.pictures import HIDDEN_GREY, OUTLINE
 from orderrl.evaluation.detail import Curve, Episode, Examples, PolicyDetail
 from orderrl.report.animation import save_orders
 
@@ -41,6 +42,13 @@ def test_every_step_is_a_frame_and_hidden_blocks_are_grey(tmp_path: Path) -> Non
         hidden = np.array([share(frame, HIDDEN_GREY, half) for frame in found])
         assert np.allclose(hidden / hidden[0], np.array(left) / 4, atol=0.02)
     assert share(found[-1], 40, upper) > 0.1 and share(found[-1], 220, upper) > 0.1
+
+
+def test_the_blocks_of_a_step_are_outlined_and_no_others(tmp_path: Path) -> None:
+    found = frames(tmp_path / "orders.gif", detail("planner", TWO_STEPS))
+    orange = [(np.abs(frame - OUTLINE).max(-1) <= 8) for frame in found]
+    assert not orange[0].any() and orange[1].sum() == pytest.approx(orange[2].sum(), rel=0.1)
+    assert orange[1].any() and not (orange[1] & orange[2]).any()  # the two steps reveal different blocks
 
 
 def test_policies_without_episodes_are_left_out(tmp_path: Path) -> None:

@@ -224,11 +224,23 @@ def test_figures_lie_beside_the_page(folder: Path) -> None:
 
 
 def test_figures_for_papers_fit_a_column_and_embed_their_fonts(folder: Path) -> None:
-    for name in ("gain_auc", "gain_curves", "calibration", "quality_steps"):
-        written = (folder / "figures" / f"{name}.pdf").read_bytes()
+    found = list((folder / "figures").glob("*.pdf"))
+    assert len(found) > 10
+    for written in (path.read_bytes() for path in found):
         (width,) = re.findall(rb"/MediaBox \[ 0 0 ([\d.]+) ", written)
         assert float(width) <= 3.3 * 72 + 0.1
         assert b"/FontFile2" in written and b"/Type3" not in written
+
+
+def test_names_beside_pictures_are_not_cut_off(tmp_path: Path) -> None:
+    shown = [detail("raster"), detail("my_module:a_policy_of_mine"), detail("c")]
+    pictures = drawn(*(each.name for each in shown), images=20)
+    said = dict.fromkeys([each.name for each in shown], "Fréchet distance 173.59")
+    for figure in (figures.strips_figure(shown, examples(), 0), figures.samples_figure(pictures, said)):
+        style.save_figure(figure, tmp_path / "figure.png")
+        figure.set_dpi(144)  # as it was written
+        taken, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+        assert taken.x0 >= 0 and taken.y0 >= 0 and taken.x1 <= width and taken.y1 <= height
 
 
 def test_drawn_images_stand_beside_their_distance(tmp_path: Path) -> None:
@@ -268,6 +280,15 @@ def test_summary_averages_seeds_and_never_takes_a_baseline_for_a_planner() -> No
     rows = [row("raster", 0.06), row("oracle", 0.2), row("a", 0.05, R=0), row("a", 0.09, R=0), row("b", 0.08, R=0)]
     assert "best learned planner, b," in summary({"protocol": {}, "rows": rows})
     assert summary({"protocol": {}, "rows": rows[:2]}).endswith("No learned planner was evaluated.")
+
+
+@pytest.mark.parametrize(("high", "said"), [(0.03, "is above"), (0.05, "does not differ significantly from")])
+def test_summary_says_how_a_users_policy_did(high: float, said: str) -> None:
+    found = [comparison(0.01 if high == 0.03 else -0.01, high, "mine:play - raster")]
+    rows = [row("raster", 0.06), row("mine:play", 0.08, own=True)]
+    assert f"mine:play {said} raster in information-gain AUC (paired" in summary(
+        {"protocol": {}, "rows": rows, "comparisons": found}
+    )
 
 
 def test_summary_names_the_strongest_rival_but_no_reference() -> None:
