@@ -10,6 +10,7 @@ from orderrl.backbones import Backbone, OrderRobustTransformer
 from orderrl.backbones.cpu_linear import pack_weights
 from orderrl.backbones.mar_backbone import MaskedTransformer
 from orderrl.backbones.registry import with_block_size
+from orderrl.runtime.isolation import isolated_float32
 
 BODIES = ("frozen", "top", "lora", "all")
 TunableBackbone = OrderRobustTransformer | MaskedTransformer
@@ -37,6 +38,7 @@ def require_tunable(
         raise ValueError(f"layers={layers} exceed the backbone's; use 0 to {depth}")
 
 
+@isolated_float32
 def tunable_copy(backbone: TunableBackbone) -> TunableBackbone:
     """A copy of a backbone, to be tuned while the original stays as it is."""
     tuned = with_block_size(backbone, backbone.config.block_size)
@@ -72,6 +74,7 @@ class LowRank(nn.Module):
         return weight + self.up @ self.down
 
 
+@isolated_float32
 def trained_part(backbone: TunableBackbone, body: str, layers: int = 1, rank: int = 4) -> nn.ModuleList:
     """The part of a frozen backbone that is trained, with gradients switched on.
 
@@ -92,6 +95,7 @@ def trained_part(backbone: TunableBackbone, body: str, layers: int = 1, rank: in
     return chosen.requires_grad_(True)
 
 
+@isolated_float32
 def merge_adapters(backbone: TunableBackbone) -> None:
     """Add low-rank adapters to their matrices, so that the backbone is again what can be saved."""
     for matrix in _matrices(backbone):

@@ -22,7 +22,7 @@ from orderrl.agents.schedules import Schedule
 from orderrl.backbones.protocol import Backbone
 from orderrl.envs.core import NextBlockCore
 
-_PART = re.compile(r"(highest)|(first)|near(\d+\.?\d*|\.\d+)")
+_PART = re.compile(r"(highest)|(first)|near([0-9]{1,30}\.?[0-9]{0,30}|\.[0-9]{1,30})")
 _PARTS = "highest, first and nearLAMBDA, joined by +, such as confidence:highest+near0.1"
 
 

@@ -31,12 +31,14 @@ from orderrl.agents.policies import (
     with_schedule,
 )
 from orderrl.agents.schedules import Schedule, cosine_sizes, entropy_threshold, fixed, growing, information_threshold
-from orderrl.agents.spec import COSINE, MODE, PAIRED, REFERENCES, SPACED, THRESHOLD, PolicySpec, written_cost
+from orderrl.agents.spec import COSINE, FITTED, MODE, PAIRED, REFERENCES, SPACED, THRESHOLD, PolicySpec, written_cost
 from orderrl.agents.specialist import Native, ThroughStart, open_start, require_head
 from orderrl.backbones.protocol import Backbone, backbone_device
+from orderrl.backbones.registry import require_made_for
 from orderrl.envs.observation import observed
 from orderrl.envs.reward import OBJECTIVES
 from orderrl.planner import load_planner, require_described
+from orderrl.runtime.distributed import print_once
 from orderrl.runtime.isolation import isolated_float32
 
 if TYPE_CHECKING:
@@ -90,7 +92,7 @@ class NamedPolicy:
 
 def policy_names() -> list[str]:
     """Names of all baselines, registered policies and references."""
-    return [*ORDERS, *SCORERS, SPACED + "random", "fitted", *REFERENCES, *POLICIES]
+    return [*ORDERS, *SCORERS, SPACED + "random", FITTED, *REFERENCES, *POLICIES]
 
 
 @isolated_float32
@@ -105,7 +107,8 @@ def make_policy(
     Args:
         spec: see the module's text.
         backbone: gives the block grid; planners must fit it.
-        fitted: gives the fixed order (B,) fitted on planner labels; called for "fitted" alone.
+        fitted: gives the fixed order (B,) fitted on planner labels; called for "fitted" alone, and not where the
+            backbone is a specialist of such an order.
         budgets: of own policies (module:attribute, or registered) without a schedule.
 
     Raises:
@@ -174,7 +177,12 @@ def _scorer(spec: PolicySpec, backbone: Backbone, fitted: Callable[[], Tensor] |
         return fixed_order(block_order(spec.name, backbone.geometry))
     if spec.name in SCORERS:
         return SCORERS[spec.name]
-    if spec.name == "fitted":
+    if spec.name == FITTED:
+        origin = getattr(backbone, "origin", None)
+        if origin is not None and origin.fitted is not None:  # what the backbone was trained in
+            if len(origin.fitted) != backbone.geometry.num_blocks:
+                raise ValueError(f"policy '{spec}': {origin.folder} names an order of {len(origin.fitted)} blocks")
+            return fixed_order(torch.tensor(origin.fitted))
         if fitted is None:
             raise ValueError(f"policy '{spec}' is fitted on labels, and there are none here; choose another policy")
         return fixed_order(fitted())
@@ -249,7 +257,11 @@ def _planner_policy(spec: PolicySpec, backbone: Backbone) -> NamedPolicy:
     require_described(spec.path, planner, description)
     if spec.prefix == PAIRED:
         planner.config.require_pairs(f"policy '{spec}'")
-    if OBJECTIVES.given(description["objective"]) is not None:  # of a user: its return becomes a metric
+    objective: str | None = description["objective"]
+    if refusal := OBJECTIVES.refusal(description["objective"]):
+        print_once(f"{spec.path}: {refusal}; it has no column")
+        objective = None
+    elif OBJECTIVES.given(description["objective"]) is not None:  # of a user: its return becomes a metric
         OBJECTIVES.find(description["objective"])
     costs, cost = planner.config.step_cost_range, description.get("env", {}).get("step_cost")
     family = spec.prefix + _planner_name(description, planner.config.reasoning_steps, costs is not None)
@@ -274,12 +286,14 @@ def _planner_policy(spec: PolicySpec, backbone: Backbone) -> NamedPolicy:
     acting: Policy | ReferencePolicy = policy
     if (start := open_start(backbone, description.get("backbone", ""))) is not None:
         acting = ThroughStart(policy, start, budgets, scorer)
+    else:
+        require_made_for(spec.path, description, backbone)
     return NamedPolicy(
         f"{family}{at_cost}{'@' + spec.schedule if spec.schedule else ''}",
         acting,
         budgets,
         scorer,
-        description["objective"],
+        objective,
         planner.config.reasoning_steps,
         description["seed"],
         step_cost,

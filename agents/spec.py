@@ -32,14 +32,16 @@ HINDSIGHT = ("hindsight_confidence", "oracle")  # read the tokens that they rank
 SPACED = "spaced_"
 PAIRED = "paired_"
 NEWEST = "newest"
+FITTED = "fitted"  # the fixed order that is fitted on gain labels
 SUFFIX = ".safetensors"
-THRESHOLD = re.compile(r"(i?)<(-?\d*\.?\d+)(?:/(\d+(?:,\d+)*))?")  # kind, nats, budgets
-STEPS = re.compile(r"\d+(?:\+\d+)*")
-COSINE = re.compile(r"cosine:(\d+)")  # iterations
-MODE = re.compile(r"fast|slow|semifast:([1-9]\d*)|best_of:([1-9]\d*)")  # scorings; images drawn for one
+_COUNT = "[0-9]{1,9}"  # of a size that all that is made of it can have
+THRESHOLD = re.compile(rf"(i?)<(-?[0-9]{{0,30}}\.?[0-9]{{1,30}})(?:/({_COUNT}(?:,{_COUNT})*))?")  # kind, nats, budgets
+STEPS = re.compile(rf"{_COUNT}(?:\+{_COUNT})*")
+COSINE = re.compile(f"cosine:({_COUNT})")  # iterations
+MODE = re.compile("fast|slow|semifast:([1-9][0-9]{0,8})|best_of:([1-9][0-9]{0,8})")  # scorings; images drawn for one
 _NO_RIVALS = ("hindsight_confidence", "lookahead", "oracle")
 _PLANNER = re.compile(rf"(.*{re.escape(SUFFIX)}|{NEWEST})(?:@(.*))?", re.DOTALL)
-_COST = re.compile(r"cost(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+(?:e[+-]?\d+)?)(?:@(.*))?", re.DOTALL)  # nats, schedule
+_COST = re.compile(r"cost((?:[0-9]{1,30}\.?[0-9]{0,30}|\.[0-9]{1,30})(?:e[+-]?[0-9]{1,2})?)(?:@(.*))?", re.DOTALL)
 
 Kind = Literal["baseline", "reference", "planner", "newest", "own"]
 
@@ -181,7 +183,7 @@ def _mode_and_schedule(text: str, rest: str) -> tuple[str, str]:
 
 
 def _draws(text: str, argument: str) -> int:
-    if not re.fullmatch("[0-9]+", argument) or int(argument) < 1:
+    if not re.fullmatch(_COUNT, argument) or int(argument) < 1:
         raise ValueError(f"policy {text!r} must name a number of draws, for example lookahead:4")
     return int(argument)
 

@@ -16,7 +16,7 @@ from orderrl.agents.policies import Policy, ReferencePolicy, Scorer, take_attrib
 from orderrl.agents.schedules import Schedule
 from orderrl.backbones import load_backbone
 from orderrl.backbones.protocol import Backbone, backbone_device
-from orderrl.backbones.registry import backbone_fingerprint
+from orderrl.backbones.registry import BACKBONES, backbone_fingerprint
 from orderrl.envs.core import NextBlockCore
 from orderrl.envs.observation import observed
 
@@ -74,11 +74,17 @@ def open_start(backbone: Backbone, fingerprint: str) -> Backbone | None:
     origin = getattr(backbone, "origin", None)
     if origin is None or origin.start is None or origin.start_fingerprint != fingerprint:
         return None
-    start = load_backbone(origin.start, device=backbone_device(backbone))
+    where = f"specialist {origin.label!r} of {origin.folder}"
+    if refusal := BACKBONES.refusal(origin.start):
+        raise ValueError(f"{where}: the checkpoint {refusal}")
+    try:
+        start = load_backbone(origin.start, device=backbone_device(backbone))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{where}: its planner reads the backbone that it was fine-tuned from: {error}") from error
     if backbone_fingerprint(start) != fingerprint:
         raise ValueError(
-            f"backbone {origin.label!r} was fine-tuned from {origin.start!r}, whose states its planner reads, and "
-            "there is another backbone under this name now; bring the former one back"
+            f"{where}: its planner reads the backbone that it was fine-tuned from, {origin.start!r}, and there is "
+            "another backbone under this name now; bring the former one back"
         )
     return start
 

@@ -474,6 +474,9 @@ def _check(setup: Setup, config: Config) -> None:
             f"agent.oracle_coeff={config.oracle_coeff:g} and agent.reinforce_coeff={config.reinforce_coeff:g} need "
             f"labels=classifier, which says how important blocks are; got labels.kind={setup.labels.kind}"
         )
+    if config.oracle_coeff:  # clusters that do not fit are refused before the classifier is trained
+        scores, settings = torch.zeros(1, setup.backbone.geometry.num_blocks), setup.labels
+        cluster_orders(settings.grouping, setup.backbone.geometry, settings.clusters, 1, (scores[:, 0].long(),), scores)
     if setup.planner.network != "orderhead":
         raise ValueError(f"agent=ste trains planner=orderhead, got planner.network={setup.planner.network}")
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import MISSING, dataclass
 
-from orderrl.runtime.values import Settings, at_least, between, one_of, setting
+from orderrl.runtime.registry import is_reference, trust
+from orderrl.runtime.values import Rule, Settings, at_least, between, one_of, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,12 +14,19 @@ class Command(Settings):
 
     output_dir: str = setting("runs", "Folder in which run folders are made")
     device: str = setting("cpu", "Device on which the model runs, for example cuda")
+    trust: list[str] = setting(
+        [],
+        "Own parts, as module:attribute, that files may name: a token set its tokeniser, a planner its objective, a "
+        "specialist its policy and its start",
+        Rule((), is_reference, "={} must be module:attribute"),
+    )
 
     def __post_init__(self) -> None:
         from orderrl.runtime.devices import checked_device  # imports PyTorch
 
         super().__post_init__()
         checked_device(self.device)
+        trust(*self.trust)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,6 +36,7 @@ __getattr__, __dir__ = lazily(
         "orderrl.oracle": ("register_weight",),
         "orderrl.runtime.config": ("compose",),
         "orderrl.runtime.loggers": ("register_logger",),
+        "orderrl.runtime.registry": ("trust",),
         "orderrl.tokenizers.registry": ("register_tokenizer",),
     },
 )

@@ -25,7 +25,7 @@ from orderrl.agents.play import play
 from orderrl.agents.policies import ReferencePolicy
 from orderrl.agents.registry import NamedPolicy, make_policy, policy_source
 from orderrl.agents.schedules import reads_content
-from orderrl.agents.spec import PolicySpec
+from orderrl.agents.spec import FITTED, PolicySpec
 from orderrl.backbones.pretraining import OrderedImages
 from orderrl.backbones.protocol import Backbone
 from orderrl.backbones.registry import TrainableBackbone, backbone_fingerprint
@@ -36,10 +36,12 @@ from orderrl.planner import load_planner
 from orderrl.runtime import distributed
 from orderrl.runtime.cache import Cache, fingerprint
 from orderrl.runtime.isolation import isolated
-from orderrl.runtime.job import Job
+from orderrl.runtime.job import FOLDER as UNFINISHED
+from orderrl.runtime.job import Job, finish
 from orderrl.runtime.parts import assemble, make_parts, missing_parts
 from orderrl.runtime.progress import progress
 from orderrl.runtime.sources import source_identity
+from orderrl.runtime.storage import checksum
 from orderrl.runtime.tables import Column, floats, open_table
 
 ORDERS = "orders"  # in the cache
@@ -108,6 +110,7 @@ class ImageOrders:
         cache, key = Cache(self.cache_dir), fingerprint(description)
         found = distributed.on_main(lambda: cache.find(ORDERS, key))
         if found is not None:
+            finish(self.cache_dir, f"{ORDERS}-{key}")
             distributed.print_main(f"orders: {found} (cached)")
             return str(found)
         total = len(self.data) * self.views
@@ -141,8 +144,14 @@ class ImageOrders:
         """The images and orders of a round, read as they are used.
 
         Raises:
-            ValueError: if the table is damaged, or of other images.
+            ValueError: if the table is missing, damaged, or of other images.
         """
+        wrong = Cache(self.cache_dir).damage(Path(where))
+        if wrong is not None:
+            raise ValueError(
+                f"{wrong}; the training that learns from these orders cannot continue: remove its state in "
+                f"{self.cache_dir / UNFINISHED} to train from the start"
+            )
         blocks, tokens = self.start.geometry.num_blocks, self.data.tokens
         columns = {"image": Column(), "order": Column((blocks,)), "seen": Column((blocks,))}
         if self._augmented:
@@ -158,18 +167,23 @@ class ImageOrders:
         order, seen = chosen_orders(reader, data, self.policy(reader), self.seed)
         return OrderedImages(data.tokens, data.labels, order, seen)
 
-    def keep(self, folder: Path) -> str:
-        """Copy what the policy needs to the folder of a specialist; its name there."""
-        if self.spec.path is None:
-            return str(self.spec)
-        shutil.copyfile(self.spec.path, folder / PLANNER)
-        return str(self.spec.at(PLANNER))
+    def keep(self, folder: Path) -> dict[str, Any]:
+        """Copy what the policy needs to the folder of a specialist; what its `Origin` says of it."""
+        if self.spec.path is not None:
+            shutil.copyfile(self.spec.path, folder / PLANNER)
+            return {"order": str(self.spec.at(PLANNER)), "planner": checksum(folder / PLANNER)}
+        return {"order": str(self.spec), "fitted": self._fitted_blocks}
 
     # ------------------------------------------------------------------ parts
 
     @property
     def _augmented(self) -> bool:
         return self.augment is not None and self.strength > 0
+
+    @property
+    def _fitted_blocks(self) -> list[int] | None:
+        """The fixed order that is fitted on gain labels, where the policy is that one."""
+        return self.fitted().tolist() if self.spec.name == FITTED and self.fitted is not None else None
 
     def _reader(self, backbone: TrainableBackbone) -> Backbone:
         """What the policy reads: planners the start, others a frozen copy of the weights of the moment."""
@@ -183,7 +197,8 @@ class ImageOrders:
         tokens = self.data.tokens[image]
         if self._augmented:
             assert self.augment is not None
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + round) * 2**24 + part.start)
+            seed = (self.seed * 1_000_003 + round) * 2**24 + part.start
+            generator = torch.Generator().manual_seed(seed % 2**63)
             tokens = self.augment(tokens, generator, self.strength)
         return replace(self.data, tokens=tokens, labels=self.data.labels[image], identity=None)
 
@@ -197,7 +212,7 @@ class ImageOrders:
             "data": self.data.fingerprint,
             "views": [self.views, self.strength, round] if self._augmented else None,
             "seed": self.seed,
-        }
+        } | ({} if self._fitted_blocks is None else {"fitted": self._fitted_blocks})
 
 
 @isolated

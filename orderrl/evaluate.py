@@ -39,8 +39,8 @@ def evaluate(config: DictConfig) -> Path:
     settings = eval_config(section(config, "eval"), config.data.name)
     setup = setup_of(config, open_backbone(config))
     policies = chosen_policies(settings, setup)
-    protocol = open_protocol(settings, setup)
     pending = pending_rows(settings, setup, policies)
+    protocol = open_protocol(settings, setup)
     key = evaluation_key(settings, setup, protocol.data, [policy for policy, _ in policies])
     # evaluate, and keep rows until all are there
     with Run("evaluate", config) as run, Job(setup.cache_dir, f"evaluation-{key}", instead=run.folder) as work:

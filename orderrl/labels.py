@@ -22,7 +22,7 @@ from orderrl.backbones.sharding import fix_memory, shard_backbone
 from orderrl.data import TokenSet, load_split
 from orderrl.factory import FORMAT, Setup
 from orderrl.oracle import CLASSIFIER, Contexts, LabelConfig, label_contexts, random_contexts
-from orderrl.partial_classifier import PartialClassifier, find_or_train_classifier
+from orderrl.partial_classifier import PartialClassifier, cluster_orders, find_or_train_classifier
 from orderrl.runtime import distributed
 from orderrl.runtime.cache import Cache, fingerprint
 from orderrl.runtime.job import Job, finish
@@ -105,6 +105,8 @@ def find_or_label(
             f"labels.kind={settings.kind!r} needs token probabilities, which a backbone of continuous tokens does not "
             "have; use labels=pointwise or classifier"
         )
+    if settings.kind == CLASSIFIER:  # clusters that do not fit are refused before the classifier is trained
+        cluster_orders(settings.grouping, backbone.geometry, settings.clusters, 1, (torch.zeros(1, dtype=torch.int64),))
     classifier = find_classifier(setup, settings) if settings.kind == CLASSIFIER else None
     # what is to be made, in which parts
     where = f"{settings.contexts} contexts of {data.name}/{data.split}"

@@ -25,8 +25,8 @@ from orderrl.geometry import BlockGrid
 from orderrl.runtime import distributed
 from orderrl.runtime.cache import Cache, fingerprint
 from orderrl.runtime.checkpoint import load_checkpoint, load_state, save_checkpoint
-from orderrl.runtime.isolation import isolated_float32
-from orderrl.runtime.job import Job
+from orderrl.runtime.isolation import isolated, isolated_float32
+from orderrl.runtime.job import Job, finish
 from orderrl.runtime.learning_rate import one_cycle
 from orderrl.runtime.random import Stream, keyed_uniform
 from orderrl.runtime.values import Settings, at_least, between, positive, setting
@@ -104,6 +104,7 @@ def find_or_train_classifier(
 
     if distributed.on_main(lambda: cache.find(CLASSIFIERS, key)) is None:
         distributed.on_main(make)
+    finish(cache_dir, f"{CLASSIFIERS}-{key}")
     path = cache.folder(CLASSIFIERS, key) / _FILE
     load_state(classifier, load_checkpoint(path, "partial_classifier")[0], path)
     return classifier.eval().requires_grad_(False)
@@ -143,6 +144,7 @@ def train_classifier(
     classifier.eval()
 
 
+@isolated
 @torch.no_grad()
 def partial_accuracy(classifier: PartialClassifier, data: TokenSet, share: float) -> float:
     """Share of images that are recognised from a random share of their tokens."""
@@ -156,6 +158,7 @@ def partial_accuracy(classifier: PartialClassifier, data: TokenSet, share: float
 # ---------------------------------------------------------------------- importance
 
 
+@isolated
 def cluster_orders(
     grouping: str,
     geometry: BlockGrid,
@@ -205,6 +208,7 @@ def _tiles(geometry: BlockGrid, clusters: int) -> Tensor:
     return (row * rows // geometry.rows * columns + column * columns // geometry.columns).argsort(stable=True)
 
 
+@isolated
 @torch.no_grad()
 def importance(
     classifier: PartialClassifier,
@@ -229,7 +233,7 @@ def importance(
     """
     device = next(classifier.parameters()).device
     size = geometry.num_blocks // clusters
-    found = torch.zeros(orders.shape, device=device)
+    found = torch.zeros(orders.shape, device=device, dtype=torch.float32)
     tokens, labels, orders = tokens.to(device), labels.to(device), orders.to(device)
     places = geometry.block_tokens.to(device)
     for draw in range(orders.shape[1]):

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from orderrl.backbones.protocol import Backbone, backbone_device
-from orderrl.backbones.registry import backbone_fingerprint
+from orderrl.backbones.registry import require_made_for
 from orderrl.runtime.checkpoint import build_to_fit, load_checkpoint, load_state, save_checkpoint
 from orderrl.runtime.finite import DIVERGED, require_finite
 from orderrl.runtime.hub import hub_file, push_to_hub
@@ -205,14 +205,11 @@ class OrderHead(nn.Module):
             backbone: the one that it was trained on; the planner is then on its device.
 
         Raises:
-            ValueError: if it cannot be found, is no planner or was trained on another backbone.
+            ValueError: if it cannot be found, is no planner, or was trained for a backbone of another shape or data.
         """
         planner, description = load_planner(hub_file(source, "planner"), backbone)
-        if backbone is not None and description.get("backbone") != backbone_fingerprint(backbone):
-            raise ValueError(
-                f"{source}: was trained on another backbone, {description.get('data')} {description.get('backbone')}; "
-                "its scores mean nothing here, train one with `python -m orderrl.train agent=bc`"
-            )
+        if backbone is not None:
+            require_made_for(source, description, backbone)
         return planner
 
     def push_to_hub(self, repository: str, description: Mapping[str, Any], results: str = "") -> str:

@@ -9,7 +9,7 @@ training.order=confidence`.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -70,7 +70,7 @@ def backbone_recipe(config: DictConfig, data: str) -> BackboneRecipe:
             cache_dir=cache_dir,
             device=config.device,
         )
-        return partial(fitted_order, setup)
+        return cache(partial(fitted_order, setup))
 
     return BackboneRecipe(
         backbone=section(config, "backbone"),

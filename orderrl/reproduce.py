@@ -10,11 +10,13 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from orderrl.agents.registry import policy_source
+from orderrl.agents.spec import PolicySpec
 from orderrl.evaluate import evaluate
 from orderrl.factory import section, with_values
 from orderrl.pretrain import backbone_recipe, trained
 from orderrl.runtime.cache import Cache
-from orderrl.runtime.config import compose, run_application
+from orderrl.runtime.config import compose, quoted, run_application
 from orderrl.runtime.distributed import launched, print_main
 from orderrl.runtime.isolation import isolated_float32
 from orderrl.train import train
@@ -88,8 +90,8 @@ def specialist_configs(config: DictConfig, seed: int, planners: list[str]) -> It
     """
     for overrides in config.specialists:
         try:
-            filled = [override.format(*planners) for override in overrides]
-        except IndexError:
+            filled = [override.format(*(quoted(path)[1:-1] for path in planners)) for override in overrides]
+        except (IndexError, KeyError, ValueError):
             raise ValueError(f"specialists: {list(overrides)} name a run that the suite lacks") from None
         named = any(override.startswith("backbone=") for override in filled)
         own = [] if named else [f"backbone={config.backbone.name}", f"training.start={config.backbone.name}"]
@@ -101,7 +103,8 @@ def specialist(config: DictConfig) -> Path:
     """The cached backbone of a config, or the one that is trained now."""
     print_main(f"\n== seed {config.seed}: specialist of {config.training.order}")
     recipe = backbone_recipe(config, config.data.name)
-    return recipe.find_or_train(Cache(config.cache_dir), partial(trained, config, recipe))
+    source = policy_source(PolicySpec.parse(config.training.order))
+    return recipe.find_or_train(Cache(config.cache_dir), partial(trained, config, recipe), source)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from orderrl.runtime.distributed import print_main
 from orderrl.runtime.job import Job, finish
 from orderrl.runtime.jsonfile import read_json
 from orderrl.runtime.run import Run
-from orderrl.runtime.storage import write_json
+from orderrl.runtime.storage import checksum, write_json
 from orderrl.runtime.weights import weights_fingerprint
 
 PLANNERS = "planners"  # in the cache
@@ -149,7 +149,12 @@ def save_trained(folder: Path, setup: Setup, trained: Trained, description: Mapp
     save_planner(planner, trained.planner, {**description, "backbone": backbone_fingerprint(fits)})
     if trained.backbone is not None:
         # a specialist: it draws in the order of the planner beside it
-        origin = Origin(order=planner.name, label=setup.name or description["agent"]["name"], seed=setup.seed)
+        origin = Origin(
+            order=planner.name,
+            label=setup.name or description["agent"]["name"],
+            seed=setup.seed,
+            planner=checksum(planner),
+        )
         made = {"tuned_from": description["backbone"], "agent": description["agent"], "data": setup.data}
         made[ORIGIN] = origin.described()
         save_backbone(backbone, trained.backbone, made)

@@ -201,7 +201,8 @@ def test_an_own_tokeniser_makes_a_token_set_that_another_process_decodes(files: 
     overrides = ["data=folder", "data.root=images", "data.image_size=12", "tokenizer=my_data:Grey", "output=set"]
     tokenize(compose("tokenize", overrides))
     look = "from orderrl.data import load_split; a = load_split('tokens:set', 'test'); print(*a.images(a.tokens).shape)"
-    assert run(files, "-c", look).split() == ["1", "3", "12", "12"]
+    known = "import orderrl; orderrl.trust('my_data:Grey'); "
+    assert run(files, "-c", known + look).split() == ["1", "3", "12", "12"]
 
 
 def test_a_policy_with_a_memory_is_imitated(files: Path) -> None:
@@ -274,6 +275,27 @@ def test_a_metric_that_gives_one_number_for_all_images_is_refused() -> None:
     for wrong, got in ((torch.zeros(()), r"\(\)"), (0.5, "float"), (torch.zeros(3, 2), r"\(3, 2\)")):
         with pytest.raises(ValueError, match=rf"metric 'mine' must give a tensor \(3,\), .* got {got}"):
             one_each("mine", wrong, 3)
+
+
+def test_features_that_are_no_finite_real_numbers_are_refused() -> None:
+    images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    for name, said in (
+        ("complex_features", r"must give real numbers \(2, d\) .* got torch.complex64 \(2, 3\)"),
+        (
+            "infinite_features",
+            r"features='tests.test_extend:infinite_features': not finite: features \(1 of 6 values\)",
+        ),
+    ):
+        with pytest.raises(ValueError, match=said):
+            extract_features(images, f"tests.test_extend:{name}")
+
+
+def complex_features(images: Tensor) -> Tensor:
+    return torch.ones(len(images), 3, dtype=torch.complex64)
+
+
+def infinite_features(images: Tensor) -> Tensor:
+    return torch.tensor([[1.0, 2.0, torch.inf]]).where(torch.arange(len(images))[:, None] == 0, 0.0)
 
 
 def test_an_objective_or_weight_of_another_shape_is_refused(backbone: OrderRobustTransformer, data: TokenSet) -> None:

@@ -165,5 +165,15 @@ def test_one_command_trains_it_labels_with_it_and_clones(tmp_path: Path, capsys:
     ste = ["agent=ste", "agent.oracle_coeff=1", "planner.stem=1", "planner.heads=2", "labels.grouping=ranks"]
     path = train(compose("train", [*where, *small, *steps, *ste]))
     assert path.is_file() and "classifier" not in capsys.readouterr().out  # the cached one
-    with pytest.raises(ValueError, match=r"agent\.oracle_coeff=1 needs labels=classifier"):
+    with pytest.raises(ValueError, match=r"agent\.oracle_coeff=1 .* need labels=classifier"):
         train(compose("train", [*where[:3], *steps, *ste[:4]]))
+
+
+@pytest.mark.parametrize("more", [[], ["agent=ste", "agent.oracle_coeff=1"]])
+def test_clusters_that_do_not_fit_are_refused_before_a_classifier_is_trained(
+    more: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orderrl.partial_classifier.train_classifier", lambda *_: pytest.fail("began to train"))
+    where = [f"cache_dir={tmp_path / 'cache'}", f"output_dir={tmp_path}", "backbone=digits", "labels=classifier"]
+    with pytest.raises(ValueError, match="clusters=5 must divide the 16 blocks"):
+        train(compose("train", [*where, "labels.clusters=5", *more]))

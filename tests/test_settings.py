@@ -36,7 +36,7 @@ ZERO = {
     *("temperature", "top_k", "guidance", "guidance_interval", "samples", "distance_resamples", "num_res_blocks"),
     *("dagger_rounds", "dagger_own_share", "own_share", "entropy_coeff", "kl_coeff", "spacing", "pair_strength"),
     *("gae_lambda", "critic_warmup", "refinements", "layers", "oh_coeff", "collapse", "explosion", "label"),
-    *("gen_coeff", "oracle_coeff", "l2_coeff", "curriculum_steps"),
+    *("gen_coeff", "oracle_coeff", "reinforce_coeff", "l2_coeff", "spread_coeff", "curriculum_steps"),
     *("rounds", "random_share", "locality", "position_weight"),
 }
 SIGNED = "guidance_interval"

@@ -98,6 +98,7 @@ class FamilyModule(nn.Module):
 
     OUTPUT = "output"
     origin: Origin | None = None  # of a specialist: the orders that it was made for
+    trained_on: str | None = None  # the data set, where a checkpoint says it
     rope: Tensor
     block_tokens: Tensor
 

@@ -107,6 +107,7 @@ class MaskedTransformer(MAR):
     vocab_size = 0
     packing: Packing = Packing()
     origin: Origin | None = None  # of a specialist: the orders that it was made for
+    trained_on: str | None = None  # the data set, where a checkpoint says it
     config: MaskedConfig
 
     def __init__(self, config: MaskedConfig) -> None:

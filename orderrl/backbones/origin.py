@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from orderrl.runtime.values import require_kind
+from orderrl.runtime.values import kinds, require_kind
 
 ORIGIN = "origin"  # in a checkpoint's description
 NATIVE = "native"  # the policy that is a backbone's own position head
@@ -23,6 +23,8 @@ class Origin:
         seed: of its training.
         start: name or path of the backbone that it was fine-tuned from; None if it was trained from nothing.
         start_fingerprint: of that backbone.
+        planner: SHA-256 of the planner's file; None if there is none.
+        fitted: the blocks of an order that was fitted on gain labels; None of other orders.
         folder: of the checkpoint.
     """
 
@@ -31,6 +33,8 @@ class Origin:
     seed: int
     start: str | None = None
     start_fingerprint: str | None = None
+    planner: str | None = None
+    fitted: list[int] | None = None
     folder: Path = Path()
 
     def described(self) -> dict[str, Any]:
@@ -47,11 +51,14 @@ class Origin:
         found = description.get(ORIGIN)
         if found is None:
             return None
-        kinds = {"order": str, "label": str, "seed": int, "start": str | None, "start_fingerprint": str | None}
+        known = {key: kind for key, kind in kinds(cls).items() if key != "folder"}
         try:
             require_kind(ORIGIN, found, dict)
-            for key, kind in kinds.items():
+            for key, kind in known.items():
                 require_kind(key, found.get(key), kind)
+            blocks = found.get("fitted") or []
+            if sorted(blocks) != [*range(len(blocks))]:
+                raise ValueError("fitted must be every block once")
         except ValueError as error:
             raise ValueError(f"{path}: does not say which orders it was made for ({error})") from error
-        return cls(**{key: found.get(key) for key in kinds}, folder=path.parent)
+        return cls(**{key: found.get(key) for key in known}, folder=path.parent)

@@ -132,8 +132,8 @@ class OrderSource(Protocol):
     def of(self, data: TokenSet, backbone: TrainableBackbone) -> OrderedImages:
         """The orders of other images."""
 
-    def keep(self, folder: Path) -> str:
-        """Copy what the policy needs to the folder of a specialist; its name there."""
+    def keep(self, folder: Path) -> dict[str, Any]:
+        """Copy what the policy needs to the folder of a specialist; what its `Origin` says of it."""
 
 
 def random_share(step: int, config: PretrainConfig) -> float:

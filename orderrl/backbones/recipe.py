@@ -16,6 +16,7 @@ from orderrl.backbones.pretraining import RANDOM, OrderSource, PretrainConfig, o
 from orderrl.backbones.protocol import Backbone, check_fits
 from orderrl.backbones.randar import OrderRobustTransformer
 from orderrl.backbones.registry import (
+    BACKBONES,
     TrainableBackbone,
     backbone_fingerprint,
     build_backbone,
@@ -109,7 +110,7 @@ class BackboneRecipe:
             losses = measured()
             annealed = on_main(random_phase.exists)
             if orders is not None and not self._has_head:
-                description[ORIGIN]["order"] = on_main(lambda: orders.keep(run.folder))
+                description[ORIGIN] |= on_main(lambda: orders.keep(run.folder))
             _save(final if annealed else chosen, backbone, description | {"test": losses})
             if annealed and is_main():
                 load_checkpoint(random_phase, "backbone")  # refused if it is damaged
@@ -122,14 +123,18 @@ class BackboneRecipe:
             print_main(f"{name}: {value:.4f}{was} {unit} per token on {len(test)} test images")
         return chosen
 
-    def find_or_train(self, cache: Cache, train: Callable[[], Path]) -> Path:
-        """The cached backbone of this recipe, or the one that `train` makes, which is kept with what lies beside it."""
+    def find_or_train(self, cache: Cache, train: Callable[[], Path], source: Path | None = None) -> Path:
+        """The cached backbone of this recipe, or the one that `train` makes, which is kept with what lies beside it.
+
+        Args:
+            source: the file that the policy is made of; None if there is none.
+        """
         description = {
             "start": None if self.config.start is None else backbone_fingerprint(load_backbone(self.config.start)),
             "backbone": dict(self.backbone),
             "data": load_split(self.data, "backbone").fingerprint,
             "training": dict(self.training) | {"start": None, "order": None},
-            "order": source_identity(self.config.order.partition("@")[0]),
+            "order": source_identity(source or self.config.order.partition("@")[0]),
             "name": Path(self.config.order).name,
             "seed": self.seed,
         }
@@ -171,7 +176,7 @@ class BackboneRecipe:
             said.append("position head")
         name = config.order if orders is None else orders.label
         begun = config.start
-        if begun is not None and Path(begun).is_file():  # found again from any folder
+        if begun is not None and begun not in BACKBONES and Path(begun).is_file():  # found again from any folder
             begun = str(Path(begun).resolve())
         return Origin(
             order=NATIVE if self._has_head else config.order,

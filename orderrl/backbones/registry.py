@@ -24,6 +24,7 @@ from orderrl.backbones.protocol import Backbone, backbone_device
 from orderrl.backbones.randar import OrderRobustTransformer
 from orderrl.runtime.checkpoint import build_to_fit, load_checkpoint, load_state, save_checkpoint
 from orderrl.runtime.devices import checked_device, default_dtype
+from orderrl.runtime.distributed import print_once
 from orderrl.runtime.finite import OVERFLOW, require_finite
 from orderrl.runtime.hub import hub_file
 from orderrl.runtime.isolation import isolated_float32
@@ -240,6 +241,34 @@ def backbone_fingerprint(backbone: Backbone) -> str:
     return hashlib.sha256(what.encode()).hexdigest()[:16]
 
 
+def require_made_for(path: Path | str, description: Mapping[str, Any], backbone: Backbone) -> None:
+    """Refuse a planner for a backbone of other data; of other weights for the same data, say so in a line.
+
+    It has learnt to read the hidden states of one backbone. Files of older versions do not say whose.
+
+    Args:
+        path: of the planner, for the message.
+        description: what its file says.
+        backbone: that it is to read.
+
+    Raises:
+        ValueError: naming what both were trained on.
+    """
+    made, here = description.get("backbone"), backbone_fingerprint(backbone)
+    if made is None or made == here:
+        return
+    data, own = description.get("data"), getattr(backbone, "trained_on", None)
+    moved = str(data).startswith("tokens:") and str(own).startswith("tokens:")  # the same set in another folder?
+    if data is not None and own is not None and data != own and not moved:
+        raise ValueError(
+            f"{path}: a planner for a backbone of {data} ({made}) cannot read one of {own} ({here}); use the backbone "
+            "that it was trained with, or train one for this backbone with `python -m orderrl.train agent=bc`"
+        )
+    print_once(
+        f"{path}: a planner for backbone {made} reads {here}, other weights or another dtype than it was trained with"
+    )
+
+
 def _from_file(path: Path) -> TrainableBackbone:
     tensors, description = load_checkpoint(path, "backbone")
     try:
@@ -249,7 +278,8 @@ def _from_file(path: Path) -> TrainableBackbone:
         raise ValueError(f"{path}: does not describe a backbone ({type(error).__name__}: {error})") from error
     backbone: TrainableBackbone = build_to_fit(lambda: _FAMILIES[family][0](config), shape, tensors, path)
     load_state(backbone, tensors, path)
-    backbone.origin = Origin.of(description, path)
+    backbone.origin, data = Origin.of(description, path), description.get("data")
+    backbone.trained_on = data if isinstance(data, str) else None
     return backbone
 
 

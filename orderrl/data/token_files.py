@@ -28,12 +28,25 @@ from orderrl.data.token_set import TokenSet
 from orderrl.runtime.cache import fingerprint
 from orderrl.runtime.jsonfile import read_json
 from orderrl.runtime.storage import Unsealed, checksum, is_intact, read_sealed, write_sealed, written_aside
+from orderrl.runtime.values import require_kind
 
 FORMAT = 1
 DESCRIPTION, IMAGES, TOKENIZER = "tokens.json", "images.tsv", "tokenizer.safetensors"
 _HUB = "hf://"
 _IN_MEMORY = 2**30  # bytes; larger splits are read from their files row by row
 _DECODE_BATCH = 50
+_KINDS: dict[str, Any] = {
+    "images": dict,
+    "shard_size": int,
+    "grid": tuple[int, int],
+    "vocab_size": int | None,
+    "token_dim": int | None,
+    "dtype": str,
+    "classes": list,
+    "present": list[int] | None,
+    "tokenizer": dict,
+}
+"""Types of what is read of a token set's identity."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +60,12 @@ class Shard:
     @property
     def name(self) -> str:
         """As it is called in `tokens.json`."""
-        return f"{self.split}-{self.number:05d}"
+        return shard_name(self.split, self.number)
+
+
+def shard_name(split: str, number: int) -> str:
+    """What a shard is called."""
+    return f"{split}-{number:05d}"
 
 
 def plan_shards(images: Mapping[str, int], shard_size: int) -> list[Shard]:
@@ -292,14 +310,33 @@ def read_description(folder: Path) -> dict[str, Any]:
         described = read_sealed(path)
     except Unsealed:  # older token sets have no seal
         described = read_json(path)
-    try:
-        known = described["format"]
-        _ = described["identity"]["images"], described["shards"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: is damaged ({type(error).__name__}: {error}); make the token set anew") from error
-    if known != FORMAT:
+    if described.get("format") != FORMAT:
+        known = described.get("format")
         raise ValueError(f"{path}: has format {known}, this version reads {FORMAT}; make the token set anew")
+    try:
+        _check_description(described["identity"], described["shards"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: is damaged ({type(error).__name__}: {error}); make the token set anew") from error
     return described
+
+
+def _check_description(identity: Mapping[str, Any], shards: Mapping[str, Any]) -> None:
+    """Raise if what is read of a token set has not the types that `TokenSetWriter` writes."""
+    for key, kind in _KINDS.items():
+        require_kind(key, identity.get(key), kind)
+    for split, count in identity["images"].items():
+        require_kind(f"images.{split}", count, int)
+    if min(identity["shard_size"], *identity["grid"]) < 1 or min(identity["images"].values(), default=0) < 0:
+        raise ValueError("shard_size, grid and images must be positive")
+    if not set(identity.get("present") or ()) <= {*range(len(identity["classes"]))}:
+        raise ValueError("present must be labels of classes")
+    np.dtype(identity["dtype"])
+    for key in ("name", "fingerprint"):
+        require_kind(f"tokenizer.{key}", identity["tokenizer"][key], str)
+    for entry in shards.values():
+        require_kind("rows", entry["rows"], int)
+        require_kind("sha256.tokens", entry["sha256"]["tokens"], str)
+        require_kind("sha256.labels", entry["sha256"]["labels"], str)
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -334,6 +371,7 @@ class SetDecoder:
 
     def _load(self) -> Any:
         from orderrl.tokenizers import load_tokenizer
+        from orderrl.tokenizers.registry import TOKENIZERS
 
         identity, where = self.described["identity"]["tokenizer"], self.described["tokenizer_path"]
         lasts = where is None or str(where).startswith(_HUB)
@@ -343,6 +381,8 @@ class SetDecoder:
                 f"{path}: the weights of tokenizer {identity['name']} that {self.folder} was made with are not there; "
                 f"put them there, or set tokenizer_path in {self.folder / DESCRIPTION}"
             )
+        if refusal := TOKENIZERS.refusal(identity["name"]):
+            raise ValueError(f"{self.folder / DESCRIPTION}: {refusal}")
         tokenizer = load_tokenizer(identity["name"], path)
         if tokenizer.fingerprint != identity["fingerprint"]:
             raise ValueError(
@@ -369,11 +409,12 @@ def load_token_set(folder: Path | str, split: str, mapped: bool | None = None) -
     identity = described["identity"]
     if split not in identity["images"]:
         raise ValueError(f"split={split!r} is unknown; choose one of {', '.join(identity['images'])}")
-    shards = [shard for shard in plan_shards(identity["images"], identity["shard_size"]) if shard.split == split]
-    finished = [shard.name for shard in shards if shard.name in described["shards"]]
-    if len(finished) < len(shards):
+    planned, there = math.ceil(identity["images"][split] / identity["shard_size"]), described["shards"]
+    names = [shard_name(split, number) for number in range(min(planned, len(there)))]
+    finished = [name for name in names if name in there]
+    if len(finished) < planned:
         raise ValueError(
-            f"{folder}: {len(finished)} of {len(shards)} shards of split {split} are there; run "
+            f"{folder}: {len(finished)} of {planned} shards of split {split} are there; run "
             "`python -m orderrl.tokenize` again to make the rest"
         )
     if not sum(described["shards"][name]["rows"] for name in finished):

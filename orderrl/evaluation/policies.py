@@ -10,6 +10,7 @@ from torch import Tensor
 
 from orderrl.agents.agent import AGENTS
 from orderrl.agents.fitted import fit_order
+from orderrl.agents.policies import POLICIES
 from orderrl.agents.registry import NamedPolicy, make_policy, tell_apart
 from orderrl.agents.spec import PolicySpec
 from orderrl.backbones import Backbone, backbone_fingerprint
@@ -21,6 +22,7 @@ from orderrl.labels import find_or_make_labels, open_labels
 from orderrl.oracle import utilities
 from orderrl.planner import load_planner
 from orderrl.runtime.distributed import print_main
+from orderrl.runtime.storage import is_intact
 from orderrl.training import newest_planner
 
 NEWEST = ("bc", "fitted_q", "ppo", "grpo")  # agents whose newest planners are evaluated; the last one draws
@@ -60,17 +62,22 @@ def own_order(backbone: Backbone) -> PolicySpec | None:
     """The order that a specialist was made for; None of other backbones, and of one made for plain raster tokens.
 
     Raises:
-        ValueError: if its checkpoint names no policy, or a planner that does not lie beside it.
+        ValueError: if its checkpoint names no policy, one that files may not name, or a planner that does not lie
+            beside it.
     """
     origin = getattr(backbone, "origin", None)
     if origin is None or origin.order == TOKEN_RASTER:
         return None
     spec = PolicySpec.parse(origin.order)
-    if spec.path is None:
+    if spec.kind == "own" and (refusal := POLICIES.refusal(spec.name)):
+        raise ValueError(f"{origin.folder}: the checkpoint {refusal}")
+    if spec.kind != "planner":
         return spec
-    beside = origin.folder / spec.path.name
+    beside = origin.folder / Path(spec.name).name
     if not beside.is_file():
         raise ValueError(f"{beside}: is missing; the planner of a specialist lies beside its checkpoint")
+    if origin.planner is not None and not is_intact(beside, origin.planner):
+        raise ValueError(f"{beside}: is not the planner that the specialist in this folder was made for; bring it back")
     return spec.at(beside)
 
 

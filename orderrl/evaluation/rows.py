@@ -134,7 +134,10 @@ def evaluate_specialist(p: EvaluationProtocol, name: str, order: str = OWN_ORDER
         ValueError: if it says no order, does not fit the data, or the policy is unknown.
     """
     specialist = load_backbone(name, device=p.device)
-    check_fits(specialist, p.data)
+    try:
+        check_fits(specialist, p.data)
+    except ValueError as error:
+        raise ValueError(f"eval.specialists: {name}: {error}") from error
     origin = getattr(specialist, "origin", None)
     if origin is None or not isinstance(specialist, TrainableBackbone):
         raise ValueError(
@@ -207,9 +210,12 @@ def evaluate_foreign(p: EvaluationProtocol, name: str, path: Path) -> Evaluated:
         ValueError: if they are no images that `open_reference` reads.
     """
     assert p.reference is not None  # the settings see to it
-    found = open_reference(path, p.reference.features, p.config.weights, p.device).found
+    try:
+        found = open_reference(path, p.reference.features, p.config.weights, p.device).found
+    except (ValueError, OSError) as error:
+        raise ValueError(f"eval.foreign: {name}={path}: {error}") from error
     if found is None:
-        raise ValueError(f"foreign={name}={path}: holds statistics alone; give the images, arr_0 (n, H, W, 3) uint8")
+        raise ValueError(f"eval.foreign: {name}={path}: holds statistics alone; give the images, arr_0 uint8")
     row = {"policy": f"{name} (foreign, {len(found)} images)", "family": name}
     return Evaluated(empty_row() | row | _quality(p, found))
 

@@ -169,6 +169,9 @@ class EvalConfig(Sampling):
         wrong = [entry for entry in self.foreign if self.features is None or not all(entry.partition("="))]
         if wrong:
             raise ValueError(f"foreign={wrong[0]!r} must be NAME=FILE.npz or NAME=FOLDER, and needs features")
+        names = [entry.partition("=")[0] for entry in self.foreign]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"foreign must give every name once, got {twice[0]!r} twice")
 
     @property
     def sampling(self) -> Sampling:

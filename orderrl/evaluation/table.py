@@ -58,7 +58,11 @@ class PendingRow(NamedTuple):
 
 
 def pending_rows(config: EvalConfig, setup: Setup, policies: Sequence[tuple[NamedPolicy, bool]]) -> list[PendingRow]:
-    """Every row of the table as something to be made; policies come with whether their samples are scored."""
+    """Every row of the table as something to be made; policies come with whether their samples are scored.
+
+    Raises:
+        ValueError: if images of `foreign` are not there.
+    """
     backbone = setup.backbone
 
     def raster_row(protocol: EvaluationProtocol, name: str) -> Evaluated:
@@ -87,7 +91,11 @@ def pending_rows(config: EvalConfig, setup: Setup, policies: Sequence[tuple[Name
 def _foreign(config: EvalConfig) -> list[tuple[str, Path]]:
     """Names and places of images that others drew."""
     given = [entry.partition("=") for entry in config.foreign]
-    return [(name, Path(path).expanduser()) for name, _, path in given]
+    found = [(name, Path(path).expanduser()) for name, _, path in given]
+    for name, path in found:
+        if not path.exists():
+            raise ValueError(f"eval.foreign: {name}={path} does not exist")
+    return found
 
 
 def raster_backbones(names: Sequence[str], data: str) -> list[str]:
@@ -155,7 +163,7 @@ def make_rows(pending: Sequence[PendingRow], protocol: EvaluationProtocol, work:
     missing = distributed.on_main(lambda: [i for i, name in enumerate(names) if not _is_there(work, name)])
     mine, keep = distributed.share_of(missing), protocol.config.keep_samples
     with progress(len(mine), "evaluating", "policies") as advance:
-        for number in mine:
+        for number in reversed(mine):  # what the user named as a file comes first: it may be wrong
             folder = work.folder / _SAMPLES / names[number]
             if folder.exists():  # of a row that was interrupted
                 shutil.rmtree(folder)

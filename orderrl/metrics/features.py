@@ -34,6 +34,7 @@ from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from
 from orderrl.metrics.classifier import CLASSIFIERS, load_classifier, own_classifier
 from orderrl.metrics.images import TensorImages, check_images
 from orderrl.runtime.devices import current_device
+from orderrl.runtime.finite import require_finite
 from orderrl.runtime.registry import Registry
 from orderrl.runtime.sources import source_identity
 from orderrl.runtime.storage import checksum
@@ -109,7 +110,7 @@ def extract_features(
         images = TensorImages(images)
     device = torch.device("cpu") if device is None else device
     if is_own(features):
-        return Features(features, _own_features(features, images, device, batch_size))
+        return _sound(Features(features, _own_features(features, images, device, batch_size)))
     with current_device(device):  # where torch-fidelity puts networks and images
         extractor, layers = _extractor(registered, features, weights, source_identity(weights), device)
         with _inception_maps(extractor) as maps:
@@ -119,7 +120,13 @@ def extract_features(
     result = {key: found[layer] for key, layer in layers.items()}
     if maps:
         result["spatial"] = torch.cat(maps)
-    return Features(features, **result)
+    return _sound(Features(features, **result))
+
+
+def _sound(found: Features) -> Features:
+    """Features, refused where they are not finite: no distance could be told from them."""
+    require_finite(f"features={found.name!r}", {"features": found.pooled}, "use another extractor, or other weights")
+    return found
 
 
 def register_features(features: str) -> str:
@@ -202,9 +209,11 @@ def _own_features(name: str, images: Dataset[Tensor], device: torch.device, batc
     function, parts = EXTRACTORS.find(name), []
     for batch in DataLoader(images, batch_size):
         part = function(batch.to(device))
-        if not isinstance(part, Tensor) or part.ndim != 2 or len(part) != len(batch):
-            got = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
-            raise ValueError(f"features={name!r} must give a tensor ({len(batch)}, d) for as many images, got {got}")
+        if not isinstance(part, Tensor) or part.is_complex() or part.ndim != 2 or len(part) != len(batch):
+            got = f"{part.dtype} {tuple(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
+            raise ValueError(
+                f"features={name!r} must give real numbers ({len(batch)}, d) for as many images, got {got}"
+            )
         parts.append(part.double().cpu())
     return torch.cat(parts)
 

@@ -29,8 +29,11 @@ from orderrl.metrics.images import ImageFolder, TokenImages
 KINDS = "an image folder, a token set's folder, a .npz of ADM's evaluator, or a .pt statistics file of torch-fidelity"
 
 
-_DAMAGED = (OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error, struct.error)
-"""What numpy and zipfile raise on a damaged archive."""
+_DAMAGED = (
+    *(OSError, ValueError, EOFError, KeyError, RuntimeError, MemoryError),
+    *(zipfile.BadZipFile, zlib.error, struct.error),
+)
+"""What numpy and zipfile raise on a damaged archive; a head of a few bytes may ask for any memory."""
 
 
 @dataclass(frozen=True)

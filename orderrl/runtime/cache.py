@@ -68,7 +68,7 @@ class Cache:
         folder = self.folder(kind, key)
         if not folder.exists():
             return None
-        wrong = self._damage(folder)
+        wrong = self.damage(folder)
         if wrong is not None:
             distributed.print_main(f"{wrong}; making it again")
         return folder if wrong is None else None
@@ -90,7 +90,7 @@ class Cache:
             OSError: if the cache cannot be written.
         """
         final = self.folder(kind, key)
-        with filled_aside(final, lambda: replace or self._damage(final) is not None) as aside:
+        with filled_aside(final, lambda: replace or self.damage(final) is not None) as aside:
             yield aside
             entry = {"kind": kind, "key": key, "created": time.time(), "description": _canonical(description)}
             write_sealed(aside / "key.json", entry | {"files": manifest(aside)})
@@ -128,7 +128,8 @@ class Cache:
             raise ValueError(f"{folder}: is {entry['kind']}/{entry['key']}, moved here by hand")
         return entry
 
-    def _damage(self, folder: Path) -> str | None:
+    def damage(self, folder: Path) -> str | None:
+        """What is wrong with an entry's folder, in a line that begins with a path; None if nothing is."""
         try:
             return damage(folder, self._read(folder)["files"])
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import wraps
+from functools import cache, wraps
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 if TYPE_CHECKING:  # torch is imported when processes meet: showing progress must not need it
@@ -144,6 +144,12 @@ def print_main(text: str) -> None:
     """Print a line at once; of many processes the main one does."""
     if is_main():
         print(text, flush=True)
+
+
+@cache
+def print_once(text: str) -> None:
+    """`print_main`, but a line that was printed before is not printed again."""
+    print_main(text)
 
 
 def barrier() -> None:

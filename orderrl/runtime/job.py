@@ -41,7 +41,7 @@ from orderrl.runtime import distributed
 from orderrl.runtime.finite import DIVERGED, NotFiniteError, require_finite, require_finite_losses, tensors_in
 from orderrl.runtime.progress import progress
 from orderrl.runtime.run import Run
-from orderrl.runtime.storage import LOCK, claim, remove_folder, remove_if_left, remove_orphans
+from orderrl.runtime.storage import LOCK, claim, naming, remove_folder, remove_if_left, remove_orphans
 
 FOLDER = "unfinished"
 _DIGITS = 16  # of the checksum in a file's name
@@ -371,7 +371,7 @@ def finish(root: Path | str, key: str, run: Run | None = None) -> None:
 def _write(path: Path, value: Any) -> None:
     """Write and flush to the disk."""
     try:
-        with path.open("wb") as file:
+        with naming(path), path.open("wb") as file:
             torch.save(value, file)
             file.flush()
             os.fsync(file.fileno())

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from orderrl.runtime.registry import Registry
-from orderrl.runtime.storage import finite_or_none
+from orderrl.runtime.storage import finite_or_none, naming
 from orderrl.runtime.values import Settings, one_of, setting
 
 
@@ -80,12 +80,14 @@ class _Lines:
 
     def __init__(self, folder: Path) -> None:
         self._start = time.monotonic()
-        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._path = folder / "metrics.jsonl"
+        self._file = self._path.open("a", encoding="utf-8")
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         line = {"step": step, "time": round(time.monotonic() - self._start, 3), **finite_or_none(dict(metrics))}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
 
     def log_figures(self, paths: Sequence[Path]) -> None:
         """Nothing to do: they are files of the run."""

@@ -9,6 +9,9 @@
     mine = "my_package.orders:mine"
 
 `find` also takes "module:attribute", without any registration. What is given as a text is imported when it is needed.
+
+That is for names that the user gives. A name that stands in a file (a checkpoint, a token set) is looked up where it is
+registered, installed or named by the user already; nothing else is imported, or opening a file would run code.
 """
 
 from __future__ import annotations
@@ -30,9 +33,17 @@ _NAME = re.compile(r"[A-Za-z][\w.-]*")  # has no other meaning on a command line
 _REFERENCE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
+_trusted: set[str] = set()  # module:attribute that files may name
+
+
 def is_reference(name: str) -> bool:
     """Whether a name is written as module:attribute."""
     return _REFERENCE.fullmatch(name) is not None
+
+
+def trust(*names: str) -> None:
+    """Let files name parts of the user's own, each module:attribute, in this process."""
+    _trusted.update(names)
 
 
 class Registry(Mapping[str, T]):
@@ -113,6 +124,15 @@ class Registry(Mapping[str, T]):
         """A member that is there, or the "module:attribute" of one that is imported later; None if it is unknown."""
         unlisted = name if is_reference(name) else None
         return self.members[name] if name in self.members else self.installed.get(name, unlisted)
+
+    def refusal(self, name: str) -> str | None:
+        """Why a name that stands in a file is not looked up, in words that follow the file's; None if it may be."""
+        if not is_reference(name) or name in self or name in _trusted:
+            return None
+        return (
+            f"names the {self.kind} {name!r}, and files run no code: if it is yours, set trust=[{name}], or in Python "
+            f"orderrl.trust({name!r})"
+        )
 
     def own(self) -> list[str]:
         """Names of what is not shipped."""

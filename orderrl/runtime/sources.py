@@ -13,6 +13,7 @@ from pathlib import Path
 from orderrl.runtime.storage import checksum
 
 SMALL = 2**26  # bytes: sources up to this size are told apart by their content
+_BY_SYSTEMS = ("__MACOSX", "@eaDir", "lost+found")  # folders that archivers and file servers leave beside one's own
 
 
 def file_versions(files: Sequence[Path], in_full: bool = False) -> list[str]:
@@ -56,7 +57,7 @@ def walk(folder: Path) -> Iterator[tuple[str, str]]:
     """All files of a folder and its sub-folders.
 
     Links are followed. A folder that was reached before is not entered again, so that links may lead in circles and no
-    file counts twice; neither is a hidden one, whose name begins with a dot.
+    file counts twice; neither is a hidden one, whose name begins with a dot, nor one that systems make for themselves.
 
     Args:
         folder: exists.
@@ -74,7 +75,7 @@ def walk(folder: Path) -> Iterator[tuple[str, str]]:
         entered = []
         for name in sorted(folders):
             path = (inside / name).as_posix()
-            if name.startswith("."):
+            if name.startswith(".") or name in _BY_SYSTEMS:
                 yield f"{path}/", "hidden"
             elif (inode := _inode(folder / path)) in visited:
                 yield f"{path}/", "found before by another path"

@@ -46,6 +46,17 @@ _verified: set[tuple[str, int, int, str]] = set()  # (path, time of change, byte
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the system that names no file, as that of a full disk, name this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
     """A file to write that becomes `path`, flushed to the disk, when the block ends without an error.
 
@@ -54,9 +65,10 @@ def written_aside(path: Path) -> Iterator[Path]:
     """
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        yield aside
-        flush(aside)
-        aside.replace(path)
+        with naming(path):
+            yield aside
+            flush(aside)
+            aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
 

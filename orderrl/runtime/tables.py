@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from orderrl.runtime.jsonfile import read_json
-from orderrl.runtime.storage import damage, flush, manifest, read_sealed, write_json, write_sealed
+from orderrl.runtime.storage import damage, flush, manifest, naming, read_sealed, write_json, write_sealed
 
 if TYPE_CHECKING:
     from tensordict import TensorDict, TensorDictBase
@@ -64,7 +64,8 @@ class TableWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._stack.close()
+        with naming(self.folder):  # what is still in Python's buffers is written now
+            self._stack.close()
         if kind is None:
             for name in self._columns:
                 flush(_file(self.folder, name))
@@ -86,7 +87,8 @@ class TableWriter:
             raise ValueError(f"{self.folder}: rows {_shown(found)} do not fit {_shown(self._columns)}")
         for name, values in columns.items():
             raw = values.detach().cpu().contiguous().reshape(-1).view(torch.uint8)  # numpy has no bfloat16
-            self._files[name].write(raw.numpy().data)
+            with naming(_file(self.folder, name)):
+                self._files[name].write(raw.numpy().data)
         self.rows += count
 
     def _open(self, columns: dict[Name, tuple[torch.Size, torch.dtype]]) -> None:

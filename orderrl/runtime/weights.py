@@ -53,16 +53,16 @@ def local_path(path: str | Path) -> Path:
     if parsed is None:
         raise ValueError(f"{text} is no hub name; write {HUB}OWNER/NAME[@REVISION]/FILE")
     from huggingface_hub import hf_hub_download, list_repo_files
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     repository, revision, file = parsed.groups()
     try:
-        if file is None:
-            files = [name for name in list_repo_files(repository, revision=revision) if _is_weights(name)]
-            raise ValueError(f"{text} names no file; choose one of {', '.join(files)}")
-        return Path(hf_hub_download(repository, file, revision=revision))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        raise ValueError(f"{text} cannot be downloaded or found in the hub's cache: {error}") from error
+        if file is not None:
+            return Path(hf_hub_download(repository, file, revision=revision))
+        files = [name for name in list_repo_files(repository, revision=revision) if _is_weights(name)]
+    except Exception as error:  # the hub's own, and whatever its transport raises without a network
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{text} cannot be downloaded or found in the hub's cache: {reason}") from error
+    raise ValueError(f"{text} names no file; choose one of {', '.join(files)}")
 
 
 def _is_weights(name: str) -> bool:

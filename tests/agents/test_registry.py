@@ -73,7 +73,11 @@ def test_small_images_have_the_budgets_that_fit() -> None:
 
 
 @pytest.mark.parametrize(
-    "schedule", ["<", "i<", "i<a", "<1/", "<1/1+2", "j<3", "i6", "1,2", "1++2", "-1", "costs", "", "cost0.5"]
+    "schedule",
+    [
+        *("<", "i<", "i<a", "<1/", "<1/1+2", "j<3", "i6", "1,2", "1++2", "-1", "costs", "", "cost0.5"),
+        *("٤", "9" * 5000, "<" + "9" * 400, "best_of:" + "9" * 30, "semifast:1٤"),  # other digits; more than can be
+    ],
 )
 def test_what_is_no_schedule_is_refused(schedule: str, backbone: OrderRobustTransformer) -> None:
     with pytest.raises(ValueError, match=r"is no schedule; write @4.*@i<6/1,2,4,8"):

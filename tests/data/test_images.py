@@ -217,9 +217,12 @@ def test_what_is_hidden_is_no_class_and_no_image(tmp_path: Path) -> None:
     hidden.mkdir()
     Image.open(root / "a" / "00.png").save(hidden / "00-checkpoint.png")
     Image.open(root / "a" / "00.png").save(root / "b" / "._01.png")
+    for system in ("__MACOSX", "b/@eaDir"):  # of archives from a Mac; thumbnails of a file server
+        (root / system).mkdir()
+        Image.open(root / "a" / "00.png").save(root / system / "00.png")
     images = list_images(FolderConfig(str(root)))
     assert images.table == plain.table and images.classes == ["a", "b"]
-    assert "left out: 2 hidden: .ipynb_checkpoints/, b/._01.png" in images.describe()
+    assert "left out: 4 hidden: .ipynb_checkpoints/, __MACOSX/, b/@eaDir/, …" in images.describe()
     assert "classes: 2 (a, b)" in images.describe()
 
 

@@ -17,6 +17,7 @@ from orderrl.data.folder import SPLITS, FolderConfig, centre_crop, list_images, 
 from orderrl.data.mapped import MappedTokens
 from orderrl.data.token_files import plan_shards, token_dtype
 from orderrl.data.token_set import stratified_order
+from orderrl.runtime.storage import read_sealed, write_sealed
 from orderrl.tokenizers import VQTokenizer
 from tests.tokenizers.helpers import image_folder, save_tiny_vq, tiny_kl, tiny_vq
 
@@ -132,6 +133,41 @@ def test_what_is_not_there_is_refused(folder: Path, tmp_path: Path) -> None:
 
 
 # -- continuing -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("shard_size", 0),
+        ("shard_size", "4"),
+        ("images", None),
+        ("images", {"test": "2"}),
+        ("images", {"test": -1}),
+        ("grid", [0, 4]),
+        ("grid", None),
+        ("vocab_size", "x"),
+        ("dtype", "nonsense"),
+        ("classes", 5),
+        ("present", [2]),
+        ("tokenizer", {"name": 5}),
+    ],
+)
+def test_a_description_that_is_none_is_refused_in_one_line(key: str, value: Any, folder: Path) -> None:
+    """Anybody can compute its checksum."""
+    described = read_sealed(folder / "tokens.json")
+    described["identity"][key] = value
+    write_sealed(folder / "tokens.json", described)
+    with pytest.raises(ValueError, match=rf"{folder}/tokens\.json: is damaged \(") as caught:
+        load_token_set(folder, "test")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_description_of_more_shards_than_there_are_is_refused_at_once(folder: Path) -> None:
+    described = read_sealed(folder / "tokens.json")
+    described["identity"] |= {"images": {"test": 2**32 - 1}, "shard_size": 1}
+    write_sealed(folder / "tokens.json", described)
+    with pytest.raises(ValueError, match=r"1 of 4294967295 shards of split test are there"):
+        load_token_set(folder, "test")
 
 
 def test_a_removed_shard_is_made_again_with_the_same_bytes_and_the_others_are_kept(

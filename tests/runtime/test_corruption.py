@@ -1,7 +1,7 @@
 """Damage to every kind of file that the package writes: refused by its path, made again with a line, or harmless.
 
 A case damages one file and uses what it belongs to. The use must give exactly what it gave before, or refuse and name
-the file. `make test` tries some seventy cases, `make test-slow` more than 500.
+the file. `make test` tries some eighty cases, `make test-slow` more than 1,200.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ import torch
 
 from orderrl import compose
 from orderrl.backbones import backbone_fingerprint, load_backbone, save_backbone
+from orderrl.backbones.origin import Origin
 from orderrl.data import load_token_set
 from orderrl.data.encode import tokenize_folder
 from orderrl.data.folder import SPLITS, FolderConfig
+from orderrl.distillation import ImageOrders
 from orderrl.envs.core import CoreConfig
+from orderrl.evaluation.policies import own_order
 from orderrl.evaluation.rows import Evaluated
 from orderrl.evaluation.runs import open_evaluation, save_results
 from orderrl.evaluation.transitions import record_dataset
@@ -29,9 +32,11 @@ from orderrl.factory import setup_of
 from orderrl.labels import find_or_make_labels
 from orderrl.metrics.classifier import load_classifier, save_classifier
 from orderrl.metrics.references import Gaussian, Reference, open_reference
-from orderrl.planner import load_planner
+from orderrl.partial_classifier import ClassifierConfig, find_or_train_classifier
+from orderrl.planner import OrderHead, PlannerConfig, load_planner, save_planner
 from orderrl.runtime.cache import Cache
 from orderrl.runtime.job import Job
+from orderrl.runtime.storage import checksum
 from orderrl.runtime.tables import open_table
 from orderrl.runtime.weights import weights_fingerprint
 from orderrl.tokenizers import load_tokenizer
@@ -113,6 +118,47 @@ def planner_of_a_path(home: Path) -> Kind:
 def backbone_of_a_path(home: Path) -> Kind:
     save_backbone(home / "made.safetensors", tiny_backbone(), {})
     return checkpoint(home, home / "made.safetensors", lambda path: backbone_fingerprint(load_backbone(path)))
+
+
+def orders(home: Path) -> Kind:
+    backbone = tiny_backbone()
+    source = ImageOrders("low_entropy", backbone, tiny_images(backbone), home / "cache", 3)
+    found = Path(source.extract(backbone, 0))
+    names = sorted(path.name for path in (found / "orders").iterdir())
+
+    def use() -> Any:
+        folder = Path(source.extract(backbone, 0)) / "orders"
+        return [(folder / name).read_bytes() for name in names]
+
+    return Kind(found, use, refuses=False)
+
+
+def oracle(home: Path) -> Kind:
+    """The classifier of partly seen images."""
+    config = ClassifierConfig(dim=8, depth=1, heads=1, steps=1, batch_size=2)
+
+    def use() -> Any:
+        return weights_fingerprint(find_or_train_classifier("digits", config, 0, home / "cache"))
+
+    use()
+    (found,) = (home / "cache" / "classifiers").iterdir()
+    return Kind(found, use, refuses=False)
+
+
+def specialist(home: Path) -> Kind:
+    """A backbone and the planner that it was made for."""
+    folder, backbone = home / "specialist", tiny_backbone()
+    save_planner(folder / "planner.safetensors", OrderHead(PlannerConfig.for_backbone(backbone, dim=8, heads=1)), {})
+    said = Origin("planner.safetensors", "x", 0, planner=checksum(folder / "planner.safetensors"))
+    save_backbone(folder / "backbone.safetensors", backbone, {"origin": said.described()})
+
+    def use() -> Any:
+        made = load_backbone(folder / "backbone.safetensors")
+        order = own_order(made)
+        assert order is not None and order.path is not None
+        return backbone_fingerprint(made), weights(load_planner(order.path)[0])
+
+    return Kind(folder, use)
 
 
 def classifier_of_a_path(home: Path) -> Kind:
@@ -258,6 +304,7 @@ KINDS: dict[str, Callable[[Path], Kind]] = {
     make.__name__: make
     for make in (
         *(labels, planner, newest, planner_of_a_path, backbone_of_a_path, classifier_of_a_path, tokenizer_of_a_path),
+        *(orders, oracle, specialist),
         *(token_set, token_set_of_the_cache, evaluation, transitions, pieces, state, reference),
     )
 }

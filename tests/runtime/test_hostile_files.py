@@ -7,8 +7,11 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -20,11 +23,17 @@ import torch
 from omegaconf import OmegaConf
 
 import orderrl
-from orderrl.backbones import backbone_fingerprint, load_backbone
+from orderrl import compose
+from orderrl.agents.policies import POLICIES
+from orderrl.agents.registry import make_policy
+from orderrl.backbones import backbone_fingerprint, load_backbone, save_backbone
+from orderrl.backbones.registry import BACKBONES
 from orderrl.data import load_token_set
 from orderrl.data.classes import class_ids
 from orderrl.data.encode import tokenize_folder
 from orderrl.data.folder import FolderConfig, read_image
+from orderrl.envs.reward import OBJECTIVES
+from orderrl.evaluation.policies import own_order
 from orderrl.evaluation.runs import open_evaluation, save_results
 from orderrl.labels import label_columns, open_labels
 from orderrl.metrics.classifier import load_classifier
@@ -32,7 +41,8 @@ from orderrl.metrics.clip_score import load_clip
 from orderrl.metrics.features import extract_features
 from orderrl.metrics.images import ImageFolder
 from orderrl.metrics.references import open_reference
-from orderrl.planner import load_planner
+from orderrl.planner import OrderHead, PlannerConfig, load_planner, save_planner
+from orderrl.runtime import registry
 from orderrl.runtime.cache import Cache
 from orderrl.runtime.checkpoint import load_checkpoint
 from orderrl.runtime.job import Job
@@ -41,6 +51,7 @@ from orderrl.runtime.storage import manifest, write_sealed
 from orderrl.runtime.tables import TableWriter, open_table
 from orderrl.runtime.weights import read_state
 from orderrl.tokenizers import load_tokenizer
+from orderrl.tokenizers.registry import TOKENIZERS
 from orderrl.verification.fixture import load_fixture
 from tests.helpers import tiny_backbone
 from tests.tokenizers.helpers import image_folder, save_tiny_vq, tiny_vq
@@ -284,6 +295,81 @@ def test_a_run_is_configured_by_plain_values(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="could not determine a constructor"):
         OmegaConf.load(tmp_path / "config.yaml")
     assert not (tmp_path / "mark").exists()
+
+
+# -- names of code ----------------------------------------------------------------------------------------------------
+
+PART = "hostile_part:made"
+ORIGIN = {"order": "planner.safetensors", "label": "x", "seed": 0, "start": PART, "start_fingerprint": "abc"}
+TRAINED = {"agent": {"name": "bc"}, "objective": "context", "seed": 0, "budgets": [1], "backbone": "abc"}
+
+
+def _planner_file(folder: Path, **changes: Any) -> None:
+    planner = OrderHead(PlannerConfig.for_backbone(tiny_backbone(), dim=16, stem=1, heads=2))
+    save_planner(folder / "planner.safetensors", planner, TRAINED | changes)
+
+
+def _of_a_specialist(folder: Path, **changes: Any) -> Any:
+    save_backbone(folder / "x.safetensors", tiny_backbone(), {"origin": ORIGIN | changes})
+    specialist = load_backbone(folder / "x.safetensors")
+    return make_policy(own_order(specialist) or "raster", specialist)
+
+
+def _named_policy(folder: Path) -> Any:
+    return _of_a_specialist(folder, order=PART)
+
+
+def _named_start(folder: Path) -> Any:
+    _planner_file(folder)
+    return _of_a_specialist(folder)
+
+
+def _named_objective(folder: Path) -> Any:
+    _planner_file(folder, objective=PART)
+    return make_policy(str(folder / "planner.safetensors"), tiny_backbone())
+
+
+def _named_tokenizer(folder: Path) -> Any:
+    made, _ = _token_set(folder)
+    described = json.loads((made / "tokens.json").read_text())
+    described["identity"]["tokenizer"]["name"] = PART
+    described.pop("sha256")
+    write_sealed(made / "tokens.json", described)
+    data = load_token_set(made, "test")
+    return data.images(data.tokens[:1])
+
+
+NAMED = {"policy": _named_policy, "start": _named_start, "objective": _named_objective, "tokeniser": _named_tokenizer}
+
+
+@pytest.mark.parametrize("what", NAMED)
+def test_a_file_that_names_code_runs_it_only_where_the_user_trusts_it(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "hostile_part.py").write_text(
+        f"from pathlib import Path\n\nPath({str(tmp_path / 'mark')!r}).mkdir()\n\n\ndef made(*given):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "hostile_part", raising=False)
+    for number in "12":
+        (tmp_path / number).mkdir()
+    trusted: set[str] = set()
+    monkeypatch.setattr(registry, "_trusted", trusted)
+    for known in (POLICIES, OBJECTIVES, TOKENIZERS, BACKBONES):
+        monkeypatch.setattr(known, "members", dict(known.members))
+    said = f"names the .* '{PART}', and files run no code: if it is yours, set trust=.{PART}"
+    if what == "objective":  # which acting does not need
+        assert NAMED[what](tmp_path / "1").objective is None
+        assert re.search(said, capsys.readouterr().out)
+    else:
+        with pytest.raises(ValueError, match=said):
+            NAMED[what](tmp_path / "1")
+    assert not (tmp_path / "mark").exists()
+    compose("generate", [f"trust=[{PART}]"])
+    assert trusted == {PART}
+    with suppress(ValueError):  # it makes nothing
+        NAMED[what](tmp_path / "2")
+    assert (tmp_path / "mark").is_dir()
 
 
 # -- no other loader --------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import deepcopy
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import gymnasium as gym
@@ -18,21 +19,28 @@ from torch import Tensor
 
 from orderrl.agents.bc import Config as BCConfig
 from orderrl.agents.bc import clone
+from orderrl.agents.body import merge_adapters, trained_part, tunable_copy
 from orderrl.agents.play import act
 from orderrl.agents.registry import make_policy, policy_names
+from orderrl.agents.ste import Config as SplitConfig
+from orderrl.agents.ste import SplitTraining
 from orderrl.backbones import Sampling, check_backbone, load_backbone
+from orderrl.backbones.pretraining import PretrainConfig, pretrain
 from orderrl.data import AUGMENTATIONS, load_split
+from orderrl.distillation import ImageOrders
 from orderrl.envs import NextBlockTorchRLEnv, NextBlockVectorEnv
 from orderrl.evaluate import evaluate
 from orderrl.evaluation.drawing import balanced_labels, generate_images, generate_published
 from orderrl.generate import generate
 from orderrl.oracle import LabelConfig, label_contexts, random_contexts
-from orderrl.planner import OrderHead, PlannerConfig, load_planner, save_planner
+from orderrl.partial_classifier import ClassifierConfig, cluster_orders, find_or_train_classifier, importance
+from orderrl.planner import OrderHead, PlannerConfig, load_planner, new_planner, save_planner
 from orderrl.runtime.config import compose
 from orderrl.runtime.isolation import isolated, isolated_float32
 from orderrl.runtime.weights import weights_fingerprint
 from orderrl.train import train
 from tests.backbones.families import FAMILIES, ORDER_ROBUST, images, tiny
+from tests.helpers import tiny_backbone, tiny_images
 from tests.jobs import logged
 
 Switch = Callable[[], AbstractContextManager[Any]]
@@ -320,12 +328,58 @@ def fetched() -> list[Any]:
     return [*made, dict(planner_of().state_dict())]
 
 
+def judged() -> list[Any]:
+    """The classifier of partly seen images, and the importance of blocks by it."""
+    backbone, data = load_backbone("digits"), load_split("digits", "test")
+    settings = ClassifierConfig(dim=16, depth=1, heads=2, steps=2, batch_size=4)
+    with TemporaryDirectory() as cache:
+        classifier = find_or_train_classifier("digits", settings, 0, Path(cache))
+    rows = torch.arange(3, device="cpu")
+    tokens, labels = data.tokens[rows], data.labels[rows]
+    orders = [cluster_orders(name, backbone.geometry, 4, 2, (rows,)) for name in ("random", "tiles")]
+    found = [importance(classifier, backbone.geometry, tokens, labels, order, 4, True) for order in orders]
+    return [dict(classifier.state_dict()), *orders, *found]
+
+
+def split() -> list[Any]:
+    """A head, and adapters of a body, after two steps of training through binary splits."""
+    backbone: Any = load_backbone("digits")
+    tuned = tunable_copy(backbone)
+    torch.manual_seed(0)
+    head: Any = new_planner(PlannerConfig.for_backbone(backbone, dim=16, stem=1, heads=2, network="orderhead"))
+    adapters = trained_part(tuned, "lora")
+    config = SplitConfig(steps=2, batch_size=4, body="lora", evaluate_every=2)
+    SplitTraining(head, tuned, adapters, load_split("digits", "test").first(40), config).train()
+    merge_adapters(tuned)
+    return [dict(head.state_dict()), dict(tuned.state_dict())]
+
+
+TINY = tiny_images(tiny_backbone(), 8)
+
+
+def distilled() -> list[Any]:
+    """Orders of images, and two steps of fine-tuning on them."""
+    backbone, data = tiny_backbone(), TINY
+    tuned = tunable_copy(backbone).requires_grad_(True)
+    config = PretrainConfig(
+        steps=2, batch_size=4, warmup=1, order="low_entropy@2", locality=0.5, random_share=0.5, evaluate_every=2
+    )
+    with TemporaryDirectory() as cache:
+        source = ImageOrders("low_entropy@2", backbone, data, Path(cache), 3)
+        pretrain(tuned, data, data, config, orders=source)
+        found = source.images(source.extract(backbone, 0))
+        return [dict(tuned.state_dict()), found.order.clone(), found.seen.clone()]
+
+
 WORK: dict[str, Callable[[], list[Any]]] = {
     "data, backbones, planners": fetched,
     "labels": labelled,
     "cloning": cloned,
     "samples": drawn,
     "policies": decided,
+    "classifier": judged,
+    "split training": split,
+    "specialists": distilled,
 }
 _DONE: dict[str, list[Any]] = {}
 

@@ -37,6 +37,16 @@ PRETRAIN = [
     *("backbone.model.dim=32", "backbone.model.layers=1", "backbone.model.heads=2", "training.steps=40"),
     *("training.evaluate_every=40", "training.anneal_from=0.4", OFTEN),
 ]
+SPECIALIST = [
+    *("backbone.model.dim=32", "backbone.model.layers=2", "backbone.model.heads=2", "backbone.model.dropout=0"),
+    *("training.steps=20", "training.evaluate_every=20", "training.views=2", "training.augmentation=1"),
+    *("training.rounds=2", OFTEN),
+]
+STE = [
+    *("labels=classifier", "labels.classifier.steps=12", "labels.classifier.dim=16", "labels.classifier.depth=1"),
+    *("planner=orderhead_small", "planner.dim=32", "planner.stem=1", "agent=ste", "agent.oracle_coeff=1"),
+    *("agent.steps=12", "agent.evaluate_every=6", "agent.batch_size=8", OFTEN),
+]
 TOKENIZER = [
     *("backbone=none", "data=folder", "tokenizer=small"),
     *("data.image_size=8", "tokenizer.training.steps=30", "tokenizer.training.batch_size=4", OFTEN),
@@ -68,6 +78,10 @@ def backbones(path: Path) -> Any:
     return found, metrics(path.parent), contents(path.parent, "results.json")
 
 
+def backbone(path: Path) -> Any:
+    return weights(path, "backbone"), metrics(path.parent), contents(path.parent, "results.json")
+
+
 def tokenizer(path: Path) -> Any:
     return weights(path, "tokenizer"), metrics(path.parent), contents(path.parent, "results.json")
 
@@ -93,6 +107,7 @@ def case(name: str, inputs: Path) -> Case:
     """A command in miniature: a second or three."""
     tiny = ["backbone=digits", f"backbone.name={inputs / 'tiny.safetensors'}"]
     clone, images = inputs / "clone.safetensors", f"data.root={inputs / 'images'}"
+    further = [*SPECIALIST, f"training.start={inputs / 'tiny.safetensors'}"]
     ppo = [*PPO, f"agent.start={clone}"]
     suite = [
         *(*tiny, *EVALUATION, OFTEN, "seeds=[0]", f"runs=[{plain(BC)},{plain(ppo)}]"),
@@ -105,6 +120,13 @@ def case(name: str, inputs: Path) -> Case:
         "schedule": Case("train", "orderrl.train:train", [*tiny, *SCHEDULE], planner),
         "fitted_q": Case("train", "orderrl.train:train", [*tiny, *FITTED_Q], planner),
         "pretrain": Case("pretrain", "orderrl.pretrain:pretrain", PRETRAIN, backbones),
+        "specialist": Case(
+            "pretrain", "orderrl.pretrain:pretrain", [*further, "training.order=confidence:first"], backbone
+        ),
+        "planner's specialist": Case(
+            "pretrain", "orderrl.pretrain:pretrain", [*further, f"training.order={clone}"], backbone
+        ),
+        "ste": Case("train", "orderrl.train:train", [*tiny, *STE], planner),
         "tokenizer": Case("pretrain", "orderrl.pretrain:pretrain", [images, *TOKENIZER], tokenizer),
         "tokenize": Case(
             "tokenize",
@@ -126,6 +148,9 @@ COMMANDS = [
     "schedule",
     "fitted_q",
     "pretrain",
+    "specialist",
+    "planner's specialist",
+    "ste",
     "tokenizer",
     "tokenize",
     "evaluate",
