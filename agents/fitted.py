@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from sklearn.linear_model import Ridge
 from torch import Tensor
 
 
@@ -22,6 +21,8 @@ def fit_order(visible: Tensor, utility: Tensor) -> Tensor:
     Raises:
         ValueError: if some block is hidden in no context.
     """
+    from sklearn.linear_model import Ridge  # takes long to import
+
     blocks = visible.shape[1]
     never = [b for b in range(blocks) if not bool((~visible[:, b]).any())]
     if never:

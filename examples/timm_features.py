@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from orderrl.data.folder import FolderConfig, ImageSplit, list_images, read_views
-from orderrl.metrics.features import TimmInput
+from orderrl.metrics.extractors import TimmInput
 
 
 def read_split(images: ImageSplit, config: FolderConfig) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ __getattr__, __dir__ = lazily(
         "orderrl.data": ("register_data",),
         "orderrl.envs.reward": ("register_objective",),
         "orderrl.evaluation.columns": ("register_metric",),
-        "orderrl.metrics.features": ("register_extractor",),
+        "orderrl.metrics.feature_names": ("register_extractor",),
         "orderrl.oracle": ("register_weight",),
         "orderrl.runtime.config": ("compose",),
         "orderrl.runtime.loggers": ("register_logger",),

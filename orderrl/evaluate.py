@@ -4,6 +4,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from orderrl import report
 from orderrl.evaluation.comparison import in_order
 from orderrl.evaluation.policies import chosen_policies
 from orderrl.evaluation.protocol import open_protocol
@@ -20,7 +21,6 @@ from orderrl.evaluation.table import (
     tabulated,
 )
 from orderrl.factory import open_backbone, section, setup_of
-from orderrl.report import write_all
 from orderrl.runtime.config import run_application
 from orderrl.runtime.distributed import is_main, launched, print_main
 from orderrl.runtime.isolation import isolated_float32
@@ -55,9 +55,9 @@ def evaluate(config: DictConfig) -> Path:
             save_results(run.folder, results, rows)
             pictured = details(protocol, rows)
             examples = example_images(protocol.data, setup.backbone.geometry) if pictured else None
-            report = write_all(run.folder, results, pictured, examples, drawn_images(rows))
+            page = report.write_all(run.folder, results, pictured, examples, drawn_images(rows))
             run.log_figures(sorted((run.folder / "figures").glob("*.png")))
-            print_main(f"results: {run.folder / 'results.json'}\nreport: {report}")
+            print_main(f"results: {run.folder / 'results.json'}\nreport: {page}")
     return run.folder
 
 

@@ -1,21 +1,25 @@
 """Shared fixtures."""
 
+from collections.abc import Iterator
+
 import pytest
 
 from orderrl.backbones import OrderRobustTransformer
 from orderrl.data import TokenSet
+from tests.figures import render_nothing
 from tests.helpers import tiny_backbone, tiny_images
 
 PICTURED = ("tests.report.", "tests.evaluation.test_runs", "tests.test_extend")
 """Tests that look at the figures of a report."""
 
 
-@pytest.fixture(autouse=True)
-def figures_in_one_format(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reports draw eleven figures in three formats each; where nobody looks at them, one is enough."""
-    if not request.module.__name__.startswith(PICTURED):
-        monkeypatch.setattr("orderrl.report.page.PICTURES", ("svg",))
-        monkeypatch.setattr("orderrl.report.page.IN_COLUMN", ())
+@pytest.fixture(scope="module", autouse=True)
+def figures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Where nobody looks at the figures of reports, they are not rendered."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.module.__name__.startswith(PICTURED):
+            render_nothing(patch)
+        yield
 
 
 @pytest.fixture

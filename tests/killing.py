@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -17,15 +16,16 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from orderrl.runtime.checkpoint import load_checkpoint
 from orderrl.runtime.config import compose
 from orderrl.runtime.storage import read_sealed
+from tests.figures import render_nothing
+from tests.processes import PROCESSES
 
 DONE = "done.json"
 _LONGEST = 600  # seconds that a command may take
-# Processes are forked from a server that has imported everything: starting one costs milliseconds instead of seconds.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["orderrl.reproduce", "orderrl.label", "orderrl.tokenize", "orderrl.pretrain"])
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Case:
 
 
 def _work(case: Case, home: Path) -> None:
+    render_nothing(pytest.MonkeyPatch())
     sys.stdout = (home / "out.txt").open("a", buffering=1)
     module, _, function = case.function.partition(":")
     places = [f"output_dir={home / 'runs'}"]
@@ -58,7 +59,7 @@ def _work(case: Case, home: Path) -> None:
 def start(case: Case, home: Path) -> BaseProcess:
     """Start a command with its runs and cache in a folder."""
     home.mkdir(parents=True, exist_ok=True)
-    process = _CONTEXT.Process(target=_work, args=(case, home))
+    process = PROCESSES.Process(target=_work, args=(case, home))
     process.start()
     return process
 
@@ -79,7 +80,7 @@ def kill_and_compare(case: Case, folder: Path, kills: int, seed: int) -> None:
         kills: how often it is killed in all.
         seed: of the moments.
     """
-    warm = _CONTEXT.Process(target=int)  # the first start waits for the server's imports
+    warm = PROCESSES.Process(target=int)  # the first start waits for the server's imports
     warm.start()
     warm.join()
     began = time.monotonic()

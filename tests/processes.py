@@ -1,4 +1,4 @@
-"""Several processes that meet as those of `torchrun` do."""
+"""Processes that start in milliseconds, and several that meet as those of `torchrun` do."""
 
 from __future__ import annotations
 
@@ -13,15 +13,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from orderrl.runtime.distributed import processes
+import pytest
 
-_CONTEXT = multiprocessing.get_context("forkserver")
+from orderrl.runtime.distributed import processes
+from tests.figures import render_nothing
+
+PROCESSES = multiprocessing.get_context("forkserver")
+"""Processes are forked from a server that has imported everything that they need."""
+PROCESSES.set_forkserver_preload(
+    [
+        *("orderrl.reproduce", "orderrl.label", "orderrl.tokenize", "orderrl.pretrain", "orderrl.agents.ppo"),
+        *("orderrl.report.output", "orderrl.metrics.extractors", "timm.models.vision_transformer", "scipy.stats"),
+        *("sklearn.datasets", "sklearn.linear_model", "torch.distributed.fsdp", "pytest"),
+    ]
+)
 _LONGEST = 300  # seconds
 
 
 def _work(
     function: Callable[..., Any], arguments: tuple[Any, ...], rank: int, size: int, port: int, folder: Path
 ) -> None:
+    render_nothing(pytest.MonkeyPatch())
     sys.stdout = (folder / f"out-{rank}.txt").open("w", buffering=1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -48,7 +60,7 @@ def run_processes(size: int, folder: Path, function: Callable[..., Any], *argume
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     workers = [
-        _CONTEXT.Process(target=_work, args=(function, arguments, rank, size, port, folder)) for rank in range(size)
+        PROCESSES.Process(target=_work, args=(function, arguments, rank, size, port, folder)) for rank in range(size)
     ]
     for worker in workers:
         worker.start()

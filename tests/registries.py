@@ -13,7 +13,7 @@ from orderrl.backbones.registry import BACKBONES
 from orderrl.data import DATA
 from orderrl.envs.reward import OBJECTIVES
 from orderrl.evaluation.columns import METRICS
-from orderrl.metrics.features import EXTRACTORS
+from orderrl.metrics.feature_names import EXTRACTORS
 from orderrl.oracle import WEIGHTS
 from orderrl.runtime.loggers import LOGGERS
 from orderrl.runtime.registry import Registry

@@ -29,7 +29,8 @@ from orderrl.data import TokenSet, load_split
 from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.envs.reward import RewardConfig
 from orderrl.evaluation.rows import one_each
-from orderrl.metrics.features import extract_features, register_features
+from orderrl.metrics.extractors import register_features
+from orderrl.metrics.features import extract_features
 from orderrl.oracle import distance_weights
 from orderrl.runtime.config import compose, help_of
 from orderrl.runtime.registry import Registry, _entry_points

@@ -31,7 +31,7 @@ from orderrl.factory import Setup, open_backbone, setup_of
 from orderrl.generate import generate
 from orderrl.label import label
 from orderrl.labels import open_labels
-from orderrl.metrics.features import DIGITS
+from orderrl.metrics.feature_names import DIGITS
 from orderrl.metrics.images import save_images
 from orderrl.metrics.references import reference_of
 from orderrl.planner import load_planner

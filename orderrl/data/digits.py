@@ -5,10 +5,13 @@
 """
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from einops import rearrange
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,15 +25,16 @@ PATCH = 2
 SPLITS = {"backbone": 1000, "planner": 500, "test": 297}
 
 
-def _split_indices() -> dict[str, list[int]]:
-    """Stratified, fixed and disjoint: every image belongs to exactly one split."""
+@cache
+def _collected() -> tuple[NDArray[np.float64], NDArray[np.int64], dict[str, list[int]]]:
+    """scikit-learn's images (n, 64) and labels (n,), and the rows of every split: stratified, fixed and disjoint."""
     from sklearn.datasets import load_digits  # takes long to import
     from sklearn.model_selection import train_test_split
 
-    labels = load_digits().target
+    images, labels = load_digits(return_X_y=True)
     rest, test = train_test_split(range(len(labels)), test_size=SPLITS["test"], stratify=labels, random_state=0)
     backbone, planner = train_test_split(rest, test_size=SPLITS["planner"], stratify=labels[rest], random_state=0)
-    return {"backbone": sorted(backbone), "planner": sorted(planner), "test": sorted(test)}
+    return images, labels, {"backbone": sorted(backbone), "planner": sorted(planner), "test": sorted(test)}
 
 
 def load_digits_split(split: str) -> TokenSet:
@@ -47,18 +51,14 @@ def load_digits_split(split: str) -> TokenSet:
 
 def digits_as_collected(split: str) -> TokenSet:
     """`load_digits_split` in scikit-learn's own order, writer by writer."""
-    from sklearn.datasets import load_digits
-
-    indices = _split_indices()
-    if split not in indices:
-        raise ValueError(f"split={split!r} is unknown; choose one of {', '.join(indices)}")
-    bunch = load_digits()
-    rows = indices[split]
+    images, labels, rows = _collected()
+    if split not in rows:
+        raise ValueError(f"split={split!r} is unknown; choose one of {', '.join(rows)}")
     return TokenSet(
         name="digits",
         split=split,
-        tokens=torch.from_numpy(bunch.data[rows]).long(),
-        labels=torch.from_numpy(bunch.target[rows]).long(),
+        tokens=torch.from_numpy(images[rows[split]]).long(),
+        labels=torch.from_numpy(labels[rows[split]]).long(),
         height=HEIGHT,
         width=WIDTH,
         vocab_size=LEVELS,

@@ -9,16 +9,17 @@ Four questions of the research notes, each a function, on held-out images under 
 - `quality_curves`: what a partly revealed image is worth, against the revealed fraction.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import scipy
 import torch
 from numpy.typing import NDArray
-from scipy.stats import spearmanr
-from tensordict import TensorDict
 from torch import Tensor
 
 from orderrl.agents.play import Rollout
@@ -39,6 +40,9 @@ from orderrl.metrics.order import order_agreement
 from orderrl.metrics.recognisability import area_over_fraction, at_fractions, complete, recognise, shown_images
 from orderrl.metrics.statistics import Interval, bootstrap_band, bootstrap_sums, sums_difference
 from orderrl.oracle import utilities
+
+if TYPE_CHECKING:
+    from tensordict import TensorDict
 
 REMOVALS = ("other image", "mean")
 """How content is removed: the observation of another image (its class too) in the same context, or hidden states and
@@ -80,7 +84,7 @@ def without_content(observation: TensorDict) -> TensorDict:
     hidden = (observation["hidden"] * mask[..., None]).sum(0) / count[:, None]  # (B, D)
     entropy = (observation["entropy"] * mask).sum(0) / count
     changed = {"hidden": hidden * mask[..., None], "entropy": entropy * mask}
-    return TensorDict({**observation.to_dict(), **changed}, batch_size=observation.batch_size)
+    return observation.clone(recurse=False).update(changed)
 
 
 def ablated_observations(p: EvaluationProtocol) -> dict[str, TensorDict]:
@@ -113,7 +117,7 @@ def content_ablation(
 
     return ContentAblation(
         {
-            name: image_average(rank_correlation(values, utility, hidden, spearmanr), image)
+            name: image_average(rank_correlation(values, utility, hidden, scipy.stats.spearmanr), image)
             for name, values in scores.items()
         },
         {name: bootstrap_sums(sums, pooled_r2, *how) for name, sums in moments.items()},

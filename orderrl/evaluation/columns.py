@@ -20,8 +20,9 @@ from torch import Tensor
 from orderrl.agents.play import Rollout
 from orderrl.backbones import Backbone
 from orderrl.envs.reward import OBJECTIVES, Step, future_loss_reduction
+from orderrl.metrics.feature_names import INCEPTION
 from orderrl.metrics.order import consecutive_distance, visible_neighbours
-from orderrl.metrics.quality import INCEPTION, distance_name
+from orderrl.metrics.quality import distance_name
 from orderrl.runtime.registry import Registry, is_reference
 
 DASH = "–"

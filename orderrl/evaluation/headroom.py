@@ -15,11 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import scipy
 import torch
-from scipy.stats import spearmanr
-from tensordict import TensorDict
 from torch import Tensor
 
 from orderrl.agents.bc import Config as CloningConfig
@@ -37,6 +36,9 @@ from orderrl.metrics.statistics import bootstrap_sums, sums_difference
 from orderrl.oracle import Contexts, LabelConfig, label_contexts, utilities
 from orderrl.planner import OrderHead, PlannerConfig
 from orderrl.runtime.progress import progress
+
+if TYPE_CHECKING:
+    from tensordict import TensorDict
 
 LEVELS = ("positions", "class", "content")
 """What a planner sees: which blocks are visible, and where; the class label too; hidden states and entropies too."""
@@ -87,8 +89,7 @@ def _as_seen(level: str, states: TensorDict) -> TensorDict:
     """States whose images all have one class, at the level that does not see it."""
     if level != "positions":
         return states
-    blind = {"label": torch.zeros_like(states["label"])}
-    return TensorDict(dict(states.items()) | blind, batch_size=states.batch_size)
+    return states.clone(recurse=False).update({"label": torch.zeros_like(states["label"])})
 
 
 def lookahead_prediction(
@@ -151,7 +152,7 @@ def headroom(
                 entry[f"gain_{key}"] = asdict(sums_difference(mine, sums[above][key], pooled_r2, resamples, seed))
         first = found.utility.masked_fill(~hidden, -torch.inf).argmax(-1)
         per_state = {
-            "spearman": rank_correlation(found.utility, oracle.utility, hidden, spearmanr),
+            "spearman": rank_correlation(found.utility, oracle.utility, hidden, scipy.stats.spearmanr),
             "regret": regret(first, oracle.utility, hidden),
         }
         for key, values in per_state.items():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import scipy
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor
 
 from orderrl.agents.play import Rollout
@@ -34,7 +34,7 @@ def order_agreement(rollout: Rollout, worth: Tensor) -> Tensor:
     """Rank correlation of being revealed early with importance (n, B), of each image: (n,) float64."""
     everything = torch.ones_like(worth, dtype=torch.bool)
     early = -rollout.order.argsort(1).float().cpu()
-    return rank_correlation(early, worth, everything, spearmanr).nan_to_num()
+    return rank_correlation(early, worth, everything, scipy.stats.spearmanr).nan_to_num()
 
 
 @torch.no_grad()
@@ -62,6 +62,6 @@ def content_agreement(
     empty, true = (torch.cat(parts) for parts in scores.values())
     everything = torch.ones_like(worth, dtype=torch.bool)
     return {
-        "content_spearman": rank_correlation(true, worth, everything, spearmanr).nan_to_num(),
-        "content_match": rank_correlation(true, empty, everything, spearmanr).nan_to_num(),
+        "content_spearman": rank_correlation(true, worth, everything, scipy.stats.spearmanr).nan_to_num(),
+        "content_match": rank_correlation(true, empty, everything, scipy.stats.spearmanr).nan_to_num(),
     }

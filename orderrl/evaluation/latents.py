@@ -4,21 +4,17 @@
 - `latent_ablation`: scores with other numbers of passes, and with latents that carry nothing from pass to pass.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import scipy
 import torch
 from numpy.typing import NDArray
-from scipy.stats import spearmanr
-from sklearn.decomposition import PCA
-from sklearn.linear_model import LogisticRegression, RidgeCV
-from sklearn.model_selection import GroupKFold, cross_val_predict
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
-from tensordict import TensorDict
 from torch import Tensor
 
 from orderrl.agents.policies import PlannerPolicy
@@ -32,6 +28,9 @@ from orderrl.metrics.calibration import rank_correlation, regret
 from orderrl.metrics.statistics import bootstrap_sums, ratio, sums_difference
 from orderrl.oracle import utilities
 from orderrl.planner import OrderHead
+
+if TYPE_CHECKING:
+    from tensordict import TensorDict
 
 PASSES = (0, 1, 2, 4)
 COMPONENTS = 32
@@ -118,7 +117,7 @@ def latent_ablation(planner: OrderHead, states: TensorDict, geometry: BlockGrid)
     for name, scores in variant_scores(planner, _observed(planner, states)).items():
         first = scores.masked_fill(~hidden, -torch.inf).argmax(-1)
         found[name] = Variant(
-            image_average(rank_correlation(scores, utility, hidden, spearmanr), image),
+            image_average(rank_correlation(scores, utility, hidden, scipy.stats.spearmanr), image),
             image_average(regret(first, utility, hidden), image),
         )
     return found
@@ -164,6 +163,12 @@ def probe(features: Tensor, target: Tensor, image: Tensor) -> NDArray[np.float64
     Raises:
         ValueError: if the states are of fewer than two images.
     """
+    from sklearn.decomposition import PCA  # takes long to import
+    from sklearn.linear_model import LogisticRegression, RidgeCV
+    from sklearn.model_selection import GroupKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     images = len(image.unique())
     if images < 2:
         raise ValueError(f"probes need states of at least 2 images, got {images}")

@@ -1,11 +1,13 @@
 """The policies that a command names: those of a table, or the one that draws or plays; planners may be in the cache."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tensordict import TensorDict
 from torch import Tensor
 
 from orderrl.agents.agent import AGENTS
@@ -24,6 +26,9 @@ from orderrl.planner import load_planner
 from orderrl.runtime.distributed import print_main
 from orderrl.runtime.storage import is_intact
 from orderrl.training import newest_planner
+
+if TYPE_CHECKING:
+    from tensordict import TensorDict
 
 NEWEST = ("bc", "fitted_q", "ppo", "grpo")  # agents whose newest planners are evaluated; the last one draws
 

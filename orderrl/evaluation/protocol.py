@@ -5,13 +5,14 @@ every setting names its part. Numbers of two runs compare if their identities ar
 interval does not enter it, and neither do the policies.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor
 
 from orderrl.backbones import Backbone, backbone_fingerprint
@@ -25,7 +26,8 @@ from orderrl.factory import Setup
 from orderrl.labels import find_or_make_labels, open_labels
 from orderrl.metrics.calibration import LookaheadUtility, lookahead_utility
 from orderrl.metrics.clip_score import ClassCaptions, class_captions
-from orderrl.metrics.features import Features, extract_features, name_by_content
+from orderrl.metrics.feature_names import name_by_content
+from orderrl.metrics.features import Features, extract_features
 from orderrl.metrics.quality import Quality, real_floor, sample_quality
 from orderrl.metrics.recognisability import Recogniser, make_recogniser
 from orderrl.metrics.references import Reference, open_reference, reference_of
@@ -33,6 +35,9 @@ from orderrl.oracle import CLASSIFIER
 from orderrl.runtime.cache import fingerprint
 from orderrl.runtime.sources import source_identity
 from orderrl.runtime.storage import checksum
+
+if TYPE_CHECKING:
+    from tensordict import TensorDict
 
 VERSION = 1  # of what the columns mean; raised when a number is measured in another way
 SPLITS = ("backbone", "planner", "test")

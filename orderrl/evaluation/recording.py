@@ -1,9 +1,11 @@
 """What a policy scored at every step, taken down while it acts: the report shows it beside what the policy did."""
 
+from __future__ import annotations
+
 import copy
+from typing import TYPE_CHECKING
 
 import torch
-from tensordict import TensorDictBase
 from torch import Tensor
 
 from orderrl.agents.play import Rollout
@@ -15,6 +17,9 @@ from orderrl.data.classes import class_words
 from orderrl.envs.core import NextBlockCore
 from orderrl.evaluation.detail import Episode, Examples
 from orderrl.geometry import BlockGrid
+
+if TYPE_CHECKING:
+    from tensordict import TensorDictBase
 
 EXAMPLES = 8
 """The first test images, which the report's viewer shows."""

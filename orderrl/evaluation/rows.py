@@ -1,14 +1,15 @@
 """One row of the table: a policy's planning metrics, calibration and sample quality under one protocol."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor
 
 from orderrl.agents.play import Rollout, act, roll_out, seen_by
@@ -40,7 +41,8 @@ from orderrl.evaluation.row_entries import (
 )
 from orderrl.evaluation.settings import OWN_ORDER
 from orderrl.metrics.calibration import calibrate, regret
-from orderrl.metrics.features import Features, extract_features, own_features
+from orderrl.metrics.feature_names import own_features
+from orderrl.metrics.features import Features, extract_features
 from orderrl.metrics.images import save_images
 from orderrl.metrics.order import first_choice_entropy, place_entropy, visible_neighbours
 from orderrl.metrics.quality import class_accuracy, fid_infinity, sample_quality
@@ -48,6 +50,9 @@ from orderrl.metrics.recognisability import complete, recognise
 from orderrl.metrics.references import open_reference
 from orderrl.metrics.statistics import bootstrap_sums, ratio
 from orderrl.oracle import utilities
+
+if TYPE_CHECKING:
+    from tensordict import TensorDict
 
 SHOWN_SAMPLES = 20
 """Images that the report shows of what each policy drew: one or two of each class where there are few."""

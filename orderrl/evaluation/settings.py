@@ -15,7 +15,7 @@ from orderrl.agents.spec import MODE
 from orderrl.backbones import Sampling
 from orderrl.evaluation.columns import METRICS
 from orderrl.metrics.clip_score import PROMPT
-from orderrl.metrics.features import own_features
+from orderrl.metrics.feature_names import own_features
 from orderrl.metrics.recognisability import FILLS, OWN
 from orderrl.runtime.values import Rule, Settings, at_least, member_of, one_of, positive, setting, zero_or_at_least
 

@@ -36,7 +36,7 @@ from orderrl.evaluation.rows import (
 from orderrl.evaluation.settings import EvalConfig
 from orderrl.factory import Setup
 from orderrl.geometry import BlockGrid
-from orderrl.metrics.features import EXTRACTORS, is_own, timm_source
+from orderrl.metrics.feature_names import EXTRACTORS, is_own, timm_source
 from orderrl.metrics.recognisability import OWN
 from orderrl.metrics.statistics import bootstrap_band
 from orderrl.runtime import distributed

@@ -4,15 +4,16 @@ They are written as a table on disk in the layout of TorchRL's offline data sets
 `orderrl.runtime.tables.open_table` reads, and as Minari data sets.
 """
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium
 import torch
-from tensordict import TensorDict
 from torch import Tensor
 
 from orderrl.agents.play import play
@@ -25,6 +26,9 @@ from orderrl.envs.spaces import action_space, observation_space, to_numpy
 from orderrl.runtime.progress import progress
 from orderrl.runtime.storage import filled_aside
 from orderrl.runtime.tables import TableWriter, open_table, write_checksums
+
+if TYPE_CHECKING:
+    from tensordict import TensorDict
 
 ENVIRONMENT = "orderrl/NextBlock-v0"
 

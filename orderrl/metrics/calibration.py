@@ -4,21 +4,25 @@ The value is the utility U by the hindsight oracle, which knows the hidden token
 lookahead, the expected utility over the backbone's own draws, which is what a policy without hindsight can reach.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import scipy
 import torch
 from numpy.typing import NDArray
-from scipy.stats import binned_statistic, kendalltau, linregress, spearmanr
-from tensordict import TensorDict
 from torch import Tensor
 
 from orderrl.agents.policies import Lookahead, all_scores
 from orderrl.backbones.protocol import Backbone
 from orderrl.data import TokenSet
 from orderrl.envs.core import CoreConfig, NextBlockCore
+
+if TYPE_CHECKING:
+    from tensordict import TensorDict
 
 BINS = 10
 
@@ -77,8 +81,8 @@ def calibrate(first: Tensor, scores: Tensor | None, utility: Tensor, hidden: Ten
     return Calibration(
         top1,
         loss,
-        rank_correlation(scores, utility, hidden, spearmanr),
-        rank_correlation(scores, utility, hidden, kendalltau),
+        rank_correlation(scores, utility, hidden, scipy.stats.spearmanr),
+        rank_correlation(scores, utility, hidden, scipy.stats.kendalltau),
         spread,
         reliability(scores[hidden].double().numpy(), utility[hidden].double().numpy()),
     )
@@ -109,12 +113,12 @@ def reliability(scores: NDArray[np.float64], utility: NDArray[np.float64], bins:
     """
     if np.ptp(scores) == 0:
         return None
-    line = linregress(scores, utility)
+    line = scipy.stats.linregress(scores, utility)
     predicted = line.intercept + line.slope * scores
     if np.ptp(predicted) == 0:  # utilities that are all equal
         return None
     edges = np.unique(np.quantile(predicted, np.linspace(0, 1, bins + 1)))
-    sums, edges, number = binned_statistic(predicted, [predicted, utility], "sum", bins=edges)
+    sums, edges, number = scipy.stats.binned_statistic(predicted, [predicted, utility], "sum", bins=edges)
     count = np.bincount(number, minlength=len(edges) + 1)[1 : len(edges)]
     filled = count > 0
     means = sums[:, filled] / count[filled]

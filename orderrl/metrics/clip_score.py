@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from orderrl.data import TokenSet
-from orderrl.metrics.features import UNREADABLE, first_lines
+from orderrl.metrics.feature_names import UNREADABLE, first_lines
 from orderrl.metrics.images import check_images
 from orderrl.runtime.sources import source_identity
 from orderrl.runtime.storage import checksum

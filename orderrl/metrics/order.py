@@ -1,7 +1,7 @@
 """What an order looks like: how far it jumps, how much of a block's surroundings is there, how it begins."""
 
+import scipy
 import torch
-from scipy.stats import entropy
 from torch import Tensor
 
 from orderrl.agents.play import Rollout
@@ -39,7 +39,7 @@ def first_choice_entropy(rollout: Rollout) -> float:
     Computed from the frequencies among n images, which is too low by about (K - 1) / (2 n) for K blocks that occur.
     """
     counts = torch.bincount(rollout.order[:, 0], minlength=rollout.geometry.num_blocks)
-    return float(entropy(counts.cpu().numpy()))
+    return float(scipy.stats.entropy(counts.cpu().numpy()))
 
 
 def place_entropy(rollout: Rollout) -> float:
@@ -48,7 +48,7 @@ def place_entropy(rollout: Rollout) -> float:
     How many orders a body that serves the policy must know; from frequencies, as `first_choice_entropy`.
     """
     counts = torch.nn.functional.one_hot(rollout.order, rollout.geometry.num_blocks).sum(0)  # (place, block)
-    return float(entropy(counts.cpu().numpy(), axis=1).mean())
+    return float(scipy.stats.entropy(counts.cpu().numpy(), axis=1).mean())
 
 
 def order_agreement(first: Tensor, second: Tensor) -> Tensor:

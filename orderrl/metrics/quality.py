@@ -11,13 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
-from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
-from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
-from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
 from orderrl.metrics.classifier import CLASSIFIERS, load_classifier
-from orderrl.metrics.features import INCEPTION, SHIPPED, Features
+from orderrl.metrics.feature_names import INCEPTION, SHIPPED
+from orderrl.metrics.features import Features
 from orderrl.metrics.images import check_images
 from orderrl.metrics.references import Gaussian, Reference, fit_gaussian, reference_of
 
@@ -99,6 +96,8 @@ def sample_quality(generated: Features, reference: Reference, kid_subsets: int =
 
 def gaussian_distance(first: Gaussian, second: Gaussian) -> float:
     """Fréchet distance |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) by torch-fidelity, in squared units."""
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric  # takes long to import
+
     if first.mean.shape != second.mean.shape:
         raise ValueError(
             f"first and second must have one dimension, got {len(first.mean)} and {len(second.mean)}; "
@@ -228,12 +227,16 @@ def class_accuracy(images: Tensor, labels: Tensor, features: str) -> float:
 
 
 def _inception_score(generated: Features) -> float | None:
+    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
+
     if generated.logits is None or len(generated) < SCORE_SPLITS:
         return None
     return float(isc_features_to_metric(generated.logits, splits=SCORE_SPLITS)[KEY_METRIC_ISC_MEAN])
 
 
 def _kid(generated: Features, reference: Reference, subsets: int) -> float | None:
+    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
+
     real = reference.found
     if real is None:
         return None
@@ -243,6 +246,8 @@ def _kid(generated: Features, reference: Reference, subsets: int) -> float | Non
 
 
 def _precision_recall(generated: Features, reference: Reference) -> tuple[float | None, float | None]:
+    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+
     real = reference.found
     if real is None or min(len(generated), len(real)) <= NEIGHBOURS:
         return None, None

@@ -5,9 +5,9 @@ inception score and the kernel distance have none: they are means over parts and
 """
 
 import numpy as np
+import scipy
 import torch
 from numpy.typing import NDArray
-from scipy.stats import norm
 from torch import Tensor
 
 from orderrl.metrics.references import Gaussian
@@ -24,7 +24,7 @@ def frechet_interval(features: Tensor, reference: Gaussian, distance: float, res
     Costs n d^2 and an eigenproblem of dimension d for every resample, at least 2, of features (n, d).
     """
     distances = frechet_resamples(features, reference, resamples, seed)
-    reach = float(norm.ppf((1 + LEVEL) / 2) * distances.std(ddof=1))
+    reach = float(scipy.stats.norm.ppf((1 + LEVEL) / 2) * distances.std(ddof=1))
     return Interval(distance, distance - reach, distance + reach)
 
 

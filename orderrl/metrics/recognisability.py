@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch_fidelity.utils import create_feature_extractor
 
 from orderrl.agents.play import Rollout, play
 from orderrl.backbones.protocol import Backbone
@@ -19,7 +18,7 @@ from orderrl.data import TokenSet
 from orderrl.data.pictures import hide_blocks
 from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.metrics.classifier import CLASSIFIERS, load_classifier, own_classifier
-from orderrl.metrics.features import TIMM, register_features
+from orderrl.metrics.feature_names import TIMM
 
 OWN = "own"
 FILLS = ("grey", "completion")
@@ -77,6 +76,10 @@ def make_recogniser(
 
 def _timm_classifier(name: str, data: TokenSet, device: torch.device) -> Callable[[Tensor], Tensor]:
     """The model behind a timm feature extractor, with its own input size and normalisation."""
+    from torch_fidelity.utils import create_feature_extractor  # takes long to import
+
+    from orderrl.metrics.extractors import register_features
+
     try:
         extractor = create_feature_extractor(register_features(name), ["logits"], cuda=False, verbose=False)
     except OSError as error:  # of urllib, requests and the Hugging Face hub

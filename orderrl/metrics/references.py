@@ -18,12 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
-from torch_fidelity.metric_fid import fid_features_to_statistics
-from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from orderrl.backbones.memory import free_memory
 from orderrl.data.token_files import DESCRIPTION, token_set_splits
-from orderrl.metrics.features import INCEPTION, Features, extract_features, register_features
+from orderrl.metrics.feature_names import INCEPTION
+from orderrl.metrics.features import Features, extract_features
 from orderrl.metrics.images import ImageFolder, TokenImages
 
 KINDS = "an image folder, a token set's folder, a .npz of ADM's evaluator, or a .pt statistics file of torch-fidelity"
@@ -61,6 +60,8 @@ def fit_gaussian(features: Tensor) -> Gaussian:
     Raises:
         ValueError: if there are fewer than 2 rows.
     """
+    from torch_fidelity.metric_fid import fid_features_to_statistics  # takes long to import
+
     if features.ndim != 2 or len(features) < 2:
         raise ValueError(f"features must have shape (n, d) with n >= 2, got {tuple(features.shape)}")
     found = fid_features_to_statistics(features)
@@ -128,6 +129,8 @@ def open_reference(
     Raises:
         ValueError: if the file is missing, of another kind or damaged, or its statistics are of other features.
     """
+    from orderrl.metrics.extractors import register_features  # takes long to import
+
     register_features(features)
     path = path.expanduser()
     if path.is_dir():
@@ -180,6 +183,10 @@ def _from_npz(path: Path, features: str, weights: Path | None, device: torch.dev
 
 
 def _from_torch_fidelity(path: Path, features: str) -> Reference:
+    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+
+    from orderrl.metrics.extractors import register_features
+
     kinds = {type(np.dtype(kind)) for kind in (np.float64, np.float32)}
     rebuild = np.zeros(0).__reduce__()[0]  # the function that makes unpickled arrays
     allowed: list[Any] = [np.ndarray, np.dtype, rebuild, *kinds]

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 RESAMPLES = 2000
 LEVEL = 0.95
@@ -78,7 +78,7 @@ def _resampled(
     """
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, got {resamples}")
-    result = stats.bootstrap(
+    result = scipy.stats.bootstrap(
         (array,),
         statistic,
         n_resamples=resamples,
@@ -132,7 +132,7 @@ def ratio(sums: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def share_interval(share: float, count: int) -> Interval:
     """Wilson's interval of a share of `count` independent cases (`scipy.stats.binomtest`)."""
-    found = stats.binomtest(round(share * count), count).proportion_ci(LEVEL, method="wilson")
+    found = scipy.stats.binomtest(round(share * count), count).proportion_ci(LEVEL, method="wilson")
     return Interval(share, float(found.low), float(found.high))
 
 

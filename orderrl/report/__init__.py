@@ -1,34 +1,16 @@
 """Reports of an evaluation: tables on screen and in Markdown, and one self-contained page with its pictures."""
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from orderrl.evaluation.detail import Drawn, Examples, PolicyDetail
-from orderrl.report.animation import save_orders
-from orderrl.report.markdown import markdown_comparisons, markdown_table
-from orderrl.report.page import write_report
-from orderrl.report.screen import print_comparisons, print_results
+from orderrl.runtime.lazy import lazily
+
+if TYPE_CHECKING:
+    from orderrl.report.output import write_all
+    from orderrl.report.page import write_report
 
 __all__ = ["write_all", "write_report"]
 
-
-def write_all(
-    folder: Path,
-    results: dict[str, Any],
-    details: Sequence[PolicyDetail],
-    examples: Examples | None = None,
-    drawn: Sequence[Drawn] = (),
-) -> Path:
-    """Write page, figures, `orders.gif` and `results.md`, print the main columns, and return the path of the page.
-
-    Arguments as in `write_report`.
-    """
-    page = write_report(folder, results, details, examples, drawn)
-    if examples is not None:
-        save_orders(folder / "orders.gif", details, examples)
-    tables = markdown_table(results["rows"]) + "\n" + markdown_comparisons(results["comparisons"])
-    (folder / "results.md").write_text(tables, encoding="utf-8")
-    print_results(results["rows"], results["comparisons"])
-    print_comparisons(results["comparisons"])
-    return page
+# Matplotlib takes long to import
+__getattr__, __dir__ = lazily(
+    __name__, {"orderrl.report.output": ("write_all",), "orderrl.report.page": ("write_report",)}
+)

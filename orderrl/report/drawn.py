@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from orderrl.data import TokenSet
 from orderrl.data.pictures import outline_blocks
@@ -45,4 +44,6 @@ def save_pictures(
 
 def _sheet(images: Tensor, columns: int) -> Image.Image:
     """Pictures (n, 3, H, W) uint8 side by side."""
+    from torchvision.utils import make_grid  # takes long to import
+
     return Image.fromarray(make_grid(images, nrow=columns, padding=2, pad_value=255).permute(1, 2, 0).numpy())

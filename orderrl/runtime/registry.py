@@ -54,7 +54,7 @@ class Registry(Mapping[str, T]):
         group: of the entry points.
         shipped: the package's own; texts "module:attribute" are imported when they are needed.
         check: refuses what is no member of the kind, by name and member, with a `ValueError`.
-        taken: other names that mean something where these stand.
+        taken: other names that mean something where these stand; a function gives them when a name is added.
     """
 
     def __init__(
@@ -63,11 +63,16 @@ class Registry(Mapping[str, T]):
         group: str,
         shipped: Mapping[str, T | str] | None = None,
         check: Callable[[str, Any], None] = lambda name, member: None,
-        taken: Iterable[str] = (),
+        taken: Iterable[str] | Callable[[], Iterable[str]] = (),
     ) -> None:
         self.kind, self.group, self.check = kind, group, check
         self.members: dict[str, T | str] = dict(shipped or {})
-        self.shipped, self.taken = frozenset(self.members), frozenset({*self.members, *taken})
+        self.shipped, self._others = frozenset(self.members), taken
+
+    @cached_property
+    def taken(self) -> frozenset[str]:
+        """Names that have a meaning here, which nothing else can have."""
+        return self.shipped | frozenset(self._others() if callable(self._others) else self._others)
 
     def register(self, name: str, member: Any = None, *, overwrite: bool = False) -> Any:
         """Add a member, or "module:attribute", and return it; without one, give a decorator.

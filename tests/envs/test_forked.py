@@ -14,13 +14,16 @@ from gymnasium.vector import AsyncVectorEnv
 from torchrl.envs import ParallelEnv
 
 from orderrl.envs import NextBlockEnv, NextBlockTorchRLEnv, NextBlockVectorEnv
+from tests.helpers import tiny_backbone, tiny_images
 
 pytestmark = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs os.fork")
+BACKBONE = tiny_backbone(4, 4)
+TINY: dict[str, Any] = {"backbone": BACKBONE, "data": tiny_images(BACKBONE, 2000)}
 MAKE: dict[str, Callable[..., Any]] = {
-    "single": NextBlockEnv,
-    "vector": partial(NextBlockVectorEnv, num_envs=4),
-    "torchrl": partial(NextBlockTorchRLEnv, num_envs=4),
-    "by name": partial(gym.make, "orderrl:orderrl/NextBlock-v0"),
+    "single": partial(NextBlockEnv, **TINY),
+    "vector": partial(NextBlockVectorEnv, num_envs=4, **TINY),
+    "torchrl": partial(NextBlockTorchRLEnv, num_envs=4, **TINY),
+    "by name": partial(gym.make, "orderrl:orderrl/NextBlock-v0", **TINY),
 }
 every_face = pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
 
@@ -69,12 +72,12 @@ def test_an_environment_made_before_the_fork_goes_its_own_way_in_each(make: Call
 
 
 def test_an_episode_that_was_begun_before_the_fork_is_played_to_its_end() -> None:
-    env = NextBlockVectorEnv(num_envs=2)
+    env = NextBlockVectorEnv(num_envs=2, **TINY)
     env.reset()
 
     def play(number: int) -> tuple[Any, ...]:
         before = env.core.image_index.tolist()
-        for step in range(16):
+        for step in range(4):
             *_, terminated, _, info = env.step([step, step])
             assert not info["illegal"].any()
         assert terminated.all() and env.core.image_index.tolist() == before
@@ -108,7 +111,7 @@ def test_a_process_that_seeds_pytorch_itself_gets_what_its_seed_says(make: Calla
 def test_grandchildren_differ_too() -> None:
     def child(number: int) -> Any:
         torch.manual_seed(3)
-        return forked(lambda number: images(NextBlockEnv()), 2)
+        return forked(lambda number: images(MAKE["single"]()), 2)
 
     (found,) = forked(child, 1)
     assert len(set(found)) == 2
@@ -117,7 +120,7 @@ def test_grandchildren_differ_too() -> None:
 @pytest.mark.slow
 def test_workers_of_the_libraries_differ() -> None:
     """TorchRL's ParallelEnv, Gymnasium's AsyncVectorEnv and a pool, all of them forking."""
-    env = ParallelEnv(2, partial(NextBlockTorchRLEnv, num_envs=4), mp_start_method="fork")
+    env = ParallelEnv(2, MAKE["torchrl"], mp_start_method="fork")
     try:
         first, second = env.reset()["entropy"]
         assert not torch.equal(first, second)
@@ -134,4 +137,4 @@ def test_workers_of_the_libraries_differ() -> None:
 
 
 def pooled(number: int) -> tuple[int, ...]:
-    return images(NextBlockEnv())
+    return images(MAKE["single"]())

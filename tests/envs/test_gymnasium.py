@@ -145,17 +145,17 @@ def test_options_choose_the_image() -> None:
 @pytest.mark.parametrize("mode", ["teacher", "generate"])
 def test_no_hidden_token_in_observation_info_or_picture(budgets: tuple[int, ...], mode: str) -> None:
     """At every step all hidden tokens are replaced: what the face shows stays, and a visible one changes it."""
-    backbone = tiny_backbone()
-    settings = arguments(budgets=budgets, mode=mode)
+    backbone = tiny_backbone(4, 6)
+    settings = arguments(backbone=backbone, budgets=budgets, mode=mode)
     owner = backbone.geometry.token_block
-    steps = random_steps(9, budgets, 2)
+    steps = random_steps(6, budgets, 2)
 
     def show(shown: int, changed: torch.Tensor) -> tuple[dict[str, Any], dict[str, Any], np.ndarray]:
         tokens = torch.where(changed, (settings["data"].tokens + 1) % 5, settings["data"].tokens)
         env = NextBlockEnv("rgb_array", **settings | {"data": replace(settings["data"], tokens=tokens)})
         observation, info = env.reset(seed=1, options={"index": 2})
         for step in steps[:shown]:
-            observation, _, _, _, info = env.step(as_action(step, budgets, 9).numpy())
+            observation, _, _, _, info = env.step(as_action(step, budgets, 6).numpy())
         picture = env.render()
         assert picture is not None
         return observation, info, picture
@@ -261,9 +261,9 @@ def test_maskable_ppo_of_another_library_trains() -> None:
     from sb3_contrib.common.maskable.utils import get_action_masks
 
     env = gym.make("orderrl/NextBlock-v0", **arguments(budgets=(1,)))
-    model = MaskablePPO("MultiInputPolicy", env, n_steps=64, batch_size=32, n_epochs=2, seed=0, device="cpu")
+    model = MaskablePPO("MultiInputPolicy", env, n_steps=32, batch_size=32, n_epochs=1, seed=0, device="cpu")
     before = [p.detach().clone() for p in model.policy.parameters()]
-    model.learn(256)
+    model.learn(64)
     assert any(not torch.equal(a, b) for a, b in zip(before, model.policy.parameters(), strict=True))
     lengths = {episode["l"] for episode in model.ep_info_buffer or []}
     assert lengths == {9}  # no illegal action was ever taken

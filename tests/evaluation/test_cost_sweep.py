@@ -80,7 +80,7 @@ def test_only_planners_of_several_step_costs_are_told_apart(home: Path) -> None:
 def test_one_command_gives_curves_of_every_policy(home: Path) -> None:
     planners = ",".join(str(home / f"{name}.safetensors") for name in ("one", "cheap", "dear"))
     small = ["eval.images=6", "eval.samples=12", "eval.states=8", "eval.resamples=100", "labels.contexts=16"]
-    policies = ["eval.policies=[raster,multiscale]", f"eval.planners=[{planners}]"]
+    policies = ["eval.policies=[raster]", f"eval.planners=[{planners}]", "eval.sweep=[1,2]"]
     folders = [f"output_dir={home / 'runs'}", f"cache_dir={home / 'cache'}"]
     config = compose(
         "evaluate",
@@ -89,14 +89,14 @@ def test_one_command_gives_curves_of_every_policy(home: Path) -> None:
     folder = evaluate(config)
     rows = json.loads((folder / "results.json").read_text())["rows"]
     names = {row["policy"] for row in rows}
-    orders = {f"{name}{end}" for name in ("raster", "multiscale", "bc_utility_r0") for end in ("", "@2", "@4")}
+    orders = {f"{name}{end}" for name in ("raster", "bc_utility_r0") for end in ("", "@2")}
     assert names == orders | {"ppo_likelihood_r0@cost0.1", "ppo_likelihood_r0@cost1", "real images"}
     assert all(row["frechet_distance"] is not None for row in rows)
     for cost in ("steps", "seconds_per_image"):
         panels = cost_panels(rows, cost)
         assert set(panels) == {"decode_nll", "frechet_distance", "accuracy"}
         for points in panels.values():
-            assert {point.family for point in points} == {"raster", "multiscale", "bc_utility_r0", "ppo_likelihood_r0"}
+            assert {point.family for point in points} == {"raster", "bc_utility_r0", "ppo_likelihood_r0"}
     assert (folder / "figures" / "quality_steps.svg").is_file()
 
 

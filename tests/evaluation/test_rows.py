@@ -23,7 +23,8 @@ from orderrl.evaluation.row_entries import code_lengths, image_means, quality_in
 from orderrl.evaluation.rows import Evaluated, evaluate_foreign, evaluate_policy, evaluate_token_raster
 from orderrl.evaluation.settings import EvalConfig
 from orderrl.metrics.calibration import lookahead_utility
-from orderrl.metrics.features import DIGITS, extract_features
+from orderrl.metrics.feature_names import DIGITS
+from orderrl.metrics.features import extract_features
 from orderrl.metrics.quality import fid_infinity
 from orderrl.metrics.recognisability import make_recogniser
 from orderrl.metrics.references import reference_of

@@ -23,16 +23,10 @@ from orderrl.data import load_split
 from orderrl.data.encode import tokenize_folder
 from orderrl.data.folder import FolderConfig
 from orderrl.data.token_files import token_set_splits
-from orderrl.metrics import features
+from orderrl.metrics import extractors
 from orderrl.metrics.classifier import load_classifier
-from orderrl.metrics.features import (
-    CLIP,
-    DIGITS,
-    INCEPTION,
-    Features,
-    extract_features,
-    own_features,
-)
+from orderrl.metrics.feature_names import CLIP, DIGITS, INCEPTION, own_features
+from orderrl.metrics.features import Features, extract_features
 from orderrl.metrics.images import ImageFolder, TokenImages, save_images
 from orderrl.metrics.quality import (
     class_accuracy,
@@ -62,9 +56,9 @@ def found(real: Tensor) -> Features:
 
 @pytest.fixture(autouse=True)
 def fresh_extractors() -> Iterator[None]:
-    features._extractor.cache_clear()
+    extractors._extractor.cache_clear()
     yield
-    features._extractor.cache_clear()
+    extractors._extractor.cache_clear()
 
 
 def noisy(images: Tensor, sigma: float) -> Tensor:
@@ -341,13 +335,13 @@ class FakeInception(FeatureExtractorBase):
 def test_inception_goes_to_torch_fidelitys_own_extractor(
     real: Tensor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(features.FEATURE_EXTRACTORS_REGISTRY, INCEPTION, FakeInception)
+    monkeypatch.setitem(extractors.FEATURE_EXTRACTORS_REGISTRY, INCEPTION, FakeInception)
     torch.save({"w": torch.zeros(1)}, tmp_path / "inception.pth")
     coloured = torch.randint(0, 256, (50, 3, 8, 8), dtype=torch.uint8)
     value = frechet_distance(coloured, real, INCEPTION, weights=tmp_path / "inception.pth")
     assert value > 0
     assert FakeInception.weights == str(tmp_path / "inception.pth")
-    assert features.FEATURE_EXTRACTORS_REGISTRY[INCEPTION] is FakeInception
+    assert extractors.FEATURE_EXTRACTORS_REGISTRY[INCEPTION] is FakeInception
 
 
 def test_inception_without_a_network_is_a_one_line_error(real: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

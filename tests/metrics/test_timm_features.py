@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from orderrl.data import load_split
-from orderrl.metrics import features
-from orderrl.metrics.features import extract_features, register_features
+from orderrl.metrics import extractors
+from orderrl.metrics.extractors import register_features
+from orderrl.metrics.features import extract_features
 from orderrl.metrics.recognisability import make_recogniser
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "timm_features.py"
@@ -49,7 +50,7 @@ def test_a_timm_model_with_an_own_checkpoint(tmp_path: Path) -> None:
     assert made.pooled.shape == (6, model.num_features)
     assert torch.allclose(model.get_classifier()(made.pooled), logits, atol=1e-5)
     registered = register_features(name)
-    assert registered in features.FEATURE_EXTRACTORS_REGISTRY and registered == register_features(name)
+    assert registered in extractors.FEATURE_EXTRACTORS_REGISTRY and registered == register_features(name)
 
 
 def test_timm_checkpoints_without_a_classifier_have_no_score(tmp_path: Path) -> None:

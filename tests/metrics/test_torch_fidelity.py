@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_clip import VisionTransformer
 
 from orderrl.data import load_split
-from orderrl.metrics.features import CLIP_METADATA, DIGITS, extract_features
+from orderrl.metrics.extractors import CLIP_METADATA
+from orderrl.metrics.feature_names import DIGITS
+from orderrl.metrics.features import extract_features
 from orderrl.metrics.images import save_images
 from orderrl.metrics.quality import sample_quality
 from orderrl.metrics.references import open_reference, reference_of
@@ -62,7 +64,11 @@ def test_every_number_is_torch_fidelitys_own_on_the_png_files(real: Tensor, tmp_
 
 COMMAND = Path(sys.executable).parent / "fidelity"
 """torch-fidelity's own command."""
-WITH_OURS = [sys.executable, "-c", "import orderrl.metrics.features; from torch_fidelity.fidelity import main; main()"]
+WITH_OURS = [
+    sys.executable,
+    "-c",
+    "import orderrl.metrics.extractors; from torch_fidelity.fidelity import main; main()",
+]
 """The same, with the features that this package registers: the command itself knows torch-fidelity's alone."""
 
 

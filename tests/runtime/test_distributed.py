@@ -82,6 +82,18 @@ def run(home: Path, where: str, size: int, command: str, *overrides: str) -> Pat
     return Path(found[0])
 
 
+@pytest.fixture(scope="module")
+def labelled(home: Path) -> Path:
+    """Labels that one process made."""
+    return run(home, "label-1", 1, "label", *LABELS)
+
+
+@pytest.fixture(scope="module")
+def pretrained(home: Path) -> Path:
+    """A backbone that one process trained."""
+    return run(home, "pretrain-1", 1, "pretrain", *PRETRAIN)
+
+
 # ---------------------------------------------------------------------- parts
 
 
@@ -143,9 +155,9 @@ def test_the_main_process_works_alone_and_tells_the_others(tmp_path: Path) -> No
 # ---------------------------------------------------------------------- commands
 
 
-def test_labels_do_not_depend_on_the_number_of_processes(home: Path) -> None:
-    one, two = (run(home, f"label-{size}", size, "label", *LABELS) for size in (1, 2))
-    assert contents(one / "contexts", "*") == contents(two / "contexts", "*")
+def test_labels_do_not_depend_on_the_number_of_processes(home: Path, labelled: Path) -> None:
+    two = run(home, "label-2", 2, "label", *LABELS)
+    assert contents(labelled / "contexts", "*") == contents(two / "contexts", "*")
 
 
 @pytest.mark.parametrize("target", ["utility", "label"])
@@ -158,9 +170,9 @@ def test_cloning_in_two_processes_gives_the_same_losses(home: Path, target: str)
         assert mine["loss"] == pytest.approx(other["loss"], rel=2e-3)
 
 
-def test_pretraining_in_two_processes_gives_the_same_losses(home: Path) -> None:
-    one, two = (run(home, f"pretrain-{size}", size, "pretrain", *PRETRAIN) for size in (1, 2))
-    for mine, other in zip(metrics(one.parent), metrics(two.parent), strict=True):
+def test_pretraining_in_two_processes_gives_the_same_losses(home: Path, pretrained: Path) -> None:
+    two = run(home, "pretrain-2", 2, "pretrain", *PRETRAIN)
+    for mine, other in zip(metrics(pretrained.parent), metrics(two.parent), strict=True):
         assert mine == pytest.approx(other, rel=1e-4)
 
 
@@ -209,19 +221,17 @@ def test_environments_that_cannot_be_shared_out_are_refused(monkeypatch: pytest.
 # ---------------------------------------------------------------------- backbones split over processes
 
 
-def test_a_backbone_split_over_processes_gives_the_same_labels(home: Path) -> None:
-    one = run(home, "whole", 1, "label", *LABELS)
+def test_a_backbone_split_over_processes_gives_the_same_labels(home: Path, labelled: Path) -> None:
     two = run(home, "split", 2, "label", *LABELS, "shard=true")
-    mine, other = (TensorDict.load_memmap(str(folder / "contexts")) for folder in (one, two))
+    mine, other = (TensorDict.load_memmap(str(folder / "contexts")) for folder in (labelled, two))
     for key in mine.keys():  # noqa: SIM118 - not a mapping
         torch.testing.assert_close(mine[key], other[key], rtol=1e-4, atol=1e-4)
 
 
-def test_a_split_backbone_is_trained_and_saved_whole(home: Path) -> None:
-    one = run(home, "trained-whole", 1, "pretrain", *PRETRAIN)
+def test_a_split_backbone_is_trained_and_saved_whole(home: Path, pretrained: Path) -> None:
     two = run(home, "trained-split", 2, "pretrain", *PRETRAIN, "shard=true", "training.batch_size=16")
-    assert [row["step"] for row in metrics(two.parent)] == [row["step"] for row in metrics(one.parent)]
-    results = [json.loads((path.parent / "results.json").read_text()) for path in (one, two)]
+    assert [row["step"] for row in metrics(two.parent)] == [row["step"] for row in metrics(pretrained.parent)]
+    results = [json.loads((path.parent / "results.json").read_text()) for path in (pretrained, two)]
     assert results[1]["loss_random"] == pytest.approx(results[0]["loss_random"], rel=0.05)
     for name in ("backbone", "backbone_final"):
         assert load_backbone(str(two.parent / f"{name}.safetensors")).order_robust

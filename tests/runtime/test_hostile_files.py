@@ -382,7 +382,7 @@ READERS = {
 """Functions of libraries that read files."""
 KNOWN = {
     "runtime/weights.py", "data/classes.py", "data/images.py", "data/token_files.py", "evaluation/runs.py",
-    "metrics/clip_score.py", "metrics/features.py", "metrics/recognisability.py", "metrics/references.py",
+    "metrics/clip_score.py", "metrics/extractors.py", "metrics/recognisability.py", "metrics/references.py",
     "evaluation/transitions.py", "runtime/cache.py", "runtime/checkpoint.py", "runtime/job.py", "runtime/jsonfile.py",
     "runtime/loggers.py", "runtime/run.py", "runtime/storage.py", "runtime/tables.py", "verification/fixture.py",
 }  # fmt: skip

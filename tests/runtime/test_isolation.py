@@ -233,14 +233,14 @@ def test_an_environment_is_the_same_wherever_the_switch_is_on(face: str, switch:
 
 def test_the_number_of_threads_changes_rounding_alone() -> None:
     before = torch.get_num_threads()
-    expected = vector(plainly, plainly, KEYWORDS["teacher"])
+    expected = torchrl(plainly, plainly, KEYWORDS["teacher"])
     try:
         torch.set_num_threads(before + 1)
-        found = vector(plainly, plainly, KEYWORDS["teacher"])
+        found = torchrl(plainly, plainly, KEYWORDS["teacher"])
     finally:
         torch.set_num_threads(before)
-    for (_, reward, *_), (_, wanted, *_) in zip(found[1::2], expected[1::2], strict=True):
-        np.testing.assert_allclose(reward, wanted, atol=1e-5)
+    for state, wanted in zip(found[1:-1], expected[1:-1], strict=True):
+        torch.testing.assert_close(state["reward"], wanted["reward"], atol=1e-5, rtol=1e-5)
 
 
 def test_a_backbone_of_another_precision_gives_float32() -> None:
