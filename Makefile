@@ -42,6 +42,7 @@ lint: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "the site: site/index.html"
 
 dist: $(INSTALLED)
 	$(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt build twine

@@ -1,6 +1,10 @@
 """Shared fixtures."""
 
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +13,8 @@ from orderrl.data import TokenSet
 from tests.figures import render_nothing
 from tests.helpers import tiny_backbone, tiny_images
 
+ROOT = Path(__file__).parents[1]
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", "orderrl", "envs", "agents", "configs")  # of the wheel
 PICTURED = ("tests.report.", "tests.evaluation.test_runs", "tests.test_extend")
 """Tests that look at the figures of a report."""
 
@@ -32,3 +38,20 @@ def backbone() -> OrderRobustTransformer:
 def data(backbone: OrderRobustTransformer) -> TokenSet:
     """Twelve random images for the fixture `backbone`."""
     return tiny_images(backbone)
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built wheel; from a copy, so that building leaves nothing in the checkout."""
+    folder = tmp_path_factory.mktemp("wheel")
+    (folder / "source").mkdir()
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            ignore = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / name, folder / "source" / name, symlinks=True, ignore=ignore)
+        elif (ROOT / name).exists():
+            shutil.copy(ROOT / name, folder / "source" / name)
+    call = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*call, "--wheel-dir", str(folder), str(folder / "source")], check=True, capture_output=True)
+    (built,) = folder.glob("orderrl-*.whl")
+    return built

@@ -8,7 +8,9 @@ import re
 import subprocess
 import sys
 import tomllib
+import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +58,11 @@ EVALUATE = [
     *("eval.sampled=[raster]", "eval.classifier=null", "eval.real_images=40"),
 ]
 SCRIPT = f"""
+import orderrl
 from orderrl.runtime.config import compose
 from orderrl.train import train
 from orderrl.evaluate import evaluate
+print("PACKAGE", orderrl.__file__)
 train(compose("train", {[*TRAIN, *SMALL]!r}))
 for resamples in (50, 60):  # the planner is found as the newest of its agent
     print("FOLDER", evaluate(compose("evaluate", [*{[*SMALL, *EVALUATE]!r}, f"eval.resamples={{resamples}}"])))
@@ -99,8 +103,8 @@ def forgotten(monkeypatch: pytest.MonkeyPatch) -> Any:
         registry.__dict__.pop("installed", None)
 
 
-def run(folder: Path, *arguments: str) -> str:
-    path = os.pathsep.join([str(folder), str(ROOT)])
+def run(folder: Path, *arguments: str, package: Path = ROOT) -> str:
+    path = os.pathsep.join([str(folder), str(package)])
     answer = subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, cwd=folder, env=os.environ | {"PYTHONPATH": path}
     )
@@ -123,9 +127,13 @@ def test_the_page_has_a_part_of_every_kind() -> None:
 
 
 @pytest.mark.slow
-def test_installed_parts_of_every_kind_are_found_in_one_report(installed: Path) -> None:
-    """Nothing but entry points: a planner is trained and evaluated, and runs are compared in another process."""
-    said = run(installed, "-c", SCRIPT)
+def test_installed_parts_of_every_kind_are_found_in_one_report(
+    installed: Path, wheel: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Nothing but the wheel and entry points: a planner is trained, evaluated, and compared in another process."""
+    zipfile.ZipFile(wheel).extractall(package := tmp_path_factory.mktemp("installed"))
+    said = run(installed, "-c", SCRIPT, package=package)
+    assert f"PACKAGE {package}" in said
     folders = [installed / line.split()[1] for line in said.splitlines() if line.startswith("FOLDER")]
     results = json.loads((folders[0] / "results.json").read_text())
     rows = {row["policy"]: row for row in results["rows"]}
@@ -141,8 +149,9 @@ def test_installed_parts_of_every_kind_are_found_in_one_report(installed: Path) 
     assert ("one_block_early_r2", "raster", "early_return") in compared
     assert "one_block_early_r2" in page and "early return" in page.partition("<table")[0]
 
-    other = run(installed, "-m", "orderrl", "compare", *map(str, folders), "--metrics", "loss_left", "early_return")
-    ranked = run(installed, "-m", "orderrl", "compare", str(folders[0]), "--rank", "loss_left")
+    compare = partial(run, installed, "-m", "orderrl", "compare", package=package)
+    other = compare(*map(str, folders), "--metrics", "loss_left", "early_return")
+    ranked = compare(str(folders[0]), "--rank", "loss_left")
     assert "Equal on every image" in other and "loss left" in " ".join(ranked.split())
 
 

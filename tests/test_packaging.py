@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import site
 import subprocess
 import sys
@@ -13,7 +12,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("pyproject.toml", "README.md", "LICENSE", "orderrl", "envs", "agents", "configs")
 PACKAGES = ("orderrl", "orderrl.envs", "orderrl.agents", "orderrl.configs")
 REPORT = f"""
 import importlib, json, sys
@@ -25,23 +23,6 @@ found["yaml"] = resources.files("orderrl.configs").joinpath("planner", "latent.y
 found["prefix"] = sys.prefix
 print(json.dumps(found))
 """
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built wheel; from a copy, so that building leaves nothing in the checkout."""
-    folder = tmp_path_factory.mktemp("wheel")
-    (folder / "source").mkdir()
-    for name in SOURCES:
-        if (ROOT / name).is_dir():
-            ignore = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(ROOT / name, folder / "source" / name, symlinks=True, ignore=ignore)
-        elif (ROOT / name).exists():
-            shutil.copy(ROOT / name, folder / "source" / name)
-    call = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*call, "--wheel-dir", str(folder), str(folder / "source")], check=True, capture_output=True)
-    (built,) = folder.glob("orderrl-*.whl")
-    return built
 
 
 def _environment(folder: Path) -> Path:
