@@ -272,6 +272,7 @@ def test_every_setting_names_its_part_or_chooses_rows(
         "distance_resamples": 0,
         "fid_infinity": True,
     }
+    identity = protocol.identity()
     for field in fields(EvalConfig):
         if field.name in {sampled.name for sampled in fields(Sampling)}:
             continue
@@ -280,8 +281,7 @@ def test_every_setting_names_its_part_or_chooses_rows(
         free = part is None or parts[part].identity is None
         assert free == (field.name in other), field.name
         if free:
-            changed = with_settings(protocol, **{field.name: other[field.name]})
-            assert changed.identity() == protocol.identity()
+            assert with_settings(protocol, **{field.name: other[field.name]}).identity() == identity
 
 
 def test_the_keys_of_identity_and_wording_are_those_of_stored_runs(protocol: EvaluationProtocol) -> None:

@@ -29,7 +29,7 @@ def bootstrap_mean(values: ArrayLike, **settings: Any) -> Interval:
 def test_95_percent_intervals_cover_the_mean_of_297_images_in_93_to_97_percent_of_simulations(draw: str) -> None:
     simulations = getattr(np.random.default_rng(0), draw)(size=(1500, 297))  # standard error of the coverage 0.6 %
     truth = 1.0 if draw == "exponential" else 0.0
-    _, low, high = bootstrap_band(simulations, resamples=800)
+    _, low, high = bootstrap_band(simulations, resamples=400)
     assert 0.93 <= np.mean((low <= truth) & (truth <= high)) <= 0.97
 
 
@@ -37,12 +37,12 @@ def test_95_percent_intervals_of_a_ratio_over_clusters_cover_it() -> None:
     """Images with 1 to 4 states each, all states of an image shifted together: the mean over states."""
     rng = np.random.default_rng(6)
     covered = 0
-    for seed in range(600):
+    for seed in range(500):
         count = rng.integers(1, 5, 150)
         value = count * (2.0 + rng.normal(0, 1, 150)) + np.sqrt(count) * rng.normal(0, 0.5, 150)
-        found = bootstrap_sums([value, count], ratio, resamples=400, seed=seed)
+        found = bootstrap_sums([value, count], ratio, resamples=300, seed=seed)
         covered += found.low <= 2.0 <= found.high
-    assert 0.93 <= covered / 600 <= 0.97
+    assert 0.93 <= covered / 500 <= 0.97
 
 
 def test_a_mean_is_a_ratio_of_sums_with_the_same_interval() -> None:
