@@ -101,7 +101,7 @@ def test_every_entry_of_a_row_has_a_column_or_is_no_number_of_its_own() -> None:
     known: dict[str, Any] = empty_row()
     others = set(known) - set(shown) - {f"{name}_ci" for name in shown}
     curves = {"recognisability_curve", "visible_neighbours_curve", "reliability"}
-    assert others == {"family", "rival", "decode_bits", "decode_bits_ci"} | curves
+    assert others == {"family", "rival", "own", "decode_bits", "decode_bits_ci"} | curves
     assert {field.name for field in fields(Quality)} <= set(shown)
 
 
