@@ -52,7 +52,7 @@ class Resumable(Cached):
 class Label(Cached):
     """Label random contexts with the value of every hidden block."""
 
-    shard: bool = setting(False, "Split the backbone's weights over the processes of torchrun (FSDP2)")
+    fsdp: bool = setting(False, "Split the backbone's weights over the processes of torchrun (FSDP2)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +136,7 @@ class RecordedEnv(Settings):
 class Pretrain(Resumable):
     """Train a backbone, or a tokeniser, or both."""
 
-    shard: bool = setting(False, "Split the backbone's weights over the processes of torchrun (FSDP2)")
+    fsdp: bool = setting(False, "Split the backbone's weights over the processes of torchrun (FSDP2)")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from orderrl.metrics.statistics import RESAMPLES
 from orderrl.report.runs_page import chosen_rows, save_metric_figures, write_runs_page
 from orderrl.report.screen import print_comparisons, print_leaderboard
 from orderrl.runtime.run import Run
-from orderrl.runtime.terminal import show_anything
+from orderrl.runtime.terminal import one_line, show_anything
 
 
 def parser() -> argparse.ArgumentParser:
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             metrics = options.metrics if options.rank is None else [options.rank]
             save_metric_figures(run.folder / "figures", chosen_rows(results["rows"], options.rows), metrics)
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     if options.rank is not None:
         print_leaderboard(results["rows"], options.rank)

@@ -33,13 +33,11 @@ from orderrl.data import TokenSet
 from orderrl.envs.config import CoreConfig
 from orderrl.envs.core import NextBlockCore
 from orderrl.planner import load_planner
-from orderrl.runtime import distributed
-from orderrl.runtime.cache import Cache, fingerprint
+from orderrl.runtime.cache import Cache
 from orderrl.runtime.isolation import isolated
 from orderrl.runtime.job import FOLDER as UNFINISHED
-from orderrl.runtime.job import Job, finish
-from orderrl.runtime.parts import assemble, make_parts, missing_parts
-from orderrl.runtime.progress import progress
+from orderrl.runtime.parts import find_table, store_table
+from orderrl.runtime.progress import Advance
 from orderrl.runtime.sources import source_identity
 from orderrl.runtime.storage import checksum
 from orderrl.runtime.tables import Column, floats, open_table
@@ -107,38 +105,21 @@ class ImageOrders:
         reader = self._reader(backbone)
         named = self.policy(reader)
         description = self._description(named, reader, round)
-        cache, key = Cache(self.cache_dir), fingerprint(description)
-        found = distributed.on_main(lambda: cache.find(ORDERS, key))
-        if found is not None:
-            finish(self.cache_dir, f"{ORDERS}-{key}")
-            distributed.print_main(f"orders: {found} (cached)")
-            return str(found)
-        total = len(self.data) * self.views
+        cache, total = Cache(self.cache_dir), len(self.data) * self.views
         parts = [range(start, min(start + _PART, total)) for start in range(0, total, _PART)]
-        with Job(self.cache_dir, f"{ORDERS}-{key}") as job:
-            mine = distributed.share_of(missing_parts(job, ORDERS, parts))
-            with progress(sum(map(len, mine)), f"orders of {self.spec}", "images") as advance:
 
-                def make(part: range) -> dict[str, Tensor]:
-                    views = self._views(part, round)
-                    order, seen = chosen_orders(reader, views, named, self.seed + part.start)
-                    advance(len(part))
-                    kept = {"tokens": views.tokens} if self._augmented else {}
-                    return {
-                        "image": torch.arange(part.start, part.stop) // self.views,
-                        "order": order,
-                        "seen": seen,
-                    } | kept
+        def make(part: range, advance: Advance) -> dict[str, Tensor]:
+            views = self._views(part, round)
+            order, seen = chosen_orders(reader, views, named, self.seed + part.start)
+            advance(len(part))
+            kept = {"tokens": views.tokens} if self._augmented else {}
+            return {"image": torch.arange(part.start, part.stop) // self.views, "order": order, "seen": seen} | kept
 
-                make_parts(job, ORDERS, mine, make)
-
-            def publish() -> None:
-                assemble(job, ORDERS, parts, job.folder / ORDERS)
-                with cache.store(ORDERS, key, description) as folder:
-                    (job.folder / ORDERS).rename(folder / ORDERS)
-
-            distributed.on_main(publish)
-        return str(cache.folder(ORDERS, key))
+        found = find_table(cache, ORDERS, description)
+        if found is None:
+            action = f"orders of {self.spec}"
+            found = store_table(cache, ORDERS, description, ORDERS, parts, make, action, "images")
+        return str(found)
 
     def images(self, where: str) -> OrderedImages:
         """The images and orders of a round, read as they are used.
@@ -204,15 +185,19 @@ class ImageOrders:
 
     def _description(self, named: NamedPolicy, reader: Backbone, round: int) -> dict[str, Any]:
         """What determines the orders of a round."""
-        reads = isinstance(named.policy, ReferencePolicy) or reads_content(named.policy)
         return {
             "policy": str(replace(self.spec, kind="newest", name="")) if self.spec.path else str(self.spec),
             "file": source_identity(policy_source(self.spec)),
-            "backbone": backbone_fingerprint(reader) if reads else str(reader.geometry),
+            "backbone": backbone_fingerprint(reader) if _reads(named) else str(reader.geometry),
             "data": self.data.fingerprint,
             "views": [self.views, self.strength, round] if self._augmented else None,
             "seed": self.seed,
         } | ({} if self._fitted_blocks is None else {"fitted": self._fitted_blocks})
+
+
+def _reads(named: NamedPolicy) -> bool:
+    """Whether a policy reads what a backbone says of an image."""
+    return isinstance(named.policy, ReferencePolicy) or reads_content(named.policy)
 
 
 @isolated
@@ -231,9 +216,8 @@ def chosen_orders(backbone: Backbone, data: TokenSet, named: NamedPolicy, seed: 
     Raises:
         ValueError: if the policy acts illegally.
     """
-    reads = isinstance(named.policy, ReferencePolicy) or reads_content(named.policy)
     config = CoreConfig(budgets=named.budgets, strict=True)
-    core = NextBlockCore(backbone, data, len(data), config, seed, observe=reads, rewards=False)
+    core = NextBlockCore(backbone, data, len(data), config, seed, observe=_reads(named), rewards=False)
     core.reset(index=torch.arange(len(data)))
     play(core, named.policy, torch.Generator().manual_seed(seed))
     step, rank = core.reveal_step.cpu(), core.reveal_rank.cpu()

@@ -47,7 +47,7 @@ class Setup:
     cache_dir: Path = Path("cache")  # where labels and planners are kept
     checkpoint_seconds: float = 60.0  # between two states of a training
     device: str = "cpu"  # of the backbone
-    shard: bool = False  # split the backbone's weights over all processes while labelling
+    fsdp: bool = False  # split the backbone's weights over all processes while labelling
     name: str | None = None  # what tables call the planner; None makes a name
     # folders of the gain labels that an agent learns from: random contexts, then those of its own rounds
     label_sets: tuple[Path, ...] = ()
@@ -92,7 +92,7 @@ def setup_of(config: DictConfig, backbone: Backbone) -> Setup:
     Raises:
         ValueError: if a value is not allowed.
     """
-    own = {key: config[key] for key in ("seed", "checkpoint_seconds", "device", "shard", "name") if key in config}
+    own = {key: config[key] for key in ("seed", "checkpoint_seconds", "device", "fsdp", "name") if key in config}
     planner = section(config, "planner") if "planner" in config else {}
     parts: dict[str, Any] = {}
     if labels := section(config, "labels") if "labels" in config else {}:  # empty for agents that need none
@@ -137,7 +137,7 @@ def open_backbone(config: DictConfig) -> Backbone:
     backbone = load_backbone(
         chosen.name,
         chosen.get("path"),
-        device="cpu" if config.get("shard") else config.device,  # no device ever holds all of a backbone to be split
+        device="cpu" if config.get("fsdp") else config.device,  # no device ever holds all of a backbone to be split
         dtype=default_dtype(checked_device(config.device)) if chosen.get("dtype") == "auto" else chosen.get("dtype"),
         shape=chosen.get("shape"),
         memory_gb=chosen.get("memory_gb"),
@@ -147,7 +147,7 @@ def open_backbone(config: DictConfig) -> Backbone:
     )
     if config.data.name != NO_DATA:
         check_fits(backbone, load_split(config.data.name, "test"))
-    if not config.get("shard"):
+    if not config.get("fsdp"):
         require_finite_outputs(backbone, chosen.name)
     return backbone
 

@@ -7,9 +7,8 @@ so no label is made twice and none that is out of date is taken.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +16,17 @@ import torch
 from torch import Tensor
 
 from orderrl.backbones import Backbone, backbone_fingerprint
+from orderrl.backbones.fsdp import fix_memory, split_weights
 from orderrl.backbones.protocol import backbone_device
-from orderrl.backbones.sharding import fix_memory, shard_backbone
 from orderrl.data import TokenSet, load_split
 from orderrl.factory import FORMAT, Setup
 from orderrl.oracle import CLASSIFIER, Contexts, LabelConfig, label_contexts, random_contexts
 from orderrl.partial_classifier import PartialClassifier, cluster_orders, find_or_train_classifier
 from orderrl.runtime import distributed
-from orderrl.runtime.cache import Cache, fingerprint
-from orderrl.runtime.job import Job, finish
-from orderrl.runtime.parts import assemble, make_parts, missing_parts, new_table
-from orderrl.runtime.progress import Advance, progress
+from orderrl.runtime.cache import Cache
+from orderrl.runtime.job import Job
+from orderrl.runtime.parts import find_table, new_table, store_table
+from orderrl.runtime.progress import Advance
 from orderrl.runtime.run import Run
 from orderrl.runtime.storage import read_sealed
 from orderrl.runtime.tables import Column, floats, open_table
@@ -93,12 +92,9 @@ def find_or_label(
     run: Run | None = None,
 ) -> Path:
     """The cached labels of a description, or those of the contexts that are made; interrupted labelling continues."""
-    # what is there
-    backbone, cache, key = setup.backbone, Cache(setup.cache_dir), fingerprint(description)
-    found = distributed.on_main(lambda: cache.find(LABELS, key))
+    backbone, cache = setup.backbone, Cache(setup.cache_dir)
+    found = find_table(cache, LABELS, description)
     if found is not None:
-        finish(setup.cache_dir, f"{LABELS}-{key}")
-        distributed.print_main(f"labels: {found} (cached)")
         return found
     if settings.kind not in ("pointwise", CLASSIFIER) and not backbone.vocab_size:
         raise ValueError(
@@ -108,42 +104,24 @@ def find_or_label(
     if settings.kind == CLASSIFIER:  # clusters that do not fit are refused before the classifier is trained
         cluster_orders(settings.grouping, backbone.geometry, settings.clusters, 1, (torch.zeros(1, dtype=torch.int64),))
     classifier = find_classifier(setup, settings) if settings.kind == CLASSIFIER else None
-    # what is to be made, in which parts
     where = f"{settings.contexts} contexts of {data.name}/{data.split}"
     distributed.print_main(f"labels: none for this config yet, labelling {where}")
     contexts = make_contexts()
-    shards = plan_shards(contexts, settings.batch_size, setup.shard_size)
-    if setup.shard:
-        shard_backbone(backbone, setup.device)
+    parts = plan_parts(contexts, settings.batch_size, setup.shard_size)
+    if setup.fsdp:
+        split_weights(backbone, setup.device)
         fix_memory(backbone)
-    with Job(setup.cache_dir, f"{LABELS}-{key}") as job:
-        # what an interrupted run left is kept, the rest is shared out
-        missing = missing_parts(job, LABELS, shards)
-        if len(missing) < len(shards):
-            there = settings.contexts - sum(map(len, missing))
-            distributed.print_main(f"labels: {there} of {settings.contexts} contexts are there from an interrupted run")
-        mine = missing if setup.shard else distributed.share_of(missing)
-        with progress(sum(map(len, mine)), "labelling", "contexts") as advance:
 
-            def make(shard: range) -> dict[str, Tensor]:
-                label: Callable[..., dict[str, Tensor]] = label_shard_together if setup.shard else label_shard
-                if classifier is not None:
-                    label = partial(label, classifier=classifier)
-                made = label(backbone, data, settings, contexts, shard, advance)
-                if run is not None:
-                    run.log({"mean_gain": made["gains"].mean().item()}, shard.stop)
-                return made
+    def label(rows: Tensor) -> Iterator[dict[str, Tensor]]:
+        return label_contexts(backbone, data.tokens, data.labels, settings, contexts.select(rows), classifier)
 
-            make_parts(job, LABELS, mine, make, setup.shard)
+    def make(part: range, advance: Advance) -> dict[str, Tensor]:
+        made = label_together(label, contexts, part, advance) if setup.fsdp else label_part(label, part, advance)
+        if run is not None:
+            run.log({"mean_gain": made["gains"].mean().item()}, part.stop)
+        return made
 
-        # the whole, put in its place
-        def publish() -> None:
-            assemble(job, LABELS, shards, job.folder / "contexts")
-            with cache.store(LABELS, key, description) as folder:
-                (job.folder / "contexts").rename(folder / "contexts")
-
-        distributed.on_main(publish)
-    return cache.folder(LABELS, key)
+    return store_table(cache, LABELS, description, "contexts", parts, make, "labelling", "contexts", setup.fsdp)
 
 
 def find_classifier(setup: Setup, settings: LabelConfig) -> PartialClassifier:
@@ -186,49 +164,36 @@ def _open(folder: Path, backbone: Backbone) -> TensorDict:
 # ---------------------------------------------------------------------- made in parts
 
 
-def plan_shards(contexts: Contexts, batch_size: int, shard_size: int) -> list[range]:
-    """Rows of every shard of at least `shard_size` contexts, sorted by length; the last may have fewer.
+Label = Callable[[Tensor], Iterator[dict[str, Tensor]]]
+"""Rows (m,) int64 of the contexts -> their labels, batch by batch, as `label_contexts` gives them."""
 
-    Cuts fall between the batches of equal length that `label_contexts` makes of all contexts, so shards give the same
+
+def plan_parts(contexts: Contexts, batch_size: int, least: int) -> list[range]:
+    """Rows of every part of at least so many contexts, sorted by length; the last may have fewer.
+
+    Cuts fall between the batches of equal length that `label_contexts` makes of all contexts, so parts give the same
     numbers as the whole to the last bit.
     """
-    shards, start, row = [], 0, 0
+    parts, start, row = [], 0, 0
     for count in contexts.length.unique_consecutive(return_counts=True)[1].tolist():
         for batch in torch.arange(count).split(batch_size):
             row += len(batch)
-            if row - start >= shard_size:
-                shards.append(range(start, row))
+            if row - start >= least:
+                parts.append(range(start, row))
                 start = row
-    return [*shards, range(start, row)] if start < row else shards
+    return [*parts, range(start, row)] if start < row else parts
 
 
-def label_shard(
-    backbone: Backbone,
-    data: TokenSet,
-    settings: LabelConfig,
-    contexts: Contexts,
-    shard: range,
-    advance: Advance,
-    classifier: PartialClassifier | None = None,
-) -> dict[str, Tensor]:
-    """Labels of a shard's contexts, as `label_contexts` gives them."""
-    rows = torch.arange(shard.start, shard.stop)
-    parts = []
-    for part in label_contexts(backbone, data.tokens, data.labels, settings, contexts.select(rows), classifier):
-        parts.append(part)
-        advance(len(part["label"]))
-    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+def label_part(label: Label, part: range, advance: Advance) -> dict[str, Tensor]:
+    """Labels of a part's contexts."""
+    batches = []
+    for batch in label(torch.arange(part.start, part.stop)):
+        batches.append(batch)
+        advance(len(batch["label"]))
+    return {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
 
 
-def label_shard_together(
-    backbone: Backbone,
-    data: TokenSet,
-    settings: LabelConfig,
-    contexts: Contexts,
-    shard: range,
-    advance: Advance,
-    classifier: PartialClassifier | None = None,
-) -> dict[str, Tensor]:
+def label_together(label: Label, contexts: Contexts, part: range, advance: Advance) -> dict[str, Tensor]:
     """The same with every batch shared out among all processes, which thereby make the same calls at the same time.
 
     A backbone whose weights are split over the processes asks for that. Contexts of a length are filled up to a
@@ -237,16 +202,16 @@ def label_shard_together(
     processes = distributed.size()
     mine: list[Tensor] = []
     kept: list[Tensor] = []
-    sizes = contexts.length[shard.start : shard.stop].unique_consecutive(return_counts=True)[1].tolist()
-    for rows in torch.arange(shard.start, shard.stop).split(sizes):
+    sizes = contexts.length[part.start : part.stop].unique_consecutive(return_counts=True)[1].tolist()
+    for rows in torch.arange(part.start, part.stop).split(sizes):
         missing = -len(rows) % processes
         padded = torch.cat([rows, rows[-1:].expand(missing)])
         mine.append(padded.view(-1, processes)[:, distributed.rank()])
         kept.append((torch.arange(len(padded)) < len(rows)).view(-1, processes)[:, distributed.rank()])
     selected, real = torch.cat(mine), torch.cat(kept)
-    parts = list(label_contexts(backbone, data.tokens, data.labels, settings, contexts.select(selected), classifier))
-    advance(len(shard))
-    here = {key: torch.cat([part[key] for part in parts])[real] for key in parts[0]}
+    batches = list(label(selected))
+    advance(len(part))
+    here = {key: torch.cat([batch[key] for batch in batches])[real] for key in batches[0]}
     gathered = distributed.gather((selected[real], here))
     order = torch.cat([rows for rows, _ in gathered]).argsort()
     return {key: torch.cat([labels[key] for _, labels in gathered])[order] for key in here}

@@ -78,7 +78,7 @@ def backbone_recipe(config: DictConfig, data: str) -> BackboneRecipe:
         data=data,
         seed=seed,
         device=config.device,
-        shard=config.shard,
+        fsdp=config.fsdp,
         orders=orders,
     )
 

@@ -4,12 +4,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.table import Table
 
 from orderrl.runtime.isolation import isolated_float32
-from orderrl.runtime.terminal import show_anything
-from orderrl.verification.compare import Comparison, compare
+from orderrl.runtime.terminal import new_console, one_line, show_anything
+from orderrl.verification.compare import compare
 from orderrl.verification.fixture import load_fixture
 
 
@@ -30,11 +29,10 @@ def verify(path: str, allow_missing: bool = False, device: str = "cpu") -> bool:
     table = Table("output", "shape", "largest difference", "tolerance", "", title=f"{path} ({fixture.constructor})")
     for row in rows:
         found = row.remark if row.difference is None else f"{row.difference:.2e}"
-        table.add_row(
-            row.name, "x".join(map(str, row.shape)), found, f"{row.tolerance:.0e}", _verdict(row, allow_missing)
-        )
-    console = Console(highlight=False)
-    (console if console.is_terminal else Console(highlight=False, width=120)).print(table)
+        absent = row.remark == "no counterpart" and allow_missing
+        verdict = "agrees" if row.agrees else "missing" if absent else "FAILS"
+        table.add_row(row.name, "x".join(map(str, row.shape)), found, f"{row.tolerance:.0e}", verdict)
+    new_console(120).print(table)
     missing = [row.name for row in rows if row.remark == "no counterpart"]
     outside = [row.name for row in rows if not row.agrees and row.name not in missing]
     good = not outside and (allow_missing or not missing)
@@ -42,12 +40,6 @@ def verify(path: str, allow_missing: bool = False, device: str = "cpu") -> bool:
     print(f"; outside: {', '.join(outside)}" if outside else "", end="")
     print(f"; without a counterpart: {', '.join(missing)}" if missing else "")
     return good
-
-
-def _verdict(row: Comparison, allow_missing: bool) -> str:
-    if row.agrees:
-        return "agrees"
-    return "missing" if row.remark == "no counterpart" and allow_missing else "FAILS"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         results = [verify(path, options.allow_missing, options.device) for path in options.path]
     except ValueError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0 if all(results) else 1
 

@@ -375,7 +375,7 @@ def test_the_command_makes_a_backbone_that_knows_its_order(tmp_path: Path) -> No
         (["training.order=newest"], "names no planner for good"),
         (["training.start=canvas"], "does not fit the backbone"),
         (["training.start=digits", "backbone.model.dim=64"], "backbone.model.dim=64 is not the 128 of training.start"),
-        (["training.order=diagonal", "shard=true"], "shard=true"),
+        (["training.order=diagonal", "fsdp=true"], "fsdp=true"),
     ],
 )
 def test_bad_orders_get_one_line(wrong: list[str], message: str, tmp_path: Path) -> None:

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from orderrl.backbones.fsdp import WholeTraining, split_weights
 from orderrl.backbones.mar_backbone import MaskedTransformer
 from orderrl.backbones.randar import OrderRobustTransformer, cross_entropy
 from orderrl.backbones.registry import TrainableBackbone
-from orderrl.backbones.sharding import WholeTraining, shard_backbone
 from orderrl.data import TokenSet
 from orderrl.geometry import BlockGrid
 from orderrl.runtime import distributed
@@ -294,7 +294,7 @@ def pretrain(
     augment: Callable[[Tensor, torch.Generator, float], Tensor] | None = None,
     on_random_phase_end: Callable[[TrainableBackbone], None] | None = None,
     job: Job | None = None,
-    shard_on: str | None = None,
+    split_on: str | None = None,
     orders: OrderSource | None = None,
 ) -> None:
     """Train in place; on return the backbone holds the averaged weights.
@@ -308,7 +308,7 @@ def pretrain(
         held_out: images for the logged losses; never trained on.
         augment: the data set's augmentation, called with tokens, generator and strength.
         on_random_phase_end: receives the averaged backbone at the last step with random orders only.
-        shard_on: device on which the weights are split over all processes; None leaves them whole.
+        split_on: device on which the weights are split over all processes; None leaves them whole.
         orders: extracts the orders of `config.policy`, every round from the averaged weights of the moment.
 
     Metrics: loss (nats per token), learning_rate, random_share; with held-out losses at every evaluation.
@@ -317,17 +317,15 @@ def pretrain(
         ValueError: if the config names a policy and nothing extracts its orders, or weights that are split are to
             choose them.
     """
-    if config.policy is not None and (orders is None or shard_on is not None):
-        why = (
-            "whose orders nothing extracts here" if orders is None else "which shard=true cannot extract; leave it out"
-        )
+    if config.policy is not None and (orders is None or split_on is not None):
+        why = "whose orders nothing extracts here" if orders is None else "which fsdp=true cannot extract; leave it out"
         raise ValueError(f"order={config.order!r} is a policy, {why}")
     generator = torch.Generator().manual_seed(config.seed)
     averaged = AveragedModel(backbone, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
     mean = cast(TrainableBackbone, averaged.module).eval()
-    if shard_on is not None:
-        shard_backbone(backbone, shard_on)
-        shard_backbone(mean, shard_on)
+    if split_on is not None:
+        split_weights(backbone, split_on)
+        split_weights(mean, split_on)
     device = next(backbone.parameters()).device
     optimizer = torch.optim.AdamW(
         parameter_groups(backbone, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.95)
@@ -336,7 +334,7 @@ def pretrain(
     phase: dict[str, Any] = {"kept_random": False, "round": -1, "orders": None}
     images: OrderedImages | None = None
     parts: dict[str, Part] = {"schedule": schedule, "generator": generator, "phase": phase}
-    if shard_on is not None:
+    if split_on is not None:
         parts["training"] = WholeTraining(backbone, averaged, optimizer)
     else:
         parts |= {"backbone": backbone, "averaged": averaged, "optimizer": optimizer}

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from orderrl.backbones.fsdp import is_split, whole_copy
 from orderrl.backbones.llamagen import ABSOLUTE, RasterTransformer
 from orderrl.backbones.origin import NATIVE, ORIGIN, Origin
 from orderrl.backbones.pretraining import RANDOM, OrderSource, PretrainConfig, order_losses, pretrain
@@ -25,7 +26,6 @@ from orderrl.backbones.registry import (
     published_names,
     save_backbone,
 )
-from orderrl.backbones.sharding import is_sharded, whole_copy
 from orderrl.data import AUGMENTATIONS, TokenSet, load_split
 from orderrl.runtime.cache import Cache, fingerprint
 from orderrl.runtime.checkpoint import load_checkpoint
@@ -51,7 +51,7 @@ class BackboneRecipe:
     data: str  # name of the data set
     seed: int  # of initialisation, batches, orders and augmentation
     device: str  # where it is trained
-    shard: bool = False  # split the weights over all processes
+    fsdp: bool = False  # split the weights over all processes
     orders: MakeOrders | None = None  # where the orders of a policy come from
 
     @cached_property
@@ -92,7 +92,7 @@ class BackboneRecipe:
         key = f"backbone-{self._key(backbone, train)}"
         with new_run() as run, Job(cache_dir, key, checkpoint_seconds, run.folder, run) as job:
             chosen, final = run.folder / _CHECKPOINT, run.folder / _FINAL
-            if not self.shard:
+            if not self.fsdp:
                 backbone = backbone.to(self.device)
             random_phase = job.folder / chosen.name
 
@@ -104,8 +104,8 @@ class BackboneRecipe:
                 return order_losses(backbone, test, own=own)
 
             before = job.piece("before", measured) if start is not None else None
-            shard_on = self.device if self.shard else None
-            pretrain(backbone, train, held_out, config, AUGMENTATIONS.get(self.data), keep, job, shard_on, orders)
+            split_on = self.device if self.fsdp else None
+            pretrain(backbone, train, held_out, config, AUGMENTATIONS.get(self.data), keep, job, split_on, orders)
             # measure and keep
             losses = measured()
             annealed = on_main(random_phase.exists)
@@ -193,14 +193,14 @@ class BackboneRecipe:
             "data": train.fingerprint,
             "training": dict(self.training),
             "seed": self.seed,
-            "shard": self.shard,
+            "shard": self.fsdp,
         }
         return fingerprint(description)
 
 
 def _save(path: Path, backbone: TrainableBackbone, description: dict[str, Any]) -> None:
     """Write a checkpoint in the main process; all must call it."""
-    whole = whole_copy(backbone) if is_sharded(backbone) else backbone
+    whole = whole_copy(backbone) if is_split(backbone) else backbone
     if is_main():
         save_backbone(path, whole, description)
 

@@ -8,7 +8,6 @@ open_clip is the optional extra `clip`. Its networks come with their own tokenis
 """
 
 import difflib
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -23,13 +22,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from orderrl.data import TokenSet
-from orderrl.metrics.feature_names import UNREADABLE, first_lines
+from orderrl.data.classes import look_like_synsets
+from orderrl.metrics.feature_names import UNREADABLE
 from orderrl.metrics.images import check_images
 from orderrl.runtime.sources import source_identity
 from orderrl.runtime.storage import checksum
+from orderrl.runtime.terminal import one_line
 
 PROMPT = "a photo of a {}"
-_SYNSET = re.compile(r"n\d{8}")  # a WordNet id, as ImageNet's class folders are called
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def _load_clip(name: str, weights: str, version: str | None, device: torch.devic
             reason, instead = "cannot be downloaded", "; download them elsewhere and set clip_weights to the file"
         else:
             reason, instead = f"do not fit clip_model={name!r}", ""
-        raise ValueError(f"clip_weights={weights!r} {reason} ({first_lines(error)}){instead}") from error
+        raise ValueError(f"clip_weights={weights!r} {reason} ({one_line(error, 200)}){instead}") from error
     identity = weights if weights in tags else f"sha256:{checksum(file)[:16]}"
     model.eval().requires_grad_(False)
     return ClipNetwork(name, identity, model, preprocess, tokenize, device or torch.device("cpu"))
@@ -169,7 +169,7 @@ def class_captions(
     names = data.class_names
     if len(names) != data.num_classes:
         raise ValueError(f"data {data.name!r} has {data.num_classes} classes, but {len(names)} class_names")
-    if all(_SYNSET.fullmatch(each) for each in names):
+    if look_like_synsets(names):
         known = tuple(_open_clip(name).IMAGENET_CLASSNAMES)  # in the order of the ids
         if len(names) != len(known):
             raise ValueError(

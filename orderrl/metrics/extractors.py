@@ -31,12 +31,12 @@ from orderrl.metrics.feature_names import (
     SHIPPED,
     TIMM,
     UNREADABLE,
-    first_lines,
     is_own,
     timm_parts,
 )
 from orderrl.runtime.sources import source_identity
 from orderrl.runtime.storage import checksum
+from orderrl.runtime.terminal import one_line
 from orderrl.runtime.weights import SCRIPT_ARGUMENTS
 
 SPATIAL_CHANNELS = 7
@@ -214,7 +214,7 @@ def _timm_model(name: str, checkpoint: Path | None) -> Any:
         model.load_state_dict(state, strict=True)
     except UNREADABLE as error:
         whose = "a model of timm" if name == LOCAL_DIR else f"timm's {name}"
-        raise ValueError(f"{checkpoint} does not hold the weights of {whose} ({first_lines(error)})") from error
+        raise ValueError(f"{checkpoint} does not hold the weights of {whose} ({one_line(error, 200)})") from error
     return model
 
 
@@ -265,12 +265,12 @@ def _extractor(
             f"{features}:CHECKPOINT_FILE" if features.startswith(TIMM) else f"weights=<path of {_whose(features)}>"
         )
         raise ValueError(
-            f"features={features!r}: the weights cannot be downloaded ({first_lines(error)}); pass {instead}"
+            f"features={features!r}: the weights cannot be downloaded ({one_line(error, 200)}); pass {instead}"
         ) from error
     except NotImplementedError as error:
         raise ValueError(f"features={features!r} takes no weights file; set weights to None") from error
     except RuntimeError as error:
-        raise ValueError(f"features={features!r}: the weights do not fit ({first_lines(error)})") from error
+        raise ValueError(f"features={features!r}: the weights do not fit ({one_line(error, 200)})") from error
     if features.startswith(TIMM) and getattr(getattr(extractor, "model", None), "num_classes", 0) == 0:
         layers.pop("logits")
         extractor.features_list = list(layers.values())
@@ -318,4 +318,4 @@ def _check_weights(weights: Path, features: str) -> None:
     try:
         torch.load(weights, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError) as error:
-        raise ValueError(f"weights={str(weights)!r} is not a file of plain tensors ({first_lines(error)})") from error
+        raise ValueError(f"weights={str(weights)!r} is not a file of plain tensors ({one_line(error, 200)})") from error

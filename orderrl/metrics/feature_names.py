@@ -67,11 +67,6 @@ def own_features(data: str) -> str | None:
     return None if classifier is None else SHIPPED + classifier
 
 
-def first_lines(error: BaseException) -> str:
-    """The start of a message, in one line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
 def _check_callable(name: str, extractor: Any) -> None:
     if not callable(extractor):
         raise ValueError(f"features {name!r} must be a function of images (n, 3, H, W) uint8, got {extractor!r:.60}")

@@ -24,6 +24,7 @@ from orderrl.data.token_files import DESCRIPTION, token_set_splits
 from orderrl.metrics.feature_names import INCEPTION
 from orderrl.metrics.features import Features, extract_features
 from orderrl.metrics.images import ImageFolder, TokenImages
+from orderrl.runtime.terminal import one_line
 
 KINDS = "an image folder, a token set's folder, a .npz of ADM's evaluator, or a .pt statistics file of torch-fidelity"
 
@@ -194,8 +195,8 @@ def _from_torch_fidelity(path: Path, features: str) -> Reference:
         with torch.serialization.safe_globals(allowed):  # numpy arrays, and no other Python objects
             values = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"reference={str(path)!r} is no statistics file of torch-fidelity ({reason})") from error
+        why = one_line(error, 200)
+        raise ValueError(f"reference={str(path)!r} is no statistics file of torch-fidelity ({why})") from error
     if not isinstance(values, dict) or not {"mu", "sigma"} <= values.keys():
         raise ValueError(f"reference={str(path)!r} is no statistics file of torch-fidelity: it has no mu and sigma")
     registered = register_features(features)

@@ -20,6 +20,7 @@ from orderrl.evaluation.columns import (
     show_p,
 )
 from orderrl.metrics.statistics import RULE, is_significant
+from orderrl.runtime.terminal import new_console
 
 
 def print_tables(*tables: Table) -> None:
@@ -27,8 +28,7 @@ def print_tables(*tables: Table) -> None:
 
     No word is broken or cut: a table that is too wide has no lines between its columns, or is printed row by row.
     """
-    console = Console(highlight=False)
-    console = console if console.is_terminal else Console(highlight=False, width=160)
+    console = new_console(160)
     for table in tables:
         if not _fit(table, console.width, frame=3 * len(table.columns) + 1):
             table.box, table.show_edge, table.padding = box.SIMPLE_HEAD, False, (0, 0, 0, 0)

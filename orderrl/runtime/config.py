@@ -5,9 +5,9 @@ A command is a function and one line:
     if __name__ == "__main__":
         run_application("train", main)
 
-Its configuration is the node ``train`` of the module ``schema`` in the package ``orderrl.configs``: a dataclass with
-the command's own keys, and a defaults list that names the groups. Options of the groups are further nodes, or YAML
-files that hold what differs from them. Every key has default, type, range and meaning in one of the dataclasses.
+Its configuration is the node ``train`` of the module ``schema`` in the package `CONFIGS`: a dataclass with the keys of
+the command's own, and a defaults list that names the groups. Options of the groups are further nodes, or YAML files
+that hold what differs from them. Every key has default, type, range and meaning in one of the dataclasses.
 Nothing about Hydra itself is set there: Hydra neither changes the directory nor writes files, except a sweep's
 ``multirun.yaml`` in ``<output_dir>/multirun/<date>_<time>``.
 """
@@ -38,14 +38,13 @@ from omegaconf.errors import (
     OmegaConfBaseException,
     UnsupportedInterpolationType,
 )
-from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 
 from orderrl.runtime import schema
 from orderrl.runtime.renamed import with_new_names
 from orderrl.runtime.schema import Nodes, Part
-from orderrl.runtime.terminal import show_anything
+from orderrl.runtime.terminal import new_console, one_line, show_anything
 
 CONFIGS = "orderrl.configs"
 _FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -63,21 +62,20 @@ _HYDRA_SETTINGS = {
 }
 
 
-def compose(command: str, overrides: Sequence[str] = (), *, config_module: str = CONFIGS) -> DictConfig:
+def compose(command: str, overrides: Sequence[str] = ()) -> DictConfig:
     """The resolved and checked configuration that ``python -m orderrl.<command> <overrides>`` would run with.
 
     Args:
         command: the entry point, such as ``train``.
         overrides: as on the command line: ``key=value``, ``group=choice``.
-        config_module: the package that holds the configuration.
 
     Raises:
         ValueError: in one line, for an unknown key or choice or a wrong value; it names what is allowed.
     """
     overrides = with_new_names(overrides)
-    with _loader(command, config_module, overrides) as loader:
-        config = _load(loader, command, overrides)
-        parts = _parts(loader, command, overrides, config_module)
+    with _loader(command, overrides) as loader:
+        config, _ = _load(loader, command, overrides)
+        parts = _parts(loader, command, overrides)
     try:
         OmegaConf.resolve(config)
     except OmegaConfBaseException as error:
@@ -86,30 +84,26 @@ def compose(command: str, overrides: Sequence[str] = (), *, config_module: str =
     return config
 
 
-def parts_of(command: str, overrides: Sequence[str] = (), *, config_module: str = CONFIGS) -> list[Part]:
+def parts_of(command: str, overrides: Sequence[str] = ()) -> list[Part]:
     """The dataclasses that a command's configuration is made of, under the groups that the overrides choose."""
-    with _loader(command, config_module, overrides) as loader:
-        return _parts(loader, command, overrides, config_module)
+    with _loader(command, overrides) as loader:
+        return _parts(loader, command, overrides)
 
 
-def _parts(loader: ConfigLoader, command: str, overrides: Sequence[str], config_module: str) -> list[Part]:
-    nodes = nodes_of(config_module, overrides)
+def _parts(loader: ConfigLoader, command: str, overrides: Sequence[str]) -> list[Part]:
+    nodes = nodes_of(overrides)
     choices = tuple(item for item in overrides if _is_group(loader, item.partition("=")[0]))
     # where nodes stand takes half as long as the whole configuration, and only the choices of groups change it
-    key = (config_module, command, choices, *nodes)
+    key = (CONFIGS, command, choices, *nodes)
     if key not in _PLACES:
         entries = loader.compute_defaults_list(command, list(choices), RunMode.RUN).defaults
         _PLACES[key] = {entry.config_path: (entry.package or "").removeprefix("_global_") for entry in entries}
     return [Part(place, nodes[path]) for path, place in _PLACES[key].items() if path in nodes]
 
 
-def _check(command: str, config: DictConfig, overrides: Sequence[str], config_module: str) -> None:
-    schema.check(parts_of(command, overrides, config_module=config_module), _plain(config))
-
-
-def nodes_of(config_module: str = CONFIGS, overrides: Sequence[str] = ()) -> Nodes:
-    """What a package of configuration has as dataclasses, with those that overrides name by module:attribute."""
-    nodes: Nodes = import_module(f"{config_module}.schema").nodes(overrides)
+def nodes_of(overrides: Sequence[str] = ()) -> Nodes:
+    """What the configuration has as dataclasses, with those that overrides name by module:attribute."""
+    nodes: Nodes = import_module(f"{CONFIGS}.schema").nodes(overrides)
     return nodes
 
 
@@ -137,18 +131,18 @@ class Help(NamedTuple):
     meanings: dict[str, str]
 
 
-def help_of(command: str, overrides: Sequence[str] = (), *, config_module: str = CONFIGS) -> Help:
+def help_of(command: str, overrides: Sequence[str] = ()) -> Help:
     """Groups and keys of a command under the groups that the overrides choose, in the order of its configuration."""
-    with _loader(command, config_module, overrides) as loader:
-        config, groups = _load_with_groups(loader, command, overrides)
-        settings = schema.settings_of(_parts(loader, command, overrides, config_module))
+    with _loader(command, overrides) as loader:
+        config, groups = _load(loader, command, overrides)
+        settings = schema.settings_of(_parts(loader, command, overrides))
         choices = {group: _choices(loader, group.partition("@")[0]) for group in groups}
     # a section without keys says nothing
     defaults = {key: value for key, value in _leaves(config) if key in settings or value != {}}
     return Help(choices, defaults, {key: settings[key].meaning if key in settings else "" for key in defaults})
 
 
-def run_application(command: str, main: Callable[[DictConfig], Any], *, config_module: str = CONFIGS) -> None:
+def run_application(command: str, main: Callable[[DictConfig], Any]) -> None:
     """Run an entry point with the configuration that the command line asks for.
 
     Everything that Hydra offers works: ``key=value``, ``group=choice``, ``--multirun``, ``--cfg job``,
@@ -159,33 +153,32 @@ def run_application(command: str, main: Callable[[DictConfig], Any], *, config_m
     Args:
         command: the name of the primary configuration, such as ``train``.
         main: called with the resolved configuration.
-        config_module: the package that holds the configuration.
     """
     show_anything()
     arguments = with_new_names(sys.argv[1:])
     full_error = os.environ.get(_FULL_ERROR) == "1"
     try:
         if {"-h", "--help"} & set(arguments):
-            _print_help(command, list(filter(_is_override, arguments)), config_module)
+            _print_help(command, list(filter(_is_override, arguments)))
             return
-        job = partial(_run_job, command, main, full_error, config_module)
-        _run_hydra(command, lambda config: job(config), arguments, config_module)
+        job = partial(_run_job, command, main, full_error)
+        _run_hydra(command, lambda config: job(config), arguments)
     except Exception as error:
         if full_error or not _is_refusal(error):
             raise
-        _refuse(_explain_anew(error, command, arguments, config_module))
+        _refuse(_explain_anew(error, command, arguments))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
-def _run_hydra(command: str, job: Callable[[DictConfig], Any], arguments: list[str], config_module: str) -> None:
+def _run_hydra(command: str, job: Callable[[DictConfig], Any], arguments: list[str]) -> None:
     ours = [
         f"{key}={value}"
         for key, value in {**_HYDRA_SETTINGS, "hydra.job.name": command}.items()
         if not any(argument.startswith(f"{key}=") for argument in arguments)
     ]
-    application = hydra.main(version_base="1.3", config_path=f"pkg://{config_module}", config_name=command)(job)
+    application = hydra.main(version_base="1.3", config_path=f"pkg://{CONFIGS}", config_name=command)(job)
     argv, setting = sys.argv, os.environ.get(_FULL_ERROR)
     # Hydra prints errors in its own way and exits, unless it is asked for the full error; we want the exception.
     os.environ[_FULL_ERROR] = "1"
@@ -193,7 +186,7 @@ def _run_hydra(command: str, job: Callable[[DictConfig], Any], arguments: list[s
     overrides = list(filter(_is_override, arguments))
     sys.argv = [argv[0], *(item for item in arguments if not _is_override(item)), *ours, *overrides]
     try:
-        with schema.registered(nodes_of(config_module, arguments)):
+        with schema.registered(nodes_of(arguments)):
             application()
     finally:
         sys.argv = argv
@@ -203,29 +196,22 @@ def _run_hydra(command: str, job: Callable[[DictConfig], Any], arguments: list[s
             os.environ[_FULL_ERROR] = setting
 
 
-def _run_job(
-    command: str, main: Callable[[DictConfig], Any], full_error: bool, config_module: str, config: DictConfig
-) -> Any:
+def _run_job(command: str, main: Callable[[DictConfig], Any], full_error: bool, config: DictConfig) -> Any:
     try:
         missing = [key for key, value in _leaves(config) if value == "???"]  # also where another key is made of it
         if missing:
             raise ValueError(f"{command} needs {missing[0]}=...; see --help")
         OmegaConf.resolve(config)
         if str(config.get("device", "cpu")).startswith("cuda"):
-            _use_tensor_cores()
-        _check(command, config, HydraConfig.get().overrides.task, config_module)
+            import torch
+
+            torch.set_float32_matmul_precision("high")  # products in float32 on GPUs round their factors (TF32)
+        schema.check(parts_of(command, HydraConfig.get().overrides.task), _plain(config))
         return main(config)
     except Exception as error:
         if full_error or not _is_refusal(error):
             raise
         _refuse(_line(error))
-
-
-def _use_tensor_cores() -> None:
-    """Let products in float32 on GPUs round their factors (TF32)."""
-    import torch
-
-    torch.set_float32_matmul_precision("high")
 
 
 def _is_refusal(error: Exception) -> bool:
@@ -251,27 +237,22 @@ def _refuse(message: str) -> NoReturn:
 
 
 @contextmanager
-def _loader(command: str, config_module: str, overrides: Sequence[str]) -> Iterator[ConfigLoader]:
+def _loader(command: str, overrides: Sequence[str]) -> Iterator[ConfigLoader]:
     """Hydra's config loader; usable inside a running Hydra application too."""
     outer = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
         with (
-            schema.registered(nodes_of(config_module, overrides)),
-            hydra.initialize_config_module(config_module, job_name=command, version_base="1.3"),
+            schema.registered(nodes_of(overrides)),
+            hydra.initialize_config_module(CONFIGS, job_name=command, version_base="1.3"),
         ):
             yield GlobalHydra.instance().config_loader()
     finally:
         GlobalHydra.instance().hydra = outer
 
 
-def _load(loader: ConfigLoader, command: str, overrides: Sequence[str]) -> DictConfig:
-    """Compose; raises ValueError with the whole story in one line."""
-    return _load_with_groups(loader, command, overrides)[0]
-
-
-def _load_with_groups(loader: ConfigLoader, command: str, overrides: Sequence[str]) -> tuple[DictConfig, list[str]]:
-    """`_load`, and the names of the command's groups."""
+def _load(loader: ConfigLoader, command: str, overrides: Sequence[str]) -> tuple[DictConfig, list[str]]:
+    """A configuration, and the names of the command's groups; raises ValueError with the whole story in one line."""
     try:
         config = loader.load_configuration(command, list(overrides), RunMode.RUN, from_shell=False)
     except (HydraException, OmegaConfBaseException) as error:
@@ -282,11 +263,11 @@ def _load_with_groups(loader: ConfigLoader, command: str, overrides: Sequence[st
     return config, groups
 
 
-def _explain_anew(error: Exception, command: str, arguments: Sequence[str], config_module: str) -> str:
+def _explain_anew(error: Exception, command: str, arguments: Sequence[str]) -> str:
     if not isinstance(error, HydraException):
         return _line(error)
     overrides = list(filter(_is_override, arguments))
-    with _loader(command, config_module, overrides) as loader:
+    with _loader(command, overrides) as loader:
         return _explain(error, loader, command, overrides)
 
 
@@ -295,7 +276,7 @@ def _explain(error: Exception, loader: ConfigLoader, command: str, overrides: Se
     if isinstance(error, MissingConfigException):
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
         if not group:
-            return f"there is no command {command!r}; choose one of {', '.join(_commands(loader))}"
+            return f"there is no command {command!r}; choose one of {', '.join(_choices(loader, ''))}"
         options = _choices(loader, group)
         return f"{group}={choice} is unknown{_closest(choice, options)}; choose one of {', '.join(options)}"
     if isinstance(error, OverrideParseException):
@@ -321,10 +302,8 @@ def _explain(error: Exception, loader: ConfigLoader, command: str, overrides: Se
     where = f"{parent}." if parent else ""
     if not keys:
         return f"{command} has no key {where}{name}: with these choices {parent} has none"
-    return (
-        f"{command} has no key {where}{name}{_closest(name, keys)}; keys {f'of {parent}' if parent else 'here'}: "
-        + (", ".join(keys))
-    )
+    known = f"keys {f'of {parent}' if parent else 'here'}: {', '.join(keys)}"
+    return f"{command} has no key {where}{name}{_closest(name, keys)}; {known}"
 
 
 def quoted(value: str) -> str:
@@ -359,21 +338,17 @@ def _choices(loader: ConfigLoader, group: str) -> list[str]:
     return [name for name in loader.get_group_options(group, ObjectType.CONFIG) if not name.startswith("_")]
 
 
-def _commands(loader: ConfigLoader) -> list[str]:
-    return [name for name in loader.get_group_options("") if not name.startswith("_")]
-
-
 def _closest(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
     return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 
 def _line(error: Exception) -> str:
-    line = " ".join(str(error).split()) or type(error).__name__
+    line = one_line(error)
     if _lacks_memory(error):
         return (
-            f"too little memory ({line[:200]}); make batches smaller (batch_size, num_envs, backbone.memory_gb), use a "
-            "smaller model, or fewer images"
+            f"too little memory ({one_line(error, 200)}); make batches smaller (batch_size, num_envs, "
+            "backbone.memory_gb), use a smaller model, or fewer images"
         )
     if isinstance(error, InterpolationResolutionError | UnsupportedInterpolationType | GrammarParseError):
         line += " (${...} stands for another key of the configuration: no path can hold it)"
@@ -383,12 +358,10 @@ def _line(error: Exception) -> str:
 # -- help -------------------------------------------------------------------------------------------------------------
 
 
-def _print_help(command: str, overrides: Sequence[str], config_module: str) -> None:
-    groups, defaults, meanings = help_of(command, overrides, config_module=config_module)
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, markup=False, width=120)
-    module = f"{config_module.rpartition('.')[0]}.{command}"
+def _print_help(command: str, overrides: Sequence[str]) -> None:
+    groups, defaults, meanings = help_of(command, overrides)
+    console = new_console(120, markup=False)
+    module = f"{CONFIGS.rpartition('.')[0]}.{command}"
     console.print(f"usage: python -m {module} [group=choice ...] [key=value ...] [--multirun] [--cfg job] [--help]\n")
     if groups:
         console.print(_table(("group", "choices"), [(name, ", ".join(names)) for name, names in groups.items()]))

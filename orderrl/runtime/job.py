@@ -42,6 +42,7 @@ from orderrl.runtime.finite import DIVERGED, NotFiniteError, require_finite, req
 from orderrl.runtime.progress import progress
 from orderrl.runtime.run import Run
 from orderrl.runtime.storage import LOCK, claim, naming, remove_folder, remove_if_left, remove_orphans
+from orderrl.runtime.terminal import one_line
 
 FOLDER = "unfinished"
 _DIGITS = 16  # of the checksum in a file's name
@@ -194,8 +195,7 @@ class Job:
             with torch.serialization.safe_globals(list(classes)):
                 return torch.load(path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"{path}: was not written by this package ({reason}); remove it") from error
+            raise ValueError(f"{path}: was not written by this package ({one_line(error, 200)}); remove it") from error
 
     def store(self, name: str, value: Any) -> None:
         """Keep a piece: tensors and plain values, nested at will.

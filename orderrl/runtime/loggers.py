@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from orderrl.runtime.registry import Registry
 from orderrl.runtime.storage import finite_or_none, naming
+from orderrl.runtime.terminal import one_line
 from orderrl.runtime.values import Settings, one_of, setting
 
 
@@ -173,9 +174,9 @@ class Wandb(Settings):
                 )
             )
         except (wandb.Error, ValueError, OSError) as error:
-            reason = " ".join(str(error).split())[:300]
             raise ValueError(
-                f"logger=wandb cannot be started: {reason}; log in with `wandb login`, or use logger.mode=offline"
+                f"logger=wandb cannot be started: {one_line(error, 300)}; log in with `wandb login`, or use "
+                "logger.mode=offline"
             ) from error
 
 

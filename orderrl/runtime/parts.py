@@ -5,16 +5,70 @@ A part holds consecutive rows. It is a piece of the job, so that an interruption
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from orderrl.runtime import distributed
+from orderrl.runtime.cache import Cache, fingerprint
 from orderrl.runtime.finite import OVERFLOW, require_finite
-from orderrl.runtime.job import Job
+from orderrl.runtime.job import Job, finish
+from orderrl.runtime.progress import Advance, progress
 from orderrl.runtime.tables import TableWriter
 
 Make = Callable[[range], dict[str, Tensor]]
+
+
+def find_table(cache: Cache, kind: str, description: Mapping[str, Any]) -> Path | None:
+    """The cache's entry of a description, which holds a table; None if it is still to be made."""
+    key = fingerprint(description)
+    found = distributed.on_main(lambda: cache.find(kind, key))
+    if found is not None:
+        finish(cache.root, f"{kind}-{key}")
+        distributed.print_main(f"{kind}: {found} (cached)")
+    return found
+
+
+def store_table(
+    cache: Cache,
+    kind: str,
+    description: Mapping[str, Any],
+    name: str,
+    parts: Sequence[range],
+    make: Callable[[range, Advance], dict[str, Tensor]],
+    action: str,
+    unit: str,
+    together: bool = False,
+) -> Path:
+    """Make a table and keep it in the cache's entry of a description, whose folder is returned.
+
+    Args:
+        name: of the table in the entry.
+        make: gives the rows of a part, and reports how many are done.
+        action, unit: what is done with which rows, for the progress bar.
+        together: whether all processes make every part together; else they share the parts out.
+    """
+    key = fingerprint(description)
+    with Job(cache.root, f"{kind}-{key}") as job:
+        # what an interrupted run left is kept, the rest is shared out
+        missing, total = missing_parts(job, kind, parts), parts[-1].stop
+        if len(missing) < len(parts):
+            there = total - sum(map(len, missing))
+            distributed.print_main(f"{kind}: {there} of {total} {unit} are there from an interrupted run")
+        mine = missing if together else distributed.share_of(missing)
+        with progress(sum(map(len, mine)), action, unit) as advance:
+            make_parts(job, kind, mine, partial(make, advance=advance), together)
+
+        # the whole, put in its place
+        def publish() -> None:
+            assemble(job, kind, parts, job.folder / name)
+            with cache.store(kind, key, description) as folder:
+                (job.folder / name).rename(folder / name)
+
+        distributed.on_main(publish)
+    return cache.folder(kind, key)
 
 
 def part_name(name: str, part: range) -> str:
@@ -50,8 +104,7 @@ def assemble(job: Job, name: str, parts: Sequence[range], folder: Path) -> None:
     """
     with new_table(folder) as table:
         for part in parts:
-            made: Mapping[str, Tensor] = job.load(part_name(name, part))
-            table.append(made)
+            table.append(job.load(part_name(name, part)))
             if table.rows != part.stop - parts[0].start:
                 raise ValueError(f"{job.folder}: {part_name(name, part)} does not have {len(part)} rows")
 

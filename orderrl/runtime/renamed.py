@@ -12,7 +12,7 @@ COMMANDS = {
     "leaderboard": "compare --rank gain_auc",
     "pretrain_tokenizer": "pretrain backbone=none",
 }
-KEYS = {"grid": "suite", "room": "headroom", "backbone.training": "training"}
+KEYS = {"grid": "suite", "room": "headroom", "shard": "fsdp", "backbone.training": "training"}
 
 
 class RenamedModules(MetaPathFinder):

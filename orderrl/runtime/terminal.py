@@ -5,19 +5,9 @@ import io
 import sys
 import unicodedata
 
-_ALIKE = {
-    "↑": "^",
-    "↓": "v",
-    "−": "-",
-    "–": "-",
-    "—": "-",
-    "±": "+-",
-    "×": "x",
-    "…": "...",
-    "≥": ">=",
-    "≤": "<=",
-    "∞": "inf",
-}
+from rich.console import Console
+
+_ALIKE = dict(zip("↑↓−–—±×…≥≤∞", ("^", "v", "-", "-", "-", "+-", "x", "...", ">=", "<=", "inf"), strict=True))
 
 
 def _in_ascii(error: UnicodeError) -> tuple[str, int]:
@@ -25,6 +15,17 @@ def _in_ascii(error: UnicodeError) -> tuple[str, int]:
     signs = error.object[error.start : error.end]
     plain = (unicodedata.normalize("NFKD", sign).encode("ascii", "ignore").decode() or "?" for sign in signs)
     return "".join(_ALIKE.get(sign, like) for sign, like in zip(signs, plain, strict=True)), error.end
+
+
+def new_console(width: int, markup: bool = True) -> Console:
+    """A console as wide as the terminal, or of so many characters in a file."""
+    console = Console(highlight=False, markup=markup)
+    return console if console.is_terminal else Console(highlight=False, markup=markup, width=width)
+
+
+def one_line(error: BaseException, most: int | None = None) -> str:
+    """An error's message, or at most so many characters of its start, in one line; its type where there is none."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
 
 
 def show_anything() -> None:

@@ -249,8 +249,8 @@ def test_an_interrupted_round_ends_with_the_same_planner(
     """Stopped in the second round; what was made before is found again and not made twice."""
     whole, _ = two_rounds
     calls: Counter[str] = Counter()
-    stop_at = {"labelling": ("label_shard", 6), "training": ("bc_loss", 6 + 4 + 2)}[moment]
-    parts = ((labelling, "label_shard"), (bc, "bc_loss"))
+    stop_at = {"labelling": ("label_part", 6), "training": ("bc_loss", 6 + 4 + 2)}[moment]
+    parts = ((labelling, "label_part"), (bc, "bc_loss"))
 
     def watch(module: Any, name: str, stopping: bool) -> None:
         original = getattr(module, name)
@@ -274,7 +274,7 @@ def test_an_interrupted_round_ends_with_the_same_planner(
         watch(module, name, stopping=False)
     resumed = clone(config)
     shards = 3 + 2 + 2  # of 48, 24 and 24 contexts by at least 16
-    assert first["label_shard"] + calls["label_shard"] - (moment == "labelling") == shards
+    assert first["label_part"] + calls["label_part"] - (moment == "labelling") == shards
     assert calls["bc_loss"] == {"labelling": 4, "training": 3}[moment], "steps of the second round that were left"
     one, other = load_planner(whole)[0].state_dict(), load_planner(resumed)[0].state_dict()
     assert all(torch.equal(one[key], other[key]) for key in one)

@@ -15,6 +15,7 @@ from hydra.core.singleton import Singleton
 from omegaconf import DictConfig
 
 from orderrl.configs.schema import COMMANDS
+from orderrl.runtime import config as config_module
 from orderrl.runtime.config import compose, help_of, run_application
 
 FILES = {
@@ -84,6 +85,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fix
         path.write_text(text)
     (tmp_path / name / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(config_module, "CONFIGS", f"{name}.configs")
     return f"{name}.configs"
 
 
@@ -104,7 +106,7 @@ def run(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
             return main(config)
 
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-        run_application("train", job, config_module=package)
+        run_application("train", job)
         return seen
 
     yield call
@@ -137,7 +139,7 @@ def _refusal(run: Callable[..., Any], capsys: pytest.CaptureFixture[str], *argum
 
 
 def test_compose_resolves_and_follows_overrides(package: str) -> None:
-    config = compose("train", ["agent=ppo", "seed=7", "agent.start=x"], config_module=package)
+    config = compose("train", ["agent=ppo", "seed=7", "agent.start=x"])
     assert config.agent == {"name": "ppo", "clip": 0.2, "start": "x", "low": 1, "high": 2}
     assert config.twice == 7 and "hydra" not in config
 
@@ -159,7 +161,7 @@ def test_what_is_unknown_is_refused_with_the_choices(
     package: str, run: Callable[..., Any], capsys: pytest.CaptureFixture[str], overrides: list[str], expected: list[str]
 ) -> None:
     with pytest.raises(ValueError) as caught:
-        compose("train", overrides, config_module=package)
+        compose("train", overrides)
     line = _refusal(run, capsys, *overrides)
     for part in expected:
         assert part in str(caught.value) and part in line
@@ -168,12 +170,12 @@ def test_what_is_unknown_is_refused_with_the_choices(
 
 def test_an_unknown_command_is_refused(package: str) -> None:
     with pytest.raises(ValueError, match="label, train"):
-        compose("trian", config_module=package)
+        compose("trian")
 
 
 def test_compose_works_inside_an_application(package: str, run: Callable[..., list[DictConfig]]) -> None:
     inner: list[DictConfig] = []
-    run("seed=1", main=lambda _: inner.append(compose("label", config_module=package)))
+    run("seed=1", main=lambda _: inner.append(compose("label")))
     assert inner[0].data.name == "digits"
 
 
@@ -266,13 +268,14 @@ def test_interrupting_exits_with_130(run: Callable[..., Any]) -> None:
 def test_as_a_module_from_the_shell(package: str, tmp_path: Path) -> None:
     module = tmp_path / package.partition(".")[0] / "train.py"
     module.write_text(
-        "from orderrl.runtime.config import run_application\n"
+        "from orderrl.runtime import config as config_module\n"
+        f"config_module.CONFIGS = {package!r}\n"
         "def main(config):\n"
         "    print('seed', config.seed)\n"
         "    if config.seed < 0:\n"
         "        raise ValueError('seed must not be negative')\n"
         "if __name__ == '__main__':\n"
-        f"    run_application('train', main, config_module={package!r})\n"
+        "    config_module.run_application('train', main)\n"
     )
     work = tmp_path / "work"
     work.mkdir()
@@ -293,7 +296,7 @@ def test_as_a_module_from_the_shell(package: str, tmp_path: Path) -> None:
 
 
 def test_documented_keys_are_the_leaves_with_the_meanings_of_their_fields(package: str) -> None:
-    assert help_of("train", config_module=package).meanings == {
+    assert help_of("train").meanings == {
         "agent.name": "which agent",
         "agent.learning_rate": "step size",
         "data.name": "which data",
@@ -307,7 +310,7 @@ def test_documented_keys_are_the_leaves_with_the_meanings_of_their_fields(packag
         "critic": "how a critic is, null is none",
         "extra": "anything",
     }
-    assert "agent.clip" in help_of("train", ["agent=ppo"], config_module=package).meanings
+    assert "agent.clip" in help_of("train", ["agent=ppo"]).meanings
 
 
 def test_help_explains_groups_and_every_key(run: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -367,18 +370,18 @@ def test_every_choice_of_every_group_composes_and_is_explained() -> None:
 )
 def test_values_are_checked_by_their_dataclass(package: str, overrides: list[str], line: str) -> None:
     with pytest.raises(ValueError) as caught:
-        compose("train", overrides, config_module=package)
+        compose("train", overrides)
     assert str(caught.value).startswith(line)
 
 
 def test_a_preset_holds_what_differs(package: str) -> None:
-    config = compose("train", ["agent=fast", "+extra.a=1"], config_module=package)
+    config = compose("train", ["agent=fast", "+extra.a=1"])
     assert config.agent == {"name": "bc", "learning_rate": 0.1} and config.extra == {"a": 1}
 
 
 def test_the_store_of_nodes_is_left_as_it_was(package: str) -> None:
     before = ConfigStore.instance().repo
-    compose("train", config_module=package)
+    compose("train")
     assert ConfigStore.instance().repo is before and "train.yaml" not in before
 
 

@@ -222,14 +222,14 @@ def test_environments_that_cannot_be_shared_out_are_refused(monkeypatch: pytest.
 
 
 def test_a_backbone_split_over_processes_gives_the_same_labels(home: Path, labelled: Path) -> None:
-    two = run(home, "split", 2, "label", *LABELS, "shard=true")
+    two = run(home, "split", 2, "label", *LABELS, "fsdp=true")
     mine, other = (TensorDict.load_memmap(str(folder / "contexts")) for folder in (labelled, two))
     for key in mine.keys():  # noqa: SIM118 - not a mapping
         torch.testing.assert_close(mine[key], other[key], rtol=1e-4, atol=1e-4)
 
 
 def test_a_split_backbone_is_trained_and_saved_whole(home: Path, pretrained: Path) -> None:
-    two = run(home, "trained-split", 2, "pretrain", *PRETRAIN, "shard=true", "training.batch_size=16")
+    two = run(home, "trained-split", 2, "pretrain", *PRETRAIN, "fsdp=true", "training.batch_size=16")
     assert [row["step"] for row in metrics(two.parent)] == [row["step"] for row in metrics(pretrained.parent)]
     results = [json.loads((path.parent / "results.json").read_text()) for path in (pretrained, two)]
     assert results[1]["loss_random"] == pytest.approx(results[0]["loss_random"], rel=0.05)
@@ -239,7 +239,7 @@ def test_a_split_backbone_is_trained_and_saved_whole(home: Path, pretrained: Pat
 
 def test_a_backbone_is_not_split_in_one_process(home: Path) -> None:
     with pytest.raises(ValueError, match="torchrun"):
-        run(home, "alone", 1, "label", *LABELS, "shard=true")
+        run(home, "alone", 1, "label", *LABELS, "fsdp=true")
 
 
 # ---------------------------------------------------------------------- torchrun itself

@@ -21,7 +21,7 @@ from orderrl import compose
 from orderrl.backbones import save_backbone
 from orderrl.data import TokenSet
 from orderrl.label import label
-from orderrl.labels import LABELS, label_shard, plan_shards
+from orderrl.labels import LABELS, Label, label_part, plan_parts
 from orderrl.oracle import LabelConfig, label_contexts, random_contexts
 from orderrl.runtime import job as resuming
 from orderrl.runtime.job import Job, finish
@@ -279,14 +279,18 @@ SETTINGS = LabelConfig(contexts=50, batch_size=4)
 
 def shards_of(data: TokenSet) -> tuple[Any, list[range]]:
     contexts = random_contexts(SETTINGS, len(data), tiny_backbone().geometry.num_blocks)
-    return contexts, plan_shards(contexts, SETTINGS.batch_size, 10)
+    return contexts, plan_parts(contexts, SETTINGS.batch_size, 10)
+
+
+def labels_of(backbone: Any, data: TokenSet, contexts: Any) -> Label:
+    return lambda rows: label_contexts(backbone, data.tokens, data.labels, SETTINGS, contexts.select(rows))
 
 
 @pytest.mark.parametrize("shard_size", [1, 7, 10, 50, 1000])
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
 def test_shards_are_runs_of_whole_batches(data: TokenSet, shard_size: int, batch_size: int) -> None:
     contexts, _ = shards_of(data)
-    shards = plan_shards(contexts, batch_size, shard_size)
+    shards = plan_parts(contexts, batch_size, shard_size)
     assert [row for shard in shards for row in shard] == list(range(50))
     assert all(len(shard) >= min(shard_size, 50) for shard in shards[:-1])
     batches, start = set(), 0
@@ -300,7 +304,7 @@ def test_shards_give_what_the_whole_gives_to_the_last_bit(work: Job, data: Token
     backbone = tiny_backbone()
     contexts, shards = shards_of(data)
     whole = [TensorDict(part) for part in label_contexts(backbone, data.tokens, data.labels, SETTINGS, contexts)]
-    make_parts(work, LABELS, shards, lambda s: label_shard(backbone, data, SETTINGS, contexts, s, ignore))
+    make_parts(work, LABELS, shards, lambda part: label_part(labels_of(backbone, data, contexts), part, ignore))
     assemble(work, LABELS, shards, tmp_path / "contexts")
     found = TensorDict.load_memmap(str(tmp_path / "contexts"))
     assert len(shards) > 3 and found.batch_size == torch.Size([50])
@@ -318,7 +322,7 @@ def test_a_shard_that_is_damaged_or_missing_is_made_again_alone(
 
     def make(shard: range) -> dict[str, torch.Tensor]:
         made.append(shard)
-        return label_shard(backbone, data, SETTINGS, contexts, shard, ignore)
+        return label_part(labels_of(backbone, data, contexts), shard, ignore)
 
     make_parts(work, LABELS, missing_parts(work, LABELS, shards), make)
     assemble(work, LABELS, shards, tmp_path / "before")

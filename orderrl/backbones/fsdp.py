@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -24,7 +23,7 @@ _BACKBONE_METHODS = ("start", "context_loss", "observe", "extend", "decode", "ex
 _LAYER_METHODS = ("chain",)
 
 
-def shard_backbone(backbone: Backbone, device: str) -> None:
+def split_weights(backbone: Backbone, device: str) -> None:
     """Split a backbone's weights over all processes, in place: every layer on its own, and the rest.
 
     From then on all processes must make the same calls of it at the same time.
@@ -40,12 +39,13 @@ def shard_backbone(backbone: Backbone, device: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh  # these take long to import
     from torch.distributed.fsdp import fully_shard
 
-    layers = _layers(backbone)
-    if not isinstance(backbone, nn.Module) or not layers:
-        raise ValueError("shard=true needs a backbone of the LlamaGen family: RandAR or LlamaGen")
+    # whose weights are used by `forward` and `chain` alone
+    layers = getattr(backbone, "layers", None)
+    if not isinstance(backbone, nn.Module) or not isinstance(layers, nn.ModuleList):
+        raise ValueError("fsdp=true needs a backbone of the LlamaGen family: RandAR or LlamaGen")
     if distributed.size() == 1:
-        raise ValueError("shard=true splits a backbone over processes; start several with torchrun --nproc-per-node=K")
-    if is_sharded(backbone):
+        raise ValueError("fsdp=true splits a backbone over processes; start several with torchrun --nproc-per-node=K")
+    if is_split(backbone):
         return
     pack_weights(backbone, False)  # packed copies would be whole again
     graphs = getattr(backbone, "graphs", BlockGraphs())
@@ -69,12 +69,6 @@ def fix_memory(backbone: Any) -> None:
     backbone.packing = Packing(min(distributed.gather(budget)) / 1e9)
 
 
-def _layers(backbone: Any) -> list[nn.Module]:
-    """Layers whose weights are used by `forward` and `chain` alone."""
-    layers: Iterable[nn.Module] = getattr(backbone, "layers", ())
-    return list(layers) if isinstance(layers, nn.ModuleList) else []
-
-
 def _register(module: nn.Module, methods: tuple[str, ...]) -> None:
     from torch.distributed.fsdp import register_fsdp_forward_method
 
@@ -83,7 +77,7 @@ def _register(module: nn.Module, methods: tuple[str, ...]) -> None:
             register_fsdp_forward_method(module, method)
 
 
-def is_sharded(module: nn.Module) -> bool:
+def is_split(module: nn.Module) -> bool:
     """Whether its weights are split over processes."""
     if "torch.distributed.fsdp" not in sys.modules:  # nobody has split any
         return False
@@ -93,7 +87,7 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def whole_copy(backbone: TrainableBackbone) -> TrainableBackbone:
-    """A sharded backbone's weights in an unsharded backbone on the CPU, to be saved.
+    """The weights of a backbone that are split, in a whole backbone on the CPU, to be saved.
 
     All processes must call it; only the main one gets the weights.
     """
@@ -110,7 +104,7 @@ def whole_copy(backbone: TrainableBackbone) -> TrainableBackbone:
 
 
 class WholeTraining:
-    """Model, averaged model and optimizer of a sharded training as whole tensors on the CPU, for a state that lasts."""
+    """Model, averaged model and optimizer of a split training as whole tensors on the CPU, for a state that lasts."""
 
     def __init__(self, model: nn.Module, averaged: AveragedModel, optimizer: torch.optim.Optimizer) -> None:
         self.model, self.averaged, self.optimizer = model, averaged, optimizer
