@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -37,14 +37,10 @@ if TYPE_CHECKING:
     from tensordict import TensorDictBase
 
 Policy = Callable[["TensorDictBase", torch.Generator], Tensor]
+Scorer = Policy
+"""Scores blocks, (M, B); higher is revealed earlier."""
 ASKING = ("reset", "reads_tokens", "reads_visible_states")  # attributes by which policies ask for more
 _LOWEST = -1e9
-
-
-class Scorer(Protocol):
-    """Scores blocks: (observation, generator) -> (M, B); higher is revealed earlier."""
-
-    def __call__(self, observation: TensorDictBase, generator: torch.Generator) -> Tensor: ...
 
 
 class RankingPolicy:
@@ -81,11 +77,9 @@ class RankingPolicy:
 
 
 class RescoringPolicy(RankingPolicy):
-    """A ranking policy whose scores are made at some steps only; between them the last ones stand.
+    """A ranking policy whose scores are made every `period` steps only; between them the last ones stand.
 
-    Args:
-        scorer, geometry, budgets, schedule, spacing: as in `RankingPolicy`.
-        period: steps from one scoring to the next; None scores the empty image and never again.
+    A period of None scores the empty image and never again.
     """
 
     def __init__(
@@ -120,17 +114,10 @@ class RescoringPolicy(RankingPolicy):
 
 
 class PairedPolicy:
-    """Reveal the set that a planner itself values most, chosen greedily, as many blocks as the schedule says.
+    """Reveal the set that a planner with `pairs` values most, chosen greedily, as many blocks as the schedule says.
 
     Every chosen block takes the planner's repulsion from the others' logits. After cloning target "pairs" that is the
     predicted value of the set (`orderrl.agents.bc`): the blocks' utilities without what they tell about each other.
-
-    Args:
-        planner: in eval mode, with `pairs`.
-        schedule: as in `RankingPolicy`.
-
-    Raises:
-        ValueError: if the planner has no `pairs`.
     """
 
     def __init__(self, planner: OrderHead, budgets: tuple[int, ...] = (1,), schedule: Schedule | None = None) -> None:
@@ -242,11 +229,7 @@ class PlannerPolicy:
 
 
 class AmongBudgets:
-    """A policy in an environment that offers more budgets: the same blocks, the same number of them.
-
-    Raises:
-        ValueError: if one of its budgets is not offered.
-    """
+    """A policy in an environment that offers more budgets than its own: the same blocks, the same number of them."""
 
     def __init__(self, policy: Policy, own: tuple[int, ...], offered: tuple[int, ...]) -> None:
         self.policy, self.own, self.offered = policy, tuple(own), tuple(offered)
@@ -325,8 +308,7 @@ def among_budgets(
 ) -> Policy | ReferencePolicy:
     """The same policy or reference in an environment that offers more budgets, see `AmongBudgets`.
 
-    Raises:
-        ValueError: if one of its budgets is not offered, or a reference acts in a way of its own.
+    ValueError if one of its budgets is not offered, or a reference acts in a way of its own.
     """
     if tuple(own) == tuple(offered):
         return policy
@@ -411,8 +393,6 @@ class Lookahead(ReferencePolicy):
 
     def __init__(self, samples: int = 1, budgets: tuple[int, ...] = (1,), schedule: Schedule | None = None) -> None:
         super().__init__(budgets, schedule)
-        if samples < 1:
-            raise ValueError(f"samples must be at least 1, got {samples}")
         self.samples = samples
 
     def scores(self, core: NextBlockCore, rows: Tensor, hidden: Tensor) -> Tensor:

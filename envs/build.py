@@ -44,6 +44,12 @@ def build_core(
     return NextBlockCore(backbone, data, num_envs, config, seed)
 
 
+def require_render_mode(mode: str | None) -> None:
+    """Raise ValueError unless the Gymnasium faces know a render mode."""
+    if mode not in (None, "rgb_array"):
+        raise ValueError(f"render_mode={mode!r} is unknown; choose 'rgb_array' or None")
+
+
 def _same_device(wanted: torch.device, actual: torch.device) -> bool:
     """Whether a device is meant; one without a number means any of its kind."""
     return wanted.type == actual.type and wanted.index in (None, actual.index)

@@ -95,13 +95,8 @@ class NextBlockCore:
         self._rewarded, self._reads_prefix = rewards, self._looking or self._charging or config.mode == "generate"
         self._budgets, self._classes = torch.tensor(config.budgets), data.classes
         m, b = num_envs, geometry.num_blocks
-        zeros = torch.zeros(m, dtype=torch.int64)
-        unseen = torch.full((m, b), -1, dtype=torch.int64)
-        self.books = Books(
-            zeros.clone(), zeros - 1, zeros.clone(), zeros.clone(), zeros.clone(),
-            torch.zeros(m, b, dtype=torch.bool), unseen, unseen.clone(),
-        )  # fmt: skip
-        self._drawn = torch.zeros_like(zeros, dtype=torch.bool)  # rows whose seed nobody gave
+        self.books = Books.new(m, b)
+        self._drawn = torch.zeros(m, dtype=torch.bool)  # rows whose seed nobody gave
         self._process = os.getpid()
         self.seed(seed)
         costs = config.reward.step_cost_range
@@ -143,10 +138,7 @@ class NextBlockCore:
 
     def budget_mask(self) -> Tensor:
         """(M, number of budgets) bool: a budget is legal up to the hidden blocks; the smallest always is."""
-        return self._to_device(self._legal_budgets())
-
-    def _legal_budgets(self) -> Tensor:
-        return legal_budgets(self.books.hidden_count, self._budgets)
+        return self._to_device(legal_budgets(self.books.hidden_count, self._budgets))
 
     def _to_device(self, values: Tensor) -> Tensor:
         return values.to(self.device, non_blocking=True)
@@ -159,7 +151,7 @@ class NextBlockCore:
     def _rows(self, rows: Tensor | None) -> Rows:
         """Sub-environments by their numbers; None is all."""
         here = torch.arange(self.num_envs) if rows is None else rows.cpu()
-        return Rows(here, self._to_device(here))
+        return Rows(here, self._to_device(here), len(here) == self.num_envs)
 
     def observation(self) -> TensorDict:
         """What a policy sees, batch (M,); no hidden token has any influence on it.
@@ -221,7 +213,7 @@ class NextBlockCore:
         """
         chosen = self._rows(None if rows is None else as_rows(rows, self.num_envs))
         self._begin(chosen, index, labels, step_cost)
-        self._looks = [] if len(chosen.here) == self.num_envs else self._looks
+        self._looks = [] if chosen.whole else self._looks
         self._look(chosen.here)
 
     def _begin(
@@ -231,7 +223,7 @@ class NextBlockCore:
         labels: Tensor | None = None,
         step_cost: Tensor | float | None = None,
     ) -> None:
-        here, there = rows
+        here, there, _ = rows
         if not len(here):
             return
         books = self.books
@@ -274,7 +266,7 @@ class NextBlockCore:
 
     def _started(self, prefix: Any, labels: Tensor, rows: Rows) -> Any:
         started = self.backbone.start(labels[rows.there])
-        if len(rows.here) == self.num_envs:
+        if rows.whole:
             return started
         return (self.backbone.start(labels) if prefix is None else prefix).put(rows.here, started)
 
@@ -287,7 +279,7 @@ class NextBlockCore:
         """
         order, length = order.cpu(), length.cpu()
         self._append(order, length)
-        self._record(order, length)
+        self.books.record(order, length)
         self._publish()
         self._looks = []
         self._look(self.books.hidden_count.nonzero().flatten())
@@ -315,7 +307,7 @@ class NextBlockCore:
         restart = torch.zeros_like(books.visible[:, 0]) if restart is None else restart.cpu()
         if restart.shape != (self.num_envs,) or restart.dtype != torch.bool:
             raise ValueError(f"restart must be ({self.num_envs},) bool, got {tuple(restart.shape)} {restart.dtype}")
-        blocks, count, legal = self.read_actions(actions)
+        blocks, count, legal = books.read(actions, self._budgets)
         idle = restart | books.finished
         illegal = ~legal & ~idle
         if self.config.strict and illegal.any():
@@ -327,12 +319,11 @@ class NextBlockCore:
             )
         count = torch.where(idle | illegal, 0, count)
         blocks = torch.where(torch.arange(blocks.shape[1]) < count[:, None], blocks, 0)
-        before, revealed = self.losses, self._to_device(self._mark(blocks, count))
-        if self._charging:
-            before = self._charged(blocks, count)
+        before, seen = self._charged(blocks, count) if self._charging else self.losses, books.visible.clone()
         drawn = self._draw(blocks, count) if self.config.mode == "generate" else None
         self._append(blocks, count, drawn)
-        self._record(blocks, count)
+        books.record(blocks, count)
+        revealed = self._to_device(books.visible & ~seen)
         books.step_count += (~idle).long()
         self._publish()
         self._looks = []
@@ -353,37 +344,6 @@ class NextBlockCore:
 
     # ------------------------------------------------------------------ parts of a step
 
-    def read_actions(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Ranked blocks (M, K), how many of them count (M,), and whether the action is legal (M,) bool; on the host."""
-        expected = (self.num_envs, self.largest_budget + 1) if self.multi else (self.num_envs,)
-        actions = as_int64("action", actions, "return block indices, not scores")
-        if tuple(actions.shape) != expected:
-            raise ValueError(f"action must have shape {expected}, got {tuple(actions.shape)}")
-        actions = actions.cpu()
-        hidden_count = self.books.hidden_count
-        if not self.multi:
-            blocks, count = actions[:, None], torch.ones_like(actions)
-            legal = torch.ones_like(actions, dtype=torch.bool)
-        else:
-            blocks, chosen = actions[:, :-1], actions[:, -1]
-            inside = (chosen >= 0) & (chosen < len(self._budgets))
-            safe = chosen.clamp(0, len(self._budgets) - 1)
-            legal = inside & self._legal_budgets().gather(1, safe[:, None])[:, 0]
-            count = torch.minimum(self._budgets[safe], hidden_count)
-        counted = torch.arange(blocks.shape[1]) < count[:, None]
-        in_range = (blocks >= 0) & (blocks < self.geometry.num_blocks)
-        safe_blocks = torch.where(in_range, blocks, 0)
-        hidden = (~self.books.visible).float()
-        named = torch.zeros_like(hidden).scatter_add(1, safe_blocks, (counted & in_range).float())
-        legal &= (in_range | ~counted).all(-1) & (named <= hidden).all(-1)
-        return safe_blocks, count, legal
-
-    def _mark(self, blocks: Tensor, count: Tensor) -> Tensor:
-        """(M, B) bool: the first `count` of the listed blocks."""
-        counted = torch.arange(blocks.shape[1]) < count[:, None]
-        none = torch.zeros(blocks.shape[0], self.geometry.num_blocks, dtype=torch.int64)
-        return none.scatter_add(1, blocks, counted.long()) > 0
-
     def _together(self, blocks: Tensor, count: Tensor) -> Iterator[tuple[Rows, Tensor]]:
         """Episodes that reveal equally many blocks, and these, (m, k) on the device; nothing is padded."""
         for value in count.unique().tolist():
@@ -395,12 +355,16 @@ class NextBlockCore:
         """Some rows of a prefix or of chain entries, which may be None."""
         return states if states is None or len(rows) == self.num_envs else states.select(rows)
 
+    def _spread(self, chains: Any, rows: Rows, others: Any) -> Any:
+        """Chain entries of some rows among those of the others, which may be None."""
+        return chains if rows.whole else chains.spread(rows.there, self.num_envs, others)
+
     def _charged(self, blocks: Tensor, count: Tensor) -> Tensor:
         """(M, B): losses of the blocks that are revealed now, given what is visible before; zero elsewhere."""
         charged = torch.zeros_like(self.losses)
-        for (here, rows), chosen in self._together(blocks, count):
-            losses, _ = self.backbone.context_loss(self._some(self.prefix, here), self.tokens[rows], chosen)
-            charged[rows[:, None], chosen] = losses.loss.float()
+        for (here, there, _), chosen in self._together(blocks, count):
+            losses, _ = self.backbone.context_loss(self._some(self.prefix, here), self.tokens[there], chosen)
+            charged[there[:, None], chosen] = losses.loss.float()
         return charged
 
     def _draw(self, blocks: Tensor, count: Tensor) -> tuple[Any, Any]:
@@ -412,16 +376,15 @@ class NextBlockCore:
         """
         first: list[Any] = [None, None]
         tokens = self.tokens.clone()
-        for (here, rows), chosen in self._together(blocks, count):
+        for rows, chosen in self._together(blocks, count):
+            here, there, _ = rows
             blocks_here = blocks[here, : chosen.shape[1]]
             drawing = self._drawing(here, blocks_here, chosen)
             positions = self._to_device(self.geometry.block_tokens[blocks_here])  # (m, k, p*p)
-            tokens[rows[:, None, None], positions] = drawing.tokens
+            tokens[there[:, None, None], positions] = drawing.tokens
             for place, entries in enumerate((drawing.entries, drawing.unconditional)):
                 if entries is not None:
-                    part = entries.chain(torch.zeros_like(rows))
-                    whole = len(rows) == self.num_envs
-                    first[place] = part if whole else part.spread(rows, self.num_envs, first[place])
+                    first[place] = self._spread(entries.chain(torch.zeros_like(there)), rows, first[place])
         self.tokens = tokens
         return first[0], first[1]
 
@@ -450,8 +413,7 @@ class NextBlockCore:
         together = list(self._together(blocks, count))
         if not together:
             return
-        known = (self._first_entries(blocks[:, 0]), None) if drawn is None else drawn
-        first, first_unconditional = known
+        first, first_unconditional = (self._first_entries(blocks[:, 0]), None) if drawn is None else drawn
         for rows, chosen in together:
             self.prefix = self._extend(self.prefix, rows, chosen, first)
             if self.unconditional is not None:
@@ -459,29 +421,19 @@ class NextBlockCore:
 
     def _extend(self, prefix: Any, rows: Rows, blocks: Tensor, first: Any) -> Any:
         """Extend the prefix of some episodes, each by as many blocks."""
-        here, there = rows
+        here, there, whole = rows
         count = torch.full_like(here, blocks.shape[1])
         known = self._some(first, there)
         part = self.backbone.extend(self._some(prefix, here), self._rows_of(self.tokens, rows), blocks, count, known)
-        return part if len(here) == self.num_envs else prefix.put(here, part)
+        return part if whole else prefix.put(here, part)
 
     def _first_entries(self, block: Tensor) -> Any:
         """Chain entries of one block per row, on the host, gathered from the looks that computed them."""
         chosen = None
-        for (here, there), place, entries in self._looks:  # in order: a later look at the same row is the valid one
-            chain = place.gather(1, block[here][:, None])[:, 0]
-            part = entries.chain(self._to_device(chain))
-            chosen = part if len(here) == self.num_envs else part.spread(there, self.num_envs, chosen)
+        for rows, place, entries in self._looks:  # in order: a later look at the same row is the valid one
+            chain = place.gather(1, block[rows.here][:, None])[:, 0]
+            chosen = self._spread(entries.chain(self._to_device(chain)), rows, chosen)
         return chosen
-
-    def _record(self, blocks: Tensor, count: Tensor) -> None:
-        """Mark blocks as visible and remember when and in which rank they were revealed."""
-        books = self.books
-        rows, ranks = (torch.arange(blocks.shape[1]) < count[:, None]).nonzero(as_tuple=True)
-        chosen = blocks[rows, ranks]
-        books.visible[rows, chosen] = True
-        books.reveal_step[rows, chosen] = books.step_count[rows]
-        books.reveal_rank[rows, chosen] = ranks
 
     def _look(self, rows: Tensor) -> None:
         """Refresh what is known of hidden blocks: observation parts, and in mode "teacher" their losses."""
@@ -506,10 +458,9 @@ class NextBlockCore:
         here = together.here
         visible = self.books.visible[here]
         blocks = visible.long().argsort(dim=1, stable=True)[:, :widest]  # hidden blocks first
-        place = torch.zeros_like(visible, dtype=torch.int64)  # of every hidden block among them
-        place = place.scatter(1, blocks, torch.arange(widest).expand_as(blocks))
-        chains = place  # on the host
-        blocks, place, visible = map(self._to_device, (blocks, place, visible))
+        chains = torch.zeros_like(visible, dtype=torch.int64)  # of every hidden block: its place among them
+        chains = chains.scatter(1, blocks, torch.arange(widest).expand_as(blocks))
+        blocks, place, visible = map(self._to_device, (blocks, chains, visible))
         prefix = self._some(self.prefix, here)
         if self._context_losses:
             now, entries = self.backbone.context_loss(prefix, self._rows_of(self.tokens, together), blocks)
@@ -524,14 +475,14 @@ class NextBlockCore:
 
     def _rows_of(self, whole: Tensor, rows: Rows) -> Tensor:
         """Some rows of what lies on the device; all of them are not copied."""
-        return whole if len(rows.here) == self.num_envs else whole[rows.there]
+        return whole if rows.whole else whole[rows.there]
 
     def _shown(self, whole: Tensor, rows: Rows, found: Tensor, place: Tensor, visible: Tensor) -> Tensor:
         """What was found of hidden blocks (m, C, ...) at their places among all blocks (M, B, ...), 0 where visible."""
         aligned = (..., *[None] * (found.ndim - 2))
         index = place[aligned].expand(*place.shape, *found.shape[2:])
         new = found.float().gather(1, index).masked_fill_(visible[aligned], 0.0)
-        return new if len(rows.here) == self.num_envs else whole.index_put((rows.there,), new)
+        return new if rows.whole else whole.index_put((rows.there,), new)
 
     def _hindsight_return(self, finished: Tensor) -> Tensor:
         """Whole return of images that were just finished, by replaying them: their rows (m,) on the host."""

@@ -5,7 +5,8 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from orderrl.envs.build import build_core
+from orderrl.envs.build import build_core, require_render_mode
+from orderrl.envs.observation import MASKS
 from orderrl.envs.render import frame
 from orderrl.envs.spaces import action_space, flat_mask, observation_space, to_numpy
 from orderrl.runtime.integers import as_int64, as_seed
@@ -66,8 +67,7 @@ class NextBlockEnv(gym.Env[dict[str, Any], Any]):
 
     @isolated_float32
     def __init__(self, render_mode: str | None = None, **arguments: Any) -> None:
-        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
-            raise ValueError(f"render_mode={render_mode!r} is unknown; choose 'rgb_array' or None")
+        require_render_mode(render_mode)
         self.render_mode = render_mode
         self.core = build_core(1, **arguments)
         budgets, costs = self.core.config.budgets, self.core.config.reward.step_cost_range
@@ -90,13 +90,14 @@ class NextBlockEnv(gym.Env[dict[str, Any], Any]):
         super().reset(seed=seed)
         options = options or {}
         self.core.reset(index=options.get("index"), step_cost=options.get("step_cost"))
-        return self._observation(), self._info(False)
+        return self._seen(False)
 
     @isolated
     def step(self, action: Any) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Reveal the blocks of an action."""
         reward, terminated, truncated, illegal = self.core.step(as_int64("action", action)[None])
-        return self._observation(), float(reward), bool(terminated), bool(truncated), self._info(bool(illegal))
+        observation, info = self._seen(bool(illegal))
+        return observation, float(reward), bool(terminated), bool(truncated), info
 
     @isolated
     def action_masks(self) -> np.ndarray:
@@ -111,12 +112,8 @@ class NextBlockEnv(gym.Env[dict[str, Any], Any]):
         core = self.core
         return frame(core.data, core.geometry, core.tokens[0], core.visible[0], core.reveal_step[0])
 
-    def _observation(self) -> dict[str, Any]:
+    def _seen(self, illegal: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Observation and info."""
         parts = {key: value[0] for key, value in to_numpy(self.core.observation()).items()}
         parts["label"] = np.int64(parts["label"])
-        return parts
-
-    def _info(self, illegal: bool) -> dict[str, Any]:
-        observation = to_numpy(self.core.observation())
-        info: dict[str, Any] = {k: observation[k][0] for k in ("action_mask", "budget_mask") if k in observation}
-        return info | {"illegal": illegal}
+        return parts, {key: parts[key].copy() for key in MASKS if key in parts} | {"illegal": illegal}

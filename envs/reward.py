@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from orderrl.geometry import BlockGrid
 from orderrl.oracle import WEIGHTS, distance_weights
-from orderrl.runtime.random import Stream, keyed_log_uniform
+from orderrl.runtime.random import Stream, keyed_uniform
 from orderrl.runtime.registry import Registry
 from orderrl.runtime.values import Settings, at_least, member_of, one_of, positive, setting
 
@@ -85,8 +85,12 @@ class RewardConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.step_cost, list | tuple):  # a list in configs
-            object.__setattr__(self, "step_cost", _checked_range(self.step_cost))
+        if isinstance(limits := self.step_cost, list | tuple):
+            if not 0 < limits[0] < limits[1]:
+                raise ValueError(
+                    f"step_cost must be a number or a range (low, high) with 0 < low < high, got {tuple(limits)}"
+                )
+            object.__setattr__(self, "step_cost", tuple(limits))  # a list in configs
         if self.form == "charged" and (self.objective != "likelihood" or self.weight != "uniform"):
             raise ValueError(
                 "form='charged' equals the utility up to a potential only for objective='likelihood' and "
@@ -108,32 +112,16 @@ CHEAPEST = RewardConfig(objective="likelihood", form="charged")
 """What is paid where nobody looks: it needs no context losses."""
 
 
-def _checked_range(limits: Sequence[float]) -> tuple[float, float]:
-    """A range of step costs as a tuple; refused unless costs can be drawn from it log-uniformly."""
-    if not 0 < limits[0] < limits[1]:
-        raise ValueError(f"step_cost must be a number or a range (low, high) with 0 < low < high, got {tuple(limits)}")
-    return limits[0], limits[1]
-
-
 def drawn_step_cost(config: RewardConfig, seeds: Tensor, episode: Tensor) -> Tensor:
-    """What a step costs in some episodes: log-uniform in the config's range, (m,) float32, nats per image.
-
-    Args:
-        config: its step_cost is a range.
-        seeds, episode: (m,) int64; the draw depends on nothing else.
-    """
+    """Cost of a step, log-uniform in the config's range, by (seed, episode) alone: (m,) float32, nats per image."""
     assert config.step_cost_range is not None
     low, high = config.step_cost_range
-    drawn = keyed_log_uniform((Stream.STEP_COST, seeds, episode), low, high, seeds.device)
+    drawn = low * (high / low) ** keyed_uniform((Stream.STEP_COST, seeds, episode))
     return drawn.float().clamp(low, high)  # rounding may not leave the range
 
 
 def chosen_step_cost(config: RewardConfig, cost: Tensor | float, count: int) -> Tensor:
-    """Costs that a caller chose for `count` episodes, checked: (count,) float32, nats per image.
-
-    Raises:
-        ValueError: if the config's step_cost is no range, or a cost lies outside it.
-    """
+    """Costs that a caller chose for `count` episodes, in the config's range: (count,) float32, nats per image."""
     if config.step_cost_range is None:
         raise ValueError(
             f"step_cost={cost} can be chosen for an episode only if the environment's step_cost is a range (low, "
@@ -152,42 +140,22 @@ def chosen_step_cost(config: RewardConfig, cost: Tensor | float, count: int) -> 
 
 
 def future_loss_reduction(before: Tensor, after: Tensor, hidden: Tensor, weights: Tensor | None = None) -> Tensor:
-    """U(a | S) * N: what a reveal lowers the losses of the blocks that stay hidden by.
+    """U(a | S) * N, (M,) nats: what a reveal lowers the losses of the blocks that stay hidden by.
 
-    Args:
-        before: (M, B) block losses given S, nats.
-        after: (M, B) block losses given S and a, nats.
-        hidden: (M, B) bool, hidden after the reveal.
-        weights: (M, B) w(b, a); None is 1.
-
-    Returns:
-        (M,) nats per image.
+    Block losses (M, B) are given S, and given S and a; hidden (M, B) is after the reveal; weights w(b, a) are (M, B).
     """
     drop = torch.where(hidden, before - after, 0.0)
     return (drop if weights is None else drop * weights).sum(-1)
 
 
 def set_weights(pair_weights: Tensor, revealed: Tensor) -> Tensor:
-    """w(b, a) of a revealed set: the weight to its nearest member.
-
-    Args:
-        pair_weights: (B, B), growing with distance.
-        revealed: (M, B) bool, the members of a.
-
-    Returns:
-        (M, B): the smallest weight over the members; 1 where nothing was revealed.
-    """
+    """w(b, a) (M, B) of revealed sets (M, B): the weight (B, B) to the nearest member; 1 where nothing was revealed."""
     masked = torch.where(revealed[:, :, None], pair_weights.to(revealed.device), torch.inf)  # (M, a, b)
     return masked.amin(1).nan_to_num(posinf=1.0)
 
 
 class Reward:
-    """Reward of a batch of reveals.
-
-    Args:
-        config: what is paid for.
-        geometry: the block grid.
-    """
+    """Reward of a batch of reveals."""
 
     def __init__(self, config: RewardConfig, geometry: BlockGrid) -> None:
         self.config = config

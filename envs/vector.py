@@ -8,7 +8,8 @@ import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from orderrl.envs.build import build_core
+from orderrl.envs.build import build_core, require_render_mode
+from orderrl.envs.observation import MASKS
 from orderrl.envs.render import frame
 from orderrl.envs.spaces import action_space, flat_mask, observation_space, to_numpy
 from orderrl.runtime.integers import as_int64, as_seed
@@ -41,8 +42,7 @@ class NextBlockVectorEnv(VectorEnv[dict[str, Any], Any, np.ndarray]):
         render_mode: str | None = None,
         **arguments: Any,
     ) -> None:
-        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
-            raise ValueError(f"render_mode={render_mode!r} is unknown; choose 'rgb_array' or None")
+        require_render_mode(render_mode)
         self.autoreset_mode = _autoreset_mode(autoreset_mode)
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         self.render_mode = render_mode
@@ -75,7 +75,8 @@ class NextBlockVectorEnv(VectorEnv[dict[str, Any], Any, np.ndarray]):
         self._done[rows] = False
         begun = np.zeros(self.num_envs, dtype=bool)
         begun[rows.numpy()] = True
-        return to_numpy(self.core.observation()), self._info(torch.zeros(self.num_envs, dtype=torch.bool), begun)
+        observation = to_numpy(self.core.observation())
+        return observation, self._info(observation, torch.zeros(self.num_envs, dtype=torch.bool), begun)
 
     def _rows(self, mask: Any) -> torch.Tensor:
         """Sub-environments of a reset mask; all without one."""
@@ -120,13 +121,9 @@ class NextBlockVectorEnv(VectorEnv[dict[str, Any], Any, np.ndarray]):
             info = self._final(to_numpy(self.core.observation()), illegal)
             self.core.reset(self._done.nonzero().flatten())
             illegal = illegal & ~self._done.to(illegal.device)  # what stands beside a new start is a reset's info
-        return (
-            to_numpy(self.core.observation()),
-            reward.double().cpu().numpy(),
-            terminated.cpu().numpy(),
-            truncated.cpu().numpy(),
-            self._info(illegal) | info,
-        )
+        observation = to_numpy(self.core.observation())
+        info = self._info(observation, illegal) | info
+        return observation, reward.double().cpu().numpy(), terminated.cpu().numpy(), truncated.cpu().numpy(), info
 
     def _final(self, observation: dict[str, np.ndarray], illegal: torch.Tensor) -> dict[str, Any]:
         """Last observations and infos of finished episodes, as Gymnasium's SAME_STEP convention has them."""
@@ -137,7 +134,7 @@ class NextBlockVectorEnv(VectorEnv[dict[str, Any], Any, np.ndarray]):
         return {
             "final_obs": final,
             "_final_obs": finished.copy(),
-            "final_info": self._info(illegal, finished),
+            "final_info": self._info(observation, illegal, finished),
             "_final_info": finished.copy(),
         }
 
@@ -157,12 +154,13 @@ class NextBlockVectorEnv(VectorEnv[dict[str, Any], Any, np.ndarray]):
             for i in range(self.num_envs)
         )
 
-    def _info(self, illegal: torch.Tensor, rows: np.ndarray | None = None) -> dict[str, Any]:
+    def _info(
+        self, observation: dict[str, np.ndarray], illegal: torch.Tensor, rows: np.ndarray | None = None
+    ) -> dict[str, Any]:
         """Infos of some sub-environments, (M,) bool; the others' are zero, as Gymnasium has them."""
         present = np.ones(self.num_envs, dtype=bool) if rows is None else rows
-        observation = to_numpy(self.core.observation())
         info: dict[str, Any] = {"illegal": illegal.cpu().numpy().copy()}
-        info |= {key: observation[key] for key in ("action_mask", "budget_mask") if key in observation}
+        info |= {key: observation[key].copy() for key in MASKS if key in observation}
         for key, value in list(info.items()):
             value[~present] = 0
             info[f"_{key}"] = present.copy()

@@ -93,13 +93,6 @@ def keyed_index(keys: Iterable[Tensor | int], count: int, device: torch.device |
     return (keyed_uniform(keys, device) * count).long().clamp_max(count - 1)
 
 
-def keyed_log_uniform(
-    keys: Iterable[Tensor | int], low: float, high: float, device: torch.device | str = "cpu"
-) -> Tensor:
-    """Numbers in [low, high) with uniform logarithms, one for each broadcast combination of the keys; float64."""
-    return low * (high / low) ** keyed_uniform(keys, device)
-
-
 def keyed_normal(keys: Iterable[Tensor | int], device: torch.device | str = "cpu") -> Tensor:
     """Standard normal numbers, one for each broadcast combination of the keys; float64."""
     return torch.special.ndtri(keyed_uniform(keys, device).clamp_min(2.0**-54))

@@ -229,15 +229,6 @@ def test_impossible_environments_are_refused() -> None:
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "index", [12, -1, torch.tensor([0, 12]), torch.tensor([0, 1, 2]), 1.5, torch.tensor([0.0, 1.0])]
-)
-def test_impossible_images_are_refused(index: Any) -> None:
-    core = make_core(2)
-    with pytest.raises(ValueError, match="index"):
-        core.reset(index=index)
-
-
 # ---------------------------------------------------------------------- leakage
 
 
@@ -351,14 +342,6 @@ def test_seeds_determine_images_and_episodes_differ() -> None:
     assert core.image_index.tolist() == [images(7, 3)[2], images(3, 1)[0]]
 
 
-def test_index_chooses_the_image() -> None:
-    core = make_core(3)
-    core.reset(index=torch.tensor([4, 0, 11]))
-    assert torch.equal(core.tokens, core.data.tokens[[4, 0, 11]]) and core.image_index.tolist() == [4, 0, 11]
-    core.reset(torch.tensor([1]), 7)
-    assert core.image_index.tolist() == [4, 7, 11]
-
-
 @pytest.mark.parametrize(
     ("call", "match"),
     [
@@ -461,12 +444,6 @@ def test_generation_sees_what_it_drew() -> None:
     wanted, _ = core.backbone.observe(prefix, order[:, 6:])
     found, _ = core.backbone.observe(core.unconditional, order[:, 6:])
     assert torch.allclose(found, wanted, atol=1e-5)
-
-
-def test_generated_index_takes_the_label() -> None:
-    core = make_core(2, mode="generate")
-    core.reset(index=torch.tensor([3, 5]))
-    assert torch.equal(core.labels, core.data.labels[[3, 5]])
 
 
 @pytest.mark.parametrize(("mode", "method"), [("teacher", "context_loss"), ("generate", "decode")])

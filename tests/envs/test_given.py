@@ -121,3 +121,26 @@ def test_a_device_beside_a_backbone_that_lies_elsewhere_is_refused() -> None:
         assert make(backbone=backbone, device="cpu").core.device.type == "cpu"
         with pytest.raises(ValueError, match="device='meta' contradicts the backbone, which lies on 'cpu'"):
             make(backbone=backbone, device="meta")
+
+
+def test_index_chooses_the_image() -> None:
+    core = make_core(3)
+    core.reset(index=torch.tensor([4, 0, 11]))
+    assert torch.equal(core.tokens, core.data.tokens[[4, 0, 11]]) and core.image_index.tolist() == [4, 0, 11]
+    core.reset(torch.tensor([1]), 7)
+    assert core.image_index.tolist() == [4, 7, 11]
+
+
+@pytest.mark.parametrize(
+    "index", [12, -1, torch.tensor([0, 12]), torch.tensor([0, 1, 2]), 1.5, torch.tensor([0.0, 1.0])]
+)
+def test_impossible_images_are_refused(index: Any) -> None:
+    core = make_core(2)
+    with pytest.raises(ValueError, match="index"):
+        core.reset(index=index)
+
+
+def test_generated_index_takes_the_label() -> None:
+    core = make_core(2, mode="generate")
+    core.reset(index=torch.tensor([3, 5]))
+    assert torch.equal(core.labels, core.data.labels[[3, 5]])
