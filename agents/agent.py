@@ -60,6 +60,7 @@ class Agent:
             or those of the clone that it takes.
         label_sets: finds or makes the labels that it learns from, `setup.label_sets`; its last argument trains a
             planner of the same agent with another setup and config, and returns its file. None if it needs no labels.
+        judged: whether it may ask the classifier that the settings of labels describe.
         check: refuses what it cannot learn, before anything that takes long.
         idle: settings that have no effect beside the others, which do not determine the planner.
         describe: what else determines it, beside or instead of what `orderrl.training.describe` says.
@@ -73,11 +74,17 @@ class Agent:
     environment: bool = True
     start: bool = False
     label_sets: Callable[[Setup, Any, Callable[[Setup, Any], Path]], tuple[Path, ...]] | None = None
+    judged: bool = False
     check: Callable[[Setup, Any], Any] = lambda setup, config: None
     idle: Callable[[Any], list[str]] = lambda config: []
     describe: Callable[[Setup, Any], dict[str, Any]] = lambda setup, config: {}
     scores_alone: bool = False
     alone: bool = False
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether the settings of labels have an effect: on what it learns from, or on the planner it starts from."""
+        return self.label_sets is not None or self.start or self.judged
 
 
 def _check(name: str, agent: Any) -> None:
@@ -95,9 +102,5 @@ register_agent = AGENTS.register
 
 
 def find_agent(name: str) -> Agent:
-    """The agent of a name.
-
-    Raises:
-        ValueError: if there is none.
-    """
+    """The agent of a name; ValueError if there is none."""
     return AGENTS.find(name, "agent.name")

@@ -46,6 +46,7 @@ from orderrl.runtime import distributed
 from orderrl.runtime.isolation import isolated_float32
 from orderrl.runtime.job import Job
 from orderrl.runtime.learning_rate import one_cycle
+from orderrl.runtime.optimisation import descend
 from orderrl.runtime.values import Settings, at_least, between, member_of, one_of, positive, setting
 from orderrl.runtime.weights import weights_fingerprint
 
@@ -235,10 +236,7 @@ def clone(
         planner.train()
         reasoning = reasoning_steps_at(step, config.steps, final)
         losses = cloning_losses(planner(batch, reasoning), utility, pairs, labels, rows, drawn, config)
-        optimizer.zero_grad()
-        mean = distributed.backward(torch.stack([*losses.values()]).sum(), planner.parameters(), 1.0)
-        torch.nn.utils.clip_grad_norm_(planner.parameters(), 1.0)
-        optimizer.step()
+        mean = descend(optimizer, torch.stack([*losses.values()]).sum(), planner, weight=1.0)
         schedule.step()
         row = {"loss": mean, "reasoning_steps": float(reasoning)}
         if pairs is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -11,19 +13,17 @@ from orderrl.backbones.cpu_linear import pack_weights
 from orderrl.backbones.mar_backbone import MaskedTransformer
 from orderrl.backbones.registry import with_block_size
 from orderrl.runtime.isolation import isolated_float32
+from orderrl.runtime.learning_rate import one_cycle
 
 BODIES = ("frozen", "top", "lora", "all")
 TunableBackbone = OrderRobustTransformer | MaskedTransformer
+B = TypeVar("B", bound=TunableBackbone)
 
 
 def require_tunable(
     backbone: Backbone, layers: int, agent: str, families: tuple[type, ...] = (OrderRobustTransformer,)
 ) -> None:
-    """Refuse a backbone that can't be tuned.
-
-    Raises:
-        ValueError: if it is of no family that the agent tunes, not in float32, or has fewer layers.
-    """
+    """Refuse a backbone of no family that the agent tunes, not in float32, or with fewer layers."""
     if type(backbone) not in families:
         raise ValueError(
             f"agent={agent} tunes backbones of type {', '.join(kind.__name__ for kind in families)} (digits, canvas, "
@@ -39,7 +39,7 @@ def require_tunable(
 
 
 @isolated_float32
-def tunable_copy(backbone: TunableBackbone) -> TunableBackbone:
+def tunable_copy(backbone: B) -> B:
     """A copy of a backbone, to be tuned while the original stays as it is."""
     tuned = with_block_size(backbone, backbone.config.block_size)
     tuned.packing = backbone.packing
@@ -76,13 +76,9 @@ class LowRank(nn.Module):
 
 @isolated_float32
 def trained_part(backbone: TunableBackbone, body: str, layers: int = 1, rank: int = 4) -> nn.ModuleList:
-    """The part of a frozen backbone that is trained, with gradients switched on.
+    """The part of a frozen backbone that is trained, with gradients switched on: "frozen", "top", "lora" or "all".
 
-    Args:
-        backbone: changed in place: for "lora" every matrix of its transformer blocks gets an adapter.
-        body: "frozen", "top", "lora" or "all".
-        layers: of "top".
-        rank: of "lora".
+    For "lora" every matrix of the backbone's transformer blocks gets an adapter, in place.
     """
     pack_weights(backbone, False)  # weights that change are never only read
     if body == "lora":
@@ -93,6 +89,18 @@ def trained_part(backbone: TunableBackbone, body: str, layers: int = 1, rank: in
         return part.requires_grad_(True)
     chosen = {"frozen": nn.ModuleList(), "top": top_of(backbone, layers), "all": nn.ModuleList([backbone])}[body]
     return chosen.requires_grad_(True)
+
+
+def optimiser_of(
+    planner: nn.Module, body: nn.Module, weight_decay: float, rates: tuple[float, float], steps: int
+) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.OneCycleLR]:
+    """AdamW of a planner and of a part of a backbone, which is to stay near its start and not near 0; its schedule."""
+    groups = [
+        {"params": list(planner.parameters()), "weight_decay": weight_decay},
+        {"params": list(body.parameters()), "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups)
+    return optimizer, one_cycle(optimizer, steps, list(rates))
 
 
 @isolated_float32

@@ -43,11 +43,7 @@ class ConfidenceRule:
 
     @classmethod
     def parse(cls, text: str) -> ConfidenceRule:
-        """Read what stands behind the colon of a name.
-
-        Raises:
-            ValueError: if it is no rule.
-        """
+        """Read what stands behind the colon of a name; ValueError if it is no rule."""
         rule: dict[str, Any] = {}
         for part in text.split("+") if text else ():
             found = _PART.fullmatch(part)
@@ -58,11 +54,7 @@ class ConfidenceRule:
         return cls(**rule)
 
     def require(self, backbone: Backbone, name: str) -> None:
-        """Refuse a backbone that cannot say what the rule asks for.
-
-        Raises:
-            ValueError: naming the policy.
-        """
+        """Refuse, by the policy's name, a backbone that cannot say what the rule asks for."""
         if self.first and not self.highest:
             return  # the entropy, which every backbone gives
         if not backbone.vocab_size or not hasattr(backbone, "certainty"):

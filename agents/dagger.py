@@ -56,13 +56,7 @@ def label_sets(setup: Setup, config: Any, train: Callable[[Setup, Any], Path]) -
 
 
 def _own_labels(setup: Setup, config: Any, start: Path, images: Tensor, number: int) -> Path:
-    """Folder of the labels of states that a planner reaches itself.
-
-    Args:
-        start: the planner's checkpoint.
-        images: (n,) int64, planner images that it plays: those that its labels came from.
-        number: of the round, from 1.
-    """
+    """Folder of the labels of states that a round's planner reaches itself, on images (n,) of its own labels."""
     count, share = config.dagger_contexts, config.dagger_own_share
     planner, _ = load_planner(start, setup.backbone)
     data = load_split(setup.data, "planner")
@@ -95,14 +89,7 @@ def own_contexts(
         own_share: share of actions that are the policy's own; the others are uniform over the hidden blocks.
         seed: of lengths, turns and random actions.
         first: number of the first context.
-
-    Raises:
-        ValueError: if the core has other budgets, or there are no images.
     """
-    if core.config.budgets != (1,):
-        raise ValueError(f"labelled contexts grow block by block: budgets must be (1,), got {core.config.budgets}")
-    if not len(images):
-        raise ValueError("images must name at least 1 image to play, got none")
     generator = torch.Generator().manual_seed(seed)
     blocks = core.geometry.num_blocks
     image = images[random_window(len(images), count, generator)]

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict
-from torch import Tensor, nn
+from torch import Tensor
 
 from orderrl.agents.agent import Agent
 from orderrl.agents.distribution import RankedBlocks
@@ -36,6 +36,7 @@ from orderrl.runtime.finite import OVERFLOW, require_finite
 from orderrl.runtime.isolation import isolated, isolated_float32
 from orderrl.runtime.job import Job, unseen
 from orderrl.runtime.learning_rate import one_cycle
+from orderrl.runtime.optimisation import descend
 from orderrl.runtime.progress import progress
 from orderrl.runtime.values import Settings, at_least, positive, setting
 
@@ -147,20 +148,8 @@ def _play(backbone: Backbone, data: TokenSet, images: Tensor, order: Tensor, con
     return played
 
 
-def require_choice(budgets: tuple[int, ...], blocks: int) -> None:
-    """Raise ValueError unless there are several budgets, ascending, that fit an image of some blocks."""
-    if len(budgets) < 2:
-        raise ValueError(f"budgets={budgets} leave nothing to choose; give several, for example env.budgets=[1,2,4]")
-    if list(budgets) != sorted(set(budgets)) or budgets[0] < 1 or budgets[-1] > blocks:
-        raise ValueError(f"budgets={budgets} must be ascending numbers of blocks from 1 to the image's {blocks}")
-
-
 def legal_ends(blocks: int, budgets: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Where a step of each budget ends on a list of blocks, and whether the budget is legal, as the environment has it.
-
-    Returns:
-        ends (B, n) int64, blocks visible after the step, and legal (B, n) bool; place i has i blocks visible.
-    """
+    """Visible blocks after a step of each budget from 0 .. B - 1 visible ones, (B, n), and whether it is legal."""
     ends = torch.arange(blocks)[:, None] + torch.tensor(budgets)
     legal = ends <= blocks
     legal[:, 0] = True  # cut short
@@ -187,15 +176,10 @@ def best_schedules(cost: Tensor, budgets: tuple[int, ...]) -> dict[int, tuple[fl
 
 
 def costs_to_go(preference: Tensor, cost: Tensor, budgets: tuple[int, ...], step_cost: Tensor) -> Tensor:
-    """What every budget in every state costs an image up to its end, if the preferred budgets follow.
+    """What every budget in every state costs an image up to its end, (n, B, budgets) nats; illegal ones are cut short.
 
-    Args:
-        preference: (n, B, number of budgets), the legal one with the largest follows.
-        cost: (n, B, B) as in `record_order`.
-        step_cost: (n,) nats per image.
-
-    Returns:
-        (n, B, number of budgets) nats per image; illegal budgets are cut short.
+    The legal budget with the largest preference (n, B, budgets) follows. The cost (n, B, B) is as in `record_order`; a
+    step costs (n,) nats.
     """
     count, blocks, _ = cost.shape
     ends, legal = (value.to(cost.device) for value in legal_ends(blocks, budgets))
@@ -213,16 +197,8 @@ def budget_loss(logits: Tensor, spent: Tensor, legal: Tensor, temperature: float
 
     Both count against the smallest budget, so what an image costs anyway cancels. Large budgets cost much more and vary
     much more, and must not drown what tells small ones apart: each difference is divided by its standard deviation over
-    the images.
-
-    Args:
-        logits: (m, B, number of budgets).
-        spent: (m, B, number of budgets) nats, from `costs_to_go`.
-        legal: (B, number of budgets) bool.
-        temperature: nats that one unit of a logit is worth.
-
-    Returns:
-        (), without unit.
+    the images. Logits and what is `spent` (`costs_to_go`) are (m, B, budgets), legal (B, budgets); the temperature is
+    the nats that one unit of a logit is worth.
     """
     further = legal.clone()
     further[:, 0] = False
@@ -255,17 +231,7 @@ def fit_budgets(
     Metrics: loss, loss_budget (see `budget_loss`), loss_order (nats), cost (mean nats per image of the planner's own
     schedules on the batch, steps included) and agreement (share of states in which the highest-scored block is the
     order's next).
-
-    Raises:
-        ValueError: if there is no choice of budgets, or the planner has another number of them or range of step costs.
     """
-    require_choice(budgets, len(order))
-    planner.config.require_budgets(budgets)
-    wanted = step_cost if isinstance(step_cost, tuple) else None
-    if planner.config.step_cost_range != wanted:
-        raise ValueError(
-            f"step_cost={step_cost} needs a planner with step_cost_range={wanted}, not {planner.config.step_cost_range}"
-        )
     device = planner.position.device
     order = order.to(device)
     job = job or Job()
@@ -312,14 +278,10 @@ def _update(
     mask, places = observation["action_mask"], budgets[-1]
     ranked = RankedBlocks(output.logits, mask, output.logits.new_zeros(len(mask), 1), None, (places,), output.repulsion)
     loss_order = -ranked.log_prob(_following(order, places).repeat(images, 1)).mean()
-    loss = loss_budget + loss_order
-    optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(planner.parameters(), 1.0)
-    optimizer.step()
+    loss = descend(optimizer, loss_budget + loss_order, planner)
     chosen = preference[:, 0].masked_fill(~legal[0], -torch.inf).argmax(-1, keepdim=True)
     return {
-        "loss": loss.item(),
+        "loss": loss,
         "loss_budget": loss_budget.item(),
         "loss_order": loss_order.item(),
         "cost": spent[:, 0].gather(1, chosen).mean().item(),
@@ -346,7 +308,8 @@ def _check(setup: Setup, config: Config) -> None:
     require_code_length(setup, "agent=fitted_q learns budgets")
     if config.order != "schedule":
         block_order(config.order, setup.backbone.geometry, "agent.order")
-    require_choice(setup.environment.budgets, setup.backbone.geometry.num_blocks)
+    if len(budgets := setup.environment.budgets) < 2:
+        raise ValueError(f"budgets={budgets} leave nothing to choose; give several, for example env.budgets=[1,2,4]")
 
 
 def _idle(config: Config) -> list[str]:

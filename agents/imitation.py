@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from orderrl.agents.agent import Agent
 from orderrl.agents.bc import score_spread
@@ -25,6 +25,7 @@ from orderrl.planner import OrderHead
 from orderrl.runtime.isolation import isolated_float32
 from orderrl.runtime.job import Job
 from orderrl.runtime.learning_rate import one_cycle
+from orderrl.runtime.optimisation import descend
 from orderrl.runtime.random import drawn_uniform
 from orderrl.runtime.storage import checksum
 from orderrl.runtime.values import Settings, at_least, between, positive, setting
@@ -67,9 +68,7 @@ def train(setup: Setup, config: Config, job: Job) -> OrderHead:
 def policy_to_imitate(setup: Setup, config: Config) -> Policy:
     """The policy of a config, with the environment's budgets.
 
-    Raises:
-        ValueError: if it looks behind the observation, needs a step cost, or chooses budgets that the
-            environment does not have.
+    ValueError if it looks behind the observation, needs a step cost, or chooses budgets that the environment lacks.
     """
     spec = PolicySpec.parse(config.policy)
     named = make_policy(spec, setup.backbone)
@@ -143,10 +142,7 @@ def imitate(
         playing = ~core.visible.all(-1)
         entropy = distribution.entropy()[playing].mean()
         loss = -distribution.log_prob(shown)[playing].mean() - config.entropy_coeff * entropy
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(planner.parameters(), 1.0)
-        optimizer.step()
+        mean = descend(optimizer, loss, planner)
         rate.step()
         same = (distribution.mode == shown).view(len(shown), -1)[playing]
         # the planner's own actions in some states, the policy's in the others
@@ -155,7 +151,7 @@ def imitate(
         chosen.append(actions.cpu())
         agreement = (same[:, 0] & same[:, -1]).float().mean().item()
         spread = score_spread(output.scores, observation["action_mask"])[playing].mean()
-        job.log(loss=loss.item(), entropy=entropy.item(), agreement=agreement, score_std=spread.item())
+        job.log(loss=mean, entropy=entropy.item(), agreement=agreement, score_std=spread.item())
 
 
 def _describe(setup: Setup, config: Config) -> dict[str, Any]:

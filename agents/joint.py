@@ -11,7 +11,6 @@ Notable:
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,13 +21,13 @@ from torch import Tensor, nn
 from orderrl.agents import bc
 from orderrl.agents.agent import Agent, Trained
 from orderrl.agents.bc import cloning_losses, score_spread, score_targets, split_images
-from orderrl.agents.body import require_tunable, top_of, tunable_copy
+from orderrl.agents.body import optimiser_of, require_tunable, top_of, tunable_copy
 from orderrl.agents.play import play
 from orderrl.agents.policies import RankingPolicy, planner_scorer
-from orderrl.backbones import Backbone, OrderRobustTransformer
-from orderrl.backbones.pretraining import block_orders, mean_loss, order_losses, training_loss
+from orderrl.backbones import OrderRobustTransformer
+from orderrl.backbones.pretraining import block_orders, draw_batch, mean_loss, order_losses, training_loss
 from orderrl.backbones.protocol import backbone_device
-from orderrl.data import AUGMENTATIONS, TokenSet, load_split
+from orderrl.data import AUGMENTATIONS, Augmentation, TokenSet, load_split
 from orderrl.envs.core import CoreConfig, NextBlockCore, Transition
 from orderrl.envs.observation import observed
 from orderrl.factory import Setup
@@ -38,11 +37,9 @@ from orderrl.runtime import distributed
 from orderrl.runtime.distributed import print_main
 from orderrl.runtime.isolation import isolated_float32
 from orderrl.runtime.job import Job
-from orderrl.runtime.learning_rate import one_cycle
 from orderrl.runtime.values import Settings, at_least, between, positive, setting
 
 OH_KEYS = ("target", "temperature", "weight", "sigma", "held_out")  # of L_OH, shared by the clone
-Augmentation = Callable[[Tensor, torch.Generator, float], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +104,8 @@ class Config(Settings):
 def train(setup: Setup, config: Config, job: Job) -> Trained:
     """Tune the planner that the setup starts from and a copy of its backbone."""
     assert setup.start is not None
-    tuned = copy_to_tune(setup.backbone, config.layers)
+    assert isinstance(setup.backbone, OrderRobustTransformer)
+    tuned = tunable_copy(setup.backbone)
     torch.manual_seed(setup.seed)
     tuning = JointTuning(
         setup.start,
@@ -125,29 +123,10 @@ def train(setup: Setup, config: Config, job: Job) -> Trained:
     return Trained(tuning.planner, tuned, outcome)
 
 
-def copy_to_tune(backbone: Backbone, layers: int) -> OrderRobustTransformer:
-    """A copy of a backbone, to be tuned while the original stays as it is.
-
-    Raises:
-        ValueError: if it cannot be tuned, see `require_tunable`.
-    """
-    require_tunable(backbone, layers, "joint")
-    assert isinstance(backbone, OrderRobustTransformer)
-    tuned = tunable_copy(backbone)
-    assert isinstance(tuned, OrderRobustTransformer)
-    return tuned
-
-
 def observe(backbone: OrderRobustTransformer, images: TokenSet, contexts: TensorDict) -> TensorDict:
-    """The environment's observation of labelled contexts, with gradients for the backbone.
+    """`NextBlockCore.observation` of labelled contexts (M,) at budgets (1,), with gradients for the backbone.
 
-    Args:
-        backbone: computes hidden states and entropies.
-        images: those that the contexts name.
-        contexts: batch (M,), with image, order, length, label and visible as `label_contexts` stores them.
-
-    Returns:
-        What `NextBlockCore.observation` gives for budgets (1,), batch (M,), on the backbone's device.
+    The contexts, as `label_contexts` stores them, name some of the images.
     """
     device = backbone_device(backbone)
     tokens, labels = images.tokens[contexts["image"]].to(device), contexts["label"].to(device)
@@ -162,11 +141,11 @@ class JointTuning:
 
     Args:
         planner: trained in place; started from a clone.
-        backbone: tuned in place; a copy, see `copy_to_tune`.
+        backbone: tuned in place; a copy, see `tunable_copy`.
         labels: contexts as `label_contexts` stores them, made by the frozen backbone.
         labelled: the images that they name, of the planner split.
         images: for L_AR, of the backbone split.
-        augment: the data set's augmentation, called with tokens, generator and strength.
+        augment: the data set's.
         seed: of the split and batches; the clone's, so that held-out images are those that it never learnt from.
 
     Attributes:
@@ -211,13 +190,8 @@ class JointTuning:
         `watch` gives.
         """
         c, job = self.config, job or Job()
-        # the planner, and the backbone's top, which is to stay near its start and not near 0
-        groups = [
-            {"params": list(self.planner.parameters()), "weight_decay": c.weight_decay},
-            {"params": list(self.top.parameters()), "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups)
-        schedule = one_cycle(optimizer, c.steps, [c.learning_rate, c.backbone_learning_rate])
+        rates = c.learning_rate, c.backbone_learning_rate
+        optimizer, schedule = optimiser_of(self.planner, self.top, c.weight_decay, rates, c.steps)
         # what was measured before
         start = distributed.on_main(self.watch)
         job.log(**start)
@@ -290,12 +264,10 @@ class JointTuning:
     def _backbone_loss(self) -> Tensor:
         """L_AR of the next batch: this process's share of its mean."""
         c, generator = self.config, self.generator
-        rows = torch.randint(len(self.images), (c.batch_size,), generator=generator)
-        tokens, labels = self.images.tokens[rows], self.images.labels[rows]
-        if self.augment is not None and c.augmentation > 0:
-            tokens = self.augment(tokens, generator, c.augmentation)
-        dropped = torch.rand(c.batch_size, generator=generator) < c.label_dropout
-        labels = torch.where(dropped, self.backbone.num_classes, labels)
+        null = self.backbone.num_classes
+        _, tokens, _, labels = draw_batch(
+            self.images, c.batch_size, c.label_dropout, null, generator, self.augment, c.augmentation
+        )
         order = block_orders(self.backbone.geometry, c.batch_size, 1.0, generator)
         mine = distributed.rows_of(torch.arange(c.batch_size))
         device = backbone_device(self.backbone)

@@ -10,18 +10,8 @@ from orderrl.geometry import BlockGrid
 from orderrl.runtime.registry import Registry
 
 OTHER_POLICIES = (
-    *(
-        "random",
-        "low_entropy",
-        "high_entropy",
-        "fitted",
-        "confidence",
-        "hindsight_confidence",
-        "lookahead",
-        "native",
-        "oracle",
-    ),
-    *("newest", "published", "token_raster", "self", "own"),
+    *("random", "low_entropy", "high_entropy", "fitted", "confidence", "hindsight_confidence", "lookahead", "native"),
+    *("oracle", "newest", "published", "token_raster", "self", "own"),
 )
 """Names that tables and commands have for what is no order."""
 FIXED_SEED = 0  # of orders that are random but the same for every image
@@ -155,15 +145,9 @@ register_order = ORDERS.register
 
 
 def block_order(name: str, geometry: BlockGrid, key: str = "") -> Tensor:
-    """The order of a name, (B,) int64.
+    """The order of a name, of `ORDERS` or module:attribute, (B,) int64; `key` is the setting's that holds it.
 
-    Args:
-        name: of `ORDERS`, or module:attribute.
-        geometry: the block grid.
-        key: of the setting that holds the name, for messages.
-
-    Raises:
-        ValueError: if there is none, or it does not hold every block once.
+    ValueError if there is none, or it does not hold every block once.
     """
     order = ORDERS.find(name, key)(geometry)
     blocks = geometry.num_blocks

@@ -31,6 +31,7 @@ from orderrl.planner import OrderHead
 from orderrl.runtime import distributed
 from orderrl.runtime.isolation import isolated_float32
 from orderrl.runtime.job import Job
+from orderrl.runtime.optimisation import descend
 from orderrl.runtime.values import Settings, at_least, positive, setting
 
 _PROCESS_SEEDS = 1_000_000_007  # between the random numbers of processes
@@ -88,28 +89,18 @@ def played_core(setup: Setup, config: PolicyGradientConfig) -> NextBlockCore:
     return NextBlockCore(setup.backbone, load_split(setup.data, "planner"), count, setup.environment)
 
 
-class Actor(nn.Module):
-    """A planner on separate observation tensors with any leading dimensions.
+class Asked(nn.Module):
+    """Some outputs of a planner on separate observation tensors, which `keys` name, with any leading dimensions."""
 
-    Its outputs are the logits of blocks and budgets, and the repulsion; `keys` name the tensors.
-    """
-
-    def __init__(self, planner: OrderHead, keys: tuple[str, ...]) -> None:
+    def __init__(self, planner: OrderHead, keys: tuple[str, ...], outputs: tuple[str, ...]) -> None:
         super().__init__()
-        self.planner, self.keys = planner, keys
+        self.planner, self.keys, self.outputs = planner, keys, outputs
 
     def forward(self, *parts: Tensor) -> tuple[Tensor, ...]:
-        observation, leading = flatten(self.keys, parts)
-        output = self.planner(observation)
-        shown = (output.logits, output.budget_logits, output.repulsion)
-        return tuple(part.unflatten(0, leading) for part in shown)
-
-
-def flatten(keys: tuple[str, ...], parts: tuple[Tensor, ...]) -> tuple[dict[str, Tensor], torch.Size]:
-    """An observation with one leading dimension, and the leading dimensions that it had."""
-    observation = dict(zip(keys, parts, strict=True))
-    leading = observation["label"].shape
-    return {key: part.flatten(0, len(leading) - 1) for key, part in observation.items()}, leading
+        observation = dict(zip(self.keys, parts, strict=True))
+        leading = observation["label"].shape
+        output = self.planner({key: part.flatten(0, len(leading) - 1) for key, part in observation.items()})
+        return tuple(getattr(output, name).unflatten(0, leading) for name in self.outputs)
 
 
 class PolicyGradient(ABC):
@@ -124,8 +115,6 @@ class PolicyGradient(ABC):
         seed: of episodes, actions and minibatches.
 
     Attributes:
-        config, env, seed: as given.
-        planner: the current one.
         actor: TorchRL's policy made of it.
         loss: TorchRL's clipped loss.
         iteration: rounds done.
@@ -165,7 +154,8 @@ class PolicyGradient(ABC):
 
     def _actor_of(self, planner: OrderHead) -> ProbabilisticActor:
         """TorchRL's policy of a planner."""
-        module = TensorDictModule(Actor(planner, self.keys), list(self.keys), ["logits", "budget_logits", "repulsion"])
+        outputs = ("logits", "budget_logits", "repulsion")
+        module = TensorDictModule(Asked(planner, self.keys, outputs), list(self.keys), list(outputs))
         parameters = {"logits": "logits", "action_mask": "action_mask"}
         if self.env.core.multi:
             parameters |= {key: key for key in ("budget_logits", "budget_mask", "repulsion")}
@@ -198,10 +188,7 @@ class PolicyGradient(ABC):
 
     @isolated_float32
     def train(self, job: Job | None = None, description: str = "") -> OrderHead:
-        """Rounds until `config.iterations`; returns the planner.
-
-        Args:
-            job: keeps the state between rounds, so that an interrupted training continues, and logs.
+        """Rounds until `config.iterations`; returns the planner. The job keeps the state between rounds, and logs.
 
         Metrics: frames, return (of each image's first episode, nats per image), planner_steps (of the same), illegal
         (share of void steps), score_std (standard deviation of the scores of a state's hidden blocks), entropy,
@@ -265,12 +252,7 @@ class PolicyGradient(ABC):
 
     def _update(self, minibatch: TensorDictBase) -> dict[str, float]:
         total, parts = self._loss(minibatch)
-        self.optimizer.zero_grad()
-        modules = self._trained.values()
-        distributed.backward(total, [parameter for module in modules for parameter in module.parameters()])
-        for module in modules:
-            nn.utils.clip_grad_norm_(module.parameters(), self.config.max_grad_norm)
-        self.optimizer.step()
+        descend(self.optimizer, total, *self._trained.values(), clip=self.config.max_grad_norm)
         return {name: part.item() for name, part in parts.items()}
 
     def _summary(self, data: TensorDictBase) -> dict[str, float]:

@@ -11,14 +11,14 @@ from typing import ClassVar
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
-from torch import Tensor, nn
+from torch import Tensor
 from torchrl.collectors import Collector
 from torchrl.envs.utils import ExplorationType
 from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import GAE
 
 from orderrl.agents.agent import Agent
-from orderrl.agents.policy_gradient import PolicyGradient, PolicyGradientConfig, flatten, played_core
+from orderrl.agents.policy_gradient import Asked, PolicyGradient, PolicyGradientConfig, played_core
 from orderrl.envs.torchrl import NextBlockTorchRLEnv
 from orderrl.factory import Setup
 from orderrl.planner import OrderHead
@@ -77,30 +77,12 @@ def train(setup: Setup, config: Config, job: Job) -> OrderHead:
     return PPO(setup.start, env, config, setup.seed).train(job, f"ppo ({setup.environment.reward.objective})")
 
 
-class _Critic(nn.Module):
-    """A planner of its own weights whose value is read."""
-
-    def __init__(self, planner: OrderHead, keys: tuple[str, ...]) -> None:
-        super().__init__()
-        self.planner, self.keys = planner, keys
-
-    def forward(self, *parts: Tensor) -> Tensor:
-        observation, leading = flatten(self.keys, parts)
-        return self.planner(observation).value.unflatten(0, leading)
-
-
 def leave_one_out_mean(values: Tensor, done: Tensor, group_size: int) -> Tensor:
-    """Mean over the other episodes of a group at the same step of the same episode; 0 where no other got that far.
+    """Mean of values (M, T) over the other episodes of a group at the same step of the same episode, (M, T).
 
-    Sub-environments of a group play the same images in the same sequence, each at its own pace.
-
-    Args:
-        values: (M, T).
-        done: (M, T) bool, whether an episode ends with that step.
-        group_size: G; sub-environments g G .. g G + G - 1 are a group.
-
-    Returns:
-        (M, T); it does not depend on the row's own values in that episode.
+    Sub-environments g G .. g G + G - 1 of a group of G play the same images in the same sequence, each at its own pace;
+    done (M, T) says whether an episode ends with that step. 0 where no other got that far; it does not depend on the
+    row's own values in that episode.
     """
     count, length = values.shape
     time = torch.arange(length, device=values.device).expand_as(done)
@@ -136,7 +118,7 @@ class PPO(PolicyGradient):
         )
         self.critic = OrderHead(critic_config).to(env.core.device).eval()
         keys = (*self.keys, "context_loss") if config.privileged_critic else self.keys
-        self.value = TensorDictModule(_Critic(self.critic, keys), list(keys), ["state_value"])
+        self.value = TensorDictModule(Asked(self.critic, keys, ("value",)), list(keys), ["state_value"])
         self.advantage = GAE(gamma=1.0, lmbda=config.gae_lambda, value_network=self.value, deactivate_vmap=True)
         loss = ClipPPOLoss(
             self.actor,

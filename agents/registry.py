@@ -321,11 +321,7 @@ def policy_source(spec: PolicySpec | None) -> Path | None:
 
 
 def check_planner_name(name: str | None) -> None:
-    """Refuse to call a planner what tables call something else; None is fine.
-
-    Raises:
-        ValueError: if it is the name of a baseline or reference.
-    """
+    """Refuse to call a planner as a baseline or reference is called in tables; None is fine."""
     if name is not None and _is_taken(name):
         raise ValueError(f"name={name!r} is the name of another policy in every table; choose another name")
 

@@ -49,11 +49,7 @@ def fixed(place: int = 0) -> Schedule:
 
 
 def cosine_sizes(iterations: int, blocks: int) -> tuple[int, ...]:
-    """Blocks of each iteration of MAR's cosine schedule (Li et al., 2024): few at first, many at the end.
-
-    Raises:
-        ValueError: if there are more iterations than blocks.
-    """
+    """Blocks of each of up to B iterations of MAR's cosine schedule (Li et al., 2024): few at first, then many."""
     if not 1 <= iterations <= blocks:
         raise ValueError(f"cosine:{iterations} must have between 1 and {blocks} iterations, one block each at least")
     left = blocks

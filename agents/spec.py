@@ -89,8 +89,7 @@ class PolicySpec:
     def parse(cls, text: str) -> PolicySpec:
         """Read a name as users write it.
 
-        Raises:
-            ValueError: if what stands behind its "@" is no schedule, or it has an argument that it does not take.
+        ValueError if what stands behind its "@" is no schedule, or it has an argument that it does not take.
         """
         if not isinstance(text, str) or not text:
             raise ValueError(f"policy {text!r} must be a name, a planner's {SUFFIX} file or module:attribute")

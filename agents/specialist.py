@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from orderrl.agents.policies import Policy, ReferencePolicy, Scorer, take_attributes
-from orderrl.agents.schedules import Schedule
 from orderrl.backbones import load_backbone
 from orderrl.backbones.protocol import Backbone, backbone_device
 from orderrl.backbones.registry import BACKBONES, backbone_fingerprint
@@ -25,13 +24,7 @@ if TYPE_CHECKING:
 
 
 class ThroughStart(ReferencePolicy):
-    """A policy that sees images through another backbone than the one that draws them.
-
-    Args:
-        policy: acts on the other backbone's hidden states and entropies.
-        reader: that backbone, frozen.
-        scorer: the policy's block scores.
-    """
+    """A policy that sees images through another backbone, frozen, than the one that draws them."""
 
     def __init__(self, policy: Policy, reader: Backbone, budgets: tuple[int, ...], scorer: Scorer | None) -> None:
         super().__init__(budgets)
@@ -68,8 +61,7 @@ class ThroughStart(ReferencePolicy):
 def open_start(backbone: Backbone, fingerprint: str) -> Backbone | None:
     """The backbone that a specialist was fine-tuned from, if that has the fingerprint of a planner's; else None.
 
-    Raises:
-        ValueError: if it is no longer there, or another backbone is in its place.
+    ValueError if it is no longer there, or another backbone is in its place.
     """
     origin = getattr(backbone, "origin", None)
     if origin is None or origin.start is None or origin.start_fingerprint != fingerprint:
@@ -94,9 +86,6 @@ class Native(ReferencePolicy):
 
     reads_content = False
 
-    def __init__(self, budgets: tuple[int, ...] = (1,), schedule: Schedule | None = None) -> None:
-        super().__init__(budgets, schedule)
-
     def scores(self, core: NextBlockCore, rows: Tensor, hidden: Tensor) -> Tensor:
         model: Any = core.backbone
         moment = core.reveal_step[rows] * core.geometry.num_blocks + core.reveal_rank[rows]
@@ -105,11 +94,7 @@ class Native(ReferencePolicy):
 
 
 def require_head(backbone: Backbone) -> None:
-    """Refuse policy=native for a backbone without a position head.
-
-    Raises:
-        ValueError: with the setting that gives it one.
-    """
+    """Refuse policy=native for a backbone without a position head, naming the setting that gives it one."""
     if not getattr(getattr(backbone, "config", None), "position_head", False):
         raise ValueError(
             "policy 'native' is what a backbone's position head says, and this backbone has none; train one with "

@@ -27,10 +27,19 @@ from torch.nn import functional as F
 
 from orderrl.agents.agent import Agent, Trained
 from orderrl.agents.bc import score_spread
-from orderrl.agents.body import BODIES, TunableBackbone, merge_adapters, require_tunable, trained_part, tunable_copy
+from orderrl.agents.body import (
+    BODIES,
+    TunableBackbone,
+    merge_adapters,
+    optimiser_of,
+    require_tunable,
+    trained_part,
+    tunable_copy,
+)
 from orderrl.backbones import OrderRobustTransformer
 from orderrl.backbones.diffloss import TRAINING_STEPS
 from orderrl.backbones.mar_backbone import TRAINING_DRAWS, MaskedTransformer
+from orderrl.backbones.pretraining import draw_batch
 from orderrl.backbones.protocol import backbone_device
 from orderrl.backbones.randar import cross_entropy
 from orderrl.data import AUGMENTATIONS, TokenSet, load_split
@@ -38,13 +47,12 @@ from orderrl.data.token_set import random_window
 from orderrl.factory import Setup
 from orderrl.geometry import BlockGrid
 from orderrl.labels import find_classifier, label_settings
-from orderrl.oracle import CLASSIFIER
-from orderrl.partial_classifier import PartialClassifier, cluster_orders, importance
+from orderrl.oracle import CLASSIFIER, clustered_importance
+from orderrl.partial_classifier import PartialClassifier
 from orderrl.planner import TokenOrderHead, new_planner
 from orderrl.runtime.distributed import print_main
 from orderrl.runtime.isolation import isolated_float32
 from orderrl.runtime.job import Job
-from orderrl.runtime.learning_rate import one_cycle
 from orderrl.runtime.values import Settings, at_least, between, one_of, positive, setting
 
 Importance = Callable[[Tensor, Tensor, Tensor, torch.Generator], Tensor]
@@ -147,14 +155,10 @@ def train(setup: Setup, config: Config, job: Job) -> Trained:
 
 def classifier_importance(setup: Setup, classifier: PartialClassifier) -> Importance:
     """The importance that the labels' settings ask for, by the frozen classifier."""
-    settings, geometry = setup.labels, setup.backbone.geometry
 
     def found(tokens: Tensor, labels: Tensor, scores: Tensor, generator: torch.Generator) -> Tensor:
         keys = (torch.randint(2**53, (len(labels),), generator=generator),)
-        orders = cluster_orders(settings.grouping, geometry, settings.clusters, settings.samples, keys, scores)
-        return importance(
-            classifier, geometry, tokens, labels, orders, settings.clusters, settings.grouping == "cumulative"
-        )
+        return clustered_importance(classifier, setup.backbone.geometry, setup.labels, tokens, labels, keys, scores)
 
     return found
 
@@ -202,13 +206,8 @@ def generation_loss(
 ) -> Tensor:
     """Mean loss of a hidden token given the visible group and, of a causal backbone, the hidden ones before it.
 
-    Args:
-        tokens: (M, N) int64 or (M, N, C).
-        mask: (M, B) of `split_mask`, equally many visible in every image.
-        generator: on the CPU, of a masked model's times and noises.
-
-    Returns:
-        Scalar, nats or DiffLoss units per token.
+    Nats or DiffLoss units per token. Masks (M, B) are those of `split_mask`, equally many blocks visible in every
+    image; the generator, on the CPU, is that of a masked model's times and noises.
     """
     geometry = backbone.geometry
     order = geometry.token_order(block_order(mask))  # (M, N)
@@ -233,12 +232,7 @@ def generation_loss(
 
 
 def list_log_probs(scores: Tensor, ranked: Tensor) -> Tensor:
-    """Plackett-Luce log-probability of the first k blocks of each list, (..., B) for k = 1 .. B.
-
-    Args:
-        scores: (M, B).
-        ranked: (..., M, B) int64, all blocks in the order in which they were drawn.
-    """
+    """Plackett-Luce log-probability of the first 1 .. B blocks of lists (..., M, B), by scores (M, B)."""
     chosen = scores.expand(ranked.shape).gather(-1, ranked)
     return (chosen - chosen.flip(-1).logcumsumexp(-1).flip(-1)).cumsum(-1)
 
@@ -246,19 +240,10 @@ def list_log_probs(scores: Tensor, ranked: Tensor) -> Tensor:
 def policy_gradient(
     scores: Tensor, visible: int, splits: int, reward: Callable[[Tensor], Tensor], generator: torch.Generator
 ) -> Tensor:
-    """REINFORCE on visible groups drawn from the scores by Gumbel top-k; its gradient raises the reward.
+    """REINFORCE on visible groups drawn from scores (M, B) by Gumbel top-k; its gradient raises the reward.
 
-    The advantage of a split is its reward in standard deviations from the mean over the splits of its image.
-
-    Args:
-        scores: (M, B).
-        visible: blocks of a group.
-        splits: R, drawn of each image.
-        reward: of blocks (R, M, visible), (R, M).
-        generator: on the CPU.
-
-    Returns:
-        Scalar.
+    The reward of blocks (R, M, visible) is (R, M), and the advantage of a split is its reward in standard deviations
+    from the mean over the R splits of its image.
     """
     noise = -torch.empty(splits, *scores.shape).exponential_(generator=generator).log().to(scores)
     ranked = (scores.detach() + noise).argsort(-1, descending=True)
@@ -346,12 +331,8 @@ class SplitTraining:
         `watch` gives.
         """
         c, job = self.config, job or Job()
-        groups = [
-            {"params": list(self.head.parameters()), "weight_decay": c.weight_decay},
-            {"params": list(self.body.parameters()), "weight_decay": 0.0},  # is to stay near its start, not near 0
-        ]
-        optimizer = torch.optim.AdamW(groups)
-        schedule = one_cycle(optimizer, c.steps, [c.learning_rate * c.head_scale, c.body_learning_rate])
+        rates = c.learning_rate * c.head_scale, c.body_learning_rate
+        optimizer, schedule = optimiser_of(self.head, self.body, c.weight_decay, rates, c.steps)
         start = self.watch()
         job.log(**start)
         warned: list[str] = []
@@ -373,12 +354,10 @@ class SplitTraining:
     def _step(self, optimizer: torch.optim.Optimizer, step: int) -> dict[str, float]:
         c, generator = self.config, self.generator
         # images, and the contexts in which their blocks are scored
-        rows = torch.randint(len(self.images), (c.batch_size,), generator=generator)
-        tokens, labels = self.images.tokens[rows], self.images.labels[rows]
-        if self.augment is not None and c.augmentation > 0:
-            tokens = self.augment(tokens, generator, c.augmentation)
-        dropped = torch.rand(c.batch_size, generator=generator) < c.label_dropout
-        given = torch.where(dropped, self.backbone.num_classes, labels)
+        null = self.backbone.num_classes
+        _, tokens, labels, given = draw_batch(
+            self.images, c.batch_size, c.label_dropout, null, generator, self.augment, c.augmentation
+        )
         order, length = random_contexts(self.backbone.geometry, c.batch_size, c.aligned, generator)
         routed = torch.rand(c.batch_size, generator=generator) < c.routed_at(step)
         device = backbone_device(self.backbone)
@@ -495,5 +474,13 @@ def _describe(setup: Setup, config: Config) -> dict[str, Any]:
 
 
 AGENT = Agent(
-    Config, train, environment=False, check=_check, idle=_idle, describe=_describe, scores_alone=True, alone=True
+    Config,
+    train,
+    environment=False,
+    judged=True,
+    check=_check,
+    idle=_idle,
+    describe=_describe,
+    scores_alone=True,
+    alone=True,
 )

@@ -7,6 +7,7 @@ is named by its path, and its dataclass by `module:Class`, so that a help page i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from orderrl.agents.agent import AGENTS, find_agent
@@ -18,9 +19,7 @@ from orderrl.runtime.registry import Registry, is_reference
 from orderrl.runtime.schema import Node
 from orderrl.tokenizers.registry import PATCHES, TOKENIZERS
 
-ADAPTIVE = ("fitted_q", "schedule", "imitation")  # agents that choose how many blocks a step reveals, without labels
-PRICED = [{"override /env@_global_.env": "likelihood"}, {"override /labels@_global_.labels": "_none"}]
-SCORES = [{"override /planner@_global_.planner": "orderhead"}]
+ADAPTIVE = ("fitted_q", "schedule", "imitation")  # agents that choose how many blocks a step reveals
 NOTHING = "orderrl.runtime.schema:Nothing"  # no keys
 
 
@@ -38,7 +37,14 @@ def _agent(name: str) -> Node:
     """An agent's settings; it is imported when they are looked at."""
     given = AGENTS.given(name)
     kind = f"{given}.config" if isinstance(given, str) else find_agent(name).config
-    return Node(kind, name, defaults=SCORES if name == "ste" else PRICED if name in ADAPTIVE else ())
+    return Node(kind, name, defaults=partial(_other_groups, name))
+
+
+def _other_groups(name: str) -> list[dict[str, str]]:
+    """What an agent chooses of other groups, unless they are given."""
+    chosen = {} if find_agent(name).reads_labels else {"labels": "_none"}
+    chosen |= {"planner": "orderhead"} if name == "ste" else {"env": "likelihood"} if name in ADAPTIVE else {}
+    return [{f"override /{group}@_global_.{group}": option} for group, option in chosen.items()]
 
 
 def _logger(name: str) -> Node:

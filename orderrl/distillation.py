@@ -29,7 +29,7 @@ from orderrl.agents.spec import FITTED, PolicySpec
 from orderrl.backbones.pretraining import OrderedImages
 from orderrl.backbones.protocol import Backbone
 from orderrl.backbones.registry import TrainableBackbone, backbone_fingerprint
-from orderrl.data import TokenSet
+from orderrl.data import Augmentation, TokenSet
 from orderrl.envs.config import CoreConfig
 from orderrl.envs.core import NextBlockCore
 from orderrl.planner import load_planner
@@ -45,15 +45,13 @@ from orderrl.runtime.tables import Column, floats, open_table
 ORDERS = "orders"  # in the cache
 PLANNER = "planner.safetensors"  # beside the checkpoint of a planner's specialist
 _PART = 1024  # images
-Augment = Callable[[Tensor, torch.Generator, float], Tensor]
 
 
 @dataclass(frozen=True)
 class ImageOrders:
     """The orders that a policy chooses for a data set: where a specialist's training gets them.
 
-    Raises:
-        ValueError: if the policy is unknown, does not fit the backbone, or is none to be distilled.
+    ValueError if the policy is unknown, does not fit the backbone, or is none to be distilled.
     """
 
     order: str  # the policy's name
@@ -62,7 +60,7 @@ class ImageOrders:
     cache_dir: Path
     seed: int
     views: int = 1  # of every image; without augmentation 1
-    augment: Augment | None = None
+    augment: Augmentation | None = None
     strength: float = 0.0  # of the augmentation
     fitted: Callable[[], Tensor] | None = None  # gives the fixed order that is fitted on gain labels
 

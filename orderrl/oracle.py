@@ -6,7 +6,6 @@ block b by, and U(a | S) = 1/N sum_b w(b, a) G[a, b] (design, section 3; Algorit
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -40,23 +39,12 @@ LEAST_LOSS = 0.1  # nats; blocks of less loss are drawn as if they had it, so th
 
 
 def distance_weights(geometry: BlockGrid, weight: str, sigma: float) -> Tensor:
-    """w(b, a) of the utility for single blocks.
+    """w(b, a) of the utility for single blocks, (B, B) float32, indexed [a, b].
 
-    Args:
-        geometry: the block grid.
-        weight: "uniform" (Algorithm 1: all ones), "far" (Algorithm 2: 1 - exp(-(d / sigma)^2)), or one of a user.
-        sigma: in blocks; how far "near" reaches.
-
-    Returns:
-        (B, B) float32, indexed [a, b].
-
-    Raises:
-        ValueError: if weight is unknown or sigma is not positive and finite.
+    "uniform" (Algorithm 1: all ones), "far" (Algorithm 2: 1 - exp(-(d / sigma)^2), sigma in blocks), or one of a user.
+    ValueError if it is unknown or gives anything else.
     """
-    weights = WEIGHTS.find(weight)
-    if not 0 < sigma < math.inf:
-        raise ValueError(f"sigma must be positive and finite (in blocks), got {sigma}")
-    found, blocks = weights(geometry, sigma), geometry.num_blocks
+    found, blocks = WEIGHTS.find(weight)(geometry, sigma), geometry.num_blocks
     if not isinstance(found, Tensor) or found.shape != (blocks, blocks):
         raise ValueError(f"weight {weight!r} must give a tensor of shape {(blocks, blocks)}, indexed [a, b]")
     return found
@@ -95,14 +83,7 @@ def block_gains(
     Returns:
         (M, B, B) float32, nats, indexed [a, b]; zero on the diagonal, for visible blocks and for pairs left out. Pairs
         that are computed are multiplied with their weight in `targets`.
-
-    Raises:
-        ValueError: if the kind is unknown or its random numbers are missing.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(KINDS)}")
-    if kind != "pointwise" and uniforms is None:
-        raise ValueError(f"uniforms must be given for kind={kind!r}")
     total = backbone.geometry.num_blocks
     targets = targets or all_targets(hidden)
     width = targets.place.shape[2]  # targets of a candidate
@@ -253,6 +234,21 @@ class LabelSetConfig(LabelConfig):
     )
 
 
+def clustered_importance(
+    classifier: PartialClassifier,
+    geometry: BlockGrid,
+    config: LabelConfig,
+    tokens: Tensor,
+    labels: Tensor,
+    keys: tuple[Tensor, ...],
+    scores: Tensor | None = None,
+) -> Tensor:
+    """Importance of every block in images as the settings of labels have it, (M, B); keys as for `cluster_orders`."""
+    orders = cluster_orders(config.grouping, geometry, config.clusters, config.samples, keys, scores)
+    cumulative = config.grouping == "cumulative"
+    return importance(classifier, geometry, tokens, labels, orders, config.clusters, cumulative)
+
+
 class Contexts(NamedTuple):
     """Contexts to label, all int64."""
 
@@ -329,9 +325,7 @@ def label_contexts(
             known = (now, entries)
             if config.kind == CLASSIFIER:
                 assert classifier is not None
-                orders = cluster_orders(config.grouping, geometry, config.clusters, config.samples, (image[rows],))
-                cumulative = config.grouping == "cumulative"
-                worth = importance(classifier, geometry, x, y, orders, config.clusters, cumulative)
+                worth = clustered_importance(classifier, geometry, config, x, y, (image[rows],))
                 worth = torch.zeros_like(worth).scatter(1, hidden_blocks, worth.gather(1, hidden_blocks))
                 gains = torch.diag_embed(worth * geometry.num_tokens)
             else:

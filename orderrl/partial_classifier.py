@@ -28,6 +28,7 @@ from orderrl.runtime.checkpoint import load_checkpoint, load_state, save_checkpo
 from orderrl.runtime.isolation import isolated, isolated_float32
 from orderrl.runtime.job import Job, finish
 from orderrl.runtime.learning_rate import one_cycle
+from orderrl.runtime.optimisation import descend
 from orderrl.runtime.random import Stream, keyed_uniform
 from orderrl.runtime.values import Settings, at_least, between, positive, setting
 
@@ -135,12 +136,9 @@ def train_classifier(
             tokens = augment(tokens, generator, config.augmentation)
         kept = random_kept(len(rows), tokens.shape[1], config.least_kept, generator)
         loss = F.cross_entropy(classifier(tokens, kept), data.labels[rows])
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
-        optimizer.step()
+        mean = descend(optimizer, loss, classifier)
         schedule.step()
-        job.log(loss=loss.item())
+        job.log(loss=mean)
     classifier.eval()
 
 
@@ -219,17 +217,10 @@ def importance(
     clusters: int,
     cumulative: bool = False,
 ) -> Tensor:
-    """Importance of every block by the classifier, the mean over orders.
+    """Importance of every block by the classifier, (M, B) float32, the mean over orders (M, R, B) of `cluster_orders`.
 
-    Args:
-        tokens: (M, N) or (M, N, C), the true images.
-        labels: (M,), the true classes.
-        orders: (M, R, B) of `cluster_orders`.
-        clusters: into how many parts each order is cut.
-        cumulative: show the first parts together; the importance is the rise of the probability, in [-1, 1].
-
-    Returns:
-        (M, B) float32; the probability of the true class in [0, 1] unless cumulative.
+    The probability of the true class where one cluster of blocks of an image (M, N) or (M, N, C) is shown, in [0, 1];
+    if cumulative, the first clusters are shown together, and it is the rise, in [-1, 1].
     """
     device = next(classifier.parameters()).device
     size = geometry.num_blocks // clusters

@@ -20,13 +20,12 @@ def train(config: DictConfig) -> Path:
     """Train the planner of a config and return its checkpoint.
 
     What the agent needs and does not find in the cache (labels, a cloned planner) is made first.
-
-    Raises:
-        ValueError: if the agent is unknown or a value of the config is not allowed.
     """
     agent = find_agent(config.agent.name)
     check_planner_name(config.name)
     settings = typed(agent.config, section(config, "agent", "name"))
+    if config.labels and not agent.reads_labels:
+        raise ValueError(f"labels: agent={config.agent.name} learns from no labels; leave labels=... out")
     setup = setup_of(config, open_backbone(config))
     with Run("train", config) as run:
         path = find_or_train(setup, config.agent.name, settings, run, config.reuse)

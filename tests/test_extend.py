@@ -193,6 +193,7 @@ def test_every_kind_is_taken_as_module_and_attribute(files: Path) -> None:
         ["agent=my_agent:AGENT", "agent.steps=7", "backbone=my_backbone:large_blocks", "data=my_data:flipped_digits"],
     )
     assert dict(config.agent) == {"name": "my_agent:AGENT", "steps": 7, "block": 0}
+    assert not config.labels  # it declares none
     assert config.backbone.name == "my_backbone:large_blocks" and config.data.name == "my_data:flipped_digits"
     with pytest.raises(ValueError, match=r"my_agent:NOBODY.* cannot be imported: .*; write module:attribute"):
         compose("train", ["agent=my_agent:NOBODY"])

@@ -105,8 +105,6 @@ def test_utilities_weigh_and_sum_gains() -> None:
             assert torch.allclose(values[:, a], total / 24, atol=1e-5)
     with pytest.raises(ValueError, match=r"weight='near'.*uniform, far"):
         distance_weights(grid, "near", 1.0)
-    with pytest.raises(ValueError, match="sigma"):
-        distance_weights(grid, "far", 0.0)
 
 
 # ---------------------------------------------------------------------- expectations
@@ -205,13 +203,7 @@ def test_expected_gains_use_no_hindsight(backbone: OrderRobustTransformer) -> No
         assert torch.allclose(one, two, atol=1e-6) == same
 
 
-def test_unknown_kinds_and_missing_draws_are_refused(backbone: OrderRobustTransformer) -> None:
-    tokens, labels, order = states(backbone)
-    prefix = backbone.start(labels)
-    with pytest.raises(ValueError, match=r"kind='exact'.*pointwise, kl, expected"):
-        block_gains(backbone, prefix, tokens, order, "exact")
-    with pytest.raises(ValueError, match="uniforms must be given for kind='kl'"):
-        block_gains(backbone, prefix, tokens, order, "kl")
+def test_wrong_settings_are_refused() -> None:
     cases: list[dict[str, Any]] = [{"kind": "exact"}, {"contexts": 0}, {"samples": 0}]
     for wrong in cases:
         with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -443,6 +443,7 @@ def test_newest_planner_is_the_last_one_of_its_agent(home: Path, improved: Path)
         (generate, ["n=0"], r"n must be at least 1"),
         (generate, ["temperature=-1"], r"temperature must be "),
         (label, ["labels.kind=guess"], r"kind='guess' is unknown"),
+        (train, ["agent=fitted_q", "labels=kl"], r"labels: agent=fitted_q learns from no labels; leave labels=... out"),
         (pretrain, ["backbone.model.block_size=3"], r"block_size=3 must divide the token grid 8x8"),
     ],
 )

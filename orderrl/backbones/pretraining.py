@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -23,14 +23,14 @@ from orderrl.backbones.fsdp import WholeTraining, split_weights
 from orderrl.backbones.mar_backbone import MaskedTransformer
 from orderrl.backbones.randar import OrderRobustTransformer, cross_entropy
 from orderrl.backbones.registry import TrainableBackbone
-from orderrl.data import TokenSet
+from orderrl.data import Augmentation, TokenSet
 from orderrl.geometry import BlockGrid
 from orderrl.runtime import distributed
 from orderrl.runtime.devices import has_bfloat16, moved
 from orderrl.runtime.isolation import isolated, isolated_float32
 from orderrl.runtime.job import Job, Part
 from orderrl.runtime.learning_rate import warmed_cosine
-from orderrl.runtime.optimisation import parameter_groups
+from orderrl.runtime.optimisation import descend, parameter_groups
 from orderrl.runtime.values import at_least, between, check_fields, positive, setting
 
 RANDOM, TOKEN_RASTER = "random", "token_raster"
@@ -291,7 +291,7 @@ def pretrain(
     train: TokenSet,
     held_out: TokenSet,
     config: PretrainConfig,
-    augment: Callable[[Tensor, torch.Generator, float], Tensor] | None = None,
+    augment: Augmentation | None = None,
     on_random_phase_end: Callable[[TrainableBackbone], None] | None = None,
     job: Job | None = None,
     split_on: str | None = None,
@@ -306,7 +306,7 @@ def pretrain(
         backbone: trained in place.
         train: images to learn from.
         held_out: images for the logged losses; never trained on.
-        augment: the data set's augmentation, called with tokens, generator and strength.
+        augment: the data set's.
         on_random_phase_end: receives the averaged backbone at the last step with random orders only.
         split_on: device on which the weights are split over all processes; None leaves them whole.
         orders: extracts the orders of `config.policy`, every round from the averaged weights of the moment.
@@ -357,13 +357,10 @@ def pretrain(
             if on_random_phase_end is not None:
                 on_random_phase_end(mean)
         # a batch in its orders
-        source = train if images is None else images
-        rows = torch.randint(len(source), (config.batch_size,), generator=generator)
-        tokens, labels = source.tokens[rows], source.labels[rows]
-        if images is None and augment is not None and config.augmentation > 0:
-            tokens = augment(tokens, generator, config.augmentation)
-        dropped = torch.rand(config.batch_size, generator=generator) < config.label_dropout
-        labels = torch.where(dropped, backbone.num_classes, labels)
+        source, strength = (train, config.augmentation) if images is None else (images, 0.0)
+        rows, tokens, _, labels = draw_batch(
+            source, config.batch_size, config.label_dropout, backbone.num_classes, generator, augment, strength
+        )
         order, seen = _batch_orders(backbone.geometry, config, share, images, rows, generator)
         mine = distributed.rows_of(torch.arange(config.batch_size))
         tokens, labels, order = (moved(part[mine], device) for part in (tokens, labels, order))
@@ -373,10 +370,7 @@ def pretrain(
         noise = _noise_generator(generator, config.seed, step)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16 and has_bfloat16(device)):
             losses = training_loss(backbone, tokens, labels, order, noise, seen, config.position_weight)
-        optimizer.zero_grad()
-        total = distributed.backward(losses.pop("loss"), backbone.parameters(), len(mine) / config.batch_size)
-        nn.utils.clip_grad_norm_(backbone.parameters(), 1.0)
-        optimizer.step()
+        total = descend(optimizer, losses.pop("loss"), backbone, weight=len(mine) / config.batch_size)
         schedule.step()
         averaged.update_parameters(backbone)
         row: dict[str, float] = {
@@ -390,6 +384,24 @@ def pretrain(
         job.log(**row)
     backbone.load_state_dict(mean.state_dict())
     backbone.eval()
+
+
+def draw_batch(
+    images: TokenSet | OrderedImages,
+    count: int,
+    label_dropout: float,
+    dropped: int,
+    generator: torch.Generator,
+    augment: Augmentation | None,
+    strength: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Random images: their places (M,), their tokens, augmented, their labels, and these with a share `dropped`."""
+    rows = torch.randint(len(images), (count,), generator=generator)
+    tokens, labels = images.tokens[rows], images.labels[rows]
+    if augment is not None and strength > 0:
+        tokens = augment(tokens, generator, strength)
+    without = torch.rand(count, generator=generator) < label_dropout
+    return rows, tokens, labels, torch.where(without, dropped, labels)
 
 
 def _batch_orders(

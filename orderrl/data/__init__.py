@@ -36,12 +36,14 @@ DATA: Registry[Callable[[str], TokenSet]] = Registry(
 )
 """Loaders: a split, "backbone", "planner" or "test" -> its images."""
 register_data = DATA.register
-AUGMENTATIONS: dict[str, Callable[[Tensor, Generator, float], Tensor]] = {
+Augmentation = Callable[[Tensor, Generator, float], Tensor]
+"""(tokens, generator, strength) -> tokens."""
+AUGMENTATIONS: dict[str, Augmentation] = {
     "digits": augment_digits,
     "digits_patches": augment_patches,
     "canvas": augment_canvas,
 }
-"""The mild augmentation of a data set: (tokens, generator, strength) -> tokens; others have none."""
+"""The mild augmentation of a data set; others have none."""
 _ON_DISK = "tokens:"
 
 

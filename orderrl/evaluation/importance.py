@@ -14,7 +14,7 @@ from orderrl.envs.observation import observed
 from orderrl.factory import Setup
 from orderrl.labels import find_classifier
 from orderrl.metrics.calibration import rank_correlation
-from orderrl.partial_classifier import cluster_orders, importance
+from orderrl.oracle import clustered_importance
 from orderrl.planner import OrderHead
 
 
@@ -23,10 +23,8 @@ def class_importance(setup: Setup, data: TokenSet) -> Tensor:
     settings, geometry, found = setup.labels, setup.backbone.geometry, []
     classifier = find_classifier(setup, settings)
     for rows in torch.arange(len(data)).split(settings.batch_size):
-        orders = cluster_orders(settings.grouping, geometry, settings.clusters, settings.samples, (rows,))
         tokens, labels = data.tokens[rows], data.labels[rows]
-        cumulative = settings.grouping == "cumulative"
-        found.append(importance(classifier, geometry, tokens, labels, orders, settings.clusters, cumulative).cpu())
+        found.append(clustered_importance(classifier, geometry, settings, tokens, labels, (rows,)).cpu())
     return torch.cat(found)
 
 

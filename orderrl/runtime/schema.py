@@ -6,7 +6,7 @@ differs and nothing else. They are registered as plain values: OmegaConf's typed
 into true without a word, and refuse in several lines. `check` compares with the annotations instead.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import MISSING as NO_DEFAULT
@@ -30,7 +30,8 @@ class Node:
         kind: the dataclass, or "module:Class", imported when the node is used; its fields made by `setting` are keys.
         name: of an option, which stands in the key `name` and cannot be changed there; None for none.
         values: what differs from the dataclass's defaults; parts of other groups too.
-        defaults: Hydra's defaults list, whose entries come before `values` where it does not say "_self_".
+        defaults: Hydra's defaults list, whose entries come before `values` where it does not say "_self_"; a function
+            gives it when the node is used.
         build: makes the dataclass of its keys' values, which checks them together, as "module:function"; None is
             `kind`.
     """
@@ -38,7 +39,7 @@ class Node:
     kind: str | type[Any]
     name: str | None = None
     values: Mapping[str, Any] = field(default_factory=dict)
-    defaults: Sequence[Any] = ()
+    defaults: Sequence[Any] | Callable[[], Sequence[Any]] = ()
     build: str | None = None
 
     @property
@@ -51,8 +52,9 @@ class Node:
         """Plain values, as a YAML file at this place would have them."""
         own = {} if self.name is None else {"name": self.name}
         values = _merged(own | defaults_of(self.settings), self.values)
-        if self.defaults:
-            values["defaults"] = [*self.defaults, *(["_self_"] if "_self_" not in self.defaults else [])]
+        defaults = self.defaults() if callable(self.defaults) else self.defaults
+        if defaults:
+            values["defaults"] = [*defaults, *(["_self_"] if "_self_" not in defaults else [])]
         return values
 
 

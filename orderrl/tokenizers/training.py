@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from orderrl.runtime.isolation import isolated_float32
 from orderrl.runtime.job import Job
 from orderrl.runtime.learning_rate import warmed_cosine
-from orderrl.runtime.optimisation import parameter_groups
+from orderrl.runtime.optimisation import descend, parameter_groups
 from orderrl.runtime.values import at_least, between, check_fields, one_of, positive, setting
 from orderrl.tokenizers.layers import to_unit_range
 from orderrl.tokenizers.vq import VQTokenizer
@@ -71,17 +71,7 @@ def tokenizer_losses(tokenizer: VQTokenizer, images: Tensor, reconstruction: str
 
 @torch.no_grad()
 def restart_codes(tokenizer: VQTokenizer, unused: Tensor, latents: Tensor, generator: torch.Generator) -> int:
-    """Move unused codes to random latents.
-
-    Args:
-        tokenizer: changed in place.
-        unused: (V,) bool.
-        latents: (..., e) to draw from.
-        generator: source of randomness, on the CPU.
-
-    Returns:
-        How many codes moved.
-    """
+    """Move unused codes (V,) bool to random ones of the latents (..., e), in place; how many moved."""
     count = int(unused.sum())
     flat = latents.flatten(0, -2)
     chosen = torch.randint(len(flat), (count,), generator=generator).to(flat.device)
@@ -91,15 +81,10 @@ def restart_codes(tokenizer: VQTokenizer, unused: Tensor, latents: Tensor, gener
 
 @torch.no_grad()
 def reconstruction_quality(tokenizer: VQTokenizer, batches: Iterable[Tensor]) -> dict[str, float]:
-    """How well 8-bit reconstructions agree with the images, and how much of the codebook they use.
+    """How well 8-bit reconstructions agree with images (n, 3, H, W) uint8, and how much of the codebook they use.
 
-    Args:
-        tokenizer: in eval mode.
-        batches: (n, 3, H, W) uint8 each.
-
-    Returns:
-        images; psnr (dB, mean over images); l1 (mean absolute error, pixel values in [0, 1]); usage (share of codes
-        that occur); perplexity (exponential of the entropy of the codes' frequencies).
+    images; psnr (dB, mean over images); l1 (mean absolute error, pixel values in [0, 1]); usage (share of codes that
+    occur); perplexity (exponential of the entropy of the codes' frequencies).
     """
     counts = torch.zeros(tokenizer.vocab_size, dtype=torch.int64)
     psnr: list[Tensor] = []
@@ -164,11 +149,8 @@ def train_tokenizer(
         losses, latents = tokenizer_losses(tokenizer, images, config.reconstruction)
         pull = config.codebook * losses["codebook"]
         loss = losses["reconstruction"] + pull + config.commitment * losses["commitment"]
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)
         used["chosen"][tokenizer.quantize.nearest(latents).flatten().cpu()] = True
-        optimizer.step()
+        mean_loss = descend(optimizer, loss, tokenizer)
         schedule.step()
         restarted = 0
         if (step + 1) % config.restart_every == 0 or step == 0:  # the first batch spreads the codes over its latents
@@ -177,7 +159,7 @@ def train_tokenizer(
             used["chosen"].zero_()
         averaged.update_parameters(tokenizer)
         row = {
-            "loss": loss.item(),
+            "loss": mean_loss,
             **{f"loss_{name}": value.item() for name, value in losses.items()},
             "learning_rate": float(schedule.get_last_lr()[0]),
             "restarted": float(restarted),

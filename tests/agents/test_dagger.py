@@ -112,14 +112,6 @@ def test_the_rest_of_the_actions_is_random(share: float) -> None:
     assert len(first.unique()) == BLOCKS
 
 
-def test_other_budgets_and_no_images_are_refused() -> None:
-    policy = PlannerPolicy(tiny_planner())
-    with pytest.raises(ValueError, match=r"budgets must be \(1,\), got \(1, 2\)"):
-        own_contexts(policy, tiny_core((1, 2)), IMAGES, 4, 1.0, 0, 0)
-    with pytest.raises(ValueError, match="at least 1 image"):
-        own_contexts(policy, tiny_core(), IMAGES[:0], 4, 1.0, 0, 0)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -205,22 +205,6 @@ def test_wrong_values_are_named(values: dict[str, Any], match: str) -> None:
         FittedQConfig(**values)
 
 
-@pytest.mark.parametrize(
-    ("budgets", "step_cost", "match"),
-    [
-        ((1,), 0.5, "nothing to choose"),
-        ((1, 2), 0.5, "2 budgets, not 3"),
-        ((1, 2, 32), 0.5, "the image's 9"),
-        ((4, 2, 1), 0.5, "ascending"),
-        ((1, 2, 4), (0.1, 1.0), "step_cost_range=\\(0.1, 1.0\\), not None"),
-    ],
-)
-def test_what_cannot_be_learned_is_refused(budgets: tuple[int, ...], step_cost: Any, match: str) -> None:
-    planner = tiny_planner(num_budgets=3)
-    with pytest.raises(ValueError, match=match):
-        fit_budgets(planner, played(2), ORDER, budgets, step_cost, FittedQConfig(steps=1))
-
-
 def test_an_order_that_repeats_a_block_is_refused() -> None:
     backbone = tiny_backbone()
     with pytest.raises(ValueError, match="illegal"):

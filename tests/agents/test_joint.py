@@ -15,8 +15,9 @@ from torch import Tensor
 from orderrl import compose, training
 from orderrl.agents.bc import Config as BCConfig
 from orderrl.agents.bc import clone
+from orderrl.agents.body import require_tunable, top_of, tunable_copy
 from orderrl.agents.joint import Config as JointConfig
-from orderrl.agents.joint import JointTuning, copy_to_tune, observe, top_of
+from orderrl.agents.joint import JointTuning, observe
 from orderrl.agents.registry import make_policy
 from orderrl.backbones import OrderRobustTransformer, backbone_fingerprint, load_backbone, save_backbone
 from orderrl.backbones.pretraining import block_orders
@@ -69,7 +70,7 @@ def tuning(planner: OrderHead | None = None, **config: Any) -> JointTuning:
         "backbone_learning_rate": 1e-3,
     } | config
     chosen = JointConfig(**settings)
-    backbone = copy_to_tune(tiny_backbone(), chosen.layers)
+    backbone = tunable_copy(tiny_backbone())
     return JointTuning(planner or tiny_planner(), backbone, LABELS, LABELLED, IMAGES, chosen)
 
 
@@ -97,7 +98,7 @@ def test_the_recomputed_observation_is_the_environments(block_size: int) -> None
     core.show(order, length)
     contexts = {"image": image, "order": order, "length": length, "label": images.labels[image]}
     contexts["visible"] = core.visible
-    found = observe(copy_to_tune(backbone, 0), images, TensorDict(contexts, batch_size=[len(length)]))
+    found = observe(tunable_copy(backbone), images, TensorDict(contexts, batch_size=[len(length)]))
     expected = core.observation()
     assert set(found.keys()) == set(expected.keys())
     for key in expected.keys():  # noqa: SIM118 - not a mapping
@@ -110,7 +111,7 @@ def test_the_recomputed_observation_is_the_environments(block_size: int) -> None
 def test_gradients_of_the_observation_are_those_of_finite_differences() -> None:
     """By way of the prefix too: in a layer below the last the queries see keys that the weights changed."""
     contexts = LABELS[LABELS["length"] > 3][:4]
-    backbone = copy_to_tune(tiny_backbone(), 2).double()
+    backbone = tunable_copy(tiny_backbone()).double()
     top_of(backbone, 2).requires_grad_(True)
     direction = torch.randn(32, 32, generator=torch.Generator().manual_seed(0)).double()
 
@@ -438,12 +439,12 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
 def test_backbones_that_cannot_be_tuned_are_refused() -> None:
     arpg = new_backbone("arpg", tiny_backbone().config.to_dict())
     with pytest.raises(ValueError, match=r"type OrderRobustTransformer .* got ARPG; use agent=bc or agent=ppo"):
-        copy_to_tune(arpg, 1)
+        require_tunable(arpg, 1, "joint")
     with pytest.raises(ValueError, match="layers=3 exceed the backbone's; use 0 to 2"):
-        copy_to_tune(tiny_backbone(), 3)
-    half: OrderRobustTransformer = copy_to_tune(tiny_backbone(), 1).bfloat16()
+        require_tunable(tiny_backbone(), 3, "joint")
+    half: OrderRobustTransformer = tiny_backbone().bfloat16()
     with pytest.raises(ValueError, match=r"use backbone\.dtype=float32"):
-        copy_to_tune(half, 1)
+        require_tunable(half, 1, "joint")
 
 
 @pytest.mark.parametrize(
