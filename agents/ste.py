@@ -48,7 +48,7 @@ from orderrl.factory import Setup
 from orderrl.geometry import BlockGrid
 from orderrl.labels import find_classifier, label_settings
 from orderrl.oracle import CLASSIFIER, clustered_importance
-from orderrl.partial_classifier import PartialClassifier
+from orderrl.partial_classifier import PartialClassifier, cluster_orders
 from orderrl.planner import TokenOrderHead, new_planner
 from orderrl.runtime.distributed import print_main
 from orderrl.runtime.isolation import isolated_float32

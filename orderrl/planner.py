@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from orderrl.backbones.protocol import Backbone, backbone_device
 from orderrl.backbones.registry import require_made_for
-from orderrl.runtime.checkpoint import build_to_fit, load_checkpoint, load_state, save_checkpoint
+from orderrl.runtime.checkpoint import load_checkpoint, rebuild, save_checkpoint
 from orderrl.runtime.finite import DIVERGED, require_finite
 from orderrl.runtime.hub import hub_file, push_to_hub
 from orderrl.runtime.isolation import isolated_float32
@@ -439,8 +439,7 @@ def save_planner(path: Path, planner: OrderHead, description: dict[str, Any]) ->
         NotFiniteError: if its weights or its scores are not finite.
     """
     planner.require_finite_outputs(path)
-    tensors = {key: value.detach().cpu() for key, value in planner.state_dict().items()}
-    save_checkpoint(path, tensors, {**description, "kind": "planner", "shape": asdict(planner.config)})
+    save_checkpoint(path, planner.state_dict(), {**description, "kind": "planner", "shape": asdict(planner.config)})
 
 
 @isolated_float32
@@ -469,19 +468,14 @@ def load_planner(path: Path | str, backbone: Backbone | None = None) -> tuple[Or
                     f"{path}: planner with {name}={have} does not fit the backbone's {name}={want}; train one for this "
                     "backbone with `python -m orderrl.train agent=bc`"
                 )
-    planner = build_to_fit(lambda: new_planner(config), description["shape"], tensors, path)
-    load_state(planner, tensors, Path(path))
+    planner = rebuild(lambda: new_planner(config), description["shape"], tensors, path)
     if backbone is not None:
         planner.to(backbone_device(backbone))
     return planner.eval(), description
 
 
 def require_described(path: Path | str, planner: OrderHead, description: Mapping[str, Any]) -> None:
-    """Refuse a planner whose description does not say how it was trained: by which agent, for what, with which budgets.
-
-    Raises:
-        ValueError: naming the first value that is missing or wrong.
-    """
+    """Refuse a planner whose description does not say by which agent, for what and with which budgets it was made."""
     kinds = {"agent": dict, "objective": str, "seed": int, "budgets": list[int], "name": str | None, "env": dict | None}
     try:
         for key, kind in kinds.items():

@@ -80,10 +80,8 @@ class ARPG(FamilyModule, ChainBackbone):
     """Two-pass decoder for any token order.
 
     It satisfies `orderrl.backbones.Backbone`; the methods are documented there. A cache entry of a token holds the keys
-    and values of every layer of the first pass and, behind them, the shared pair.
-
-    Raises:
-        ValueError: if the number of layers is odd: both passes have half of them.
+    and values of every layer of the first pass and, behind them, the shared pair. ValueError if the number of layers is
+    odd: both passes have half of them.
     """
 
     OUTPUT = "head"
@@ -168,13 +166,10 @@ class ARPG(FamilyModule, ChainBackbone):
         past: ChainEntries | None = None,
         causal: bool = True,
     ) -> Tensor:
-        """Second pass: hidden states that predict raster positions (M, C, T), (M, C, T, dim) after the final norm.
+        """Second pass: hidden states (M, C, T, dim), after the final norm, that predict raster positions (M, C, T).
 
-        Args:
-            positions: (M, C, T) int64.
-            own: entries of the chains; query i sees all but the last T - 1 - i of them. They may be empty.
-            past: entries that come before the chains, shared as in `encode`.
-            causal: off, every query sees all of `own`.
+        Query i sees all but the last T - 1 - i of the chains' own entries, which may be empty, or without `causal` all
+        of them; `past` comes before the chains, shared as in `encode`.
         """
         levels, length = [prefix.levels[-1], *_given(past, -1)], positions.shape[2]
         if own.length:

@@ -31,11 +31,7 @@ def cosine_betas(steps: int = TRAINING_STEPS) -> NDArray[np.float64]:
 
 
 def respaced_timesteps(steps: int, training_steps: int = TRAINING_STEPS) -> list[int]:
-    """Original indices of the steps that sampling keeps, ascending: `steps` of them, the first and the last included.
-
-    Raises:
-        ValueError: if steps is not in 2..training_steps.
-    """
+    """Original indices of the `steps` in 2..training_steps that sampling keeps, ascending, first and last included."""
     if not 2 <= steps <= training_steps:
         raise ValueError(f"num_sampling_steps must lie in 2..{training_steps}, got {steps}")
     stride = (training_steps - 1) / (steps - 1)
@@ -281,11 +277,7 @@ class DenoisingNetwork(nn.Module):
 class DiffLoss(nn.Module):
     """Distribution of a token (C) given its condition (D): a loss for training and scoring, a sampler for drawing.
 
-    Args:
-        num_sampling_steps: S, steps of the sampling process, 2..1000.
-
-    Raises:
-        ValueError: if num_sampling_steps is out of range.
+    The sampling process has num_sampling_steps in 2..1000 steps, S.
     """
 
     def __init__(self, token_dim: int, condition_dim: int, width: int, depth: int, num_sampling_steps: int) -> None:
@@ -301,16 +293,9 @@ class DiffLoss(nn.Module):
         return self.gen_diffusion.num_timesteps
 
     def losses(self, conditions: Tensor, targets: Tensor, t: Tensor, noise: Tensor) -> DiffusionLosses:
-        """Loss terms of tokens at given times and noises; leading shapes broadcast against each other.
+        """mse and vb, each (...), of clean tokens (..., C) given conditions (..., D).
 
-        Args:
-            conditions: (..., D).
-            targets: (..., C), clean tokens.
-            t: (...) int64 in 0..999.
-            noise: (..., C), standard normal.
-
-        Returns:
-            mse and vb, each (...).
+        Times t (...) are int64 in 0..999, noises (..., C) standard normal; leading shapes broadcast against each other.
         """
         x_t = self.train_diffusion.noised(targets, t, noise)
         return self.train_diffusion.losses(self.net(x_t, t, conditions), targets, x_t, t, noise)

@@ -65,11 +65,7 @@ class TransformerConfig:
             raise ValueError(f"heads={self.heads} must divide dim={self.dim}")
 
     def require_plain(self, family: str) -> None:
-        """Refuse what models with instruction tokens alone have.
-
-        Raises:
-            ValueError: naming the setting and the family.
-        """
+        """Refuse, by setting and family, what models with instruction tokens alone have."""
         for name, plain in (("next_position", ABSOLUTE), ("position_head", False)):
             if getattr(self, name) != plain:
                 raise ValueError(
@@ -225,11 +221,7 @@ class RasterTransformer(CausalTransformer):
         self.reset_parameters()
 
     def teacher_forced(self, tokens: Tensor, labels: Tensor, token_order: Tensor | None = None) -> Tensor:
-        """Logits of every token given its predecessors: tokens (M, N), labels (M,) -> (M, N, vocab), raster order.
-
-        Raises:
-            ValueError: if a token order is given and is not raster, the only one that the model knows.
-        """
+        """Logits of every token given its predecessors: tokens (M, N), labels (M,) -> (M, N, vocab), raster order."""
         if token_order is not None and bool((token_order != torch.arange(tokens.shape[1]).to(tokens)).any()):
             raise ValueError("token_order must be raster: a raster model knows no other")
         return self.logits(self._forward(self._sequence(tokens[:, :-1], labels), self._sequence_rope(len(tokens))))

@@ -157,18 +157,13 @@ class MAR(nn.Module):
 
     def patchify(self, latents: Tensor) -> Tensor:
         """Latent images (M, vae_embed_dim, H*p, W*p) -> tokens (M, N, C), channel-major inside a token."""
-        c = self.config
-        wanted = (c.vae_embed_dim, c.height * c.patch_size, c.width * c.patch_size)
-        if latents.shape[1:] != wanted:
-            raise ValueError(f"latents must have shape (M, {', '.join(map(str, wanted))}), got {tuple(latents.shape)}")
-        return rearrange(latents, "m c (h p) (w q) -> m (h w) (c p q)", p=c.patch_size, q=c.patch_size)
+        p = self.config.patch_size
+        return rearrange(latents, "m c (h p) (w q) -> m (h w) (c p q)", p=p, q=p)
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
         """Tokens (M, N, C) -> latent images (M, vae_embed_dim, H*p, W*p), the inverse of `patchify`."""
-        c, p = self.config, self.config.patch_size
-        if tokens.shape[1:] != (c.num_tokens, c.token_dim):
-            raise ValueError(f"tokens must have shape (M, {c.num_tokens}, {c.token_dim}), got {tuple(tokens.shape)}")
-        return rearrange(tokens, "m (h w) (c p q) -> m c (h p) (w q)", h=c.height, p=p, q=p)
+        p = self.config.patch_size
+        return rearrange(tokens, "m (h w) (c p q) -> m c (h p) (w q)", h=self.config.height, p=p, q=p)
 
     # ------------------------------------------------------------------ conditions
 
@@ -182,11 +177,7 @@ class MAR(nn.Module):
         Returns:
             (M, buffer_size + V, encoder_embed_dim): the class entries, then the visible tokens in raster order. V is
             the largest number of visible tokens; rows that see fewer end in padding, which is undefined.
-
-        Raises:
-            ValueError: if a shape or dtype does not fit.
         """
-        self._check_state(tokens, visible, labels)
         c = self.config
         table = torch.cat([self.class_emb.weight, self.fake_latent])
         start = F.embedding(labels, table)[:, None].expand(-1, c.buffer_size, -1)
@@ -210,11 +201,7 @@ class MAR(nn.Module):
         return self.encoder_norm(x)
 
     def decode_positions(self, encoded: Tensor, visible: Tensor) -> Tensor:
-        """Conditions z of all positions from what `encode` returned for the same visible sets.
-
-        Returns:
-            (M, N, decoder_embed_dim): the normalised hidden state plus a learned embedding of the position.
-        """
+        """Conditions z (M, N, decoder_embed_dim) of all positions: normalised states plus positions' embeddings."""
         c = self.config
         x = self.decoder_embed(encoded)
         start, seen = x[:, : c.buffer_size], x[:, c.buffer_size :]
@@ -239,39 +226,13 @@ class MAR(nn.Module):
 
         Returns:
             (M, N, D).
-
-        Raises:
-            ValueError: if a shape or dtype does not fit.
         """
         return self.decode_positions(self.encode(tokens, visible, labels, scale), visible)
-
-    def _check_state(self, tokens: Tensor, visible: Tensor, labels: Tensor) -> None:
-        c = self.config
-        if tokens.shape != (len(tokens), c.num_tokens, c.token_dim):
-            raise ValueError(f"tokens must have shape (M, {c.num_tokens}, {c.token_dim}), got {tuple(tokens.shape)}")
-        if visible.dtype != torch.bool or visible.shape != tokens.shape[:2]:
-            raise ValueError(
-                f"visible must be bool of shape {tuple(tokens.shape[:2])}, got {visible.dtype} {tuple(visible.shape)}"
-            )
-        if labels.dtype != torch.int64 or labels.shape != tokens.shape[:1]:
-            raise ValueError(
-                f"labels must be int64 of shape ({len(tokens)},), got {labels.dtype} {tuple(labels.shape)}"
-            )
 
     # ------------------------------------------------------------------ losses
 
     def token_losses(self, conditions: Tensor, targets: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Diffusion loss of tokens at given times and noises, mse + vb; leading shapes broadcast.
-
-        Args:
-            conditions: (..., D).
-            targets: (..., C), the true tokens.
-            t: (...) int64 in 0..999.
-            noise: (..., C), standard normal.
-
-        Returns:
-            (...) in DiffLoss units (not nats).
-        """
+        """Diffusion losses (...), mse + vb, in DiffLoss units (not nats); arguments as of `DiffLoss.losses`."""
         mse, vb = self.diffloss.losses(conditions, targets, t, noise)
         return mse + vb
 
@@ -301,12 +262,8 @@ class MAR(nn.Module):
 
         Yields:
             What every iteration did; the tokens of the last are the images.
-
-        Raises:
-            ValueError: if an argument is out of its range.
         """
         c = self.config
-        _check_sampling(orders, (len(labels), c.num_tokens), num_iter, temperature)
         tokens = self.fake_latent.new_zeros(len(labels), c.num_tokens, c.token_dim)
         rank = orders.argsort(1)  # (M, N), place of every position in the order
         before = c.num_tokens
@@ -355,22 +312,9 @@ def hidden_after(iteration: int, num_iter: int, before: int, num_tokens: int) ->
 
 
 def guidance_scale(cfg: float, cfg_schedule: str, num_hidden: int, num_tokens: int) -> float:
-    """Guidance scale of an iteration that leaves num_hidden tokens hidden.
-
-    Raises:
-        ValueError: if the schedule is unknown.
-    """
+    """Guidance scale of an iteration that leaves num_hidden tokens hidden, by the schedule of the config."""
     if cfg_schedule == "constant":
         return cfg
     if cfg_schedule == "linear":
         return 1 + (cfg - 1) * (num_tokens - num_hidden) / num_tokens
     raise ValueError(f"cfg_schedule must be 'linear' or 'constant', got {cfg_schedule!r}")
-
-
-def _check_sampling(orders: Tensor, shape: tuple[int, int], num_iter: int, temperature: float) -> None:
-    if orders.shape != shape or not torch.equal(orders.sort(1).values, torch.arange(shape[1]).to(orders).expand(shape)):
-        raise ValueError(f"orders must hold a permutation of 0..{shape[1] - 1} for each of the {shape[0]} labels")
-    if num_iter < 1:
-        raise ValueError(f"num_iter must be at least 1, got {num_iter}")
-    if not temperature >= 0:
-        raise ValueError(f"temperature must be at least 0, got {temperature}")

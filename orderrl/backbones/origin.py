@@ -43,11 +43,7 @@ class Origin:
 
     @classmethod
     def of(cls, description: Mapping[str, Any], path: Path) -> Origin | None:
-        """What a checkpoint says; None if it is no specialist.
-
-        Raises:
-            ValueError: if it does not say it as this package does.
-        """
+        """What a checkpoint says; None if it is no specialist, ValueError if it is not as this package writes it."""
         found = description.get(ORIGIN)
         if found is None:
             return None

@@ -135,11 +135,7 @@ def backbone_device(backbone: Backbone) -> torch.device:
 
 @torch.no_grad()
 def require_finite_outputs(backbone: Backbone, where: object) -> None:
-    """Refuse a backbone that overflows in its dtype already where nothing is visible.
-
-    Raises:
-        NotFiniteError: naming the backbone, and what is not finite.
-    """
+    """Refuse a backbone that overflows in its dtype already where nothing is visible, by name (`NotFiniteError`)."""
     device = backbone_device(backbone)
     blocks = torch.arange(backbone.geometry.num_blocks, device=device).expand(2, -1)  # two: one compiles specially
     hidden, entropy = backbone.observe(backbone.start(torch.zeros(2, dtype=torch.int64, device=device)), blocks)

@@ -22,7 +22,7 @@ from orderrl.backbones.origin import Origin
 from orderrl.backbones.presets import PRESETS
 from orderrl.backbones.protocol import Backbone, backbone_device
 from orderrl.backbones.randar import OrderRobustTransformer
-from orderrl.runtime.checkpoint import build_to_fit, load_checkpoint, load_state, save_checkpoint
+from orderrl.runtime.checkpoint import load_checkpoint, rebuild, save_checkpoint
 from orderrl.runtime.devices import checked_device, default_dtype
 from orderrl.runtime.distributed import print_once
 from orderrl.runtime.finite import OVERFLOW, require_finite
@@ -169,16 +169,7 @@ def _compile_layers(backbone: Backbone, mode: str) -> None:
 def build_backbone(
     name: str, *, dtype: torch.dtype | str = torch.float32, shape: Mapping[str, Any] | None = None
 ) -> TrainableBackbone:
-    """A published model with random weights, on the current default device.
-
-    Args:
-        name: of `published_names`.
-        dtype: of the parameters.
-        shape: values of the configuration to replace.
-
-    Raises:
-        ValueError: if the name or a value is unknown.
-    """
+    """A published model with random weights, on the current default device; `shape` replaces values of its own."""
     if name not in PRESETS:
         raise ValueError(f"backbone={name!r} is no published model; choose one of {', '.join(PRESETS)}")
     preset = PRESETS[name]
@@ -196,11 +187,7 @@ def published_names() -> list[str]:
 
 
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """A floating dtype by name.
-
-    Raises:
-        ValueError: if it is none of float32, bfloat16, float16.
-    """
+    """A floating dtype by name: float32, bfloat16 or float16."""
     allowed = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if isinstance(dtype, torch.dtype) and dtype in allowed.values():
         return dtype
@@ -276,23 +263,14 @@ def _from_file(path: Path) -> TrainableBackbone:
         config = backbone_config(family, shape)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: does not describe a backbone ({type(error).__name__}: {error})") from error
-    backbone: TrainableBackbone = build_to_fit(lambda: _FAMILIES[family][0](config), shape, tensors, path)
-    load_state(backbone, tensors, path)
+    backbone: TrainableBackbone = rebuild(lambda: _FAMILIES[family][0](config), shape, tensors, path)
     backbone.origin, data = Origin.of(description, path), description.get("data")
     backbone.trained_on = data if isinstance(data, str) else None
     return backbone
 
 
 def new_backbone(family: str, shape: Mapping[str, Any]) -> TrainableBackbone:
-    """An untrained backbone.
-
-    Args:
-        family: "llamagen", "randar", "arpg" or "mar".
-        shape: arguments of the family's configuration.
-
-    Raises:
-        ValueError: if the family or an argument is unknown, or a value is not allowed.
-    """
+    """An untrained backbone of a family: llamagen, randar, arpg or mar; `shape` are its configuration's arguments."""
     config = backbone_config(family, shape)
     return _FAMILIES[family][0](config)
 

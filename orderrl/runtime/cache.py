@@ -118,11 +118,7 @@ class Cache:
         return None
 
     def _read(self, folder: Path) -> dict[str, Any]:
-        """What an entry says of itself.
-
-        Raises:
-            ValueError, OSError, KeyError: if it is not what was written.
-        """
+        """What an entry says of itself; ValueError, OSError or KeyError if it is not what was written."""
         entry = read_sealed(folder / "key.json")
         if (entry["kind"], entry["key"]) != (folder.parent.name, folder.name):
             raise ValueError(f"{folder}: is {entry['kind']}/{entry['key']}, moved here by hand")

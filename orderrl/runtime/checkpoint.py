@@ -60,15 +60,10 @@ def save_checkpoint(path: Path | str, tensors: Mapping[str, Tensor], config: Map
 
 
 def load_checkpoint(path: Path | str, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a checkpoint of the given kind.
+    """Read a checkpoint of the given kind: its tensors, on the CPU, and its configuration.
 
-    Returns:
-        The tensors on the CPU, and the configuration.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is a pickle, truncated or damaged, not an OrderRL checkpoint, of a newer format or of
-            another kind. One line each, which says what to do.
+    FileNotFoundError if there is no such file; ValueError, in one line that says what to do, if it is a pickle,
+    truncated or damaged, not an OrderRL checkpoint, of a newer format or of another kind.
     """
     path = Path(path)
     if not path.is_file():
@@ -90,33 +85,21 @@ def load_checkpoint(path: Path | str, kind: str) -> tuple[dict[str, Tensor], dic
 
 
 def load_state(module: nn.Module, tensors: Mapping[str, Tensor], path: Path | str) -> None:
-    """Load tensors into a module, all of them and nothing else.
+    """Load tensors into a module, all of them and nothing else, and only if everything fits.
 
-    Args:
-        module: changed in place, and only if everything fits.
-        tensors: the module's state dictionary.
-        path: where they came from, for the message.
-
-    Raises:
-        ValueError: if keys are missing, unexpected or of another shape, all of them in one line; or if a tensor is not
-            finite.
+    ValueError if keys are missing, unexpected or of another shape, all of them in one line with the path that they are
+    from; or if a tensor is not finite.
     """
     require_fit(module, {name: value.shape for name, value in tensors.items()}, path, _MISFIT)
     require_finite(path, tensors, "the training that made it diverged, or the file is damaged; use another one")
     module.load_state_dict(dict(tensors))
 
 
-def build_to_fit(
-    build: Callable[[], T], shape: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path | str
-) -> T:
-    """Build the owner of a checkpoint's tensors, but only if it is no larger than they are.
+def rebuild(build: Callable[[], T], shape: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path | str) -> T:
+    """Build the owner of a checkpoint's tensors and fill it, but only if it is no larger than they are.
 
-    Args:
-        build: makes the module from a configuration that was read from the file.
-        shape: that configuration, plain values.
-
-    Raises:
-        ValueError: if the configuration asks for more layers, or for other shapes, than the file has tensors.
+    ValueError if the shape, the configuration read from the file, asks for more layers, or other shapes, than the file
+    has tensors.
     """
     # every repeated part brings at least one tensor, so a number of parts above theirs is a lie, and would take hours
     for name, value in leaves(shape, int | float).items():
@@ -128,15 +111,13 @@ def build_to_fit(
     except (RuntimeError, ValueError, TypeError) as error:  # sizes whose product overflows, widths that do not divide
         raise ValueError(f"{path}: its configuration cannot be built ({error}); make the checkpoint anew") from error
     require_fit(module, {name: value.shape for name, value in tensors.items()}, path, _MISFIT)
-    return build()
+    module = build()
+    load_state(module, tensors, path)
+    return module
 
 
 def require_fit(module: nn.Module, shapes: Mapping[str, torch.Size], path: Path | str, advice: str) -> None:
-    """Refuse a file whose tensors are not exactly those of a module; the message ends with the advice.
-
-    Raises:
-        ValueError: if keys are missing, unexpected or of another shape, all of them in one line.
-    """
+    """Refuse, in one line that ends with the advice, a file whose tensors are not exactly those of a module."""
     expected = module.state_dict()
     problems = {
         "missing": sorted(expected.keys() - shapes.keys()),

@@ -57,16 +57,9 @@ def launched(command: Callable[[DictConfig], T]) -> Callable[[DictConfig], T]:
 
 @contextmanager
 def processes(device: str) -> Iterator[str]:
-    """Meet the other processes that `torchrun` started.
+    """Meet the other processes that `torchrun` started; yields this one's device, for "cuda" that of its local rank.
 
-    Args:
-        device: "cpu", or "cuda" for the device of this process's local rank.
-
-    Yields:
-        The device of this process.
-
-    Raises:
-        ValueError: if there are fewer GPUs than processes, or one GPU is asked for by number.
+    ValueError if there are fewer GPUs than processes, or one GPU is asked for by number.
     """
     import torch
     from torch import distributed
@@ -185,26 +178,17 @@ def gather(value: T) -> list[T]:
 
 
 def rows_of(batch: Tensor) -> Tensor:
-    """This process's rows of a batch that all processes drew alike.
-
-    Raises:
-        ValueError: if there are fewer rows than processes.
-    """
+    """This process's rows of a batch that all drew alike; ValueError if there are fewer rows than processes."""
     if len(batch) < _place.size:
         raise ValueError(f"batch_size={len(batch)} must be at least the number of processes, {_place.size}")
     return batch.tensor_split(_place.size)[_place.rank]
 
 
 def backward(loss: Tensor, parameters: Iterable[nn.Parameter], weight: float | None = None) -> float:
-    """Gradients of the weighted mean of all processes' losses, the same in every process.
+    """Gradients of the weighted mean of all processes' losses, the same in every process; that mean is returned.
 
-    Args:
-        loss: scalar, of this process's rows.
-        parameters: those that are trained; their gradients must be empty.
-        weight: share of this process in the mean; None is an equal share. Sharded parameters allow no other.
-
-    Returns:
-        The mean loss.
+    The loss is of this process's rows, and `weight` its share in the mean: None is an equal share, and sharded
+    parameters allow no other. Gradients of the parameters must be empty.
     """
     if _place.size == 1:
         loss.backward()

@@ -28,30 +28,17 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def require_finite(where: object, tensors: Mapping[str, Tensor], advice: str) -> None:
-    """Refuse tensors that are not finite; the message says what holds them, and the advice the likely cause.
-
-    Raises:
-        NotFiniteError: naming the first of them.
-    """
+    """Refuse tensors that are not finite (`NotFiniteError`), by what holds them and name, with the likely cause."""
     found = first_not_finite(tensors)
     if found is not None:
         raise NotFiniteError(f"{where}: not finite: {found}; {advice}")
 
 
 def require_finite_losses(row: Mapping[str, float]) -> None:
-    """Refuse a row of a training's metrics in which a loss is not finite.
-
-    Raises:
-        NotFiniteError: naming the step, the loss and its value.
-    """
+    """Refuse a row of metrics in which a loss is not finite (`NotFiniteError`), by its step, name and value."""
     for key, value in row.items():
         if key.startswith(_LOSSES) and not math.isfinite(value):
             raise NotFiniteError(f"step {int(row['step'])}: {key} is {value}; {DIVERGED}")
-
-
-def tensors_in(value: Any) -> dict[str, Tensor]:
-    """All tensors of nested mappings and sequences, by their dotted place."""
-    return leaves(value, Tensor)
 
 
 def leaves(value: Any, kind: Any, name: str = "") -> dict[str, Any]:

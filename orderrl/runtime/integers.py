@@ -13,13 +13,8 @@ LARGEST_SEED = 2**62  # sums of seeds and places stay within int64
 def as_int64(name: str, values: Any, hint: str = "") -> Tensor:
     """Integers of any width, in a tensor, an array or nested lists, as an int64 tensor on the device they lie on.
 
-    As in Gymnasium's `Discrete`, floats are refused even where they are whole; truth values are no numbers.
-
-    Args:
-        hint: what to give instead, for the message.
-
-    Raises:
-        ValueError: if they are anything else; it names the argument and what was given.
+    As in Gymnasium's `Discrete`, floats are refused even where they are whole; truth values are no numbers. The refusal
+    (ValueError) names the argument and what was given; `hint` says what to give instead.
     """
     try:
         tensor = values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
@@ -34,8 +29,7 @@ def as_int64(name: str, values: Any, hint: str = "") -> Tensor:
 def as_choices(name: str, values: Any, count: int, limit: int, of: str) -> Tensor:
     """What a caller chose for each of the episodes that begin, (count,) int64: one integer for all, or one for each.
 
-    Raises:
-        ValueError: if they are no integers, not as many, or not from 0 to limit - 1.
+    ValueError if they are no integers, not as many, or not from 0 to limit - 1.
     """
     chosen = as_int64(name, values)
     if chosen.shape not in [(), (count,)]:
@@ -46,25 +40,17 @@ def as_choices(name: str, values: Any, count: int, limit: int, of: str) -> Tenso
 
 
 def as_rows(values: Any, count: int) -> Tensor:
-    """Sub-environments by their numbers, (m,) int64: distinct ones of `count`.
-
-    Raises:
-        ValueError: if they are anything else.
-    """
+    """Sub-environments by their numbers, (m,) int64: distinct ones of `count`, else ValueError."""
     rows = as_int64("rows", values)
     if rows.ndim != 1 or len(rows.unique()) < len(rows) or bool(((rows < 0) | (rows >= count)).any()):
         raise ValueError(f"rows must be distinct numbers (m,) from 0 to {count - 1}, got {rows.tolist()!s:.80}")
     return rows
 
 
-def as_seed(value: Any, name: str = "seed") -> int:
-    """A seed as a Python integer.
-
-    Raises:
-        ValueError: if it is no whole number or out of range.
-    """
+def as_seed(value: Any) -> int:
+    """A seed as a Python integer; ValueError if it is no whole number or out of range."""
     with suppress(ValueError):
-        seed = as_int64(name, value)
+        seed = as_int64("seed", value)
         if seed.ndim == 0 and 0 <= int(seed) <= LARGEST_SEED:
             return int(seed)
-    raise ValueError(f"{name} must be a whole number from 0 to {LARGEST_SEED}, got {value!r}")
+    raise ValueError(f"seed must be a whole number from 0 to {LARGEST_SEED}, got {value!r}")

@@ -29,8 +29,7 @@ _AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 def own_modes(*, gradients: bool | None = True) -> Iterator[None]:
     """Tensors on the CPU unless a device is named, neither inference mode nor autocast, of this thread.
 
-    Args:
-        gradients: whether they are computed; None leaves that to the caller.
+    Whether gradients are computed is left to the caller with None.
     """
     wanted = torch.is_grad_enabled() if gradients is None else gradients
     with ExitStack() as stack:

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from orderrl.runtime import distributed
-from orderrl.runtime.finite import DIVERGED, NotFiniteError, require_finite, require_finite_losses, tensors_in
+from orderrl.runtime.finite import DIVERGED, NotFiniteError, leaves, require_finite, require_finite_losses
 from orderrl.runtime.progress import progress
 from orderrl.runtime.run import Run
 from orderrl.runtime.storage import LOCK, claim, naming, remove_folder, remove_if_left, remove_orphans
@@ -97,8 +97,6 @@ class Job:
         instead: Path | None = None,
         run: Run | None = None,
     ) -> None:
-        if not seconds >= 0:
-            raise ValueError(f"checkpoint_seconds must be at least 0, got {seconds}")
         self._lock: IO[bytes] | None = None
         self.seconds, self.key, self.run = seconds, key, run
         self.history: list[dict[str, float]] = []
@@ -349,7 +347,7 @@ class Job:
             "generators": distributed.gather(_global_generators()),
         }
         if distributed.is_main():
-            require_finite(f"state after step {step}", tensors_in(state["parts"]), DIVERGED)
+            require_finite(f"state after step {step}", leaves(state["parts"], Tensor), DIVERGED)
             self.store(_STATE, state)
 
 

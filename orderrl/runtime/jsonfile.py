@@ -7,7 +7,7 @@ from typing import Any
 MOST_BYTES = 64 * 2**20
 
 
-def read_json(path: Path | str, most: int = MOST_BYTES) -> dict[str, Any]:
+def read_json(path: Path | str) -> dict[str, Any]:
     """The object that a JSON file holds.
 
     Raises:
@@ -16,9 +16,9 @@ def read_json(path: Path | str, most: int = MOST_BYTES) -> dict[str, Any]:
     """
     path = Path(path)
     size = path.stat().st_size
-    if size > most:
-        raise ValueError(f"{path}: has {size} bytes of JSON, more than the {most} that are read")
-    found = parse_json(path.read_bytes(), path, most)
+    if size > MOST_BYTES:
+        raise ValueError(f"{path}: has {size} bytes of JSON, more than the {MOST_BYTES} that are read")
+    found = parse_json(path.read_bytes(), path)
     if not isinstance(found, dict):
         raise ValueError(f"{path}: is damaged, it holds no JSON object but a {type(found).__name__}; make it anew")
     return found

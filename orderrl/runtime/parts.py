@@ -5,7 +5,6 @@ A part holds consecutive rows. It is a piece of the job, so that an interruption
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,7 @@ def store_table(
             distributed.print_main(f"{kind}: {there} of {total} {unit} are there from an interrupted run")
         mine = missing if together else distributed.share_of(missing)
         with progress(sum(map(len, mine)), action, unit) as advance:
-            make_parts(job, kind, mine, partial(make, advance=advance), together)
+            make_parts(job, kind, mine, lambda part: make(part, advance), together)
 
         # the whole, put in its place
         def publish() -> None:
@@ -82,11 +81,7 @@ def missing_parts(job: Job, name: str, parts: Sequence[range]) -> list[range]:
 
 
 def make_parts(job: Job, name: str, parts: Sequence[range], make: Make, together: bool = False) -> None:
-    """Make parts in this process; of those that all processes make together the main one keeps the result.
-
-    Raises:
-        NotFiniteError: at the first part that is not finite; it is not kept.
-    """
+    """Make parts, finite ones, in this process; of those that all processes make together the main one keeps it."""
     for part in parts:
         made = make(part)
         require_finite(f"{name} of rows {part.start} to {part.stop - 1}", made, OVERFLOW)
@@ -96,12 +91,7 @@ def make_parts(job: Job, name: str, parts: Sequence[range], make: Make, together
 
 
 def assemble(job: Job, name: str, parts: Sequence[range], folder: Path) -> None:
-    """Write the parts, in the order of their rows, one behind the other to a table in a folder that is made anew.
-
-    Raises:
-        ValueError: if a part is missing, truncated, altered or of another length.
-        OSError: if the disk is full.
-    """
+    """Write the parts, in the order of their rows, one behind the other to a table in a folder that is made anew."""
     with new_table(folder) as table:
         for part in parts:
             table.append(job.load(part_name(name, part)))

@@ -19,11 +19,7 @@ class RenamedModules(MetaPathFinder):
     """First of Python's finders: says what the old module of a command is called now."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
-        """Find nothing.
-
-        Raises:
-            ModuleNotFoundError: for the old name of a command.
-        """
+        """Find nothing; ModuleNotFoundError for the old name of a command."""
         package, _, old = name.rpartition(".")
         if package == "orderrl" and old in COMMANDS:
             raise ModuleNotFoundError(f"{name} is called {COMMANDS[old]} now: python -m orderrl.{COMMANDS[old]}")

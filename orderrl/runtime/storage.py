@@ -60,8 +60,7 @@ def naming(path: Path) -> Iterator[None]:
 def written_aside(path: Path) -> Iterator[Path]:
     """A file to write that becomes `path`, flushed to the disk, when the block ends without an error.
 
-    Raises:
-        OSError: if it cannot be written; what was at `path` stays.
+    OSError if it cannot be written; what was at `path` stays.
     """
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
@@ -107,11 +106,7 @@ def filled_aside(final: Path, replace: Callable[[], bool] | None = None) -> Iter
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder in one move, so that nobody ever finds half of it.
-
-    Raises:
-        OSError: if it cannot be moved.
-    """
+    """Remove a folder in one move, else OSError, so that nobody ever finds half of it."""
     gone = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     with suppress(FileNotFoundError):  # another process did it
         folder.rename(gone)
@@ -131,14 +126,9 @@ def flush(path: Path) -> None:
 
 
 def claim(lock: Path) -> IO[bytes] | None:
-    """Create a lock file and lock it until it is closed, or until this process ends.
+    """Create a lock file and lock it until it is closed, or until this process ends; OSError if that is not possible.
 
-    Returns:
-        The open file; None if a living process has locked it, or it is another user's.
-
-    Raises:
-        FileNotFoundError: if its folder is not there (any more).
-        OSError: if its file system cannot be written.
+    The open file; None if a living process has locked it, or it is another user's.
     """
     while True:
         held = _held.get(str(lock.absolute()))
@@ -248,11 +238,6 @@ def is_intact(path: Path, expected: str) -> bool:
 # -- JSON -------------------------------------------------------------------------------------------------------------
 
 
-def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of JSON with the hash of all of them under `sha256`."""
-    return {**values, SEAL: _digest(values)}
-
-
 class Unsealed(ValueError):
     """A file that should be sealed and is not: an older version wrote it."""
 
@@ -284,8 +269,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
-    """Write JSON with a hash of itself, as `orderrl.runtime.storage.read_sealed` reads it."""
-    write_json(path, sealed(finite_or_none(value)))
+    """Write JSON with the hash of all its values under `sha256`, as `read_sealed` reads it."""
+    values = finite_or_none(value)
+    write_json(path, {**values, SEAL: _digest(values)})
 
 
 def finite_or_none(value: Any) -> Any:

@@ -44,13 +44,10 @@ def floats(*shape: int) -> Column:
 
 
 class TableWriter:
-    """A new table that grows by rows; a context manager that completes it when the block ends without an error.
+    """A new table in an empty folder that grows by rows; it is complete when the block ends without an error.
 
     Files are written and not mapped: what is mapped counts as memory, and a full disk would kill the process instead of
     raising an error.
-
-    Args:
-        folder: made if need be; must be empty.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -72,12 +69,7 @@ class TableWriter:
             self._describe(())
 
     def append(self, rows: TensorDictBase | Mapping[str, Tensor]) -> None:
-        """Add rows of the same columns as before.
-
-        Raises:
-            ValueError: if their columns, dtypes or lengths differ.
-            OSError: if the disk is full.
-        """
+        """Add rows of the same columns, dtypes and lengths as before; OSError if the disk is full."""
         columns = dict(_leaves(rows))
         count = len(next(iter(columns.values())))
         found = {name: (values.shape[1:], values.dtype) for name, values in columns.items()}

@@ -124,11 +124,7 @@ def member_of(registry: Registry[Any], *names: str) -> Rule:
 
 
 def check_fields(settings: Any, *rules: Rule) -> None:
-    """Refuse wrong values of a dataclass, by the annotations of its fields, their own rules and those given here.
-
-    Raises:
-        ValueError: naming the field, its value and what is allowed.
-    """
+    """Refuse wrong values of a dataclass, by the annotations of its fields, their own rules and those given here."""
     for name, kind in kinds(settings.__class__).items():
         require_kind(name, getattr(settings, name), kind)
     for item in fields(settings):

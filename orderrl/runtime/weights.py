@@ -34,14 +34,9 @@ _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_orig_mod|_checkpo
 
 
 def local_path(path: str | Path) -> Path:
-    """A file on this machine; hub names are downloaded, or found in the hub's cache.
+    """A file on this machine; one of the hub, `hf://OWNER/NAME[@REVISION]/FILE`, is downloaded, or found in its cache.
 
-    Args:
-        path: a file, or `hf://OWNER/NAME[@REVISION]/FILE`.
-
-    Raises:
-        ValueError: if the hub name is malformed, or its file cannot be downloaded or found.
-        FileNotFoundError: if there is no such file.
+    ValueError if a hub name is malformed or its file can't be had, FileNotFoundError if there is no such file.
     """
     text = str(path)
     if not text.startswith(HUB):
@@ -58,15 +53,12 @@ def local_path(path: str | Path) -> Path:
     try:
         if file is not None:
             return Path(hf_hub_download(repository, file, revision=revision))
-        files = [name for name in list_repo_files(repository, revision=revision) if _is_weights(name)]
+        files = list_repo_files(repository, revision=revision)
     except Exception as error:  # the hub's own, and whatever its transport raises without a network
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{text} cannot be downloaded or found in the hub's cache: {reason}") from error
-    raise ValueError(f"{text} names no file; choose one of {', '.join(files)}")
-
-
-def _is_weights(name: str) -> bool:
-    return name.endswith((".safetensors", *PICKLES))
+    weights = [name for name in files if name.endswith((".safetensors", *PICKLES))]
+    raise ValueError(f"{text} names no file; choose one of {', '.join(weights)}")
 
 
 def read_state(path: str | Path, weights: str | None = None) -> dict[str, Tensor]:
@@ -148,10 +140,9 @@ def _nesting_of(path: Path) -> str:
 
 
 def unwrap(contents: object, path: Path, weights: str | None = None) -> dict[str, Tensor]:
-    """The state dict inside what a file holds; if there is a choice, or it is averaged, a line says which was taken.
+    """The state dict inside what a file holds, or the one asked for, else ValueError.
 
-    Raises:
-        ValueError: if there is none, or not the one asked for.
+    If there is a choice, or it is averaged, a line says which was taken.
     """
     if not isinstance(contents, Mapping):
         raise ValueError(f"{path}: holds a {type(contents).__name__}, not a state dict")
@@ -160,19 +151,15 @@ def unwrap(contents: object, path: Path, weights: str | None = None) -> dict[str
         raise ValueError(f"{path}: has no weights={weights!r}; choose one of {', '.join(nested) or 'none'}")
     chosen = weights or (nested[0] if nested else None)
     if chosen is not None:
-        _tell(path, chosen, [name for name in nested if name != chosen])
+        others = ", ".join(name for name in nested if name != chosen)
+        if others or chosen in AVERAGED:
+            taken = f"{chosen} (averaged weights)" if chosen in AVERAGED else chosen
+            distributed.print_main(f"{path}: takes {taken}" + (f", not {others}" if others else ""))
         return unwrap(contents[chosen], path)
     tensors = {str(name): value for name, value in contents.items() if isinstance(value, Tensor)}
-    others = [str(name) for name in contents if str(name) not in tensors]
-    if not tensors or others:
+    if not tensors or len(tensors) < len(contents):
         raise ValueError(f"{path}: is no state dict, it holds {shorten(sorted(map(str, contents)))}")
     return tensors
-
-
-def _tell(path: Path, chosen: str, others: list[str]) -> None:
-    if others or chosen in AVERAGED:
-        averaged = " (averaged weights)" if chosen in AVERAGED else ""
-        distributed.print_main(f"{path}: takes {chosen}{averaged}" + (f", not {', '.join(others)}" if others else ""))
 
 
 def clean_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -191,17 +178,10 @@ def clean_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_weights(module: nn.Module, path: str | Path, weights: str | None = None) -> nn.Module:
-    """Fill a module from a file, in the module's own dtype, shard by shard.
+    """Fill a module, on any device but meta, from a file, in the module's own dtype, shard by shard.
 
-    Args:
-        module: on any device but meta; changed in place.
-        path: as for `read_state`.
-        weights: as for `read_state`.
-
-    Raises:
-        ValueError: if keys are missing, unexpected or of another shape; all of them in one line. The module is then
-            filled in part and of no use.
-        FileNotFoundError: if there is no such file.
+    Arguments as for `read_state`. ValueError, in one line, if keys are missing, unexpected or of another shape: the
+    module is then filled in part and of no use.
     """
     expected = module.state_dict()
     shapes: dict[str, torch.Size] = {}

@@ -6,7 +6,6 @@ by level, so `up.0` is the highest resolution; the factor 0.2325 belongs to the 
 applied in `encode` and undone in `decode`. State-dict keys are the published ones.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -78,6 +77,8 @@ class Posterior:
 class KLTokenizer(nn.Module):
     """Images to continuous tokens and back, see `orderrl.tokenizers.Tokenizer`."""
 
+    UNUSED = "loss."  # the training loss's own weights, which published files carry
+
     def __init__(self, config: KLConfig, name: str = "kl") -> None:
         super().__init__()
         self.config, self.name = config, name
@@ -107,18 +108,10 @@ class KLTokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Scaled tokens of images: the posterior's mean, or its sample under given noise.
+        """Scaled tokens (n, N, C) of images (n, 3, H, W), uint8 or in [-1, 1]: raster order, N = H·W / downsampling².
 
-        Args:
-            images: (n, 3, H, W) uint8, or floating point in [-1, 1].
-            noise: (n, N, C) standard normal; None takes the mean.
-
-        Returns:
-            (n, N, C) floating point, raster order, N = H·W / downsampling².
-
-        Raises:
-            ValueError: if height or width is not a multiple of the downsampling, values lie outside [-1, 1], or the
-                noise has another shape.
+        The posterior's mean, or its sample under standard normal noise (n, N, C). ValueError if height or width is not
+        a multiple of the downsampling, values lie outside [-1, 1], or the noise has another shape.
         """
         images = to_unit_range(images).to(self.quant_conv.weight)
         grid = latent_grid(images.shape[2], images.shape[3], self.downsampling)
@@ -133,25 +126,9 @@ class KLTokenizer(nn.Module):
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Images of tokens.
-
-        Args:
-            tokens: (n, N, C) floating point, scaled, raster order.
-            grid: rows and columns of tokens, rows · columns = N.
-
-        Returns:
-            (n, 3, H, W) uint8.
-
-        Raises:
-            ValueError: if the shape does not fit.
-        """
+        """Images (n, 3, H, W) uint8 of scaled tokens (n, N, C) on a grid of rows and columns, else ValueError."""
         want = (grid[0] * grid[1], self.token_dim)
         if tokens.ndim != 3 or tokens.shape[1:] != want:
             raise ValueError(f"tokens must have shape (n, {want[0]}, {want[1]}), got {tuple(tokens.shape)}")
         latents = tokens.to(self.quant_conv.weight).transpose(1, 2).unflatten(2, grid) / self.config.scale
         return to_pixels(self.pixels(latents))
-
-
-def used_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A published state dict without the training loss's own weights."""
-    return {key: value for key, value in state.items() if not key.startswith("loss.")}

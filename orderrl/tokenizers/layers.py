@@ -78,11 +78,7 @@ class TwoStacks:
 
 
 def stack_config(values: StackConfig | dict[str, Any]) -> StackConfig:
-    """A `StackConfig` from itself or from its plain values.
-
-    Raises:
-        ValueError: for an unknown key.
-    """
+    """A `StackConfig` from itself or from its plain values, unknown ones refused."""
     if isinstance(values, StackConfig):
         return values
     unknown = sorted(values.keys() - StackConfig.__dataclass_fields__.keys())
@@ -208,10 +204,7 @@ def _middle(channels: int, config: StackConfig, names: Names) -> nn.Sequential:
 class Encoder(nn.Module):
     """(n, 3, H, W) -> (n, out_channels, H/f, W/f).
 
-    Args:
-        out_channels: of the latents.
-        attention: for every resolution, from full to lowest, whether its stage has attention.
-        names: of its parts.
+    `attention` says for every resolution, from full to lowest, whether its stage has attention; `names` are its parts'.
     """
 
     def __init__(self, config: StackConfig, out_channels: int, attention: list[bool], names: Names) -> None:
@@ -292,11 +285,7 @@ def to_pixels(images: Tensor) -> Tensor:
 
 
 def latent_grid(height: int, width: int, factor: int) -> tuple[int, int]:
-    """Rows and columns of latent positions of an image.
-
-    Raises:
-        ValueError: if height or width is not a multiple of the factor.
-    """
+    """Rows and columns of latent positions; ValueError if height or width is not a multiple of the factor."""
     if height % factor or width % factor or not height or not width:
         raise ValueError(f"images of {height}x{width} pixels cannot be encoded; both must be multiples of {factor}")
     return height // factor, width // factor

@@ -7,11 +7,7 @@ from orderrl.tokenizers.layers import latent_grid, to_pixels, to_unit_range
 
 
 class PatchTokenizer(nn.Module):
-    """Square patches as tokens of 3 · side² values in [-1, 1]; decoding encoded images gives them back exactly.
-
-    Args:
-        side: of a patch, pixels.
-    """
+    """Square patches as tokens of 3 · side² values in [-1, 1]; decoding encoded images gives them back exactly."""
 
     vocab_size = None
 
@@ -25,11 +21,7 @@ class PatchTokenizer(nn.Module):
         return self.name
 
     def encode(self, images: Tensor) -> Tensor:
-        """(n, 3, H, W) uint8 or in [-1, 1] -> (n, N, 3 · side²) float32, channel by channel inside a token.
-
-        Raises:
-            ValueError: if the height or width is not a multiple of the side.
-        """
+        """(n, 3, H, W) uint8 or in [-1, 1], multiples of the side -> (n, N, 3 · side²) float32, by channels."""
         side = self.downsampling
         latent_grid(images.shape[-2], images.shape[-1], side)
         return rearrange(to_unit_range(images), "n c (h p) (w q) -> n (h w) (c p q)", p=side, q=side)

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orderrl.runtime.checkpoint import build_to_fit, load_checkpoint, load_state, save_checkpoint
+from orderrl.runtime.checkpoint import load_checkpoint, load_state, rebuild, save_checkpoint
 from orderrl.runtime.devices import checked_device
 from orderrl.runtime.isolation import isolated_float32
 from orderrl.runtime.registry import Registry
 from orderrl.runtime.weights import missing_weights, read_state
-from orderrl.tokenizers import kl, vq
 from orderrl.tokenizers.kl import KLConfig, KLTokenizer
 from orderrl.tokenizers.layers import StackConfig
 from orderrl.tokenizers.patches import PatchTokenizer
@@ -43,7 +42,7 @@ def load_weights(tokenizer: VQTokenizer | KLTokenizer, state: Mapping[str, Tenso
     Raises:
         ValueError: if keys are missing, unexpected or of another shape.
     """
-    used = vq.used_weights(state) if isinstance(tokenizer, VQTokenizer) else kl.used_weights(state)
+    used = {key: value for key, value in state.items() if not key.startswith(tokenizer.UNUSED)}
     load_state(tokenizer, used, path)
 
 
@@ -114,9 +113,7 @@ def _own(path: Path) -> VQTokenizer:
             f"{path}: does not describe a VQ tokeniser ({error}); make it anew with "
             "`python -m orderrl.pretrain backbone=none tokenizer=small`"
         ) from error
-    tokenizer = build_to_fit(lambda: VQTokenizer(config, name), shape, tensors, path)
-    load_state(tokenizer, tensors, path)
-    return tokenizer
+    return rebuild(lambda: VQTokenizer(config, name), shape, tensors, path)
 
 
 def _small(path: str | Path | None) -> VQTokenizer:

@@ -6,7 +6,6 @@ and at lookup (Yu et al., 2022), attention stands at the lowest resolution and i
 stages are stored from low to high resolution. State-dict keys are the published ones.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +27,6 @@ from orderrl.tokenizers.layers import (
 )
 
 NAMES = Names("res", "conv_blocks", "conv_blocks", ("0", "1", "2"), up_from_top=False)
-UNUSED_KEYS = ("quantize.codebook_used",)  # a training statistic that published files carry
 _SEARCH_ROWS = 4096  # positions compared with the whole codebook at once
 
 
@@ -89,6 +87,8 @@ class Codebook(nn.Module):
 class VQTokenizer(nn.Module):
     """Images to code indices and back, see `orderrl.tokenizers.Tokenizer`."""
 
+    UNUSED = "quantize.codebook_used"  # a training statistic that published files carry
+
     def __init__(self, config: VQConfig, name: str = "vq") -> None:
         super().__init__()
         self.config, self.name = config, name
@@ -123,16 +123,9 @@ class VQTokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Tokens of images.
+        """Tokens (n, N) int64 of images (n, 3, H, W), uint8 or in [-1, 1]: raster order, N = H·W / downsampling².
 
-        Args:
-            images: (n, 3, H, W) uint8, or floating point in [-1, 1].
-
-        Returns:
-            (n, N) int64 in [0, vocab_size), raster order, N = H·W / downsampling².
-
-        Raises:
-            ValueError: if height or width is not a multiple of the downsampling, or values lie outside [-1, 1].
+        ValueError if height or width is not a multiple of the downsampling, or values lie outside [-1, 1].
         """
         images = to_unit_range(images).to(self.quant_conv.weight)
         latent_grid(images.shape[2], images.shape[3], self.downsampling)
@@ -140,17 +133,9 @@ class VQTokenizer(nn.Module):
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Images of tokens.
+        """Images (n, 3, H, W) uint8 of tokens (n, N) int64 on a grid of rows and columns.
 
-        Args:
-            tokens: (n, N) int64 in [0, vocab_size), raster order.
-            grid: rows and columns of tokens, rows · columns = N.
-
-        Returns:
-            (n, 3, H, W) uint8.
-
-        Raises:
-            ValueError: if the shape does not fit the grid, or a token lies outside the codebook.
+        ValueError if the shape does not fit the grid, or a token lies outside the codebook.
         """
         if tokens.ndim != 2 or tokens.shape[1] != grid[0] * grid[1]:
             raise ValueError(
@@ -162,8 +147,3 @@ class VQTokenizer(nn.Module):
             )
         codes = self.quantize.lookup(tokens.to(self.quant_conv.weight.device).long().unflatten(1, grid))
         return to_pixels(self.pixels(codes.movedim(-1, 1)))
-
-
-def used_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A published state dict without what plays no role in using the model."""
-    return {key: value for key, value in state.items() if key not in UNUSED_KEYS}

@@ -244,36 +244,3 @@ def test_schedules() -> None:
 def test_impossible_shapes_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(CONFIG, **change)
-
-
-def test_states_that_do_not_fit_are_refused(model: MAR) -> None:
-    tokens, visible, labels = random_state(3)
-    with pytest.raises(ValueError, match=r"tokens must have shape \(M, 12, 8\), got \(3, 11, 8\)"):
-        model.conditions(tokens[:, 1:], visible, labels)
-    with pytest.raises(ValueError, match=r"visible must be bool of shape \(3, 12\), got torch.float32"):
-        model.conditions(tokens, visible.float(), labels)
-    with pytest.raises(ValueError, match=r"labels must be int64 of shape \(3,\)"):
-        model.conditions(tokens, visible, labels[:2])
-    with pytest.raises(ValueError, match=r"latents must have shape \(M, 2, 6, 8\)"):
-        model.patchify(torch.zeros(1, 2, 8, 6))
-    with pytest.raises(ValueError, match=r"tokens must have shape \(M, 12, 8\)"):
-        model.unpatchify(tokens[..., :4])
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"num_iter": 0}, "num_iter must be at least 1, got 0"),
-        ({"cfg_schedule": "cosine"}, "cfg_schedule must be 'linear' or 'constant', got 'cosine'"),
-        ({"temperature": -1.0}, "temperature must be at least 0, got -1.0"),
-        ({"orders": torch.zeros(2, 12, dtype=torch.int64)}, "orders must hold a permutation of 0..11"),
-    ],
-)
-def test_sampling_arguments_are_checked(model: MAR, change: dict[str, Any], message: str) -> None:
-    arguments: dict[str, Any] = {
-        "labels": torch.tensor([0, 1]),
-        "orders": torch.arange(12).expand(2, -1),
-        "num_iter": 2,
-    }
-    with pytest.raises(ValueError, match=message):
-        list(model.sampling_iterations(noise=keyed_noise, **(arguments | change)))

@@ -20,7 +20,7 @@ from orderrl.metrics.classifier import Classifier, load_classifier, save_classif
 from orderrl.planner import OrderHead, PlannerConfig, load_planner, require_described, save_planner
 from orderrl.runtime.checkpoint import save_checkpoint
 from orderrl.runtime.config import compose
-from orderrl.runtime.finite import NotFiniteError, require_finite, tensors_in
+from orderrl.runtime.finite import NotFiniteError, leaves, require_finite
 from orderrl.runtime.job import Job
 from orderrl.runtime.parts import make_parts
 from orderrl.tokenizers import VQConfig, VQTokenizer, load_tokenizer, save_tokenizer
@@ -210,8 +210,8 @@ def test_labels_that_are_not_finite_are_not_stored(tmp_path: Path) -> None:
 
 def test_nested_tensors_are_found_by_their_place() -> None:
     value = {"a": [torch.ones(1), {"b": torch.zeros(2)}], "c": 3, "d": (torch.arange(2),)}
-    assert list(tensors_in(value)) == ["a.0", "a.1.b", "d.0"]
-    require_finite("here", tensors_in(value) | {"int8": torch.ones(1, dtype=torch.int8)}, "")
+    assert list(leaves(value, Tensor)) == ["a.0", "a.1.b", "d.0"]
+    require_finite("here", leaves(value, Tensor) | {"int8": torch.ones(1, dtype=torch.int8)}, "")
 
 
 # -- a configuration is no larger than its tensors --------------------------------------------------------------------

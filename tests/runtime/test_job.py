@@ -267,8 +267,6 @@ def test_states_are_kept_no_more_often_than_asked(tmp_path: Path, monkeypatch: p
     for _ in Job(tmp_path, "job", seconds=10).steps(100):
         now[0] += 3
     assert kept == list(range(4, 100, 4))
-    with pytest.raises(ValueError, match="checkpoint_seconds must be at least 0"):
-        Job(tmp_path, "other", seconds=-1)
 
 
 # ---------------------------------------------------------------------- shards of labels
