@@ -32,12 +32,7 @@ from orderrl.runtime.run import Run
 
 @isolated_float32
 def analyze(config: DictConfig) -> Path:
-    """Run all analyses and return the run folder with `analysis.json`.
-
-    Raises:
-        ValueError: if a policy or checkpoint is unknown or does not fit, or `injected` is no list of numbers of blocks
-            that leaves some hidden.
-    """
+    """Run all analyses, refuse what is unknown or does not fit, and return the run folder with `analysis.json`."""
     # compose and build
     settings = eval_config(section(config, "eval"), config.data.name)
     headroom = None if config.headroom is None else HeadroomConfig(**section(config, "headroom"))

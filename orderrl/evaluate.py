@@ -30,11 +30,7 @@ from orderrl.runtime.run import Run
 
 @isolated_float32
 def evaluate(config: DictConfig) -> Path:
-    """Evaluate all policies of a config and return the run folder with `results.json` and `report.html`.
-
-    Raises:
-        ValueError: if a policy or checkpoint is unknown, does not fit, or acts illegally.
-    """
+    """Evaluate all policies of a config and return the run folder with `results.json` and `report.html`."""
     # compose and build
     settings = eval_config(section(config, "eval"), config.data.name)
     setup = setup_of(config, open_backbone(config))

@@ -71,11 +71,7 @@ class Setup:
         return load_split(self.data, "planner").fingerprint
 
     def require_order_robust(self, what: str) -> None:
-        """Refuse what needs an order to choose.
-
-        Raises:
-            ValueError: if the backbone knows raster order only; with the command that makes it order-robust.
-        """
+        """Refuse a backbone that knows raster order only, with the command that makes it order-robust."""
         if not self.backbone.order_robust:
             data = "tokens" if self.data.startswith("tokens:") else self.data
             raise ValueError(
@@ -87,11 +83,7 @@ class Setup:
 
 
 def setup_of(config: DictConfig, backbone: Backbone) -> Setup:
-    """The setup of a config; groups that it lacks have their defaults.
-
-    Raises:
-        ValueError: if a value is not allowed.
-    """
+    """The setup of a config; groups that it lacks have their defaults."""
     own = {key: config[key] for key in ("seed", "checkpoint_seconds", "device", "fsdp", "name") if key in config}
     planner = section(config, "planner") if "planner" in config else {}
     parts: dict[str, Any] = {}
@@ -125,8 +117,7 @@ def environment_of(config: DictConfig) -> CoreConfig:
 def open_backbone(config: DictConfig) -> Backbone:
     """The frozen backbone of a config, checked against its data unless that is `NO_DATA`.
 
-    Raises:
-        ValueError: if the config names none, or it cannot be loaded, does not fit the data or overflows in its dtype.
+    ValueError if the config names none, or it cannot be loaded, does not fit the data or overflows in its dtype.
     """
     chosen = config.backbone
     if chosen.name is None:
@@ -155,8 +146,7 @@ def open_backbone(config: DictConfig) -> Backbone:
 def backbone_and_data(config: DictConfig) -> tuple[DictConfig, Backbone, TokenSet]:
     """What draws images, and the config: with a tokeniser it has no data, and the data set holds no images.
 
-    Raises:
-        ValueError: if they cannot be opened or do not fit.
+    ValueError if they cannot be opened or do not fit.
     """
     chosen = config.tokenizer
     if chosen.name == "none":
@@ -172,11 +162,7 @@ def backbone_and_data(config: DictConfig) -> tuple[DictConfig, Backbone, TokenSe
 
 
 def set_without_images(backbone: Backbone, tokenizer: VQTokenizer | KLTokenizer) -> TokenSet:
-    """What stands for a data set where images are drawn and none are read.
-
-    Raises:
-        ValueError: if the tokeniser does not decode what the backbone draws.
-    """
+    """What stands for a data set where images are drawn and none are read; the tokeniser must decode what is drawn."""
     geometry, channels = backbone.geometry, getattr(backbone, "token_dim", 0)
     drawn = backbone.vocab_size or None, channels or tokenizer.token_dim
     decoded = tokenizer.vocab_size, tokenizer.token_dim
@@ -216,11 +202,7 @@ def section(config: DictConfig, name: str, *without: str) -> dict[str, Any]:
 
 
 def typed(kind: type[T], values: Mapping[str, Any]) -> T:
-    """A dataclass of settings from plain values; mappings become the dataclasses that its fields hold.
-
-    Raises:
-        ValueError: naming the key, its value and what is allowed.
-    """
+    """A dataclass of settings from plain values, wrong ones refused; mappings become the dataclasses of its fields."""
     hints = get_type_hints(kind)
     built = dict(values)
     for key, value in values.items():

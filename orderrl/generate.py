@@ -28,11 +28,7 @@ PUBLISHED = "published"  # the policy that is the model's own sampler
 
 @isolated_float32
 def generate(config: DictConfig) -> Path:
-    """Generate images and return the run folder: `images.png`, `order.gif`, `order.png` and maybe `samples/`.
-
-    Raises:
-        ValueError: if the policy is unknown or a value is not allowed.
-    """
+    """Generate images and return the run folder: `images.png`, `order.gif`, `order.png` and maybe `samples/`."""
     # compose and build
     if config.n < 1:
         raise ValueError(f"n must be at least 1 image, got {config.n}")

@@ -60,14 +60,10 @@ def label_settings(settings: LabelConfig) -> dict[str, Any]:
 
 
 def find_or_make_labels(setup: Setup, split: str = "planner", run: Run | None = None, **changes: Any) -> Path:
-    """Folder of the labels of random contexts: a table in `contexts`, and its description.
+    """Folder of the labels of random contexts by the setup's backbone: a table in `contexts`, and its description.
 
-    Args:
-        setup: with the backbone that scores the blocks.
-        changes: replaces values of `setup.labels`.
-
-    Raises:
-        ValueError: if the backbone knows raster order only, or has no token probabilities and the labels need them.
+    `changes` replace values of `setup.labels`. ValueError if the backbone knows raster order only, or has no token
+    probabilities and the labels need them.
     """
     setup.require_order_robust("label")
     data, settings = load_split(setup.data, split), replace(setup.labels, **changes)
@@ -133,11 +129,7 @@ def find_classifier(setup: Setup, settings: LabelConfig) -> PartialClassifier:
 
 
 def open_labels(folder: Path, backbone: Backbone) -> TensorDict:
-    """Labels on disk, read as they are used.
-
-    Raises:
-        ValueError: if they were made for another backbone, or are not what this package writes.
-    """
+    """Labels on disk, read as they are used; ValueError if they are of another backbone, or not of this package."""
     have, want = read_sealed(folder / "key.json")["description"]["backbone"], backbone_fingerprint(backbone)
     if have != want:
         raise ValueError(
@@ -233,12 +225,7 @@ def label_columns(num_blocks: int, hidden_size: int) -> dict[str, Column]:
 
 
 def join(sets: Sequence[Path], folder: Path) -> None:
-    """Write label sets of one backbone one behind the other to a table; no more than a part of one is held in memory.
-
-    Raises:
-        ValueError: if a set is damaged, or their columns differ.
-        OSError: if the disk is full.
-    """
+    """Write label sets of one backbone one behind the other to a table; no more than a part of one is in memory."""
     with new_table(folder) as table:
         for part in sets:
             for rows in open_table(part).split(_ROWS):

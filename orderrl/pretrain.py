@@ -35,11 +35,7 @@ from orderrl.runtime.run import Run
 
 @isolated_float32
 def pretrain(config: DictConfig) -> Path:
-    """Train what a config asks for and return its checkpoint, in the run's folder.
-
-    Raises:
-        ValueError: if a value of the config is not allowed, or the weights to start from do not fit.
-    """
+    """Train what a config asks for and return its checkpoint, in the run's folder."""
     if not config.training:  # backbone=none
         return trained(config, tokenizer_recipe(config))
     data = config.data.name
@@ -91,11 +87,7 @@ def trained(config: DictConfig, recipe: BackboneRecipe | TokenizerRecipe) -> Pat
 
 
 def tokenizer_recipe(config: DictConfig) -> TokenizerRecipe:
-    """The tokeniser that a config trains.
-
-    Raises:
-        ValueError: if the data are no image folder, or the tokeniser is not one to train.
-    """
+    """The tokeniser that a config trains on an image folder; ValueError if it is none to train."""
     folder = folder_config(section(config, "data"))
     return TokenizerRecipe(section(config, "tokenizer"), folder, config.seed, config.device)
 

@@ -56,11 +56,7 @@ def reproduce(config: DictConfig) -> Path:
 
 
 def taught(training: DictConfig, named: Mapping[str, str]) -> DictConfig:
-    """A training whose teacher, if it is trained:NAME, is the planner of this name that was trained before it.
-
-    Raises:
-        ValueError: if there is none.
-    """
+    """A training whose teacher, if it is trained:NAME, is the planner of this name that was trained before it."""
     teacher = training.agent.get("teacher") or ""
     if not teacher.startswith(TRAINED):
         return training
@@ -83,10 +79,7 @@ def training_config(config: DictConfig, overrides: list[str], seed: int) -> Dict
 def specialist_configs(config: DictConfig, seed: int, planners: list[str]) -> Iterator[DictConfig]:
     """The configs of `python -m orderrl.pretrain` for the specialists of a seed, in the order of the suite.
 
-    One that names no backbone is fine-tuned from the suite's own.
-
-    Raises:
-        ValueError: if one names a planner that no run trains.
+    One that names no backbone is fine-tuned from the suite's own; ValueError if one names a planner that no run trains.
     """
     for overrides in config.specialists:
         try:

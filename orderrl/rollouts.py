@@ -21,11 +21,7 @@ from orderrl.runtime.run import Run
 
 @isolated_float32
 def rollouts(config: DictConfig) -> Path:
-    """Record the episodes of a config and return the folder of the transitions.
-
-    Raises:
-        ValueError: if the policy is unknown, a value is not allowed, or the output exists.
-    """
+    """Record the episodes of a config and return the folder of the transitions; ValueError if the output exists."""
     # compose and build
     if config.minari is not None:
         require_minari(config.minari)

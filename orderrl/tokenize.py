@@ -13,11 +13,7 @@ from orderrl.runtime.isolation import isolated_float32
 
 @isolated_float32
 def tokenize(config: DictConfig) -> Path:
-    """Make the token set of a config, or what is missing of it, and return its folder.
-
-    Raises:
-        ValueError: if the output holds another token set, or a file cannot be read as an image.
-    """
+    """Make the token set of a config, or what is missing of it, and return its folder; another set there is refused."""
     folder, sizes = folder_config(section(config, "data")), {key: config[key] for key in ("batch_size", "shard_size")}
     return tokenize_with(section(config, "tokenizer"), folder, Path(config.output), config.device, **sizes)
 

@@ -169,10 +169,8 @@ def planner_to_start_from(setup: Setup, name: str, config: Any) -> Path:
     """The planner that the settings `start` and `start_target` name; what it is and where it came from is printed.
 
     A file; "newest", the newest cached clone of this backbone and data, whatever its settings; or, with None, the
-    planner of the same backbone, data, labels, planner and seed, which is trained if it is not in the cache.
-
-    Raises:
-        ValueError: if there is no clone in the cache to be the newest one.
+    planner of the same backbone, data, labels, planner and seed, which is trained if it is not in the cache. ValueError
+    if there is no clone in the cache to be the newest one.
     """
     # a planner that is there
     if config.start is not None and config.start != NEWEST:

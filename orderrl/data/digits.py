@@ -38,14 +38,7 @@ def _collected() -> tuple[NDArray[np.float64], NDArray[np.int64], dict[str, list
 
 
 def load_digits_split(split: str) -> TokenSet:
-    """One split of the 1,797 digits, in stratified order.
-
-    Args:
-        split: "backbone" (1,000 images), "planner" (500) or "test" (297).
-
-    Raises:
-        ValueError: if the split is unknown.
-    """
+    """A split of the 1,797 digits, in stratified order: "backbone" (1,000 images), "planner" (500) or "test" (297)."""
     return digits_as_collected(split).shuffled()
 
 

@@ -81,11 +81,7 @@ class FolderConfig:
 
 
 def folder_config(values: dict[str, Any]) -> FolderConfig:
-    """A `FolderConfig` from the plain values of the config group `data`.
-
-    Raises:
-        ValueError: if the group is not that of an image folder.
-    """
+    """A `FolderConfig` from the plain values of the config group `data`; ValueError if that is of no image folder."""
     known = {field.name for field in fields(FolderConfig)}
     if values.get("name") != "folder" or values.keys() - known - {"name"}:
         raise ValueError(f"data={values.get('name')} is no image folder; use data=folder data.root=FOLDER")
@@ -117,17 +113,10 @@ class ImageSplit:
 
 
 def split_rows(labels: Tensor, test_share: float, planner_share: float, seed: int) -> dict[str, Tensor]:
-    """Disjoint, stratified splits.
+    """Disjoint, stratified splits of images with labels (n,): rows of each, sorted, int64; the rest is the backbone's.
 
     Images are shuffled within their class; going through the classes one after another, every split takes images at
     even intervals. So a class of m images gives it `share · m` of them, up to one, and the whole set `share · n`.
-
-    Args:
-        labels: (n,) int64.
-        test_share, planner_share: shares of all images; the rest is the backbone's.
-
-    Returns:
-        Rows of each split, sorted, int64.
     """
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(labels), generator=generator)
@@ -227,11 +216,9 @@ class _ClassFolders:
 
 
 def _class_folders(root: str, key: str, known: tuple[dict[str, int], list[str]] | None) -> _ClassFolders:
-    """The images below a folder.
+    """The images below a folder that a key of the configuration named.
 
-    Args:
-        key: of the configuration, that named it.
-        known: what `class_ids` gives, for folders of which some may be missing or empty; None numbers those there are.
+    `known` is what `class_ids` gives, for folders of which some may be missing or empty; None numbers those there are.
     """
     path = Path(root).expanduser()
     if not path.is_dir():
@@ -346,17 +333,10 @@ class _Views(Dataset[tuple[Tensor | None, str]]):
 def read_views(
     images: ImageSplit, rows: Sequence[int], config: FolderConfig, batch_size: int
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Views of images, batch by batch.
+    """Some rows of images, batch by batch: those that were read, and their views (k, V, 3, S, S) uint8.
 
-    Args:
-        rows: which of its images, in which order.
-        config: the crops, and whether broken files are left out.
-
-    Yields:
-        The rows that were read and their views, (k, V, 3, S, S) uint8. A batch without any is left out.
-
-    Raises:
-        ValueError: for a file that cannot be read, by name, unless `config.skip_broken`.
+    A batch without any is left out. ValueError, by its name, for a file that cannot be read, unless
+    `config.skip_broken`.
     """
     loader = DataLoader(
         _Views(images, rows, config), batch_size=batch_size, num_workers=config.workers, collate_fn=list

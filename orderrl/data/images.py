@@ -33,11 +33,7 @@ class FoundImages(NamedTuple):
 
 
 def find_images(folder: Path) -> FoundImages:
-    """All images of a folder and its sub-folders, as `runtime.sources.walk` finds them: no hidden ones, no circles.
-
-    Raises:
-        ValueError: if a folder cannot be read.
-    """
+    """All images of a folder and its sub-folders, as `runtime.sources.walk` finds them: no hidden ones, no circles."""
     names: list[str] = []
     left_out: dict[str, list[str]] = defaultdict(list)
     for name, reason in walk(folder):
@@ -82,11 +78,7 @@ def read_image(path: Path) -> Image.Image:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Width and height, from the head of the file.
-
-    Raises:
-        ValueError: as `read_image`.
-    """
+    """Width and height, from the head of the file; errors as of `read_image`."""
     return _opened(path, lambda image: image.size)
 
 
@@ -105,11 +97,7 @@ def _opened(path: Path, read: Callable[[Image.Image], T]) -> T:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """An image whose levels `convert` scales rightly.
-
-    Raises:
-        ValueError: if nothing says which range its levels have.
-    """
+    """An image whose levels `convert` scales rightly; ValueError if nothing says which range its levels have."""
     tags: Mapping[int, Any] = getattr(image, "tag_v2", {})  # of TIFF
     if image.mode == "F" or any(kind not in (1, 4) for kind in tags.get(_SAMPLE_FORMAT, (1,))):
         raise ValueError("floating-point or signed levels have no agreed range; save it with 8 or 16 bits")

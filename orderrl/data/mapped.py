@@ -11,12 +11,9 @@ from torch import Tensor
 
 
 class MappedTokens:
-    """Tokens in memory-mapped shards, indexed like a tensor along the first dimension.
+    """Tokens in memory-mapped shards (rows, N) or (rows, N, C), indexed along the first dimension as a dtype.
 
-    Args:
-        parts: arrays (rows, N) or (rows, N, C).
-        dtype: what indexing gives: int64 or float32.
-        order: (n,) int64, the rows that are here, in their order; None is all of them as they are stored.
+    The rows that are here, in their order, are `order` (n,) int64; None is all of them as they are stored.
     """
 
     def __init__(self, parts: Sequence[np.ndarray], dtype: torch.dtype, order: Tensor | None = None) -> None:
@@ -45,12 +42,13 @@ class MappedTokens:
         if self.order is not None:
             flat = self.order[flat]
         found = torch.empty(len(flat), *self.shape[1:], dtype=self.dtype)
+        kind = np.float32 if self.dtype.is_floating_point else np.int64
         shard = torch.searchsorted(self._ends, flat, right=True)
         for number in shard.unique().tolist():
             here = shard == number
             start = int(self._ends[number - 1]) if number else 0
             values = self.parts[number][(flat[here] - start).numpy()]
-            found[here] = torch.from_numpy(values.astype(_numpy_dtype(self.dtype)))
+            found[here] = torch.from_numpy(values.astype(kind))
         return found.view(*index.shape, *self.shape[1:])
 
     def at(self, rows: Tensor) -> MappedTokens:
@@ -68,7 +66,3 @@ class MappedTokens:
     def numpy(self) -> np.ndarray:
         """All tokens, in memory."""
         return self[:].numpy()
-
-
-def _numpy_dtype(dtype: torch.dtype) -> type[np.generic]:
-    return np.float32 if dtype.is_floating_point else np.int64

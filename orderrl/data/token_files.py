@@ -142,11 +142,7 @@ class TokenSetWriter:
                 _move_in(path, lambda file, content=content: file.write(content))  # type: ignore[misc]
 
     def missing(self) -> list[Shard]:
-        """Shards that are still to be made.
-
-        Raises:
-            ValueError: if a finished shard is truncated or altered, by name.
-        """
+        """Shards that are still to be made; ValueError, by its name, if a finished one is truncated or altered."""
         listed = self._described["shards"]
         return [shard for shard in self.shards if shard.name not in listed or not self._is_there(shard)]
 
@@ -282,8 +278,7 @@ def _short(value: Any, limit: int = 60) -> str:
 def verify(path: Path, expected: str) -> None:
     """Check a file against its checksum; once for every process, unless the file changes.
 
-    Raises:
-        ValueError: if it is missing, truncated or altered.
+    ValueError if it is missing, truncated or altered.
     """
     if not path.is_file():
         raise ValueError(f"{path}: is missing; run `python -m orderrl.tokenize` again to make it")

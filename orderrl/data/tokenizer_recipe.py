@@ -24,11 +24,7 @@ _ATTEMPTS = 100  # draws of a batch, as long as broken files are among it
 
 @dataclass(frozen=True)
 class TokenizerRecipe:
-    """Everything that determines a tokeniser that is trained.
-
-    Raises:
-        ValueError: if the tokeniser is not one to train, or does not fit the images.
-    """
+    """Everything that determines a tokeniser that is trained; ValueError if it can't be, or does not fit the images."""
 
     settings: Mapping[str, Any]  # the config group `tokenizer` as plain values: its name, `model` and `training`
     folder: FolderConfig
@@ -110,11 +106,7 @@ class TokenizerRecipe:
 
 
 class _Images:
-    """Random training batches; every file is read when it is drawn.
-
-    Raises:
-        ValueError: if there are no images to draw from.
-    """
+    """Random training batches, of which there must be images; every file is read when it is drawn."""
 
     def __init__(self, images: ImageSplit, config: FolderConfig) -> None:
         if not len(images):

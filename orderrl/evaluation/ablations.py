@@ -199,16 +199,9 @@ def injection(backbone: Backbone, data: TokenSet, states: TensorDict, blocks: Te
     Args:
         states: labelled contexts, batch (m,), with keys image, order, length, visible, loss.
         blocks: (m, k) int64, different hidden blocks; at least one more is hidden in each state.
-
-    Raises:
-        ValueError: if a block is visible or named twice, or a state has none left.
     """
     count, total = blocks.shape[1], backbone.geometry.num_blocks
     chosen = torch.zeros(len(states), total, dtype=torch.bool).scatter(1, blocks, True)
-    if (chosen & states["visible"]).any() or (chosen.sum(1) < count).any():
-        raise ValueError("blocks must be different hidden blocks of their states")
-    if (states["length"] + count >= total).any():
-        raise ValueError(f"blocks: {count} of them leave nothing hidden in some of the states")
     rank = states["order"].argsort(1)  # places of the visible blocks, then of the chosen ones, then of the rest
     rank = torch.where(states["visible"], rank, 2 * total + rank)
     rank = rank.scatter(1, blocks, total + torch.arange(count).expand_as(blocks))
@@ -252,11 +245,7 @@ def random_injection(p: EvaluationProtocol, states: TensorDict, count: int, sets
 
 
 def checked_counts(counts: Sequence[int], backbone: Backbone) -> list[int]:
-    """Numbers of blocks to inject.
-
-    Raises:
-        ValueError: if one of them is not positive or leaves no block hidden.
-    """
+    """Numbers of blocks to inject; ValueError if one is not positive or leaves no block hidden."""
     blocks = backbone.geometry.num_blocks
     if not counts or min(counts) < 1 or max(counts) >= blocks:
         raise ValueError(f"injected must be numbers of blocks from 1 to {blocks - 1}, got {list(counts)}")
@@ -280,12 +269,14 @@ def injection_entries(
         chosen = states[(~states["visible"]).sum(1) > count]
         rows = (~states["visible"]).sum(1) > count
         drops = {"random": random_injection(p, chosen, count)}
-        for name, values in ranked.items():
-            blocks = best_blocks(values[rows], chosen["visible"], count)
+        for name, scored in ranked.items():
+            blocks = best_blocks(scored[rows], chosen["visible"], count)
             drops[name] = injection(p.backbone, p.data, chosen, blocks)
         for name, drop in drops.items():
+            values = {"loss_before": drop.before, "loss_after": drop.after, "drop": drop.drop}
+            means = {key: image_average(value, chosen["image"]) for key, value in values.items()}
             entry = {"policy": name, "blocks": count, "states": len(chosen)}
-            found.append(entry | _drop_entry(p, drop, chosen["image"]))
+            found.append(entry | image_means(means, p.config.resamples, p.seed))
             if name != "random":
                 mine, chance = (image_average(x.drop, chosen["image"])[None] for x in (drop, drops["random"]))
                 pairs.append(Pair(f"{name}, {count} blocks", "drop", mine, chance))
@@ -293,11 +284,6 @@ def injection_entries(
     for entry in found:
         entry["against_random"] = None if entry["policy"] == "random" else next(compared)
     return found
-
-
-def _drop_entry(p: EvaluationProtocol, drop: Injection, image: Tensor) -> dict[str, Any]:
-    values = {"loss_before": drop.before, "loss_after": drop.after, "drop": drop.drop}
-    return image_means({name: image_average(x, image) for name, x in values.items()}, p.config.resamples, p.seed)
 
 
 # ---------------------------------------------------------------------- orders and curves

@@ -61,15 +61,10 @@ def in_order(rows: Sequence[Evaluated]) -> list[Evaluated]:
 
 
 def code_length_at(rows: Sequence[Evaluated], steps: float) -> Tensor | None:
-    """Code length of a family of schedules at a given mean number of steps, per image.
+    """Code length of an order's schedules, several budgets, at a given mean number of steps: (n,) nats per image.
 
-    Args:
-        rows: the same order at several budgets.
-        steps: mean planner steps.
-
-    Returns:
-        (n,) nats per image, linear between the two schedules that give the least mean: what drawing some images by one
-        and some by the other reaches, so no schedule of the family is left out; None if steps lie outside them.
+    Linear between the two schedules that give the least mean: what drawing some images by one and some by the other
+    reaches, so no schedule of the family is left out; None if steps lie outside them.
     """
     measured = [row.per_image for row in rows if {"steps", "decode_nll"} <= set(row.per_image)]
     known = [(float(values["steps"].mean()), values["decode_nll"]) for values in measured]
@@ -208,10 +203,8 @@ class RunPairs(NamedTuple):
 def run_pairs(evaluations: Sequence[Evaluation], metrics: Sequence[str]) -> RunPairs:
     """The pairs of several runs of one protocol, later ones against the first.
 
-    Values that are equal on every image leave nothing to test, and would only make the correction harsher.
-
-    Raises:
-        ValueError: if there are fewer than two runs, or no policy of them has values for any of the metrics.
+    Values that are equal on every image leave nothing to test, and would only make the correction harsher. ValueError
+    if there are fewer than two runs, or no policy of them has values for any of the metrics.
     """
     if len(evaluations) < 2:
         raise ValueError("compare needs at least two runs; rank the rows of one with --rank KEY")
@@ -224,7 +217,7 @@ def run_pairs(evaluations: Sequence[Evaluation], metrics: Sequence[str]) -> RunP
             name = f"{policy} ({other.name}) - {opponent} ({first.name})"
             named = {"policy": policy, "opponent": opponent}
             found = _metric_pairs(name, named, mine[policy], theirs[opponent], metrics)
-            different = [pair for pair in found if not _equal(pair.policy, pair.opponent)]
+            different = [pair for pair in found if not torch.equal(pair.policy, pair.opponent)]
             pairs += different
             equal += [{"name": name, **named}] if found and not different else []
     if not pairs and not equal:
@@ -254,10 +247,6 @@ def _metric_pairs(
             masked = metric == "decode_nll" and mine[0].row["decode_nll"] is None  # masked models have no nats
             found.append(Pair(name, "decode_loss" if masked else metric, one, other, named))
     return found
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and bool((one == other).all())
 
 
 def compare_runs(

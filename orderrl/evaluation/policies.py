@@ -47,8 +47,7 @@ def fitted_order(setup: Setup) -> Tensor:
 def newest_planners(setup: Setup) -> list[Path]:
     """The newest checkpoint of every agent for the backbone and the data; without any, the planner that ships with it.
 
-    Raises:
-        ValueError: if there is none.
+    ValueError if there is none.
     """
     agents = [*AGENTS.own(), *NEWEST]
     found = [path for agent in agents if (path := newest_planner(setup, agent)) is not None]
@@ -99,8 +98,7 @@ def shipped_planner(backbone: Backbone) -> Path | None:
 def found_policy(name: str, setup: Setup) -> PolicySpec:
     """The policy of a command that has one; "newest" is a specialist's own order, or the last of the newest planners.
 
-    Raises:
-        ValueError: if it is no policy's name, or there is no planner.
+    ValueError if it is no policy's name, or there is no planner.
     """
     spec = PolicySpec.parse(name)
     if spec.kind != "newest":
@@ -116,8 +114,7 @@ def found_policy(name: str, setup: Setup) -> PolicySpec:
 def chosen_policies(config: EvalConfig, setup: Setup) -> list[tuple[NamedPolicy, bool]]:
     """Policies of the table, each with whether its samples are scored; all names are checked before any work.
 
-    Raises:
-        ValueError: if a policy or checkpoint is unknown or does not fit, or an entry of `planners` is no planner.
+    ValueError if a policy or checkpoint is unknown or does not fit, or an entry of `planners` is no planner.
     """
     backbone = setup.backbone
     if not backbone.order_robust:
@@ -151,11 +148,7 @@ def chosen_policies(config: EvalConfig, setup: Setup) -> list[tuple[NamedPolicy,
 
 
 def planner_specs(entries: Sequence[str], newest: Callable[[], Sequence[Path]]) -> list[PolicySpec]:
-    """Planners by their files, and `newest` for all that `newest()` gives.
-
-    Raises:
-        ValueError: if an entry is no planner.
-    """
+    """Planners by their files, and `newest` for all that `newest()` gives; ValueError if an entry is no planner."""
     specs: list[PolicySpec] = []
     for entry in entries:
         spec = PolicySpec.parse(entry)
@@ -168,10 +161,8 @@ def planner_specs(entries: Sequence[str], newest: Callable[[], Sequence[Path]]) 
 def at_step_costs(spec: PolicySpec, named: NamedPolicy, step_costs: Sequence[float] | None) -> list[PolicySpec]:
     """A planner that must be given a step cost, once for every cost of a list; others stay as they are.
 
-    Args:
-        spec: what it was made of.
-        step_costs: nats per image; None takes the ends of the range that the planner was trained on and their geometric
-            mean, to two digits.
+    Costs are nats per image; None takes the ends of the range that the planner was trained on and their geometric mean,
+    to two digits.
     """
     if named.step_cost_range is None:
         return [spec]

@@ -46,11 +46,7 @@ FLOOR_REPEATS = 5  # random halves of the real images
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationProtocol:
-    """What every row of a table shares.
-
-    Raises:
-        ValueError: if the data has fewer than 2 images.
-    """
+    """What every row of a table shares; there are at least 2 images."""
 
     config: EvalConfig
     seed: int  # of policies, samples and resamples
@@ -107,11 +103,7 @@ class EvaluationProtocol:
 
 
 def open_protocol(config: EvalConfig, setup: Setup) -> EvaluationProtocol:
-    """Open what the settings name; the shared states are found in the cache, or labelled.
-
-    Raises:
-        ValueError: if a reference, feature extractor, classifier or CLIP network is unknown or cannot be opened.
-    """
+    """Open what the settings name, or refuse it; the shared states are found in the cache, or labelled."""
     backbone, data = setup.backbone, setup.data
     # what samples are compared with
     features, device = config.feature_name(data), backbone_device(backbone)

@@ -59,7 +59,7 @@ def recorded(named: NamedPolicy, log: ScoreLog) -> Policy | ReferencePolicy:
         return _RecordedReference(policy, log) if type(policy).act is ReferencePolicy.act else policy
     if isinstance(policy, RankingPolicy):
         ranking = copy.copy(policy)
-        ranking.scored = _recorded_scorer(ranking.scored, log)  # type: ignore[method-assign]
+        ranking.scored = _recorded_scorer(ranking.scored, log)  # type: ignore[method-assign, assignment]
         return ranking
     if named.scorer is None:
         return policy

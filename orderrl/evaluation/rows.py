@@ -129,14 +129,10 @@ def evaluate_policy(p: EvaluationProtocol, named: NamedPolicy, sampled: bool) ->
 
 
 def evaluate_specialist(p: EvaluationProtocol, name: str, order: str = OWN_ORDER) -> Evaluated:
-    """Row of a backbone that was trained for an order; the shared states are those of another backbone.
+    """Row of a backbone, by its checkpoint, that was trained for an order; shared states are those of another backbone.
 
-    Args:
-        name: its checkpoint.
-        order: in which it draws: "own", or a policy by name, to see what it forgot.
-
-    Raises:
-        ValueError: if it says no order, does not fit the data, or the policy is unknown.
+    It draws in its "own" order, or in a policy's by name, to see what it forgot. ValueError if it says no order, does
+    not fit the data, or the policy is unknown.
     """
     specialist = load_backbone(name, device=p.device)
     try:
@@ -209,11 +205,7 @@ def evaluate_token_raster(p: EvaluationProtocol, name: str, backbone: TrainableB
 
 
 def evaluate_foreign(p: EvaluationProtocol, name: str, path: Path) -> Evaluated:
-    """Row of images that something else drew: their quality under the protocol; the name says that they are foreign.
-
-    Raises:
-        ValueError: if they are no images that `open_reference` reads.
-    """
+    """Row of images that something else drew, as `open_reference` reads them: their quality; the name says so."""
     assert p.reference is not None  # the settings see to it
     try:
         found = open_reference(path, p.reference.features, p.config.weights, p.device).found

@@ -23,14 +23,10 @@ VALUES = "per_image.safetensors"
 
 
 def save_results(folder: Path, results: dict[str, Any], rows: Sequence[Evaluated]) -> None:
-    """Write the files that `open_evaluation` reads.
+    """Write the files that `open_evaluation` reads: plain values, among them the protocol's `identity` and all `rows`.
 
     `per_image.safetensors` holds values of images as "<row>/<key>"; `results.json` holds the results, the size and
     checksum of the other file, and its own.
-
-    Args:
-        results: plain values, among them the protocol's `identity` and all `rows`.
-        rows: those that have values of images, from the first.
     """
     values = {
         f"{number}/{key}": value.contiguous() for number, row in enumerate(rows) for key, value in row.per_image.items()
@@ -53,14 +49,9 @@ class Evaluation:
 
 
 def open_evaluation(folder: Path, name: str | None = None) -> Evaluation:
-    """Read a run folder.
+    """Read the folder of a finished run of `orderrl.evaluate`, called by its own name if none is given.
 
-    Args:
-        folder: of a finished run of `orderrl.evaluate`.
-        name: what to call it; None is the folder's name.
-
-    Raises:
-        ValueError: if it is no run of an evaluation, was written by an older version, or is damaged.
+    ValueError if it is none, was written by an older version, or is damaged.
     """
     if not (folder / RESULTS).is_file():
         raise ValueError(
@@ -93,9 +84,7 @@ def open_evaluations(arguments: Sequence[str]) -> list[Evaluation]:
     """Read runs of one protocol from a command line's arguments, each FOLDER or NAME=FOLDER.
 
     Folders without a name are called by their own, with as many of their parents as it takes to tell them apart.
-
-    Raises:
-        ValueError: if a folder is no finished evaluation or given twice, names are equal, or protocols differ.
+    ValueError if a folder is no finished evaluation or given twice, names are equal, or protocols differ.
     """
     named = [_name_and_folder(argument) for argument in arguments]
     resolved = [folder.resolve() for _, folder in named]
@@ -123,11 +112,7 @@ def _name_and_folder(argument: str) -> tuple[str, Path]:
 
 
 def require_one_protocol(evaluations: Sequence[Evaluation]) -> None:
-    """Refuse evaluations whose numbers do not compare.
-
-    Raises:
-        ValueError: naming everything in which a protocol differs from the first one's, with both values.
-    """
+    """Refuse evaluations whose numbers do not compare, by everything in which a protocol differs from the first's."""
     first, *others = evaluations
     for other in others:
         differing = [
@@ -176,8 +161,7 @@ def collected(evaluations: Sequence[Evaluation], summary: str) -> dict[str, Any]
 def ranked_rows(evaluations: Sequence[Evaluation], key: str) -> list[dict[str, Any]]:
     """The rows of all runs, best first; those without a value come last.
 
-    Raises:
-        ValueError: if no column of the table has this key and says which direction is better.
+    ValueError if no column of the table has this key and says which direction is better.
     """
     directions = {column.name: column.direction for column in all_columns() if column.direction}
     if key not in directions:

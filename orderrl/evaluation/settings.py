@@ -25,11 +25,7 @@ _FEW = at_least(2)  # the fewest images that have an interval
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(Sampling):
-    """Settings of an evaluation, the config group `eval`, besides how tokens are drawn.
-
-    Raises:
-        ValueError: if a value is not allowed, or a reference is given and no features to compare it in.
-    """
+    """Settings of an evaluation, the config group `eval`, besides how tokens are drawn."""
 
     images: int = setting(297, "Test images for planning metrics, at most all", _FEW, part="images")
     samples: int = setting(300, "Generated images per row; 0 generates none", zero_or_at_least(2), part="samples")
@@ -184,11 +180,7 @@ class EvalConfig(Sampling):
         return None if self.feature_weights is None else Path(self.feature_weights).expanduser()
 
     def feature_name(self, data: str) -> str | None:
-        """The feature extractor for a data set, "own" by its name; None scores no samples.
-
-        Raises:
-            ValueError: if it is "own" and none ships for the data.
-        """
+        """The feature extractor for a data set, "own" by its name, if one ships for it; None scores no samples."""
         if self.features != OWN:
             return self.features
         own = own_features(data)
@@ -212,11 +204,7 @@ class HeadroomConfig(Settings):
 
 
 def eval_config(values: Mapping[str, Any], data: str) -> EvalConfig:
-    """The settings of the group `eval` from plain values; what can be refused before any work is refused.
-
-    Raises:
-        ValueError: naming the key, its value, and what is allowed.
-    """
+    """The settings of the group `eval` from plain values; what can be refused before any work is refused."""
     try:
         settings = EvalConfig(**values)
     except ValueError as error:

@@ -165,11 +165,7 @@ def write_minari(
 
 
 def require_minari(dataset_id: str) -> None:
-    """Refuse what Minari could not write.
-
-    Raises:
-        ValueError: if it is not installed, the id cannot be one, or there is such a data set already.
-    """
+    """Refuse what Minari could not write: it is not installed, the id cannot be one, or there is such a data set."""
     try:
         import h5py  # noqa: F401  # Minari's format
         import minari

@@ -48,8 +48,7 @@ class ClipNetwork:
     def image_features(self, images: Tensor, batch_size: int = 64) -> Tensor:
         """Features of unit length, (n, d) float32 on the CPU, of images (n, 3, H, W) uint8.
 
-        Raises:
-            ValueError: if images have another shape or dtype.
+        ValueError if images have another shape or dtype.
         """
         check_images(images)
         found = []
@@ -154,11 +153,8 @@ def class_captions(
 ) -> ClassCaptions:
     """A CLIP network with a caption for every class of a data set: the prompt with the class's name for {}.
 
-    ImageNet's 1,000 WordNet ids are replaced by the names that open_clip has for them.
-
-    Raises:
-        ValueError: if the data has no class names, too few of them or WordNet ids without names, the prompt has no
-            place for one, or as `load_clip`.
+    ImageNet's 1,000 WordNet ids are replaced by the names that open_clip has for them. ValueError if the data has no
+    class names, too few of them or WordNet ids without names, the prompt has no place for one, or as `load_clip`.
     """
     if prompt.count("{}") != 1:
         raise ValueError(f"clip_prompt={prompt!r} must hold {{}} once, where the name of the class stands")

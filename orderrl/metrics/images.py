@@ -120,11 +120,7 @@ def save_images(images: Tensor, folder: Path, labels: Tensor | None = None) -> N
 
 
 def check_images(images: Tensor) -> None:
-    """Refuse what is not uint8 (n, 3, H, W) with n >= 1.
-
-    Raises:
-        ValueError: naming their dtype and shape.
-    """
+    """Refuse, by dtype and shape, what is not uint8 (n, 3, H, W) with n >= 1."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
         raise ValueError(
             "images must be uint8 images of shape (n, 3, H, W) with n >= 1, "

@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orderrl.metrics.classifier import CLASSIFIERS, load_classifier
+from orderrl.metrics.classifier import load_classifier
 from orderrl.metrics.feature_names import INCEPTION, SHIPPED
 from orderrl.metrics.features import Features
-from orderrl.metrics.images import check_images
 from orderrl.metrics.references import Gaussian, Reference, fit_gaussian, reference_of
 
 SCORE_SPLITS = 10
@@ -110,16 +109,8 @@ def gaussian_distance(first: Gaussian, second: Gaussian) -> float:
 def real_floor(real: Features, repeats: int = 5, seed: int = 0, kid_subsets: int = KID_SUBSETS) -> Quality:
     """Real against real: the numbers that a perfect generator would still show.
 
-    Means over random splits into two disjoint halves. Halves are smaller than the sets that samples are compared on,
-    so the floor of a biased distance is a little too high.
-
-    Args:
-        real: features of n >= 4 real images.
-        repeats: random splits that are averaged.
-        kid_subsets: random subsets of every split that KID is averaged over.
-
-    Raises:
-        ValueError: if there are fewer than 4 images.
+    Means over random splits into two disjoint halves of features of at least 4 images, else ValueError. Halves are
+    smaller than the sets that samples are compared on, so the floor of a biased distance is a little too high.
     """
     if len(real) < 4:
         raise ValueError(f"real must hold at least 4 images to be halved, got {len(real)}")
@@ -137,16 +128,9 @@ def real_floor(real: Features, repeats: int = 5, seed: int = 0, kid_subsets: int
 def fid_infinity(generated: Features, reference: Reference, seed: int = 0) -> float:
     """The Fréchet distance that infinitely many samples would have, by extrapolation (Chong and Forsyth, 2020).
 
-    The distance of n samples is linear in 1/n to first order; a line through the distances of random subsets of
-    several sizes is read off at 1/n = 0. Sizes are evenly spaced from a tenth of the samples (5,000 of 50,000 in the
-    paper) to all.
-
-    Args:
-        generated: of all samples.
-        reference: in the same features.
-
-    Raises:
-        ValueError: if the features differ, or there are fewer than 3 samples.
+    The distance of n samples is linear in 1/n to first order; a line through the distances of random subsets of several
+    sizes is read off at 1/n = 0. Sizes are evenly spaced from a tenth of the samples (5,000 of 50,000 in the paper) to
+    all. ValueError if the features differ, or there are fewer than 3 samples.
     """
     _check_same(generated, reference)
     if len(generated) < 3:
@@ -160,68 +144,30 @@ def fid_infinity(generated: Features, reference: Reference, seed: int = 0) -> fl
     return float(np.polyfit(1 / np.array(sizes), distances, deg=1)[1])
 
 
-def cmmd(generated: Features, reference: Features) -> float:
+def cmmd(generated: Features, reference: Features, batch_size: int = 1024) -> float:
     """Kernel distance of features of unit length (CMMD; Jayasumana et al., 2024), times 1,000.
 
-    Features are scaled to unit length and compared with `gaussian_mmd`, as the authors do. It is CMMD in the features
-    "clip-vit-l-14-336px"; in others it is the same distance, to be named with its features.
-
-    Args:
-        generated, reference: of any numbers of images, in the same features.
+    The squared maximum mean discrepancy with the kernel exp(-|x - y|^2 / (2 sigma^2)), sigma = 10, in the estimator of
+    least variance, which is a little too high (Gretton et al., 2012, eq. 5): means over all pairs, each image with
+    itself included. It is CMMD in the features "clip-vit-l-14-336px"; in others it is the same distance, to be named
+    with its features. `batch_size` rows of the kernel matrix are computed at once.
     """
     one, other = (torch.nn.functional.normalize(x.pooled.double(), dim=1) for x in (generated, reference))
-    return gaussian_mmd(one, other)
-
-
-def gaussian_mmd(
-    first: Tensor, second: Tensor, sigma: float = CMMD_SIGMA, scale: float = CMMD_SCALE, batch_size: int = 1024
-) -> float:
-    """Squared maximum mean discrepancy with the kernel exp(-|x - y|^2 / (2 sigma^2)), times scale.
-
-    The estimator of least variance, which is a little too high (Gretton et al., 2012, eq. 5): means over all pairs,
-    each image with itself included. 0 for equal sets.
-
-    Args:
-        first, second: (n, d) and (m, d).
-        sigma: width of the kernel.
-        scale: 1,000 makes it readable (Jayasumana et al., 2024).
-        batch_size: rows of the kernel matrix at once.
-
-    Raises:
-        ValueError: if the shapes do not fit or sigma is not positive.
-    """
-    if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1] or not len(first) or not len(second):
-        raise ValueError(
-            f"first and second must have shapes (n, d) and (m, d), got {tuple(first.shape)} and {tuple(second.shape)}"
-        )
-    if sigma <= 0:
-        raise ValueError(f"sigma must be positive, got {sigma}")
-    first, second = first.double(), second.double()
 
     def mean_kernel(x: Tensor, y: Tensor) -> float:
         total = 0.0
         for rows in x.split(batch_size):
             squares = rows.square().sum(1)[:, None] + y.square().sum(1) - 2 * rows @ y.T  # (b, m)
-            total += float((squares.clamp_min(0) / (-2 * sigma**2)).exp().sum())
+            total += float((squares.clamp_min(0) / (-2 * CMMD_SIGMA**2)).exp().sum())
         return total / (len(x) * len(y))
 
-    return scale * (mean_kernel(first, first) + mean_kernel(second, second) - 2 * mean_kernel(first, second))
+    return CMMD_SCALE * (mean_kernel(one, one) + mean_kernel(other, other) - 2 * mean_kernel(one, other))
 
 
 @torch.no_grad()
 def class_accuracy(images: Tensor, labels: Tensor, features: str) -> float:
-    """Share of images that the classifier assigns to the class they were conditioned on, (n,) int64.
-
-    Raises:
-        ValueError: if the features have no classifier of the same classes, or images and labels do not fit.
-    """
-    own = {SHIPPED + name: name for name in CLASSIFIERS}
-    if features not in own:
-        raise ValueError(f"features={features!r} have no classifier of these classes; choose {' or '.join(own)}")
-    check_images(images)
-    if labels.shape != (len(images),):
-        raise ValueError(f"labels must have shape ({len(images)},), one for each image, got {tuple(labels.shape)}")
-    classifier = load_classifier(own[features]).to(images.device)
+    """Share of images that the classifier of shipped features assigns to their class, (n,) int64."""
+    classifier = load_classifier(features.removeprefix(SHIPPED)).to(images.device)
     predicted = torch.cat([classifier(part).argmax(-1) for part in images.split(1024)])
     return (predicted == labels.to(predicted.device)).float().mean().item()
 

@@ -19,7 +19,6 @@ from orderrl.report.style import (
     INK,
     MUTED,
     WIDTH,
-    colour_pixels,
     grid_lines,
     in_column,
     new_figure,
@@ -144,7 +143,7 @@ def orders_figure(details: Sequence[PolicyDetail], colours: dict[str, str], ink:
     pitch = (1.15 * width, rows + 0.3 * width)  # of the maps, in blocks
     with new_figure(1.25 * columns + 0.7, 1.25 * pitch[1] / pitch[0] * max(lines, 1) + 0.2, ink) as figure:
         axes = figure.subplots()
-        axes.set(xlim=(0, columns * pitch[0]), ylim=(lines * pitch[1], 0), aspect="equal")
+        axes.set_aspect("equal")
         axes.set_axis_off()
         for index, detail in enumerate(details):
             left, top = index % columns * pitch[0], index // columns * pitch[1] + 0.2 * width
@@ -213,11 +212,6 @@ def sample_line(images: Tensor, count: int) -> NDArray[np.uint8]:
         top, left = line * (height + gap), column * (width + gap)
         sheet[top : top + height, left : left + width] = image
     return sheet
-
-
-def order_pixels(detail: PolicyDetail) -> NDArray[np.uint8]:
-    """Mean order as a picture of one pixel a block: (rows, columns, 3) uint8."""
-    return colour_pixels(np.asarray(detail.mean_reveal_step, dtype=np.float64))
 
 
 def _row_name(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:

@@ -67,9 +67,6 @@ def write_report(
 
     Returns:
         The path of the page.
-
-    Raises:
-        ValueError: if results lack protocol or rows, or a row lacks its policy.
     """
     text, beside = report_page(results, details, examples, drawn)
     save_figures(folder / "figures", beside)
@@ -85,12 +82,7 @@ def report_page(
     drawn: Sequence[Drawn] = (),
 ) -> tuple[str, dict[str, Callable[[], Figure]]]:
     """The page as HTML, and the figures beside it by name; as `write_report`, which writes them."""
-    for key in ("protocol", "rows"):
-        if key not in results:
-            raise ValueError(f"results must have the key {key!r}, got {', '.join(map(repr, results)) or 'none'}")
     rows = results["rows"]
-    if not all(row.get("policy") for row in rows):
-        raise ValueError("results['rows'] must name a policy in every row")
     learned = learned_policies(rows)
     highlighted = [*learned, *own_policies(rows)]
     several = {row["policy"] for row in rows if _several_blocks(row)} - set(learned)
@@ -105,7 +97,11 @@ def report_page(
         plots=[_on_page(plot) for plot in plots],
         scale=style.png_uri(style.colour_pixels(np.linspace(0, 1, 64)[None])),
         maps=[
-            {"name": detail.name, "image": style.png_uri(figures.order_pixels(detail)), "alt": _order_text(detail)}
+            {
+                "name": detail.name,
+                "image": style.png_uri(style.colour_pixels(np.asarray(detail.mean_reveal_step, dtype=np.float64))),
+                "alt": _order_text(detail),
+            }
             for detail in single
         ],
         samples=[_line_of_samples(line, distances) for line in drawn],
@@ -172,7 +168,9 @@ def _plots(rows: Sequence[dict[str, Any]], details: Sequence[PolicyDetail], high
         if cost.cost_panels(rows, column.name):
             name, title = f"quality_{column.name.removesuffix('_per_image')}", f"Quality against {column.heading}"
             add(name, title, caption, partial(cost.cost_figure, rows, column.name))
-    reliability = {row["policy"]: row["reliability"] for row in _of_first_seed(rows) if _has_reliability(row)}
+    # the oracle's scores are the utilities themselves
+    judged = [row for row in _of_first_seed(rows) if row.get("reliability") and row.get("family") != "oracle"]
+    reliability = {row["policy"]: row["reliability"] for row in judged}
     if reliability:
         caption = (
             "Scores, mapped to utilities by one least-squares line for each policy, against the hindsight oracle's "
@@ -188,11 +186,6 @@ def _of_first_seed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row of each policy, of those that reveal one block a step or are learned."""
     found = {row["policy"]: row for row in reversed(rows) if not _several_blocks(row) or row.get("R") is not None}
     return list(reversed(found.values()))
-
-
-def _has_reliability(row: dict[str, Any]) -> bool:
-    """The oracle's scores are the utilities themselves."""
-    return bool(row.get("reliability")) and row.get("family") != "oracle"
 
 
 def _recognisability(rows: Sequence[dict[str, Any]]) -> dict[str, Curve]:

@@ -1,6 +1,7 @@
 """House style of the report's figures, and figures and pictures as PNG and SVG."""
 
 import base64
+import html
 import io
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -105,7 +106,7 @@ def to_svg(draw: Draw, name: str, description: str) -> str:
     svg = re.sub(r'(\sid="|href="#|url\(#)', rf"\1{name}-", svg)  # two drawings on a page share no identifier
     svg = re.sub(r'(<svg[^>]*?)\swidth="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?)\sheight="[^"]*"', r"\1", svg, count=1)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{_attribute(description)}"', 1)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(description)}"', 1)
 
 
 def colour_pixels(values: NDArray[np.float64]) -> NDArray[np.uint8]:
@@ -130,7 +131,3 @@ def shorten(name: str, length: int) -> str:
     """A name cut to a length in its middle: names of one planner differ at their ends, in schedule and step cost."""
     start = (length - 1) // 2
     return name if len(name) <= length else f"{name[:start]}…{name[start + 1 - length :]}"
-
-
-def _attribute(text: str) -> str:
-    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;").replace(">", "&gt;")

@@ -35,7 +35,13 @@ def results_values(
     return {
         "groups": list(groups),
         "columns": [_header_cell(column, rows, groups) for column in columns],
-        "rows": [_line_cells(row, learned, columns) for row in rows],
+        "rows": [
+            {
+                "kind": "learned" if row["policy"] in learned else "raster" if row["policy"] == "raster" else "",
+                "cells": {column.name: cell_of(row, column) for column in columns},
+            }
+            for row in rows
+        ],
     }
 
 
@@ -76,12 +82,6 @@ def _header_cell(column: Column, rows: Sequence[dict[str, Any]], groups: dict[st
         "order": "descending" if column.direction > 0 else "ascending",
         "starts": starts,
     }
-
-
-def _line_cells(row: dict[str, Any], learned: Sequence[str], columns: Sequence[Column]) -> dict[str, Any]:
-    """One line of the table."""
-    kind = "learned" if row["policy"] in learned else "raster" if row["policy"] == "raster" else ""
-    return {"kind": kind, "cells": {column.name: cell_of(row, column) for column in columns}}
 
 
 def _comparison_cells(entry: dict[str, Any]) -> list[dict[str, Any]]:

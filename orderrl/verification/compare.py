@@ -36,11 +36,7 @@ _FAMILIES: tuple[tuple[str, str, Replay], ...] = (
 
 
 def replay_of(fixture: Fixture) -> Replay:
-    """The function that replays fixtures of this model.
-
-    Raises:
-        ValueError: if the model is none of ours.
-    """
+    """The function that replays fixtures of this model; ValueError if it is none of ours."""
     name = fixture.constructor.partition("(")[0]
     for constructor, file, replay in _FAMILIES:
         if constructor == name and any(file in path.rpartition("/")[2] for path in fixture.files):
@@ -50,11 +46,7 @@ def replay_of(fixture: Fixture) -> Replay:
 
 
 def compare(fixture: Fixture) -> list[Comparison]:
-    """Every recorded output of a fixture, in its order.
-
-    Raises:
-        ValueError: if the model is unknown or the weights don't fit it.
-    """
+    """Every recorded output of a fixture, in its order; ValueError if the weights don't fit."""
     replay = replay_of(fixture)
     with torch.no_grad():
         ours = {name: value.cpu() for name, value in replay(fixture).items()}

@@ -22,11 +22,8 @@ _FIXED = {"cls_token_num": 1, "model_type": "c2i", "ffn_dim_multiplier": None, "
 def family_config(fixture: Fixture, one_block: bool = False) -> TransformerConfig:
     """Our configuration for the published `ModelArgs`; `block_size` is there the number of tokens.
 
-    Args:
-        one_block: the whole image is one block (raster models); else blocks are single tokens.
-
-    Raises:
-        ValueError: if an argument has a value that our models do not know.
+    With `one_block` the whole image is one (raster models); else blocks are single tokens. Values that our models do
+    not know are refused.
     """
     arguments = fixture.arguments
     for name, known in (_FIXED | {"n_kv_head": arguments["n_head"]}).items():
@@ -49,11 +46,7 @@ def family_config(fixture: Fixture, one_block: bool = False) -> TransformerConfi
 
 
 def load_recorded(model: Model, fixture: Fixture) -> Model:
-    """The model with the recorded weights, every one of them used exactly once; frozen, on the fixture's device.
-
-    Raises:
-        ValueError: if weights are missing, unexpected or of another shape.
-    """
+    """The model with exactly the recorded weights, each used once; frozen, on the fixture's device."""
     weights = dict(fixture.weights)
     table = weights.get(LABELS)
     if table is not None and fixture.arguments.get("class_dropout_prob") == 0:

@@ -49,11 +49,7 @@ class Fixture:
         return str(self.description["io"][name]["meaning"])
 
     def argument(self, name: str, key: str, default: float | None = None) -> float:
-        """A number that the meaning of an output names, such as `cfg_scale 3.0`.
-
-        Raises:
-            ValueError: if it names none and there is no default.
-        """
+        """A number that the meaning of an output names, such as `cfg_scale 3.0`, or the default, else ValueError."""
         found = re.search(rf"\b{key}\b\s*=?\s*(-?\d+(?:\.\d+)?(?:e-?\d+)?)", self.meaning(name))
         if found is None and default is None:
             raise ValueError(f"{self.path}: the meaning of {name!r} does not state {key}")
@@ -94,15 +90,7 @@ def _concerns(key: str, name: str) -> bool:
 
 
 def load_fixture(path: str | Path, device: torch.device | str = "cpu") -> Fixture:
-    """Read a fixture.
-
-    Args:
-        path: NAME.safetensors, with NAME.json beside it.
-        device: where it is to be replayed.
-
-    Raises:
-        ValueError: if a file is missing, broken, or not a fixture, or the device is not there.
-    """
+    """Read NAME.safetensors, with NAME.json beside it, to be replayed on a device; ValueError if it is not whole."""
     path, device = Path(path), checked_device(device)
     beside = path.with_suffix(".json")
     for file in (path, beside):

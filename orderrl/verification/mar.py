@@ -19,11 +19,7 @@ _NUMBER = r"\d+(?:\.\d+)?(?:e-?\d+)?"
 
 
 def config_of(fixture: Fixture) -> MARConfig:
-    """The model's shape from the arguments of the published constructor; those left out take its defaults.
-
-    Raises:
-        ValueError: if the fixture is not of a MAR, or an argument is out of its range.
-    """
+    """The model's shape from the published constructor's arguments, in their ranges; others take its defaults."""
     if fixture.constructor != "MAR":
         raise ValueError(f"{fixture.path}: constructor must be 'MAR', got {fixture.constructor!r}")
     arguments = _DEFAULTS | fixture.arguments

@@ -181,21 +181,6 @@ def test_one_injected_block_is_worth_its_utility_and_the_oracles_the_most(
     assert (oracle >= chance - 1e-5).all() and oracle.mean() > chance.mean()
 
 
-@pytest.mark.parametrize(
-    ("blocks", "message"),
-    [
-        (lambda s: s["order"][:, :1], "blocks must be different hidden blocks"),
-        (lambda s: s["order"][:, [8, 8]], "blocks must be different hidden blocks"),
-        (lambda s: s["order"][:, -int(9 - s["length"][0]) :], "leave nothing hidden"),
-    ],
-)
-def test_blocks_that_cannot_be_injected_are_refused(protocol: EvaluationProtocol, blocks: Any, message: str) -> None:
-    states = states_of(protocol)
-    longest = states[states["length"] == states["length"].max()]
-    with pytest.raises(ValueError, match=message):
-        injection(BACKBONE, DATA, longest, blocks(longest))
-
-
 # ---------------------------------------------------------------------- orders and curves
 
 

@@ -166,8 +166,3 @@ def test_regret_against_lookahead_is_zero_for_its_own_choice(states: TensorDict)
     assert (regret(best, found.utility, hidden) == 0).all()
     worst = found.utility.masked_fill(~hidden, torch.inf).argmin(1)
     assert (regret(worst, found.utility, hidden) > 0).any()
-
-
-def test_no_draws_are_refused(states: TensorDict) -> None:
-    with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
-        lookahead_utility(tiny_backbone(), tiny_images(tiny_backbone()), states, 4, 0)

@@ -108,20 +108,6 @@ def test_earlier_recognition_and_only_that_earns_area() -> None:
     assert (early, late) == (0.75, 0.25)
 
 
-@pytest.mark.parametrize(
-    ("fraction", "message"),
-    [
-        ([[0.1], [1.0]], "must start at 0"),
-        ([[0.0], [1.1]], "stay within 1"),
-        ([[0.0], [0.5], [0.4]], "never fall"),
-        ([[0.0, 0.0]], r"\(T, n\)"),
-    ],
-)
-def test_bad_fractions_are_named(fraction: list[list[float]], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        area_over_fraction(torch.ones(len(fraction), 1), torch.tensor(fraction))
-
-
 def test_values_are_held_between_moments() -> None:
     values = torch.tensor([[0.1, 0.2], [0.5, 0.6], [0.9, 0.9]])
     fraction = torch.tensor([[0.0, 0.0], [0.25, 0.5], [1.0, 1.0]])

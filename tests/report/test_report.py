@@ -6,7 +6,6 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -461,29 +460,7 @@ def test_a_line_joins_only_schedules_that_no_other_of_the_policy_beats() -> None
     assert (np.diff(np.asarray(joined[0].get_ydata())) < 0).all()
 
 
-# -- bad input and Markdown -------------------------------------------------------------------------------------------
-
-CURVE = Curve([0.0, 1.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0])
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda tmp: write_report(tmp, {"rows": []}, []), "results must have the key 'protocol', got 'rows'"),
-        (lambda tmp: write_report(tmp, {"protocol": {}, "rows": [{}]}, []), "name a policy in every row"),
-        (lambda tmp: Curve([0.0, 1.0], [0.0], [0.0], [0.0]), "mean must have one value for each of the 2 fractions"),
-        (lambda tmp: Episode([[0], [0]], [1.0, 0.5, 0.0]), "steps must reveal every block once"),
-        (lambda tmp: Episode([[0], [1]], [1.0, 0.0]), "loss must have 3 values, one more than steps, got 2"),
-        (lambda tmp: Episode([[0, 1]], [1.0, 0.0], torch.zeros(2, 2)), r"scores must have shape \(1 steps, 2 blocks\)"),
-        (lambda tmp: PolicyDetail("x", CURVE, [[0.0], [0.0, 1.0]]), "mean_reveal_step of 'x' must be a grid"),
-        (lambda tmp: PolicyDetail("x", CURVE, [[0.0]], [Episode([[0, 1]], [1, 0])]), "must reveal 1 blocks, got 2"),
-        (lambda tmp: Examples(torch.zeros(1, 3, 8, 8), [0], 4, 4), "images must be uint8 of shape"),
-        (lambda tmp: Examples(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), [0], 3, 4), "cannot be cut into 3x4 blocks"),
-    ],
-)
-def test_bad_input_is_named(call: Callable[..., object], message: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=message):
-        call(tmp_path)
+# -- Markdown ---------------------------------------------------------------------------------------------------------
 
 
 def test_markdown_joins_seeds_and_shows_null_as_dash() -> None:
