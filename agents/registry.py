@@ -40,6 +40,7 @@ from orderrl.envs.reward import OBJECTIVES
 from orderrl.planner import load_planner, require_described
 from orderrl.runtime.distributed import print_once
 from orderrl.runtime.isolation import isolated_float32
+from orderrl.runtime.values import differing, flat
 
 if TYPE_CHECKING:
     from tensordict import TensorDict
@@ -361,26 +362,12 @@ def tell_apart(policies: Sequence[NamedPolicy]) -> list[NamedPolicy]:
 
 def _what_differs(policy: NamedPolicy, family: Sequence[NamedPolicy]) -> str:
     """The settings in which planners of one name differ, in brackets; a hash of them if they are many."""
-    settings = _flat(policy.settings)
-    keys = [key for key in differing_settings(*(other.settings for other in family)) if key != "env.step_cost"]
+    settings = flat(policy.settings)
+    keys = [key for key in differing(*(other.settings for other in family)) if key != "env.step_cost"]
     named = ", ".join(f"{key}={settings.get(key)}" for key in keys)
     if len(keys) > _SETTINGS_IN_A_NAME:
         named = f"settings {hashlib.sha256(named.encode()).hexdigest()[:6]}"
     return f" ({named})" if named else ""
-
-
-def differing_settings(*settings: Mapping[str, Any]) -> list[str]:
-    """Dotted keys whose values are not the same in all of some nested settings."""
-    flat = [_flat(part) for part in settings]
-    keys = dict.fromkeys(key for part in flat for key in part)
-    return [key for key in keys if any(part.get(key) != flat[0].get(key) for part in flat)]
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
 
 
 def _own_policy(spec: PolicySpec, backbone: Backbone, budgets: tuple[int, ...]) -> NamedPolicy:

@@ -14,7 +14,6 @@ from typing import Any
 from orderrl.agents import bc, imitation
 from orderrl.agents.agent import AGENTS, Agent, Trained, find_agent
 from orderrl.agents.orders import ORDERS
-from orderrl.agents.registry import differing_settings
 from orderrl.agents.spec import NEWEST
 from orderrl.backbones import backbone_fingerprint, save_backbone
 from orderrl.backbones.origin import ORIGIN, Origin
@@ -30,6 +29,7 @@ from orderrl.runtime.job import Job, finish
 from orderrl.runtime.jsonfile import read_json
 from orderrl.runtime.run import Run
 from orderrl.runtime.storage import checksum, write_json
+from orderrl.runtime.values import differing, flat
 from orderrl.runtime.weights import weights_fingerprint
 
 PLANNERS = "planners"  # in the cache
@@ -223,9 +223,9 @@ def _differences(newest: Path, setup: Setup, name: str, config: Any) -> str:
     if agent.label_sets is not None:
         here["labels"] = label_settings(setup.labels)
         there = there | {"labels": _label_settings(setup, there["labels"])}
-    there = {key: there.get(key) for key in here}
-    keys = differing_settings(there, here)
-    shown = [f"{key}={_value(there, key)} there, {_value(here, key)} here" for key in keys[:_SHOWN]]
+    there, here = flat({key: there.get(key) for key in here}), flat(here)
+    keys = differing(there, here)
+    shown = [f"{key}={_shown(there.get(key))} there, {_shown(here.get(key))} here" for key in keys[:_SHOWN]]
     return "; ".join([*shown, *([f"and {len(keys) - _SHOWN} more"] if len(keys) > _SHOWN else [])])
 
 
@@ -237,11 +237,8 @@ def _label_settings(setup: Setup, key: str) -> Any:
         return key
 
 
-def _value(settings: Any, key: str) -> Any:
-    """The value of a dotted key; "null" where there is none."""
-    for part in key.split("."):
-        settings = settings.get(part) if isinstance(settings, dict) else None
-    return "null" if settings is None else settings
+def _shown(value: Any) -> Any:
+    return "null" if value is None else value
 
 
 def newest_planner(setup: Setup, agent: str) -> Path | None:

@@ -28,7 +28,7 @@ from orderrl.data.token_set import TokenSet
 from orderrl.runtime.cache import fingerprint
 from orderrl.runtime.jsonfile import read_json
 from orderrl.runtime.storage import Unsealed, checksum, is_intact, read_sealed, write_sealed, written_aside
-from orderrl.runtime.values import require_kind
+from orderrl.runtime.values import differing, flat, require_kind
 
 FORMAT = 1
 DESCRIPTION, IMAGES, TOKENIZER = "tokens.json", "images.tsv", "tokenizer.safetensors"
@@ -221,9 +221,9 @@ def _file(folder: Path, shard: str, kind: str) -> Path:
 
 
 def _refuse_other_identity(folder: Path, have: Any, want: Any, table: str) -> None:
+    there, here = flat(have), flat(want)
     different = [
-        f"{key} = {_short(have_value)} instead of {_short(want_value)}"
-        for key, have_value, want_value in _differences(have, want)
+        f"{key} = {_short(there.get(key))} instead of {_short(here.get(key))}" for key in sorted(differing(there, here))
     ]
     if not different:
         return
@@ -254,17 +254,6 @@ def _changed_images(listed: Path, table: str) -> str:
 def _rows(table: str) -> list[str]:
     """Lines of a listing behind its head that have all columns."""
     return [line for line in table.split("\n")[1:] if line.count("\t") == 3]
-
-
-def _differences(have: Any, want: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    if isinstance(have, dict) and isinstance(want, dict):
-        keys = sorted(have.keys() | want.keys())
-        return [
-            found
-            for key in keys
-            for found in _differences(have.get(key), want.get(key), f"{prefix}.{key}" if prefix else key)
-        ]
-    return [] if have == want else [(prefix, have, want)]
 
 
 def _short(value: Any, limit: int = 60) -> str:

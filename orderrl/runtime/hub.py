@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from orderrl.runtime.checkpoint import load_checkpoint
+from orderrl.runtime.values import flat
 from orderrl.runtime.weights import HUB, local_path
 
 KINDS = ("planner", "backbone")
@@ -92,20 +93,13 @@ def model_card(kind: str, description: Mapping[str, Any], repository: str, resul
         title=repository.partition("/")[2] or repository,
         what=_WHAT[kind],
         load=_LOAD[kind].format(repository=repository, backbone=description.get("data", "BACKBONE")),
-        described="\n".join(_lines(description)),
+        described="\n".join(
+            f"- `{key}`: {value}"
+            for key, value in flat(description).items()
+            if value is not None and key.rpartition(".")[2] != "kind"
+        ),
         results=f"\n## Results\n\n{results.strip()}\n" if results else "",
     )
-
-
-def _lines(values: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """One line of a list for every value that is known."""
-    found: list[str] = []
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            found += _lines(value, f"{prefix}{key}.")
-        elif value is not None and key != "kind":
-            found.append(f"- `{prefix}{key}`: {value}")
-    return found
 
 
 def _described(path: Path) -> tuple[str, dict[str, Any]]:

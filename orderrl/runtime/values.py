@@ -212,6 +212,21 @@ def described(kind: Any, plural: bool = False) -> str:
     return words.get(kind, ("a mapping", "mappings"))[plural]
 
 
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by their dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+def differing(*values: Mapping[str, Any]) -> list[str]:
+    """Dotted keys whose values are not the same in all of some nested values; a missing one is None."""
+    parts = [flat(part) for part in values]
+    keys = dict.fromkeys(key for part in parts for key in part)
+    return [key for key in keys if any(part.get(key) != parts[0].get(key) for part in parts)]
+
+
 def _hint(value: Any, kind: Any) -> str:
     """What to write instead, where that is plain."""
     kinds = set(get_args(kind)) or {kind}
