@@ -76,9 +76,13 @@ class LowRank(nn.Module):
 
 @isolated_float32
 def trained_part(backbone: TunableBackbone, body: str, layers: int = 1, rank: int = 4) -> nn.ModuleList:
-    """The part of a frozen backbone that is trained, with gradients switched on: "frozen", "top", "lora" or "all".
+    """The part of a frozen backbone that is trained, with gradients switched on.
 
-    For "lora" every matrix of the backbone's transformer blocks gets an adapter, in place.
+    Args:
+        backbone: changed in place: for "lora" every matrix of its transformer blocks gets an adapter.
+        body: "frozen", "top", "lora" or "all".
+        layers: of "top".
+        rank: of "lora".
     """
     pack_weights(backbone, False)  # weights that change are never only read
     if body == "lora":

@@ -56,7 +56,13 @@ def label_sets(setup: Setup, config: Any, train: Callable[[Setup, Any], Path]) -
 
 
 def _own_labels(setup: Setup, config: Any, start: Path, images: Tensor, number: int) -> Path:
-    """Folder of the labels of states that a round's planner reaches itself, on images (n,) of its own labels."""
+    """Folder of the labels of states that a planner reaches itself.
+
+    Args:
+        start: the planner's checkpoint.
+        images: (n,) int64, planner images that it plays: those that its labels came from.
+        number: of the round, from 1.
+    """
     count, share = config.dagger_contexts, config.dagger_own_share
     planner, _ = load_planner(start, setup.backbone)
     data = load_split(setup.data, "planner")

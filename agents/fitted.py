@@ -6,11 +6,20 @@ from torch import Tensor
 
 
 def fit_order(visible: Tensor, utility: Tensor) -> Tensor:
-    """Greedy order (B,) int64 under a linear model of U on the visible mask.
+    """Greedy order under a linear model of U on the visible mask.
 
-    For every block, U (n, B) is regressed (ridge, penalty 1) on which blocks are visible (n, B), over all contexts that
-    hide it; the order then takes the block with the highest prediction, marks it visible and repeats. ValueError if
-    some block is hidden in no context.
+    For every block, U is regressed (ridge, penalty 1) on which blocks are visible, over all contexts that hide it; the
+    order then takes the block with the highest prediction, marks it visible and repeats.
+
+    Args:
+        visible: (n, B) bool, contexts.
+        utility: (n, B) float32, U of every hidden block.
+
+    Returns:
+        (B,) int64 permutation.
+
+    Raises:
+        ValueError: if some block is hidden in no context.
     """
     from sklearn.linear_model import Ridge  # takes long to import
 

@@ -149,7 +149,11 @@ def _play(backbone: Backbone, data: TokenSet, images: Tensor, order: Tensor, con
 
 
 def legal_ends(blocks: int, budgets: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Visible blocks after a step of each budget from 0 .. B - 1 visible ones, (B, n), and whether it is legal."""
+    """Where a step of each budget ends on a list of blocks, and whether the budget is legal, as the environment has it.
+
+    Returns:
+        ends (B, n) int64, blocks visible after the step, and legal (B, n) bool; place i has i blocks visible.
+    """
     ends = torch.arange(blocks)[:, None] + torch.tensor(budgets)
     legal = ends <= blocks
     legal[:, 0] = True  # cut short
@@ -176,10 +180,15 @@ def best_schedules(cost: Tensor, budgets: tuple[int, ...]) -> dict[int, tuple[fl
 
 
 def costs_to_go(preference: Tensor, cost: Tensor, budgets: tuple[int, ...], step_cost: Tensor) -> Tensor:
-    """What every budget in every state costs an image up to its end, (n, B, budgets) nats; illegal ones are cut short.
+    """What every budget in every state costs an image up to its end, if the preferred budgets follow.
 
-    The legal budget with the largest preference (n, B, budgets) follows. The cost (n, B, B) is as in `record_order`; a
-    step costs (n,) nats.
+    Args:
+        preference: (n, B, number of budgets), the legal one with the largest follows.
+        cost: (n, B, B) as in `record_order`.
+        step_cost: (n,) nats per image.
+
+    Returns:
+        (n, B, number of budgets) nats per image; illegal budgets are cut short.
     """
     count, blocks, _ = cost.shape
     ends, legal = (value.to(cost.device) for value in legal_ends(blocks, budgets))
@@ -197,8 +206,16 @@ def budget_loss(logits: Tensor, spent: Tensor, legal: Tensor, temperature: float
 
     Both count against the smallest budget, so what an image costs anyway cancels. Large budgets cost much more and vary
     much more, and must not drown what tells small ones apart: each difference is divided by its standard deviation over
-    the images. Logits and what is `spent` (`costs_to_go`) are (m, B, budgets), legal (B, budgets); the temperature is
-    the nats that one unit of a logit is worth.
+    the images.
+
+    Args:
+        logits: (m, B, number of budgets).
+        spent: (m, B, number of budgets) nats, from `costs_to_go`.
+        legal: (B, number of budgets) bool.
+        temperature: nats that one unit of a logit is worth.
+
+    Returns:
+        (), without unit.
     """
     further = legal.clone()
     further[:, 0] = False

@@ -124,9 +124,15 @@ def train(setup: Setup, config: Config, job: Job) -> Trained:
 
 
 def observe(backbone: OrderRobustTransformer, images: TokenSet, contexts: TensorDict) -> TensorDict:
-    """`NextBlockCore.observation` of labelled contexts (M,) at budgets (1,), with gradients for the backbone.
+    """The environment's observation of labelled contexts, with gradients for the backbone.
 
-    The contexts, as `label_contexts` stores them, name some of the images.
+    Args:
+        backbone: computes hidden states and entropies.
+        images: those that the contexts name.
+        contexts: batch (M,), with image, order, length, label and visible as `label_contexts` stores them.
+
+    Returns:
+        What `NextBlockCore.observation` gives for budgets (1,), batch (M,), on the backbone's device.
     """
     device = backbone_device(backbone)
     tokens, labels = images.tokens[contexts["image"]].to(device), contexts["label"].to(device)

@@ -145,9 +145,15 @@ register_order = ORDERS.register
 
 
 def block_order(name: str, geometry: BlockGrid, key: str = "") -> Tensor:
-    """The order of a name, of `ORDERS` or module:attribute, (B,) int64; `key` is the setting's that holds it.
+    """The order of a name, (B,) int64.
 
-    ValueError if there is none, or it does not hold every block once.
+    Args:
+        name: of `ORDERS`, or module:attribute.
+        geometry: the block grid.
+        key: of the setting that holds the name, for messages.
+
+    Raises:
+        ValueError: if there is none, or it does not hold every block once.
     """
     order = ORDERS.find(name, key)(geometry)
     blocks = geometry.num_blocks

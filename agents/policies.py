@@ -77,9 +77,11 @@ class RankingPolicy:
 
 
 class RescoringPolicy(RankingPolicy):
-    """A ranking policy whose scores are made every `period` steps only; between them the last ones stand.
+    """A ranking policy whose scores are made at some steps only; between them the last ones stand.
 
-    A period of None scores the empty image and never again.
+    Args:
+        scorer, geometry, budgets, schedule, spacing: as in `RankingPolicy`.
+        period: steps from one scoring to the next; None scores the empty image and never again.
     """
 
     def __init__(
@@ -114,10 +116,17 @@ class RescoringPolicy(RankingPolicy):
 
 
 class PairedPolicy:
-    """Reveal the set that a planner with `pairs` values most, chosen greedily, as many blocks as the schedule says.
+    """Reveal the set that a planner itself values most, chosen greedily, as many blocks as the schedule says.
 
     Every chosen block takes the planner's repulsion from the others' logits. After cloning target "pairs" that is the
     predicted value of the set (`orderrl.agents.bc`): the blocks' utilities without what they tell about each other.
+
+    Args:
+        planner: in eval mode, with `pairs`.
+        schedule: as in `RankingPolicy`.
+
+    Raises:
+        ValueError: if the planner has no `pairs`.
     """
 
     def __init__(self, planner: OrderHead, budgets: tuple[int, ...] = (1,), schedule: Schedule | None = None) -> None:

@@ -188,7 +188,10 @@ class PolicyGradient(ABC):
 
     @isolated_float32
     def train(self, job: Job | None = None, description: str = "") -> OrderHead:
-        """Rounds until `config.iterations`; returns the planner. The job keeps the state between rounds, and logs.
+        """Rounds until `config.iterations`; returns the planner.
+
+        Args:
+            job: keeps the state between rounds, so that an interrupted training continues, and logs.
 
         Metrics: frames, return (of each image's first episode, nats per image), planner_steps (of the same), illegal
         (share of void steps), score_std (standard deviation of the scores of a state's hidden blocks), entropy,

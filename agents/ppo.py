@@ -78,11 +78,17 @@ def train(setup: Setup, config: Config, job: Job) -> OrderHead:
 
 
 def leave_one_out_mean(values: Tensor, done: Tensor, group_size: int) -> Tensor:
-    """Mean of values (M, T) over the other episodes of a group at the same step of the same episode, (M, T).
+    """Mean over the other episodes of a group at the same step of the same episode; 0 where no other got that far.
 
-    Sub-environments g G .. g G + G - 1 of a group of G play the same images in the same sequence, each at its own pace;
-    done (M, T) says whether an episode ends with that step. 0 where no other got that far; it does not depend on the
-    row's own values in that episode.
+    Sub-environments of a group play the same images in the same sequence, each at its own pace.
+
+    Args:
+        values: (M, T).
+        done: (M, T) bool, whether an episode ends with that step.
+        group_size: G; sub-environments g G .. g G + G - 1 are a group.
+
+    Returns:
+        (M, T); it does not depend on the row's own values in that episode.
     """
     count, length = values.shape
     time = torch.arange(length, device=values.device).expand_as(done)

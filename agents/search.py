@@ -233,10 +233,16 @@ def fit_mean_losses(visible: Tensor, loss: Tensor, config: SearchConfig, seed: i
 
 
 def schedule_cost(model: nn.Module, order: Tensor, step: Tensor, step_cost: float) -> Tensor:
-    """Code length under a loss model, as `MeanLosses`, plus the cost of the steps: (m,) nats per image.
+    """Code length under a loss model plus the cost of the steps.
 
-    `order` and `step` (m, B) are the blocks in the order in which they are revealed and each place's step, ascending
-    from 0; a step costs step_cost nats per image.
+    Args:
+        model: as `MeanLosses`.
+        order: (m, B) int64, blocks in the order in which they are revealed.
+        step: (m, B) int64, the step of each place of the order, ascending from 0.
+        step_cost: nats per image.
+
+    Returns:
+        (m,) nats per image.
     """
     step_of_block = torch.empty_like(step).scatter(1, order, step)
     moments = torch.arange(int(step.max()) + 1)[:, None, None]
@@ -255,7 +261,8 @@ def anneal(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cheap schedules by simulated annealing; a move swaps two places of the order, or draws some budgets anew.
 
-    Of each chain order (m, B), step (m, B) and cost (m,) as in `schedule_cost`.
+    Returns:
+        order (m, B), step (m, B) and cost (m,) as in `schedule_cost`, one for each chain.
     """
     count = config.chains
     order = torch.rand(count, blocks, generator=generator).argsort(1)

@@ -24,7 +24,13 @@ if TYPE_CHECKING:
 
 
 class ThroughStart(ReferencePolicy):
-    """A policy that sees images through another backbone, frozen, than the one that draws them."""
+    """A policy that sees images through another backbone than the one that draws them.
+
+    Args:
+        policy: acts on the other backbone's hidden states and entropies.
+        reader: that backbone, frozen.
+        scorer: the policy's block scores.
+    """
 
     def __init__(self, policy: Policy, reader: Backbone, budgets: tuple[int, ...], scorer: Scorer | None) -> None:
         super().__init__(budgets)

@@ -206,8 +206,13 @@ def generation_loss(
 ) -> Tensor:
     """Mean loss of a hidden token given the visible group and, of a causal backbone, the hidden ones before it.
 
-    Nats or DiffLoss units per token. Masks (M, B) are those of `split_mask`, equally many blocks visible in every
-    image; the generator, on the CPU, is that of a masked model's times and noises.
+    Args:
+        tokens: (M, N) int64 or (M, N, C).
+        mask: (M, B) of `split_mask`, equally many visible in every image.
+        generator: on the CPU, of a masked model's times and noises.
+
+    Returns:
+        Scalar, nats or DiffLoss units per token.
     """
     geometry = backbone.geometry
     order = geometry.token_order(block_order(mask))  # (M, N)
@@ -232,7 +237,12 @@ def generation_loss(
 
 
 def list_log_probs(scores: Tensor, ranked: Tensor) -> Tensor:
-    """Plackett-Luce log-probability of the first 1 .. B blocks of lists (..., M, B), by scores (M, B)."""
+    """Plackett-Luce log-probability of the first k blocks of each list, (..., B) for k = 1 .. B.
+
+    Args:
+        scores: (M, B).
+        ranked: (..., M, B) int64, all blocks in the order in which they were drawn.
+    """
     chosen = scores.expand(ranked.shape).gather(-1, ranked)
     return (chosen - chosen.flip(-1).logcumsumexp(-1).flip(-1)).cumsum(-1)
 
@@ -240,10 +250,19 @@ def list_log_probs(scores: Tensor, ranked: Tensor) -> Tensor:
 def policy_gradient(
     scores: Tensor, visible: int, splits: int, reward: Callable[[Tensor], Tensor], generator: torch.Generator
 ) -> Tensor:
-    """REINFORCE on visible groups drawn from scores (M, B) by Gumbel top-k; its gradient raises the reward.
+    """REINFORCE on visible groups drawn from the scores by Gumbel top-k; its gradient raises the reward.
 
-    The reward of blocks (R, M, visible) is (R, M), and the advantage of a split is its reward in standard deviations
-    from the mean over the R splits of its image.
+    The advantage of a split is its reward in standard deviations from the mean over the splits of its image.
+
+    Args:
+        scores: (M, B).
+        visible: blocks of a group.
+        splits: R, drawn of each image.
+        reward: of blocks (R, M, visible), (R, M).
+        generator: on the CPU.
+
+    Returns:
+        Scalar.
     """
     noise = -torch.empty(splits, *scores.shape).exponential_(generator=generator).log().to(scores)
     ranked = (scores.detach() + noise).argsort(-1, descending=True)

@@ -48,7 +48,13 @@ def observed(
 
 
 def labelled(states: TensorDictBase, rows: Tensor | None = None, budgets: tuple[int, ...] = (1,)) -> TensorDict:
-    """The observation of labelled states (m,), or some rows (k,) of them; labels store it, so no forward is needed."""
+    """The observation of labelled states, which labels store, so no forward is needed.
+
+    Args:
+        states: batch (m,), which may lie on disk.
+        rows: (k,) int64, of which states; None is all.
+        budgets: of the environment.
+    """
     stored = (states[key] if rows is None else states[key][rows] for key in ("hidden", "entropy", "visible", "label"))
     hidden, entropy, visible, label = stored
     mask = None if budgets == (1,) else legal_budgets((~visible).sum(-1), torch.tensor(budgets))

@@ -13,10 +13,16 @@ from orderrl.geometry import BlockGrid
 def partial_images(
     data: TokenSet, geometry: BlockGrid, tokens: Tensor, visible: Tensor, device: torch.device | None = None
 ) -> Tensor:
-    """Decode images with their hidden blocks grey: (..., 3, h, w) uint8 on the CPU.
+    """Decode images with their hidden blocks grey.
 
-    Hidden ones of the tokens (..., N) int64 or (..., N, C) float32 are not shown; visible is (..., B) bool. They are
-    decoded on the device, or where they lie.
+    Args:
+        data: decodes tokens to pixels.
+        tokens: (..., N) int64, or (..., N, C) float32; hidden ones are not shown.
+        visible: (..., B) bool.
+        device: where tokens are decoded; None is where they lie.
+
+    Returns:
+        (..., 3, h, w) uint8 on the CPU.
     """
     shown = visible[..., geometry.token_block.to(visible.device)]
     shown = shown.view(shown.shape + (1,) * (tokens.ndim - shown.ndim))

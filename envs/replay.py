@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 def replay_return(core: NextBlockCore, rows: Tensor) -> Tensor:
     """Returns of finished episodes, from a core in mode "teacher" that reveals their images in the same steps.
 
-    Of sub-environments (m,) on the core's device: (m,) float32, nats per image token; every step that revealed
-    something is charged.
+    Args:
+        rows: (m,) int64 sub-environments whose images are complete, on the core's device.
+
+    Returns:
+        (m,) float32, nats per image token; every step that revealed something is charged.
     """
     images = replace(
         core.data, split="replay", tokens=core.tokens[rows].cpu(), labels=core.labels[rows].cpu(), identity=None

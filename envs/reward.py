@@ -113,7 +113,12 @@ CHEAPEST = RewardConfig(objective="likelihood", form="charged")
 
 
 def drawn_step_cost(config: RewardConfig, seeds: Tensor, episode: Tensor) -> Tensor:
-    """Cost of a step, log-uniform in the config's range, by (seed, episode) alone: (m,) float32, nats per image."""
+    """What a step costs in some episodes: log-uniform in the config's range, (m,) float32, nats per image.
+
+    Args:
+        config: its step_cost is a range.
+        seeds, episode: (m,) int64; the draw depends on nothing else.
+    """
     assert config.step_cost_range is not None
     low, high = config.step_cost_range
     drawn = low * (high / low) ** keyed_uniform((Stream.STEP_COST, seeds, episode))
@@ -140,22 +145,42 @@ def chosen_step_cost(config: RewardConfig, cost: Tensor | float, count: int) -> 
 
 
 def future_loss_reduction(before: Tensor, after: Tensor, hidden: Tensor, weights: Tensor | None = None) -> Tensor:
-    """U(a | S) * N, (M,) nats: what a reveal lowers the losses of the blocks that stay hidden by.
+    """U(a | S) * N: what a reveal lowers the losses of the blocks that stay hidden by.
 
-    Block losses (M, B) are given S, and given S and a; hidden (M, B) is after the reveal; weights w(b, a) are (M, B).
+    Args:
+        before: (M, B) block losses given S, nats.
+        after: (M, B) block losses given S and a, nats.
+        hidden: (M, B) bool, hidden after the reveal.
+        weights: (M, B) w(b, a); None is 1.
+
+    Returns:
+        (M,) nats per image.
     """
     drop = torch.where(hidden, before - after, 0.0)
     return (drop if weights is None else drop * weights).sum(-1)
 
 
 def set_weights(pair_weights: Tensor, revealed: Tensor) -> Tensor:
-    """w(b, a) (M, B) of revealed sets (M, B): the weight (B, B) to the nearest member; 1 where nothing was revealed."""
+    """w(b, a) of a revealed set: the weight to its nearest member.
+
+    Args:
+        pair_weights: (B, B), growing with distance.
+        revealed: (M, B) bool, the members of a.
+
+    Returns:
+        (M, B): the smallest weight over the members; 1 where nothing was revealed.
+    """
     masked = torch.where(revealed[:, :, None], pair_weights.to(revealed.device), torch.inf)  # (M, a, b)
     return masked.amin(1).nan_to_num(posinf=1.0)
 
 
 class Reward:
-    """Reward of a batch of reveals."""
+    """Reward of a batch of reveals.
+
+    Args:
+        config: what is paid for.
+        geometry: the block grid.
+    """
 
     def __init__(self, config: RewardConfig, geometry: BlockGrid) -> None:
         self.config = config

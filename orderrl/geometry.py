@@ -15,10 +15,18 @@ MOST_TOKENS = 2**16  # of an image
 
 @dataclass(frozen=True)
 class BlockGrid:
-    """An H x W token grid cut into square blocks of p x p tokens; p must divide H and W, else ValueError.
+    """An H x W token grid cut into square blocks of p x p tokens.
 
-    Tokens are numbered in raster order over the grid, blocks in raster order over the grid of blocks, and the tokens
-    inside a block again in raster order.
+    Tokens are numbered in raster order over the grid, blocks in raster order over the grid of
+    blocks, and the tokens inside a block again in raster order.
+
+    Args:
+        height: H, tokens.
+        width: W, tokens.
+        block_size: p, tokens; it must divide H and W.
+
+    Raises:
+        ValueError: if a size is not positive or the blocks do not divide the grid.
     """
 
     height: int

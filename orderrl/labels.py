@@ -60,10 +60,14 @@ def label_settings(settings: LabelConfig) -> dict[str, Any]:
 
 
 def find_or_make_labels(setup: Setup, split: str = "planner", run: Run | None = None, **changes: Any) -> Path:
-    """Folder of the labels of random contexts by the setup's backbone: a table in `contexts`, and its description.
+    """Folder of the labels of random contexts: a table in `contexts`, and its description.
 
-    `changes` replace values of `setup.labels`. ValueError if the backbone knows raster order only, or has no token
-    probabilities and the labels need them.
+    Args:
+        setup: with the backbone that scores the blocks.
+        changes: replaces values of `setup.labels`.
+
+    Raises:
+        ValueError: if the backbone knows raster order only, or has no token probabilities and the labels need them.
     """
     setup.require_order_robust("label")
     data, settings = load_split(setup.data, split), replace(setup.labels, **changes)

@@ -39,10 +39,18 @@ LEAST_LOSS = 0.1  # nats; blocks of less loss are drawn as if they had it, so th
 
 
 def distance_weights(geometry: BlockGrid, weight: str, sigma: float) -> Tensor:
-    """w(b, a) of the utility for single blocks, (B, B) float32, indexed [a, b].
+    """w(b, a) of the utility for single blocks.
 
-    "uniform" (Algorithm 1: all ones), "far" (Algorithm 2: 1 - exp(-(d / sigma)^2), sigma in blocks), or one of a user.
-    ValueError if it is unknown or gives anything else.
+    Args:
+        geometry: the block grid.
+        weight: "uniform" (Algorithm 1: all ones), "far" (Algorithm 2: 1 - exp(-(d / sigma)^2)), or one of a user.
+        sigma: in blocks; how far "near" reaches.
+
+    Returns:
+        (B, B) float32, indexed [a, b].
+
+    Raises:
+        ValueError: if weight is unknown or sigma is not positive and finite.
     """
     found, blocks = WEIGHTS.find(weight)(geometry, sigma), geometry.num_blocks
     if not isinstance(found, Tensor) or found.shape != (blocks, blocks):

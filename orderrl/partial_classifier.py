@@ -217,10 +217,17 @@ def importance(
     clusters: int,
     cumulative: bool = False,
 ) -> Tensor:
-    """Importance of every block by the classifier, (M, B) float32, the mean over orders (M, R, B) of `cluster_orders`.
+    """Importance of every block by the classifier, the mean over orders.
 
-    The probability of the true class where one cluster of blocks of an image (M, N) or (M, N, C) is shown, in [0, 1];
-    if cumulative, the first clusters are shown together, and it is the rise, in [-1, 1].
+    Args:
+        tokens: (M, N) or (M, N, C), the true images.
+        labels: (M,), the true classes.
+        orders: (M, R, B) of `cluster_orders`.
+        clusters: into how many parts each order is cut.
+        cumulative: show the first parts together; the importance is the rise of the probability, in [-1, 1].
+
+    Returns:
+        (M, B) float32; the probability of the true class in [0, 1] unless cumulative.
     """
     device = next(classifier.parameters()).device
     size = geometry.num_blocks // clusters

@@ -166,10 +166,13 @@ class ARPG(FamilyModule, ChainBackbone):
         past: ChainEntries | None = None,
         causal: bool = True,
     ) -> Tensor:
-        """Second pass: hidden states (M, C, T, dim), after the final norm, that predict raster positions (M, C, T).
+        """Second pass: hidden states that predict raster positions (M, C, T), (M, C, T, dim) after the final norm.
 
-        Query i sees all but the last T - 1 - i of the chains' own entries, which may be empty, or without `causal` all
-        of them; `past` comes before the chains, shared as in `encode`.
+        Args:
+            positions: (M, C, T) int64.
+            own: entries of the chains; query i sees all but the last T - 1 - i of them. They may be empty.
+            past: entries that come before the chains, shared as in `encode`.
+            causal: off, every query sees all of `own`.
         """
         levels, length = [prefix.levels[-1], *_given(past, -1)], positions.shape[2]
         if own.length:

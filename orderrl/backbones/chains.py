@@ -67,10 +67,15 @@ class ChainBackbone:
     def _teach(
         self, prefix: PrefixCache, positions: Tensor, tokens: Tensor, past: ChainEntries | None, whole: bool
     ) -> tuple[Tensor, ChainEntries]:
-        """Hidden states (M, C, n, D), after the final norm, that predict known chains, and the chains' new entries.
+        """Hidden states that predict known chains.
 
-        Positions and tokens are (M, C, n) int64, of the raster; each of the P chains of `past` is seen by C / P
-        consecutive ones. With `whole` the last token is encoded, too.
+        Args:
+            positions, tokens: (M, C, n) int64, raster positions and values.
+            past: entries that come before the chains; each of its P chains is seen by C / P consecutive ones.
+            whole: also encode the last token.
+
+        Returns:
+            (M, C, n, D) after the final norm, and the chains' new entries.
         """
 
     @abstractmethod
@@ -199,10 +204,16 @@ class ChainBackbone:
         return gain
 
     def certainty(self, prefix: PrefixCache, blocks: Tensor, first: bool = False) -> tuple[Tensor, Tensor]:
-        """How sure the model is of hidden blocks (M, C), whatever they hold: a function of the prefix alone.
+        """How sure the model is of hidden blocks, whatever they hold: a function of the prefix alone.
 
-        Expected log-probability and log-probability of the most likely token, each (M, C), nats per token: means over a
-        block's tokens, with `first` of the first alone, each given those before it in the block's most likely chain.
+        Means over a block's tokens, each given those before it in the block's most likely chain.
+
+        Args:
+            blocks: (M, C) int64, hidden blocks.
+            first: look at the first token alone.
+
+        Returns:
+            Expected log-probability and log-probability of the most likely token, each (M, C), nats per token.
         """
         rows = []
         for states, parts in self._plan(prefix, blocks, blocks.shape[1], None):

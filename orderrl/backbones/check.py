@@ -15,9 +15,16 @@ ALTERNATIVES = 16  # tokens tried against the one that greedy decoding chose
 
 
 def naive_block_losses(backbone: Backbone, tokens: Tensor, labels: Tensor, revealed: Tensor, blocks: Tensor) -> Tensor:
-    """Losses (M, C) of blocks with everything recomputed, one chain at a time, nats: the slow, obvious form.
+    """Losses of blocks with everything recomputed and one chain at a time: the slow, obvious form.
 
-    `revealed` (M, t) are the visible blocks in order.
+    Args:
+        tokens: (M, N) int64.
+        labels: (M,) int64.
+        revealed: (M, t) int64, visible blocks in order.
+        blocks: (M, C) int64.
+
+    Returns:
+        (M, C) float32, nats.
     """
     columns = []
     for column in range(blocks.shape[1]):

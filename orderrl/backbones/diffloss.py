@@ -277,7 +277,11 @@ class DenoisingNetwork(nn.Module):
 class DiffLoss(nn.Module):
     """Distribution of a token (C) given its condition (D): a loss for training and scoring, a sampler for drawing.
 
-    The sampling process has num_sampling_steps in 2..1000 steps, S.
+    Args:
+        num_sampling_steps: S, steps of the sampling process, 2..1000.
+
+    Raises:
+        ValueError: if num_sampling_steps is out of range.
     """
 
     def __init__(self, token_dim: int, condition_dim: int, width: int, depth: int, num_sampling_steps: int) -> None:
@@ -293,9 +297,16 @@ class DiffLoss(nn.Module):
         return self.gen_diffusion.num_timesteps
 
     def losses(self, conditions: Tensor, targets: Tensor, t: Tensor, noise: Tensor) -> DiffusionLosses:
-        """mse and vb, each (...), of clean tokens (..., C) given conditions (..., D).
+        """Loss terms of tokens at given times and noises; leading shapes broadcast against each other.
 
-        Times t (...) are int64 in 0..999, noises (..., C) standard normal; leading shapes broadcast against each other.
+        Args:
+            conditions: (..., D).
+            targets: (..., C), clean tokens.
+            t: (...) int64 in 0..999.
+            noise: (..., C), standard normal.
+
+        Returns:
+            mse and vb, each (...).
         """
         x_t = self.train_diffusion.noised(targets, t, noise)
         return self.train_diffusion.losses(self.net(x_t, t, conditions), targets, x_t, t, noise)

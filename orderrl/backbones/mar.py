@@ -201,7 +201,11 @@ class MAR(nn.Module):
         return self.encoder_norm(x)
 
     def decode_positions(self, encoded: Tensor, visible: Tensor) -> Tensor:
-        """Conditions z (M, N, decoder_embed_dim) of all positions: normalised states plus positions' embeddings."""
+        """Conditions z of all positions from what `encode` returned for the same visible sets.
+
+        Returns:
+            (M, N, decoder_embed_dim): the normalised hidden state plus a learned embedding of the position.
+        """
         c = self.config
         x = self.decoder_embed(encoded)
         start, seen = x[:, : c.buffer_size], x[:, c.buffer_size :]
@@ -232,7 +236,17 @@ class MAR(nn.Module):
     # ------------------------------------------------------------------ losses
 
     def token_losses(self, conditions: Tensor, targets: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Diffusion losses (...), mse + vb, in DiffLoss units (not nats); arguments as of `DiffLoss.losses`."""
+        """Diffusion loss of tokens at given times and noises, mse + vb; leading shapes broadcast.
+
+        Args:
+            conditions: (..., D).
+            targets: (..., C), the true tokens.
+            t: (...) int64 in 0..999.
+            noise: (..., C), standard normal.
+
+        Returns:
+            (...) in DiffLoss units (not nats).
+        """
         mse, vb = self.diffloss.losses(conditions, targets, t, noise)
         return mse + vb
 

@@ -61,8 +61,16 @@ def values_at_once(on_cpu: int, device: torch.device) -> int:
 def plan(states: int, groups: int, cost: int, most: int) -> Iterator[tuple[slice, list[slice]]]:
     """Split states with equally many groups of chains into forwards of at most about `most` entries.
 
-    Whole states are packed together; a state that is too large alone is split into groups, of `cost` entries each and
-    at least one. Slices of states come with slices of groups.
+    Whole states are packed together; a state that is too large alone is split into groups.
+
+    Args:
+        states: M.
+        groups: of a state.
+        cost: entries of a group.
+        most: entries of a forward; at least one group is taken.
+
+    Yields:
+        Slices of states, each with slices of groups.
     """
     at_once = max(1, most // max(cost, 1))
     if at_once < groups:

@@ -31,7 +31,13 @@ class PublishedSamples(NamedTuple):
 def llamagen_sampler(
     model: RasterTransformer, labels: Tensor, uniforms: Tensor, sampling: Sampling | None = None
 ) -> PublishedSamples:
-    """LlamaGen's sampler: raster order, one token a step, guidance in an interval; uniforms (M, N) in [0, 1)."""
+    """LlamaGen's sampler: raster order, one token a step, guidance in an interval.
+
+    Args:
+        labels: (M,) int64.
+        uniforms: (M, N) in [0, 1), in raster order.
+        sampling: temperature, top-k, top-p, guidance and its interval; None is plain sampling.
+    """
     sampling = sampling or Sampling()
     steps = list(model.decode_steps(labels, uniforms, sampling, sampling.guidance != 1))
     tokens, logits = (torch.stack(part, 1) for part in zip(*steps, strict=True))
@@ -42,7 +48,15 @@ def llamagen_sampler(
 
 
 def randar_sizes(tokens: int, steps: int) -> list[int]:
-    """Tokens of each step (S in 1..N): the first draws one, then floor((1 - cos(pi/2 (s+1)/S)) N + 1) are decided."""
+    """Tokens of each step: the first draws one, then floor((1 - cos(pi/2 (s+1)/S)) N + 1) are decided after step s+1.
+
+    Args:
+        tokens: N.
+        steps: S, the published `num_inference_steps`; S = N draws one token a step.
+
+    Raises:
+        ValueError: if steps is not in 1..N.
+    """
     if not 1 <= steps <= tokens:
         raise ValueError(f"steps must lie in 1..{tokens}, the tokens of the image, got {steps}")
     sizes, decided, step = [1], 1, 1
@@ -121,9 +135,15 @@ def randar_sampler(
 
 
 def arpg_sizes(tokens: int, iterations: int, schedule: str = "arccos") -> list[int]:
-    """Tokens of each of 1..N iterations of ARPG's sampler.
+    """Tokens of each iteration.
 
-    By the schedule, "arccos" or "cosine", goes the share that is still masked after an iteration.
+    Args:
+        tokens: N.
+        iterations: published `num_iter`.
+        schedule: "arccos" or "cosine": the share that is still masked after an iteration.
+
+    Raises:
+        ValueError: if the schedule is unknown or iterations is not in 1..N.
     """
     if schedule not in ARPG_SCHEDULES:
         raise ValueError(f"schedule={schedule!r} is unknown; choose one of {', '.join(ARPG_SCHEDULES)}")

@@ -180,8 +180,12 @@ class OrderRobustTransformer(CausalTransformer, ChainBackbone):
     def next_block(self, prefix: PrefixCache, tokens: Tensor, labels: Tensor, last: Tensor) -> Tensor:
         """What the position head says comes next: scores (M, B), of visible blocks too.
 
-        The cache keeps no hidden states, so the last entry is encoded once more in its own place. `last` (M,) is the
-        block that was revealed last, -1 where nothing is visible.
+        The cache keeps no hidden states, so the last entry is encoded once more in its own place.
+
+        Args:
+            tokens: (M, N) int64, raster order.
+            labels: (M,) int64.
+            last: (M,) int64, the block that was revealed last; -1 where nothing is visible.
         """
         position = self.block_tokens[last, -1]
         token = self.tok_embeddings(tokens.gather(1, position[:, None])[:, 0])

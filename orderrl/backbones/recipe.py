@@ -206,8 +206,13 @@ def _save(path: Path, backbone: TrainableBackbone, description: dict[str, Any]) 
 def fine_tuned(start: Backbone, chosen: Mapping[str, Any], data: TokenSet) -> TrainableBackbone:
     """A copy of a backbone to be trained further, with the dropout and the position head that `model` asks for.
 
-    `chosen` is the config group `backbone` as plain values. ValueError for a backbone of no family of this package,
-    that does not fit the data, or has another shape.
+    Args:
+        start: frozen.
+        chosen: the config group `backbone` as plain values.
+        data: which it must fit.
+
+    Raises:
+        ValueError: if it is none of this package's families, does not fit the data, or has another shape.
     """
     check_fits(start, data)
     if not isinstance(start, TrainableBackbone):
@@ -232,8 +237,14 @@ def fine_tuned(start: Backbone, chosen: Mapping[str, Any], data: TokenSet) -> Tr
 def backbone_to_train(chosen: Mapping[str, Any], data: TokenSet) -> TrainableBackbone:
     """A backbone to begin with: the shape of `model`, or a published model with the weights of its path.
 
-    A raster model gets instruction tokens, so that any order can be learnt. `chosen` is the config group `backbone` as
-    plain values; ValueError if it does not fit the data, or its weights do not fit it.
+    A raster model gets instruction tokens, so that any order can be learnt.
+
+    Args:
+        chosen: the config group `backbone` as plain values.
+        data: which it must fit.
+
+    Raises:
+        ValueError: if it does not fit the data, or its weights do not fit it.
     """
     if chosen["name"] not in published_names():
         shape = {**chosen["model"], "height": data.height, "width": data.width}

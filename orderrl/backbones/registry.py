@@ -169,7 +169,16 @@ def _compile_layers(backbone: Backbone, mode: str) -> None:
 def build_backbone(
     name: str, *, dtype: torch.dtype | str = torch.float32, shape: Mapping[str, Any] | None = None
 ) -> TrainableBackbone:
-    """A published model with random weights, on the current default device; `shape` replaces values of its own."""
+    """A published model with random weights, on the current default device.
+
+    Args:
+        name: of `published_names`.
+        dtype: of the parameters.
+        shape: values of the configuration to replace.
+
+    Raises:
+        ValueError: if the name or a value is unknown.
+    """
     if name not in PRESETS:
         raise ValueError(f"backbone={name!r} is no published model; choose one of {', '.join(PRESETS)}")
     preset = PRESETS[name]
@@ -270,7 +279,15 @@ def _from_file(path: Path) -> TrainableBackbone:
 
 
 def new_backbone(family: str, shape: Mapping[str, Any]) -> TrainableBackbone:
-    """An untrained backbone of a family: llamagen, randar, arpg or mar; `shape` are its configuration's arguments."""
+    """An untrained backbone.
+
+    Args:
+        family: "llamagen", "randar", "arpg" or "mar".
+        shape: arguments of the family's configuration.
+
+    Raises:
+        ValueError: if the family or an argument is unknown, or a value is not allowed.
+    """
     config = backbone_config(family, shape)
     return _FAMILIES[family][0](config)
 

@@ -77,10 +77,16 @@ def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def guide(logits: Tensor, unconditional: Tensor | None, scale: Tensor, sampling: Sampling) -> Tensor:
-    """Classifier-free guidance of logits (..., vocab): unconditional + scale * (conditional - unconditional).
+    """Classifier-free guidance: unconditional + scale * (conditional - unconditional).
 
-    The scale broadcasts to (...), as `Sampling.scale` gives it; where it is 1 the logits stay as they are. ValueError
-    if guidance is asked for without unconditional logits, those under the dropped label.
+    Args:
+        logits: (..., vocab), conditional.
+        unconditional: (..., vocab), under the dropped label; needed when guidance is not 1.
+        scale: broadcasts to (...), as `Sampling.scale` gives it; where it is 1 the logits stay as they are.
+        sampling: names the guidance in the error.
+
+    Raises:
+        ValueError: if guidance is asked for without unconditional logits.
     """
     if unconditional is None:
         if sampling.guidance != 1:

@@ -23,7 +23,11 @@ _SEED = 20
 def load_canvas_split(split: str) -> TokenSet:
     """One split of the canvases, (n, 144) int64: every digit of the split of `digits` at `PLACES` places.
 
-    In stratified order: "backbone" (1,000 canvases), "planner" (2,000, four of each digit) or "test" (297).
+    Args:
+        split: "backbone" (1,000 canvases), "planner" (2,000, four of each digit) or "test" (297), in stratified order.
+
+    Raises:
+        ValueError: if the split is unknown.
     """
     digits = digits_as_collected(split)
     generator = torch.Generator().manual_seed(_SEED + list(PLACES).index(split))

@@ -38,7 +38,14 @@ def _collected() -> tuple[NDArray[np.float64], NDArray[np.int64], dict[str, list
 
 
 def load_digits_split(split: str) -> TokenSet:
-    """A split of the 1,797 digits, in stratified order: "backbone" (1,000 images), "planner" (500) or "test" (297)."""
+    """One split of the 1,797 digits, in stratified order.
+
+    Args:
+        split: "backbone" (1,000 images), "planner" (500) or "test" (297).
+
+    Raises:
+        ValueError: if the split is unknown.
+    """
     return digits_as_collected(split).shuffled()
 
 

@@ -113,10 +113,17 @@ class ImageSplit:
 
 
 def split_rows(labels: Tensor, test_share: float, planner_share: float, seed: int) -> dict[str, Tensor]:
-    """Disjoint, stratified splits of images with labels (n,): rows of each, sorted, int64; the rest is the backbone's.
+    """Disjoint, stratified splits.
 
     Images are shuffled within their class; going through the classes one after another, every split takes images at
     even intervals. So a class of m images gives it `share · m` of them, up to one, and the whole set `share · n`.
+
+    Args:
+        labels: (n,) int64.
+        test_share, planner_share: shares of all images; the rest is the backbone's.
+
+    Returns:
+        Rows of each split, sorted, int64.
     """
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(labels), generator=generator)
@@ -216,9 +223,11 @@ class _ClassFolders:
 
 
 def _class_folders(root: str, key: str, known: tuple[dict[str, int], list[str]] | None) -> _ClassFolders:
-    """The images below a folder that a key of the configuration named.
+    """The images below a folder.
 
-    `known` is what `class_ids` gives, for folders of which some may be missing or empty; None numbers those there are.
+    Args:
+        key: of the configuration, that named it.
+        known: what `class_ids` gives, for folders of which some may be missing or empty; None numbers those there are.
     """
     path = Path(root).expanduser()
     if not path.is_dir():
@@ -333,10 +342,17 @@ class _Views(Dataset[tuple[Tensor | None, str]]):
 def read_views(
     images: ImageSplit, rows: Sequence[int], config: FolderConfig, batch_size: int
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Some rows of images, batch by batch: those that were read, and their views (k, V, 3, S, S) uint8.
+    """Views of images, batch by batch.
 
-    A batch without any is left out. ValueError, by its name, for a file that cannot be read, unless
-    `config.skip_broken`.
+    Args:
+        rows: which of its images, in which order.
+        config: the crops, and whether broken files are left out.
+
+    Yields:
+        The rows that were read and their views, (k, V, 3, S, S) uint8. A batch without any is left out.
+
+    Raises:
+        ValueError: for a file that cannot be read, by name, unless `config.skip_broken`.
     """
     loader = DataLoader(
         _Views(images, rows, config), batch_size=batch_size, num_workers=config.workers, collate_fn=list

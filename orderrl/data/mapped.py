@@ -11,9 +11,12 @@ from torch import Tensor
 
 
 class MappedTokens:
-    """Tokens in memory-mapped shards (rows, N) or (rows, N, C), indexed along the first dimension as a dtype.
+    """Tokens in memory-mapped shards, indexed like a tensor along the first dimension.
 
-    The rows that are here, in their order, are `order` (n,) int64; None is all of them as they are stored.
+    Args:
+        parts: arrays (rows, N) or (rows, N, C).
+        dtype: what indexing gives: int64 or float32.
+        order: (n,) int64, the rows that are here, in their order; None is all of them as they are stored.
     """
 
     def __init__(self, parts: Sequence[np.ndarray], dtype: torch.dtype, order: Tensor | None = None) -> None:

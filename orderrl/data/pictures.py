@@ -10,9 +10,17 @@ OUTLINE = (230, 120, 20)  # orange
 
 
 def hide_blocks(images: Tensor, visible: Tensor, geometry: BlockGrid) -> Tensor:
-    """Fill hidden blocks of images (..., C, height, width) uint8 with `HIDDEN_GREY`.
+    """Fill hidden blocks with grey.
 
-    Visible blocks (..., B) broadcast against the images; ValueError if they are not B, or do not divide the pixels.
+    Args:
+        images: (..., C, height, width) uint8 pixels; height and width are multiples of the grid of blocks.
+        visible: (..., B) bool, True where a block is revealed; broadcasts against the images.
+
+    Returns:
+        (..., C, height, width) uint8, `HIDDEN_GREY` where a block is hidden.
+
+    Raises:
+        ValueError: if visible has not B entries or the blocks do not divide the pixels.
     """
     height, width = images.shape[-2:]
     if visible.shape[-1] != geometry.num_blocks:

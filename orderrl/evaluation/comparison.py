@@ -61,10 +61,15 @@ def in_order(rows: Sequence[Evaluated]) -> list[Evaluated]:
 
 
 def code_length_at(rows: Sequence[Evaluated], steps: float) -> Tensor | None:
-    """Code length of an order's schedules, several budgets, at a given mean number of steps: (n,) nats per image.
+    """Code length of a family of schedules at a given mean number of steps, per image.
 
-    Linear between the two schedules that give the least mean: what drawing some images by one and some by the other
-    reaches, so no schedule of the family is left out; None if steps lie outside them.
+    Args:
+        rows: the same order at several budgets.
+        steps: mean planner steps.
+
+    Returns:
+        (n,) nats per image, linear between the two schedules that give the least mean: what drawing some images by one
+        and some by the other reaches, so no schedule of the family is left out; None if steps lie outside them.
     """
     measured = [row.per_image for row in rows if {"steps", "decode_nll"} <= set(row.per_image)]
     known = [(float(values["steps"].mean()), values["decode_nll"]) for values in measured]

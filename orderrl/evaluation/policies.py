@@ -161,8 +161,10 @@ def planner_specs(entries: Sequence[str], newest: Callable[[], Sequence[Path]]) 
 def at_step_costs(spec: PolicySpec, named: NamedPolicy, step_costs: Sequence[float] | None) -> list[PolicySpec]:
     """A planner that must be given a step cost, once for every cost of a list; others stay as they are.
 
-    Costs are nats per image; None takes the ends of the range that the planner was trained on and their geometric mean,
-    to two digits.
+    Args:
+        spec: what it was made of.
+        step_costs: nats per image; None takes the ends of the range that the planner was trained on and their geometric
+            mean, to two digits.
     """
     if named.step_cost_range is None:
         return [spec]

@@ -32,9 +32,15 @@ def image_means(per_image: Mapping[str, Tensor], resamples: int, seed: int) -> d
 
 
 def state_mean(key: str, values: Tensor, image: Tensor, resamples: int, seed: int) -> dict[str, Any]:
-    """Mean over states (m,) with an interval over images (m,) int64, whose states stay together, as in `image_means`.
+    """Mean over states with an interval over images, whose states stay together.
 
-    NaN, where a state has no value, is left out; nothing if fewer than two images have a value.
+    Args:
+        values: (m,), NaN where a state has no value: it is left out.
+        image: (m,) int64, whose states they are.
+        resamples, seed: as in `image_means`.
+
+    Returns:
+        Nothing if fewer than two images have a value.
     """
     known = ~values.isnan()
     if len(image[known].unique()) < 2:

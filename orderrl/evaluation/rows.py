@@ -129,10 +129,14 @@ def evaluate_policy(p: EvaluationProtocol, named: NamedPolicy, sampled: bool) ->
 
 
 def evaluate_specialist(p: EvaluationProtocol, name: str, order: str = OWN_ORDER) -> Evaluated:
-    """Row of a backbone, by its checkpoint, that was trained for an order; shared states are those of another backbone.
+    """Row of a backbone that was trained for an order; the shared states are those of another backbone.
 
-    It draws in its "own" order, or in a policy's by name, to see what it forgot. ValueError if it says no order, does
-    not fit the data, or the policy is unknown.
+    Args:
+        name: its checkpoint.
+        order: in which it draws: "own", or a policy by name, to see what it forgot.
+
+    Raises:
+        ValueError: if it says no order, does not fit the data, or the policy is unknown.
     """
     specialist = load_backbone(name, device=p.device)
     try:

@@ -23,10 +23,14 @@ VALUES = "per_image.safetensors"
 
 
 def save_results(folder: Path, results: dict[str, Any], rows: Sequence[Evaluated]) -> None:
-    """Write the files that `open_evaluation` reads: plain values, among them the protocol's `identity` and all `rows`.
+    """Write the files that `open_evaluation` reads.
 
     `per_image.safetensors` holds values of images as "<row>/<key>"; `results.json` holds the results, the size and
     checksum of the other file, and its own.
+
+    Args:
+        results: plain values, among them the protocol's `identity` and all `rows`.
+        rows: those that have values of images, from the first.
     """
     values = {
         f"{number}/{key}": value.contiguous() for number, row in enumerate(rows) for key, value in row.per_image.items()
@@ -49,9 +53,14 @@ class Evaluation:
 
 
 def open_evaluation(folder: Path, name: str | None = None) -> Evaluation:
-    """Read the folder of a finished run of `orderrl.evaluate`, called by its own name if none is given.
+    """Read a run folder.
 
-    ValueError if it is none, was written by an older version, or is damaged.
+    Args:
+        folder: of a finished run of `orderrl.evaluate`.
+        name: what to call it; None is the folder's name.
+
+    Raises:
+        ValueError: if it is no run of an evaluation, was written by an older version, or is damaged.
     """
     if not (folder / RESULTS).is_file():
         raise ValueError(

@@ -117,8 +117,16 @@ def random_visible(count: int, geometry: BlockGrid, generator: torch.Generator) 
 def train_classifier(name: str = "digits", seed: int = 0, steps: int = 3000, batch_size: int = 128) -> Classifier:
     """Train on the backbone split of a data set, augmented, with hidden blocks in half of the images.
 
-    AdamW with a one-cycle schedule; the weights are averaged over the last steps. The seed is that of initialisation,
-    batches, augmentation and hidden blocks. NotFiniteError at the first loss that is not finite.
+    Args:
+        seed: of initialisation, batches, augmentation and hidden blocks.
+        steps: optimiser steps (AdamW, one-cycle schedule); the weights are averaged over the last of them.
+
+    Returns:
+        The classifier in evaluation mode.
+
+    Raises:
+        ValueError: if the name is unknown, or steps or batch_size is not positive.
+        NotFiniteError: at the first loss that is not finite.
     """
     for argument, value in {"steps": steps, "batch_size": batch_size}.items():
         if value < 1:
@@ -165,7 +173,15 @@ def save_classifier(classifier: Classifier, path: Path) -> None:
 
 @isolated_float32
 def load_classifier(name: str = "digits", path: Path | None = None) -> Classifier:
-    """A classifier, "digits" or "canvas", frozen and in evaluation mode, with shipped weights or those of a file."""
+    """Load a classifier, frozen and in evaluation mode.
+
+    Args:
+        name: "digits" or "canvas".
+        path: weights to load instead of the shipped ones.
+
+    Raises:
+        ValueError: if the name is unknown or the weights do not fit.
+    """
     classifier = Classifier(_config(name))
     path = path or _WEIGHTS / f"{name}_classifier.safetensors"
     tensors, _ = load_checkpoint(path, kind="classifier")

@@ -109,8 +109,16 @@ def gaussian_distance(first: Gaussian, second: Gaussian) -> float:
 def real_floor(real: Features, repeats: int = 5, seed: int = 0, kid_subsets: int = KID_SUBSETS) -> Quality:
     """Real against real: the numbers that a perfect generator would still show.
 
-    Means over random splits into two disjoint halves of features of at least 4 images, else ValueError. Halves are
-    smaller than the sets that samples are compared on, so the floor of a biased distance is a little too high.
+    Means over random splits into two disjoint halves. Halves are smaller than the sets that samples are compared on,
+    so the floor of a biased distance is a little too high.
+
+    Args:
+        real: features of n >= 4 real images.
+        repeats: random splits that are averaged.
+        kid_subsets: random subsets of every split that KID is averaged over.
+
+    Raises:
+        ValueError: if there are fewer than 4 images.
     """
     if len(real) < 4:
         raise ValueError(f"real must hold at least 4 images to be halved, got {len(real)}")
@@ -128,9 +136,16 @@ def real_floor(real: Features, repeats: int = 5, seed: int = 0, kid_subsets: int
 def fid_infinity(generated: Features, reference: Reference, seed: int = 0) -> float:
     """The Fréchet distance that infinitely many samples would have, by extrapolation (Chong and Forsyth, 2020).
 
-    The distance of n samples is linear in 1/n to first order; a line through the distances of random subsets of several
-    sizes is read off at 1/n = 0. Sizes are evenly spaced from a tenth of the samples (5,000 of 50,000 in the paper) to
-    all. ValueError if the features differ, or there are fewer than 3 samples.
+    The distance of n samples is linear in 1/n to first order; a line through the distances of random subsets of
+    several sizes is read off at 1/n = 0. Sizes are evenly spaced from a tenth of the samples (5,000 of 50,000 in the
+    paper) to all.
+
+    Args:
+        generated: of all samples.
+        reference: in the same features.
+
+    Raises:
+        ValueError: if the features differ, or there are fewer than 3 samples.
     """
     _check_same(generated, reference)
     if len(generated) < 3:

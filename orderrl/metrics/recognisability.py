@@ -167,7 +167,11 @@ def classified(
 ) -> tuple[Tensor, Tensor]:
     """Probability of the true class, (n,) float32, and whether it is the most probable one, (n,) bool.
 
-    `classify` gives logits (m, classes) of images (m, 3, height, width) uint8, as they are shown.
+    Args:
+        classify: uint8 images (m, 3, height, width) -> logits (m, classes).
+        images: (n, 3, height, width) uint8, as they are shown.
+        labels: (n,) int64, the true classes.
+        batch_size: images in one call of the classifier.
     """
     logits = torch.cat([classify(part) for part in images.split(batch_size)])
     target = labels.to(logits.device)
@@ -184,12 +188,21 @@ def at_fractions(values: Tensor, fraction: Tensor, at: Tensor) -> Tensor:
 
 
 def area_over_fraction(values: Tensor, fraction: Tensor) -> Tensor:
-    """Area under the step curve of a value (T, n) over the revealed fraction (T, n) at T moments: (n,) float64.
+    """Area under the step curve of a value over the revealed fraction f in [0, 1].
 
-    The fraction starts at 0 (nothing revealed) and never falls. The value of a moment is held from its fraction until
-    that of the next moment, the last one until 1; so an image that shows four blocks at once earns nothing for them
-    before they are there. A constant 1 has area 1. Moments may repeat a fraction (finished images in a batch): they
-    have no width.
+    The value of a moment is held from its fraction until the fraction of the next moment, the last one until
+    f = 1; so an image that shows four blocks at once earns nothing for them before they are there. A constant 1
+    has area 1. Moments may repeat a fraction (finished images in a batch): they have no width.
+
+    Args:
+        values: (T, n) number or bool at T moments.
+        fraction: (T, n) revealed fraction at these moments; starts at 0 (nothing revealed) and never falls.
+
+    Returns:
+        (n,) float64 (float32 on devices without float64).
+
+    Raises:
+        ValueError: if shapes differ, or the fractions do not start at 0, fall, or exceed 1.
     """
     edges = torch.cat([fraction.double(), torch.ones_like(fraction[:1], dtype=torch.float64)])  # (T + 1, n)
     return (values.double() * edges.diff(dim=0)).sum(0)

@@ -79,7 +79,11 @@ def _quantised(scores: NDArray[np.float32]) -> tuple[NDArray[np.int64], float, f
 def partial_drawing(identifier: str, examples: Examples, reveal_step: Sequence[int], shown: int) -> Markup:
     """A partly revealed image as the inside of an SVG whose unit is a block: the picture, hidden blocks covered.
 
-    The picture's `<image>` is elsewhere on the page; of reveal_step (B,) the first `shown` steps have been taken.
+    Args:
+        identifier: of the picture's `<image>` elsewhere on the page.
+        examples: give the block grid.
+        reveal_step: (B,) when each block is revealed.
+        shown: steps that have been taken.
     """
     hidden = np.asarray(reveal_step).reshape(examples.rows, examples.columns) >= shown
     path = "".join(

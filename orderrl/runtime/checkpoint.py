@@ -60,10 +60,15 @@ def save_checkpoint(path: Path | str, tensors: Mapping[str, Tensor], config: Map
 
 
 def load_checkpoint(path: Path | str, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a checkpoint of the given kind: its tensors, on the CPU, and its configuration.
+    """Read a checkpoint of the given kind.
 
-    FileNotFoundError if there is no such file; ValueError, in one line that says what to do, if it is a pickle,
-    truncated or damaged, not an OrderRL checkpoint, of a newer format or of another kind.
+    Returns:
+        The tensors on the CPU, and the configuration.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is a pickle, truncated or damaged, not an OrderRL checkpoint, of a newer format or of
+            another kind. One line each, which says what to do.
     """
     path = Path(path)
     if not path.is_file():
@@ -85,10 +90,16 @@ def load_checkpoint(path: Path | str, kind: str) -> tuple[dict[str, Tensor], dic
 
 
 def load_state(module: nn.Module, tensors: Mapping[str, Tensor], path: Path | str) -> None:
-    """Load tensors into a module, all of them and nothing else, and only if everything fits.
+    """Load tensors into a module, all of them and nothing else.
 
-    ValueError if keys are missing, unexpected or of another shape, all of them in one line with the path that they are
-    from; or if a tensor is not finite.
+    Args:
+        module: changed in place, and only if everything fits.
+        tensors: the module's state dictionary.
+        path: where they came from, for the message.
+
+    Raises:
+        ValueError: if keys are missing, unexpected or of another shape, all of them in one line; or if a tensor is not
+            finite.
     """
     require_fit(module, {name: value.shape for name, value in tensors.items()}, path, _MISFIT)
     require_finite(path, tensors, "the training that made it diverged, or the file is damaged; use another one")

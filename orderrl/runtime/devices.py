@@ -7,9 +7,13 @@ import torch
 
 
 def checked_device(device: torch.device | str) -> torch.device:
-    """A device that is there, "cpu", "cuda" or "cuda:N", else ValueError with the choices.
+    """A device that is there.
 
-    Apple's mps has no float64, which the keyed random numbers need.
+    Args:
+        device: "cpu", "cuda" or "cuda:N". Apple's mps has no float64, which the keyed random numbers need.
+
+    Raises:
+        ValueError: if it is unknown or not there; with the choices.
     """
     number = re.fullmatch(r"(cpu|cuda)(?::(\d{1,3}))?", str(device))
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0

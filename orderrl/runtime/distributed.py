@@ -57,9 +57,16 @@ def launched(command: Callable[[DictConfig], T]) -> Callable[[DictConfig], T]:
 
 @contextmanager
 def processes(device: str) -> Iterator[str]:
-    """Meet the other processes that `torchrun` started; yields this one's device, for "cuda" that of its local rank.
+    """Meet the other processes that `torchrun` started.
 
-    ValueError if there are fewer GPUs than processes, or one GPU is asked for by number.
+    Args:
+        device: "cpu", or "cuda" for the device of this process's local rank.
+
+    Yields:
+        The device of this process.
+
+    Raises:
+        ValueError: if there are fewer GPUs than processes, or one GPU is asked for by number.
     """
     import torch
     from torch import distributed
@@ -185,10 +192,15 @@ def rows_of(batch: Tensor) -> Tensor:
 
 
 def backward(loss: Tensor, parameters: Iterable[nn.Parameter], weight: float | None = None) -> float:
-    """Gradients of the weighted mean of all processes' losses, the same in every process; that mean is returned.
+    """Gradients of the weighted mean of all processes' losses, the same in every process.
 
-    The loss is of this process's rows, and `weight` its share in the mean: None is an equal share, and sharded
-    parameters allow no other. Gradients of the parameters must be empty.
+    Args:
+        loss: scalar, of this process's rows.
+        parameters: those that are trained; their gradients must be empty.
+        weight: share of this process in the mean; None is an equal share. Sharded parameters allow no other.
+
+    Returns:
+        The mean loss.
     """
     if _place.size == 1:
         loss.backward()

@@ -13,8 +13,13 @@ LARGEST_SEED = 2**62  # sums of seeds and places stay within int64
 def as_int64(name: str, values: Any, hint: str = "") -> Tensor:
     """Integers of any width, in a tensor, an array or nested lists, as an int64 tensor on the device they lie on.
 
-    As in Gymnasium's `Discrete`, floats are refused even where they are whole; truth values are no numbers. The refusal
-    (ValueError) names the argument and what was given; `hint` says what to give instead.
+    As in Gymnasium's `Discrete`, floats are refused even where they are whole; truth values are no numbers.
+
+    Args:
+        hint: what to give instead, for the message.
+
+    Raises:
+        ValueError: if they are anything else; it names the argument and what was given.
     """
     try:
         tensor = values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))

@@ -29,7 +29,8 @@ _AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 def own_modes(*, gradients: bool | None = True) -> Iterator[None]:
     """Tensors on the CPU unless a device is named, neither inference mode nor autocast, of this thread.
 
-    Whether gradients are computed is left to the caller with None.
+    Args:
+        gradients: whether they are computed; None leaves that to the caller.
     """
     wanted = torch.is_grad_enabled() if gradients is None else gradients
     with ExitStack() as stack:

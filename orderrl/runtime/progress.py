@@ -34,11 +34,18 @@ class Advance(Protocol):
 
 @contextmanager
 def progress(total: int | None, description: str, unit: str = "it") -> Iterator[Advance]:
-    """Show how far a loop is: a bar with count, rate, time passed and time left; yields a function to call.
+    """Show how far a loop is: a bar with count, rate, time passed and time left.
 
     In a notebook with ipywidgets the bar moves in the cell's output. Where the standard output is no terminal either,
     plain lines are printed instead, one in ten seconds and one at the end. Of many processes the main one shows its
-    own. The total may be unknown (None); `unit` is the items' name, plural, for the rate.
+    own.
+
+    Args:
+        total: number of items, None if it is not known.
+        unit: name of the items, plural, for the rate.
+
+    Yields:
+        A function to call when items are done.
     """
     if not distributed.is_main():
         yield lambda count=1, note="": None

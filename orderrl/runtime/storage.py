@@ -126,9 +126,14 @@ def flush(path: Path) -> None:
 
 
 def claim(lock: Path) -> IO[bytes] | None:
-    """Create a lock file and lock it until it is closed, or until this process ends; OSError if that is not possible.
+    """Create a lock file and lock it until it is closed, or until this process ends.
 
-    The open file; None if a living process has locked it, or it is another user's.
+    Returns:
+        The open file; None if a living process has locked it, or it is another user's.
+
+    Raises:
+        FileNotFoundError: if its folder is not there (any more).
+        OSError: if its file system cannot be written.
     """
     while True:
         held = _held.get(str(lock.absolute()))

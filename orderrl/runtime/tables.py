@@ -44,10 +44,13 @@ def floats(*shape: int) -> Column:
 
 
 class TableWriter:
-    """A new table in an empty folder that grows by rows; it is complete when the block ends without an error.
+    """A new table that grows by rows; a context manager that completes it when the block ends without an error.
 
     Files are written and not mapped: what is mapped counts as memory, and a full disk would kill the process instead of
     raising an error.
+
+    Args:
+        folder: made if need be; must be empty.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -34,9 +34,14 @@ _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_orig_mod|_checkpo
 
 
 def local_path(path: str | Path) -> Path:
-    """A file on this machine; one of the hub, `hf://OWNER/NAME[@REVISION]/FILE`, is downloaded, or found in its cache.
+    """A file on this machine; hub names are downloaded, or found in the hub's cache.
 
-    ValueError if a hub name is malformed or its file can't be had, FileNotFoundError if there is no such file.
+    Args:
+        path: a file, or `hf://OWNER/NAME[@REVISION]/FILE`.
+
+    Raises:
+        ValueError: if the hub name is malformed, or its file cannot be downloaded or found.
+        FileNotFoundError: if there is no such file.
     """
     text = str(path)
     if not text.startswith(HUB):
@@ -178,10 +183,17 @@ def clean_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_weights(module: nn.Module, path: str | Path, weights: str | None = None) -> nn.Module:
-    """Fill a module, on any device but meta, from a file, in the module's own dtype, shard by shard.
+    """Fill a module from a file, in the module's own dtype, shard by shard.
 
-    Arguments as for `read_state`. ValueError, in one line, if keys are missing, unexpected or of another shape: the
-    module is then filled in part and of no use.
+    Args:
+        module: on any device but meta; changed in place.
+        path: as for `read_state`.
+        weights: as for `read_state`.
+
+    Raises:
+        ValueError: if keys are missing, unexpected or of another shape; all of them in one line. The module is then
+            filled in part and of no use.
+        FileNotFoundError: if there is no such file.
     """
     expected = module.state_dict()
     shapes: dict[str, torch.Size] = {}

@@ -108,10 +108,18 @@ class KLTokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Scaled tokens (n, N, C) of images (n, 3, H, W), uint8 or in [-1, 1]: raster order, N = H·W / downsampling².
+        """Scaled tokens of images: the posterior's mean, or its sample under given noise.
 
-        The posterior's mean, or its sample under standard normal noise (n, N, C). ValueError if height or width is not
-        a multiple of the downsampling, values lie outside [-1, 1], or the noise has another shape.
+        Args:
+            images: (n, 3, H, W) uint8, or floating point in [-1, 1].
+            noise: (n, N, C) standard normal; None takes the mean.
+
+        Returns:
+            (n, N, C) floating point, raster order, N = H·W / downsampling².
+
+        Raises:
+            ValueError: if height or width is not a multiple of the downsampling, values lie outside [-1, 1], or the
+                noise has another shape.
         """
         images = to_unit_range(images).to(self.quant_conv.weight)
         grid = latent_grid(images.shape[2], images.shape[3], self.downsampling)
@@ -126,7 +134,18 @@ class KLTokenizer(nn.Module):
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Images (n, 3, H, W) uint8 of scaled tokens (n, N, C) on a grid of rows and columns, else ValueError."""
+        """Images of tokens.
+
+        Args:
+            tokens: (n, N, C) floating point, scaled, raster order.
+            grid: rows and columns of tokens, rows · columns = N.
+
+        Returns:
+            (n, 3, H, W) uint8.
+
+        Raises:
+            ValueError: if the shape does not fit.
+        """
         want = (grid[0] * grid[1], self.token_dim)
         if tokens.ndim != 3 or tokens.shape[1:] != want:
             raise ValueError(f"tokens must have shape (n, {want[0]}, {want[1]}), got {tuple(tokens.shape)}")

@@ -204,7 +204,10 @@ def _middle(channels: int, config: StackConfig, names: Names) -> nn.Sequential:
 class Encoder(nn.Module):
     """(n, 3, H, W) -> (n, out_channels, H/f, W/f).
 
-    `attention` says for every resolution, from full to lowest, whether its stage has attention; `names` are its parts'.
+    Args:
+        out_channels: of the latents.
+        attention: for every resolution, from full to lowest, whether its stage has attention.
+        names: of its parts.
     """
 
     def __init__(self, config: StackConfig, out_channels: int, attention: list[bool], names: Names) -> None:

@@ -7,7 +7,11 @@ from orderrl.tokenizers.layers import latent_grid, to_pixels, to_unit_range
 
 
 class PatchTokenizer(nn.Module):
-    """Square patches as tokens of 3 · side² values in [-1, 1]; decoding encoded images gives them back exactly."""
+    """Square patches as tokens of 3 · side² values in [-1, 1]; decoding encoded images gives them back exactly.
+
+    Args:
+        side: of a patch, pixels.
+    """
 
     vocab_size = None
 

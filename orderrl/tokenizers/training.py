@@ -71,7 +71,17 @@ def tokenizer_losses(tokenizer: VQTokenizer, images: Tensor, reconstruction: str
 
 @torch.no_grad()
 def restart_codes(tokenizer: VQTokenizer, unused: Tensor, latents: Tensor, generator: torch.Generator) -> int:
-    """Move unused codes (V,) bool to random ones of the latents (..., e), in place; how many moved."""
+    """Move unused codes to random latents.
+
+    Args:
+        tokenizer: changed in place.
+        unused: (V,) bool.
+        latents: (..., e) to draw from.
+        generator: source of randomness, on the CPU.
+
+    Returns:
+        How many codes moved.
+    """
     count = int(unused.sum())
     flat = latents.flatten(0, -2)
     chosen = torch.randint(len(flat), (count,), generator=generator).to(flat.device)
@@ -81,10 +91,15 @@ def restart_codes(tokenizer: VQTokenizer, unused: Tensor, latents: Tensor, gener
 
 @torch.no_grad()
 def reconstruction_quality(tokenizer: VQTokenizer, batches: Iterable[Tensor]) -> dict[str, float]:
-    """How well 8-bit reconstructions agree with images (n, 3, H, W) uint8, and how much of the codebook they use.
+    """How well 8-bit reconstructions agree with the images, and how much of the codebook they use.
 
-    images; psnr (dB, mean over images); l1 (mean absolute error, pixel values in [0, 1]); usage (share of codes that
-    occur); perplexity (exponential of the entropy of the codes' frequencies).
+    Args:
+        tokenizer: in eval mode.
+        batches: (n, 3, H, W) uint8 each.
+
+    Returns:
+        images; psnr (dB, mean over images); l1 (mean absolute error, pixel values in [0, 1]); usage (share of codes
+        that occur); perplexity (exponential of the entropy of the codes' frequencies).
     """
     counts = torch.zeros(tokenizer.vocab_size, dtype=torch.int64)
     psnr: list[Tensor] = []

@@ -123,9 +123,16 @@ class VQTokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Tokens (n, N) int64 of images (n, 3, H, W), uint8 or in [-1, 1]: raster order, N = H·W / downsampling².
+        """Tokens of images.
 
-        ValueError if height or width is not a multiple of the downsampling, or values lie outside [-1, 1].
+        Args:
+            images: (n, 3, H, W) uint8, or floating point in [-1, 1].
+
+        Returns:
+            (n, N) int64 in [0, vocab_size), raster order, N = H·W / downsampling².
+
+        Raises:
+            ValueError: if height or width is not a multiple of the downsampling, or values lie outside [-1, 1].
         """
         images = to_unit_range(images).to(self.quant_conv.weight)
         latent_grid(images.shape[2], images.shape[3], self.downsampling)
@@ -133,9 +140,17 @@ class VQTokenizer(nn.Module):
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Images (n, 3, H, W) uint8 of tokens (n, N) int64 on a grid of rows and columns.
+        """Images of tokens.
 
-        ValueError if the shape does not fit the grid, or a token lies outside the codebook.
+        Args:
+            tokens: (n, N) int64 in [0, vocab_size), raster order.
+            grid: rows and columns of tokens, rows · columns = N.
+
+        Returns:
+            (n, 3, H, W) uint8.
+
+        Raises:
+            ValueError: if the shape does not fit the grid, or a token lies outside the codebook.
         """
         if tokens.ndim != 2 or tokens.shape[1] != grid[0] * grid[1]:
             raise ValueError(

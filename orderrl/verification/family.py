@@ -22,8 +22,11 @@ _FIXED = {"cls_token_num": 1, "model_type": "c2i", "ffn_dim_multiplier": None, "
 def family_config(fixture: Fixture, one_block: bool = False) -> TransformerConfig:
     """Our configuration for the published `ModelArgs`; `block_size` is there the number of tokens.
 
-    With `one_block` the whole image is one (raster models); else blocks are single tokens. Values that our models do
-    not know are refused.
+    Args:
+        one_block: the whole image is one block (raster models); else blocks are single tokens.
+
+    Raises:
+        ValueError: if an argument has a value that our models do not know.
     """
     arguments = fixture.arguments
     for name, known in (_FIXED | {"n_kv_head": arguments["n_head"]}).items():

@@ -90,7 +90,15 @@ def _concerns(key: str, name: str) -> bool:
 
 
 def load_fixture(path: str | Path, device: torch.device | str = "cpu") -> Fixture:
-    """Read NAME.safetensors, with NAME.json beside it, to be replayed on a device; ValueError if it is not whole."""
+    """Read a fixture.
+
+    Args:
+        path: NAME.safetensors, with NAME.json beside it.
+        device: where it is to be replayed.
+
+    Raises:
+        ValueError: if a file is missing, broken, or not a fixture, or the device is not there.
+    """
     path, device = Path(path), checked_device(device)
     beside = path.with_suffix(".json")
     for file in (path, beside):
