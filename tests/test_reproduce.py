@@ -91,7 +91,12 @@ def test_a_planner_with_a_body_of_its_own_is_evaluated_with_that_body(
         return folder / "planner.safetensors"
 
     monkeypatch.setattr("orderrl.reproduce.train", train)
-    monkeypatch.setattr("orderrl.reproduce.evaluate", lambda config: seen.append(config) or Path())
+
+    def evaluate(config: DictConfig) -> Path:
+        seen.append(config)
+        return Path()
+
+    monkeypatch.setattr("orderrl.reproduce.evaluate", evaluate)
     reproduce(compose("reproduce", ["suite=orders", "specialists=[]", "runs=[['agent=bc'],['agent=joint']]"]))
     assert list(seen[0].eval.planners) == [str(tmp_path / "bc" / "planner.safetensors")]
     assert list(seen[0].eval.specialists) == [str(tmp_path / "joint" / BODY)]

@@ -56,7 +56,7 @@ def planner(folder: Path, name: str = "planner.safetensors", **description: Any)
 def test_fitted_orders_are_found_by_what_was_fitted_and_kept_with_the_specialist(tmp_path: Path) -> None:
     """Other labels, other order: neither those in the cache nor those fitted on the specialist's own labels."""
     for order in (FORWARDS, BACKWARDS):
-        source = orders(tmp_path, "fitted", fitted=lambda order=order: order)  # type: ignore[misc]
+        source = orders(tmp_path, "fitted", fitted=lambda order=order: order)
         found = source.images(source.extract(tiny_backbone(), 0))
         assert torch.equal(found.order, order.expand(20, -1))
     made = specialist(tmp_path, **source.keep(tmp_path))

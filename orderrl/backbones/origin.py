@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from orderrl.runtime.values import kinds, require_kind
 
@@ -47,7 +47,7 @@ class Origin:
         found = description.get(ORIGIN)
         if found is None:
             return None
-        known = {key: kind for key, kind in kinds(cls).items() if key != "folder"}
+        known = {key: kind for key, kind in kinds(cast(Any, cls)).items() if key != "folder"}
         try:
             require_kind(ORIGIN, found, dict)
             for key, kind in known.items():

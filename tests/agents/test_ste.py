@@ -292,7 +292,7 @@ def test_the_heads_gradient_is_clipped_by_itself() -> None:
 
 def test_the_terms_are_their_formulas() -> None:
     target = torch.rand(8, 16, generator=generator())
-    held = {"l2_coeff": 0.5, "spread_coeff": 0.7, "entropy_coeff": 0.3}
+    held: dict[str, Any] = {"l2_coeff": 0.5, "spread_coeff": 0.7, "entropy_coeff": 0.3}
     made = training(oracle_coeff=2.0, aligned=True, gen_coeff=0.0, label_dropout=0.0, **held)
     made.importance = lambda tokens, labels, scores, generator: target
     seen: list[Tensor] = []

@@ -19,7 +19,7 @@ from tests.envs.helpers import Trajectory, arguments, play_single, play_torchrl,
 from tests.helpers import tiny_backbone
 
 MODES = ["NEXT_STEP", "SAME_STEP", "DISABLED"]
-CASES = [
+CASES: list[dict[str, Any]] = [
     {"budgets": (1,)},
     {"budgets": (1, 2, 4), "objective": "likelihood", "step_cost": 0.5},
     {"budgets": (1, 2), "objective": "likelihood", "step_cost": (0.05, 2.0)},

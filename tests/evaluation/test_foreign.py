@@ -16,7 +16,7 @@ from orderrl.evaluate import evaluate
 from orderrl.evaluation.protocol import EvaluationProtocol
 from orderrl.evaluation.rows import evaluate_foreign
 from orderrl.evaluation.settings import EvalConfig
-from orderrl.metrics.features import DIGITS
+from orderrl.metrics.feature_names import DIGITS
 from orderrl.metrics.references import Gaussian, Reference
 from tests.helpers import tiny_backbone, tiny_images
 
@@ -50,7 +50,7 @@ WRONG: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "statistics alone": (npz(mu=np.zeros(64), sigma=np.eye(64), features=DIGITS), "holds statistics alone"),
     "a head that lies": (huge, "cannot be read as .npz arrays"),
-    "nothing": (lambda path: path.write_bytes(b"") and None, "cannot be read as .npz arrays"),
+    "nothing": (lambda path: path.touch(), "cannot be read as .npz arrays"),
 }
 
 
