@@ -65,19 +65,27 @@ def test_a_terminal_without_unicode_gets_like_signs(monkeypatch: pytest.MonkeyPa
     assert "Frechet" in shown and shown.endswith("gain ^ 0.19 +- 0.01, >= -3 ... ?\n")
 
 
-def test_the_shell_completes_commands_groups_and_keys(tmp_path: Path) -> None:
-    if (bash := shutil.which("bash")) is None:
-        pytest.skip("there is no bash")
+COMPLETING = {"bash": "", "zsh": "autoload -U compinit bashcompinit; compinit -u -D; bashcompinit;"}
+
+
+@pytest.mark.parametrize("shell", COMPLETING)
+def test_the_shell_completes_commands_groups_and_keys(shell: str, tmp_path: Path) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"there is no {shell}")
     (tmp_path / "script").write_text(completion_script(["train", "evaluate", "compare"]))
     tab = 'source ./script; COMP_LINE="$0"; COMP_POINT=${#0}; _orderrl; echo "${COMPREPLY[@]}"'
 
     def completed(line: str) -> list[str]:
-        answer = subprocess.run([bash, "-c", tab, line], capture_output=True, text=True, cwd=tmp_path, check=True)
-        return answer.stdout.split()
+        call = [shell, "-c", COMPLETING[shell] + tab, line]
+        answer = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, check=True)
+        assert not answer.stderr
+        start = line.split(" ")[-1]  # which zsh looks for itself, and bash behind "="
+        return [word for word in answer.stdout.split() if shell == "bash" or word.startswith(start)]
 
     assert completed("orderrl tr") == ["train"]
     assert completed("orderrl ")[:3] == ["train", "evaluate", "compare"]
-    assert completed("orderrl train data=canvas agent=p") == ["ppo"]  # readline has "agent=" as a word of its own
+    choice = {"bash": "ppo", "zsh": "agent=ppo"}[shell]
+    assert completed("orderrl train data=canvas agent=p") == [choice]
     assert completed("orderrl train agent=ppo agent.gae") == ["agent.gae_lambda="]
     assert completed("orderrl evaluate eval.resamp") == ["eval.resamples="]
     assert completed("orderrl compare runs/") == []  # the shell's own completion takes files

@@ -11,7 +11,7 @@ from orderrl.runtime.schema import Part, settings_of
 _SCRIPT = """\
 # made by `orderrl --completion`; make it again after an update
 _orderrl() {
-    local line="${COMP_LINE:0:COMP_POINT}" words
+    local line="${COMP_LINE:0:$COMP_POINT}" words
     local current="${line##*[ ]}"
     case "$line" in
 @cases@
@@ -23,7 +23,11 @@ _orderrl() {
     [[ ${COMPREPLY[0]} == *= ]] && compopt -o nospace 2>/dev/null
     return 0
 }
-complete -o default -F _orderrl orderrl
+if [[ -n ${ZSH_VERSION-} ]]; then  # which has no compopt, and would put a space behind "key="
+    complete -o default -o nospace -F _orderrl orderrl
+else
+    complete -o default -F _orderrl orderrl
+fi
 """
 
 
