@@ -89,7 +89,10 @@ def find_or_train_classifier(
 ) -> PartialClassifier:
     """The frozen classifier of a data set's tokens, found in the cache or trained on the backbone split."""
     train, test = load_split(data, "backbone"), load_split(data, "test")
-    description = {"format": _FORMAT, "images": train.fingerprint, "classifier": asdict(config), "seed": seed}
+    settings = asdict(config)
+    if data not in AUGMENTATIONS:  # the same images under another name are not augmented
+        settings["augmentation"] = 0.0
+    description = {"format": _FORMAT, "images": train.fingerprint, "classifier": settings, "seed": seed}
     cache, key = Cache(cache_dir), fingerprint(description)
     torch.manual_seed(seed)
     classifier = PartialClassifier(config, train)

@@ -16,6 +16,7 @@ import torch
 
 from orderrl.agents.play import Rollout
 from orderrl.agents.registry import NamedPolicy, policy_source
+from orderrl.agents.spec import PolicySpec
 from orderrl.backbones import backbone_fingerprint, backbone_names, load_backbone
 from orderrl.backbones.registry import TrainableBackbone
 from orderrl.data import TokenSet
@@ -116,6 +117,7 @@ def evaluation_key(config: EvalConfig, setup: Setup, data: TokenSet, policies: S
         "seed": setup.seed,
         "files": [source_identity(timm_source(name) or name) for name in _files(config)],
         "foreign": [source_identity(path) for _, path in _foreign(config)],
+        "orders": [source_identity(policy_source(PolicySpec.parse(name))) for name in config.specialist_orders],
         "features": EXTRACTORS.version(config.features) if config.features and is_own(config.features) else None,
         "policies": [
             [policy.name, _acting(policy), source_identity(policy_source(policy.spec))] for policy in policies

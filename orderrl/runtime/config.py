@@ -360,7 +360,7 @@ def _line(error: Exception) -> str:
 
 def _print_help(command: str, overrides: Sequence[str]) -> None:
     groups, defaults, meanings = help_of(command, overrides)
-    console = new_console(120, markup=False)
+    console = new_console(120)
     module = f"{CONFIGS.rpartition('.')[0]}.{command}"
     console.print(f"usage: python -m {module} [group=choice ...] [key=value ...] [--multirun] [--cfg job] [--help]\n")
     if groups:

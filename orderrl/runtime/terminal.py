@@ -17,10 +17,10 @@ def _in_ascii(error: UnicodeError) -> tuple[str, int]:
     return "".join(_ALIKE.get(sign, like) for sign, like in zip(signs, plain, strict=True)), error.end
 
 
-def new_console(width: int, markup: bool = True) -> Console:
-    """A console as wide as the terminal, or of so many characters in a file."""
-    console = Console(highlight=False, markup=markup)
-    return console if console.is_terminal else Console(highlight=False, markup=markup, width=width)
+def new_console(width: int) -> Console:
+    """A console as wide as the terminal, or of so many characters in a file; brackets are brackets, as in names."""
+    console = Console(highlight=False, markup=False)
+    return console if console.is_terminal else Console(highlight=False, markup=False, width=width)
 
 
 def one_line(error: BaseException, most: int | None = None) -> str:

@@ -85,6 +85,11 @@ def test_everything_that_is_printed_or_written_follows_the_rule_and_says_it(
     assert "No learned planner beats raster beyond chance" in summary(results)
 
 
+def test_names_with_brackets_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    print_results([empty_row() | {"policy": "a [/b] [red]c", "gain_auc": 0.5}], [])
+    assert "a [/b] [red]c" in capsys.readouterr().out
+
+
 def test_comparing_runs_follows_the_same_rule(rows: list[Evaluated], tmp_path: Path) -> None:
     """The planner of one run with the orders of another called by the same names, as one family of 20."""
     planner = next(row for row in rows if row.row["R"] is not None)

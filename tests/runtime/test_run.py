@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -337,10 +338,10 @@ def test_a_terminal_gets_a_bar_with_rate(capsys: pytest.CaptureFixture[str], mon
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
-    with progress(50, "counting", "numbers") as advance:
-        advance(50)
-    output = capsys.readouterr().out
-    assert "counting" in output and "50/50" in output
+    with progress(50, "orders of a [/b] [red]c.safetensors", "numbers") as advance:  # of a folder with brackets
+        advance(50, "d [/e]")
+    output = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().out)
+    assert "orders of a [/b] [red]c.safetensors" in output and "50/50" in output and "d [/e]" in output
 
 
 @pytest.mark.parametrize("widgets", [True, False])
