@@ -28,13 +28,16 @@ from orderrl.oracle import LabelConfig, label_contexts, random_contexts
 from orderrl.pretrain import pretrain
 from orderrl.runtime.config import compose
 from orderrl.tokenize import tokenize
-from orderrl.tokenizers import PRESETS, build_tokenizer
+from orderrl.tokenizers import PRESETS, StackConfig, VQConfig, build_tokenizer
 from orderrl.train import train
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SYNSETS = ("n01440764", "n02099601", "n02123045")  # ImageNet's classes 0, 207 and 281
 SIDE = 4
-SHAPE = {"height": SIDE, "width": SIDE, "num_classes": 1000, "dim": 16, "layers": 2, "heads": 2, "multiple_of": 16}
+CODES = 512
+SHAPE = {"height": SIDE, "width": SIDE, "vocab_size": CODES, "num_classes": 1000}
+SHAPE |= {"dim": 16, "layers": 2, "heads": 2, "multiple_of": 16}
+STACK = StackConfig(ch=32, num_res_blocks=1)  # 16 pixels a token, as the published one
 
 # What makes every command small; the rest is as on the page.
 SMALL: dict[str, list[str]] = {
@@ -48,6 +51,7 @@ SMALL: dict[str, list[str]] = {
     "generate": ["n=2", "labels.contexts=16", "steps=5"],
     "pretrain": ["training.steps=2", "training.batch_size=2", "training.warmup=1"],
 }  # fmt: skip
+MASKED_PART = {"embed_dim": 32, "depth": 1, "num_heads": 2}
 PPO_SMALL = [
     "labels.contexts=16",
     "agent.num_envs=4",
@@ -89,13 +93,13 @@ def layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             for i in range(count):
                 array = pixels.integers(0, 256, (70, 80, 3), dtype=np.uint8)
                 Image.fromarray(array).save(folder / f"{split}_{i}.JPEG", format="JPEG")
+    monkeypatch.setitem(PRESETS, "vq16", VQConfig(codebook_size=CODES, encoder=STACK, decoder=STACK))
     torch.manual_seed(0)
     torch.save({"model": build_tokenizer(PRESETS["vq16"], "vq16").state_dict()}, tmp_path / "vq_ds16_c2i.pt")
-    vocabulary: dict[str, Any] = {"vocab_size": 16384}
-    randar = new_backbone("randar", SHAPE | vocabulary | {"block_size": 1})
+    randar = new_backbone("randar", SHAPE | {"block_size": 1})
     torch.nn.init.normal_(randar.output.weight)  # type: ignore[union-attr, arg-type]
     save_file(randar.state_dict(), tmp_path / "randar_xl.safetensors")
-    llamagen = new_backbone("llamagen", SHAPE | vocabulary | {"block_size": SIDE})
+    llamagen = new_backbone("llamagen", SHAPE | {"block_size": SIDE})
     torch.save({"model": llamagen.state_dict()}, tmp_path / "c2i_B_256.pt")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ORDERRL_CACHE", str(tmp_path / "cache"))
@@ -174,8 +178,11 @@ def test_pretrain_goes_from_an_image_folder_to_a_backbone(layout: Path) -> None:
 @pytest.mark.slow
 def test_a_masked_model_goes_through_the_main_job(layout: Path) -> None:
     """Pretrained, labelled, cloned, evaluated in DiffLoss units; what needs probabilities is refused first."""
-    train_small = ["training.steps=2", "training.batch_size=4", "training.warmup=1"]
-    path = pretrain(compose("pretrain", ["backbone=digits_mar", "data=digits_patches", *train_small]))
+    shape = {f"{part}_{key}": value for part in ("encoder", "decoder") for key, value in MASKED_PART.items()}
+    shape |= {"diffloss_d": 1, "diffloss_w": 32, "num_sampling_steps": 5}
+    small = ["training.steps=2", "training.batch_size=4", "training.warmup=1"]
+    small += [f"backbone.model.{key}={value}" for key, value in shape.items()]
+    path = pretrain(compose("pretrain", ["backbone=digits_mar", "data=digits_patches", *small]))
     job = ["backbone=digits_mar", f"backbone.name={path}", "data=digits_patches", "labels.contexts=24"]
     train(compose("train", [*job, "agent=bc", "agent.steps=4"]))
     policies = "eval.policies=[raster,random,oracle]"

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +18,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from torch.distributed.run import get_args_parser
+from torch_fidelity import defaults as torch_fidelity_defaults
 
 from orderrl.agents.bc import TARGETS
 from orderrl.agents.registry import make_policy
-from orderrl.backbones import load_backbone
+from orderrl.backbones import Backbone, load_backbone
 from orderrl.backbones.registry import WEIGHTS
 from orderrl.configs.schema import COMMANDS
 from orderrl.metrics.images import save_images
@@ -158,12 +160,18 @@ def check_module(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPa
     check_policies(config)
 
 
+@cache
+def shipped(name: str) -> Backbone:
+    """A backbone that comes with the package."""
+    return load_backbone(name)
+
+
 def check_policies(config: Any) -> None:
     """Names of policies that a config holds are known to the registry, schedule and all."""
     named = [OmegaConf.select(config, key) for key in ("policy", "agent.order", "agent.start_target", "agent.policy")]
     for key in ("eval.policies", "eval.sampled"):
         named += OmegaConf.select(config, key) or []
-    backbone = load_backbone("canvas" if OmegaConf.select(config, "data.name") == "canvas" else "digits")
+    backbone = shipped("canvas" if OmegaConf.select(config, "data.name") == "canvas" else "digits")
     for spec in filter(None, named):
         if spec.startswith(CHOSEN_BY_COMMANDS) or spec in (*TARGETS, "schedule") or ".safetensors" in spec:
             continue
@@ -183,13 +191,22 @@ def test_every_training_of_a_suite_composes(suite: str) -> None:
 EXECUTED = [fence for fence in FENCES if fence.language == "python"]
 
 
-@pytest.fixture
-def results(files: Path) -> Path:
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the pages' Python reads: generated and real images, and rollouts."""
+    folder = tmp_path_factory.mktemp("made")
     generator = torch.Generator().manual_seed(0)
-    for folder in ("runs/evaluate/DATE/samples/raster", "REAL"):
-        save_images(torch.randint(256, (12, 3, 12, 12), generator=generator).byte(), files / folder)
-    rollouts(compose("rollouts", ["policy=random", "n=4", "output=transitions", f"cache_dir={files}/cache"]))
+    for name in ("runs/evaluate/DATE/samples/raster", "REAL"):
+        save_images(torch.randint(256, (12, 3, 12, 12), generator=generator).byte(), folder / name)
+    places = [f"output={folder / 'transitions'}", f"output_dir={folder / 'runs'}", f"cache_dir={folder / 'cache'}"]
+    rollouts(compose("rollouts", ["policy=random", "n=4", *places]))
+    return folder
+
+
+@pytest.fixture
+def results(files: Path, made: Path) -> Path:
+    """The same in a folder of a test's own."""
+    shutil.copytree(made, files, dirs_exist_ok=True)
     return files
 
 
@@ -204,6 +221,8 @@ def test_python_of_the_pages_runs(fence: Fence, results: Path, monkeypatch: pyte
             (folder := results / "runs" / kind / "DATE").mkdir(parents=True)
             shutil.copyfile(shipped, folder / f"{name}.safetensors")
         (results / "runs" / "evaluate" / "DATE" / "results.md").write_text("| policy |")
+    if "torch_fidelity" in fence.text:  # without processes that read a dozen images
+        monkeypatch.setitem(torch_fidelity_defaults.DEFAULTS, "save_cpu_ram", True)
     if "minari" in fence.text:
         pytest.importorskip("minari")
         made = ["policy=random@4", "n=4", "env=likelihood", "minari=orderrl/canvas-random4-v0", "output=null"]

@@ -6,23 +6,43 @@ import os
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+import matplotlib.pyplot as plt
 import pytest
+
+from tests.registries import keep_registries
 
 nbclient = pytest.importorskip("nbclient")
 nbformat: Any = pytest.importorskip("nbformat")
 
 ROOT = Path(__file__).parents[1]
-NOTEBOOKS = sorted((ROOT / "docs" / "tutorials").glob("*.ipynb"))
+NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "docs" / "tutorials").glob("*.ipynb"))}
+IN_A_KERNEL = "own_images"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_notebook_runs_in_a_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
-    book = nbformat.read(path, 4)
+    book = nbformat.read(NOTEBOOKS[IN_A_KERNEL], 4)
     nbclient.NotebookClient(book, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in NOTEBOOKS if name != IN_A_KERNEL])
+def test_the_cells_of_a_notebook_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a kernel, which would import everything anew for each notebook."""
+    keep_registries(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    book = nbformat.read(NOTEBOOKS[name], 4)
+    nbformat.validate(book)
+    matplotlib.use("agg")
+    scope: dict[str, Any] = {}
+    for number, cell in enumerate(book.cells):
+        if cell.cell_type == "code":
+            exec(compile(cell.source, f"{name}, cell {number}", "exec"), scope)
+    plt.close("all")
+
+
 def test_there_is_a_notebook_for_each_path_of_a_new_user() -> None:
-    assert [path.stem for path in NOTEBOOKS] == ["first_planner", "own_images", "own_policy"]
+    assert list(NOTEBOOKS) == ["first_planner", "own_images", "own_policy"]

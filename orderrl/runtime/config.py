@@ -335,7 +335,10 @@ def _is_group(loader: ConfigLoader, name: str) -> bool:
 
 def _choices(loader: ConfigLoader, group: str) -> list[str]:
     """What a group offers; files with a leading underscore are parts of others."""
-    return [name for name in loader.get_group_options(group, ObjectType.CONFIG) if not name.startswith("_")]
+    # the loader's own list would parse all overrides again
+    sources = [source for source in loader.get_sources() if source.is_group(group)]
+    found = {name for source in sources for name in source.list(group, ObjectType.CONFIG)}
+    return sorted(name for name in found if not name.startswith("_"))
 
 
 def _closest(name: str, known: Sequence[str]) -> str:

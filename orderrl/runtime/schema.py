@@ -11,11 +11,12 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cached_property
 from pkgutil import resolve_name
 from typing import Any, NamedTuple, get_args
 
 from hydra.core.config_store import ConfigNode, ConfigStore
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from orderrl.runtime.values import Rule, kinds, named, require, require_kind
 
@@ -57,6 +58,11 @@ class Node:
             values["defaults"] = [*defaults, *(["_self_"] if "_self_" not in defaults else [])]
         return values
 
+    @cached_property
+    def config(self) -> DictConfig:
+        """The same for Hydra, which copies it."""
+        return OmegaConf.create(self.contents())
+
 
 Nodes = Mapping[str, Node]
 
@@ -84,7 +90,7 @@ class _StoredNode(ConfigNode):
     @property
     def node(self) -> Any:
         if self.own is None:
-            self.own = OmegaConf.create(self.made.contents())
+            return self.made.config
         return self.own
 
     @node.setter

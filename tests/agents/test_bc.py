@@ -152,7 +152,7 @@ def test_every_target_learns(target: str, reasoning_steps: int) -> None:
     planner = tiny_planner(reasoning_steps=reasoning_steps, noisy=False, pairs=target == "pairs")
     unseen = tiny_labels(seed=1)
     chance = regret(tiny_planner(), unseen, target)
-    rows = train(planner, tiny_labels(), target=target)
+    rows = train(planner, tiny_labels(), target=target, steps=90, evaluate_every=45)
     assert chance > 0.5
     assert regret(planner, unseen, target) < 0.2 * chance
     assert rows[-1]["loss"] < rows[0]["loss"] and not planner.training

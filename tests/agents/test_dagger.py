@@ -40,14 +40,14 @@ def contexts(policy: Policy | None = None, count: int = 30, **changes: Any) -> C
 
 def played(policy: Policy, found: Contexts) -> Tensor:
     """The whole order of a policy on the image of every context, played one image at a time."""
-    orders = []
-    for image in found.image.tolist():
+    orders = {}
+    for image in set(found.image.tolist()):
         core = tiny_core(num_envs=1)
         core.reset(index=image)
         for _ in range(BLOCKS):
             core.step(policy(core.observation(), torch.Generator()))
-        orders.append(core.reveal_step[0].argsort())
-    return torch.stack(orders)
+        orders[image] = core.reveal_step[0].argsort()
+    return torch.stack([orders[image] for image in found.image.tolist()])
 
 
 # ---------------------------------------------------------------------- contexts

@@ -19,6 +19,7 @@ from tests.helpers import tiny_backbone
 from tests.jobs import Enough, Seen, logged
 
 SMALL: dict[str, Any] = {"num_envs": 8, "frames_per_batch": 144, "minibatch_size": 48, "group_size": 1}
+WIDE: dict[str, Any] = {"num_envs": 16}  # as many frames in half as many steps
 
 
 def make_ppo(
@@ -212,7 +213,7 @@ def test_warm_up_trains_the_critic_alone() -> None:
 
 def test_a_high_step_cost_teaches_the_large_budget() -> None:
     """At 20 nats a step nothing pays but few steps: nine blocks take five."""
-    ppo = make_ppo(step_cost=20.0, iterations=10, critic_warmup=1, learning_rate=3e-3)
+    ppo = make_ppo(step_cost=20.0, iterations=10, **WIDE, critic_warmup=1, learning_rate=3e-3)
     rows = logged(ppo.train)
     assert rows[0]["planner_steps"] > 5.8 and rows[-1]["planner_steps"] < 5.4
     assert rows[-1]["return"] > rows[0]["return"] + 8
@@ -223,7 +224,7 @@ def test_a_high_step_cost_teaches_the_large_budget() -> None:
 
 def test_free_steps_teach_the_small_budget() -> None:
     """The lesson turned around (steps are paid for), so it is the reward that teaches and no drift."""
-    ppo = make_ppo(step_cost=0.0, iterations=7, critic_warmup=1, learning_rate=3e-3)
+    ppo = make_ppo(step_cost=0.0, iterations=7, **WIDE, critic_warmup=1, learning_rate=3e-3)
     cost = ppo.env.core.reward
     object.__setattr__(cost.config, "step_cost", -20.0)
     rows = logged(ppo.train)
@@ -231,7 +232,7 @@ def test_free_steps_teach_the_small_budget() -> None:
 
 
 def test_the_critic_explains_returns() -> None:
-    ppo = make_ppo(budgets=(1,), iterations=10, critic_warmup=10, critic_learning_rate=1e-2, gae_lambda=1.0)
+    ppo = make_ppo(budgets=(1,), iterations=10, **WIDE, critic_warmup=10, critic_learning_rate=1e-2, gae_lambda=1.0)
     errors = [row["value_error"] for row in logged(ppo.train)]
     assert errors[0] == pytest.approx(1, abs=1e-3) and max(errors[-3:]) < 0.85
 

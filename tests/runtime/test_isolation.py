@@ -96,6 +96,8 @@ SWITCHES: dict[str, Switch] = {
     "many at once": everything,
 }
 every_switch = pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES)
+# where much is done: many are on at once, and inference mode cannot be among them
+both_switches = pytest.mark.parametrize("switch", [torch.inference_mode, everything], ids=["inference mode", "many"])
 
 
 def same(found: Any, expected: Any) -> bool:
@@ -220,7 +222,7 @@ FACES = {"single": (single, "teacher"), "vector": (vector, "far"), "torchrl": (t
 _PLAIN: dict[str, list[Any]] = {}
 
 
-@every_switch
+@both_switches
 @pytest.mark.parametrize("face", [*FACES, "charged"])
 def test_an_environment_is_the_same_wherever_the_switch_is_on(face: str, switch: Switch) -> None:
     """On only while it is made, or only while it is played."""
@@ -384,7 +386,7 @@ WORK: dict[str, Callable[[], list[Any]]] = {
 _DONE: dict[str, list[Any]] = {}
 
 
-@every_switch
+@both_switches
 @pytest.mark.parametrize("work", WORK)
 def test_what_is_made_is_the_same(work: str, switch: Switch) -> None:
     if work not in _DONE:
