@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,17 @@ from orderrl.data import TokenSet
 from orderrl.metrics.references import Reference
 
 
-@cache
 def tiny_backbone(
     height: int = 6, width: int = 6, block_size: int = 2, vocab_size: int = 5, num_classes: int = 3
 ) -> OrderRobustTransformer:
-    """A frozen backbone with large random weights, so that every token in sight changes its losses."""
+    """A frozen backbone with large random weights, so that every token in sight changes its losses; nobody else's."""
+    return deepcopy(_tiny_backbone(height, width, block_size, vocab_size, num_classes))
+
+
+@cache
+def _tiny_backbone(
+    height: int, width: int, block_size: int, vocab_size: int, num_classes: int
+) -> OrderRobustTransformer:
     config = TransformerConfig(height, width, block_size, vocab_size, num_classes, dim=32, layers=2, heads=2)
     backbone = OrderRobustTransformer(config)
     generator = torch.Generator().manual_seed(0)

@@ -48,12 +48,13 @@ FILES = dict(re.findall(r"^```python\n(?=# (\w+)\.py\n)(.*?)^```$", PAGE, re.MUL
 (POINTS,) = re.findall(r"^```toml\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 GROUPS: dict[str, dict[str, str]] = tomllib.loads(POINTS)["project"]["entry-points"]
 SMALL = [
-    *("backbone=large_blocks", "data=flipped_digits", "labels.contexts=12"),
+    *("backbone=large_blocks", "data=flipped_digits"),
     *("output_dir=runs", "cache_dir=cache"),
 ]
 TRAIN = ["agent=one_block", "env.objective=early", "env.weight=linear", "planner.dim=16", "logger=shout"]
 EVALUATE = [
     *("eval.images=12", "eval.samples=40", "eval.states=6", "eval.resamples=50", "eval.distance_resamples=0"),
+    "labels.contexts=12",
     *("eval.policies=[raster,right_to_left,right_to_left@2,nearest]", "eval.features=small_pictures"),
     *("eval.sampled=[raster]", "eval.classifier=null", "eval.real_images=40"),
 ]
