@@ -90,7 +90,7 @@ def curves_figure(
                 axes.fill_between(curve.fraction, curve.low, curve.high, **band)
                 handles.append(Line2D([], [], label=name, **line))
         if others:
-            handles.append(Line2D([], [], color=MUTED, linewidth=0.7, label=f"{len(others)} other policies"))
+            handles.append(Line2D([], [], color=MUTED, linewidth=0.7, label=_others(len(others))))
         axes.set_ylabel(f"{label}\n({unit})")
         if raster:
             panels[1, 0].set_ylabel(f"minus raster\n({unit})")
@@ -127,7 +127,7 @@ def calibration_figure(
                 label = f"{shorten(name, 22)} (R² {found['r2']:.2f})"
                 handles.append(Line2D([], [], label=label, **line))
         if others:
-            handles.append(Line2D([], [], color=MUTED, linewidth=0.7, label=f"{len(others)} other policies"))
+            handles.append(Line2D([], [], color=MUTED, linewidth=0.7, label=_others(len(others))))
         axes.set_xlabel(f"utility predicted from the score ({unit})")
         axes.set_ylabel(f"mean utility ({unit})")
         grid_lines(axes)
@@ -212,6 +212,10 @@ def sample_line(images: Tensor, count: int) -> NDArray[np.uint8]:
         top, left = line * (height + gap), column * (width + gap)
         sheet[top : top + height, left : left + width] = image
     return sheet
+
+
+def _others(number: int) -> str:
+    return f"{number} other {'policy' if number == 1 else 'policies'}"
 
 
 def _row_name(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:

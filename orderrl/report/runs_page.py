@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from orderrl.evaluation.columns import Column, column_of, in_features, learned_policies, shown_columns
+from orderrl.evaluation.columns import Column, column_of, in_features, learned_policies, own_policies, shown_columns
 from orderrl.report import style
 from orderrl.report.figures import metric_figure
 from orderrl.report.page import render, save_figures
@@ -45,7 +45,7 @@ def chosen_rows(rows: Sequence[Mapping[str, Any]], policies: Sequence[str] | Non
 
 def save_metric_figures(folder: Path, rows: Sequence[dict[str, Any]], metrics: Sequence[str]) -> None:
     """Write a figure of each metric that some row has: values with their intervals, `METRIC.png`, `.svg`, `.pdf`."""
-    colours, wanted = style.policy_colours(learned_policies(rows)), {}
+    colours, wanted = style.policy_colours([*learned_policies(rows), *own_policies(rows)]), {}
     for metric in metrics:
         if any(row.get(metric) is not None for row in rows):
             label = in_features(column_of(metric), rows).title

@@ -43,7 +43,7 @@ Draw = Callable[[str], Figure]
 
 
 def policy_colours(names: Sequence[str], ink: str = INK) -> dict[str, str]:
-    """Colours of the highlighted policies: these in colour, raster in the colour of the text."""
+    """Colours of the highlighted policies, raster's that of the text."""
     return {"raster": ink} | {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
 
 
