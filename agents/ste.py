@@ -48,7 +48,7 @@ from orderrl.factory import Setup
 from orderrl.geometry import BlockGrid
 from orderrl.labels import find_classifier, label_settings
 from orderrl.oracle import CLASSIFIER, clustered_importance
-from orderrl.partial_classifier import PartialClassifier, cluster_orders
+from orderrl.partial_classifier import PartialClassifier, require_clusters
 from orderrl.planner import TokenOrderHead, new_planner
 from orderrl.runtime.distributed import print_main
 from orderrl.runtime.isolation import isolated_float32
@@ -472,9 +472,8 @@ def _check(setup: Setup, config: Config) -> None:
             f"agent.oracle_coeff={config.oracle_coeff:g} and agent.reinforce_coeff={config.reinforce_coeff:g} need "
             f"labels=classifier, which says how important blocks are; got labels.kind={setup.labels.kind}"
         )
-    if config.oracle_coeff:  # clusters that do not fit are refused before the classifier is trained
-        scores, settings = torch.zeros(1, setup.backbone.geometry.num_blocks), setup.labels
-        cluster_orders(settings.grouping, setup.backbone.geometry, settings.clusters, 1, (scores[:, 0].long(),), scores)
+    if config.oracle_coeff:  # before the classifier is trained
+        require_clusters(setup.labels.grouping, setup.backbone.geometry, setup.labels.clusters, scored=True)
     if setup.planner.network != "orderhead":
         raise ValueError(f"agent=ste trains planner=orderhead, got planner.network={setup.planner.network}")
 

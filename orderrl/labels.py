@@ -21,7 +21,7 @@ from orderrl.backbones.protocol import backbone_device
 from orderrl.data import TokenSet, load_split
 from orderrl.factory import FORMAT, Setup
 from orderrl.oracle import CLASSIFIER, Contexts, LabelConfig, label_contexts, random_contexts
-from orderrl.partial_classifier import PartialClassifier, cluster_orders, find_or_train_classifier
+from orderrl.partial_classifier import PartialClassifier, find_or_train_classifier, require_clusters
 from orderrl.runtime import distributed
 from orderrl.runtime.cache import Cache
 from orderrl.runtime.job import Job
@@ -101,9 +101,10 @@ def find_or_label(
             f"labels.kind={settings.kind!r} needs token probabilities, which a backbone of continuous tokens does not "
             "have; use labels=pointwise or classifier"
         )
-    if settings.kind == CLASSIFIER:  # clusters that do not fit are refused before the classifier is trained
-        cluster_orders(settings.grouping, backbone.geometry, settings.clusters, 1, (torch.zeros(1, dtype=torch.int64),))
-    classifier = find_classifier(setup, settings) if settings.kind == CLASSIFIER else None
+    classifier = None
+    if settings.kind == CLASSIFIER:
+        require_clusters(settings.grouping, backbone.geometry, settings.clusters, scored=False)
+        classifier = find_classifier(setup, settings)
     where = f"{settings.contexts} contexts of {data.name}/{data.split}"
     distributed.print_main(f"labels: none for this config yet, labelling {where}")
     contexts = make_contexts()

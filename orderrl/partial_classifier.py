@@ -181,18 +181,25 @@ def cluster_orders(
     Raises:
         ValueError: if the clusters do not divide the grid, or scores are missing.
     """
+    require_clusters(grouping, geometry, clusters, scores is not None)
     count, blocks = len(keys[0]), geometry.num_blocks
-    if blocks % clusters:
-        raise ValueError(f"clusters={clusters} must divide the {blocks} blocks")
     if grouping == "tiles":
         return _tiles(geometry, clusters).expand(count, 1, -1)
     if grouping != "random" and scores is not None:
         return scores.argsort(-1, descending=True)[:, None]
-    if grouping == "ranks":
-        raise ValueError("grouping=ranks needs the scores of a head that is being trained; use it with agent=ste")
     draw, block = torch.arange(draws)[:, None], torch.arange(blocks)
     shaped = [key.cpu()[:, None, None] for key in keys]
     return keyed_uniform([Stream.CLUSTER, *shaped, draw, block]).argsort(-1).to(keys[0].device)
+
+
+def require_clusters(grouping: str, geometry: BlockGrid, clusters: int, scored: bool) -> None:
+    """Refuse clusters that do not divide the grid, and ranks without scores."""
+    if geometry.num_blocks % clusters:
+        raise ValueError(f"clusters={clusters} must divide the {geometry.num_blocks} blocks")
+    if grouping == "tiles":
+        _tiles(geometry, clusters)
+    if grouping == "ranks" and not scored:
+        raise ValueError("grouping=ranks needs the scores of a head that is being trained; use it with agent=ste")
 
 
 def _tiles(geometry: BlockGrid, clusters: int) -> Tensor:

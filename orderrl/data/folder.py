@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from orderrl.data.classes import IMAGENET, class_ids, look_like_synsets
 from orderrl.data.images import describe_left_out, find_images, read_image
 from orderrl.runtime.sources import file_versions, printable
+from orderrl.runtime.terminal import shorten
 from orderrl.runtime.values import at_least, between, check_fields, one_of, setting
 
 SPLITS = ("backbone", "planner", "test")
@@ -248,8 +249,8 @@ def _class_folders(root: str, key: str, known: tuple[dict[str, int], list[str]] 
     if known is None:
         if empty:
             raise FileNotFoundError(
-                f"data.{key}={root}: class folders without images: {_some(empty)}; remove them, or number the classes "
-                "with data.classes"
+                f"data.{key}={root}: class folders without images: {shorten([*map(printable, empty)], 5)}; remove "
+                "them, or number the classes with data.classes"
             )
         ids, classes = {name: number for number, name in enumerate(folders)}, list(map(printable, folders))
     else:
@@ -257,13 +258,10 @@ def _class_folders(root: str, key: str, known: tuple[dict[str, int], list[str]] 
         if empty:
             left_out["class folder without images"] = empty
         if strange := [name for name in folders if name not in ids and name not in empty]:
-            raise ValueError(f"data.{key}={root}: data.classes has no id for the folders {_some(strange)}")
+            named = shorten([*map(printable, strange)], 5)
+            raise ValueError(f"data.{key}={root}: data.classes has no id for the folders {named}")
     labels = torch.tensor([ids[name] for name in of_images], dtype=torch.int64)
     return _ClassFolders(path, classes, names, labels, file_versions([path / name for name in names]), left_out)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(map(printable, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _image_split(split: str, folder: _ClassFolders, rows: Tensor) -> ImageSplit:

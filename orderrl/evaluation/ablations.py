@@ -17,7 +17,6 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import scipy
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -116,10 +115,7 @@ def content_ablation(
     how = (p.config.resamples, p.seed)
 
     return ContentAblation(
-        {
-            name: image_average(rank_correlation(values, utility, hidden, scipy.stats.spearmanr), image)
-            for name, values in scores.items()
-        },
+        {name: image_average(rank_correlation(values, utility, hidden), image) for name, values in scores.items()},
         {name: bootstrap_sums(sums, pooled_r2, *how) for name, sums in moments.items()},
         {name: sums_difference(moments["true"], moments[name], pooled_r2, *how) for name in REMOVALS},
     )

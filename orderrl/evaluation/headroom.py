@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import scipy
 import torch
 from torch import Tensor
 
@@ -152,7 +151,7 @@ def headroom(
                 entry[f"gain_{key}"] = asdict(sums_difference(mine, sums[above][key], pooled_r2, resamples, seed))
         first = found.utility.masked_fill(~hidden, -torch.inf).argmax(-1)
         per_state = {
-            "spearman": rank_correlation(found.utility, oracle.utility, hidden, scipy.stats.spearmanr),
+            "spearman": rank_correlation(found.utility, oracle.utility, hidden),
             "regret": regret(first, oracle.utility, hidden),
         }
         for key, values in per_state.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import scipy
 import torch
 from torch import Tensor
 
@@ -30,9 +29,12 @@ def class_importance(setup: Setup, data: TokenSet) -> Tensor:
 
 def order_agreement(rollout: Rollout, worth: Tensor) -> Tensor:
     """Rank correlation of being revealed early with importance (n, B), of each image: (n,) float64."""
-    everything = torch.ones_like(worth, dtype=torch.bool)
-    early = -rollout.order.argsort(1).float().cpu()
-    return rank_correlation(early, worth, everything, scipy.stats.spearmanr).nan_to_num()
+    return _agreement(-rollout.order.argsort(1).float().cpu(), worth)
+
+
+def _agreement(scores: Tensor, worth: Tensor) -> Tensor:
+    """Rank correlation over all blocks, (n,) float64; 0 where scores are equal."""
+    return rank_correlation(scores, worth, torch.ones_like(worth, dtype=torch.bool)).nan_to_num()
 
 
 @torch.no_grad()
@@ -58,8 +60,4 @@ def content_agreement(
             states, entropy = backbone.observe(prefix, every)
             scores[name].append(planner(observed(states.float(), entropy.float(), none, labels)).scores.cpu())
     empty, true = (torch.cat(parts) for parts in scores.values())
-    everything = torch.ones_like(worth, dtype=torch.bool)
-    return {
-        "content_spearman": rank_correlation(true, worth, everything, scipy.stats.spearmanr).nan_to_num(),
-        "content_match": rank_correlation(true, empty, everything, scipy.stats.spearmanr).nan_to_num(),
-    }
+    return {"content_spearman": _agreement(true, worth), "content_match": _agreement(true, empty)}

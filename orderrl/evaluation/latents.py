@@ -12,7 +12,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import scipy
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -117,7 +116,7 @@ def latent_ablation(planner: OrderHead, states: TensorDict, geometry: BlockGrid)
     for name, scores in variant_scores(planner, _observed(planner, states)).items():
         first = scores.masked_fill(~hidden, -torch.inf).argmax(-1)
         found[name] = Variant(
-            image_average(rank_correlation(scores, utility, hidden, scipy.stats.spearmanr), image),
+            image_average(rank_correlation(scores, utility, hidden), image),
             image_average(regret(first, utility, hidden), image),
         )
     return found

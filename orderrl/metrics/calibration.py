@@ -6,7 +6,6 @@ lookahead, the expected utility over the backbone's own draws, which is what a p
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -81,8 +80,8 @@ def calibrate(first: Tensor, scores: Tensor | None, utility: Tensor, hidden: Ten
     return Calibration(
         top1,
         loss,
-        rank_correlation(scores, utility, hidden, scipy.stats.spearmanr),
-        rank_correlation(scores, utility, hidden, scipy.stats.kendalltau),
+        rank_correlation(scores, utility, hidden),
+        rank_correlation(scores, utility, hidden, "kendalltau"),
         spread,
         reliability(scores[hidden].double().numpy(), utility[hidden].double().numpy()),
     )
@@ -93,12 +92,12 @@ def regret(first: Tensor, utility: Tensor, hidden: Tensor) -> Tensor:
     return utility.masked_fill(~hidden, -torch.inf).amax(-1) - utility.gather(1, first[:, None])[:, 0]
 
 
-def rank_correlation(scores: Tensor, utility: Tensor, hidden: Tensor, correlate: Callable[..., Any]) -> Tensor:
+def rank_correlation(scores: Tensor, utility: Tensor, hidden: Tensor, name: str = "spearmanr") -> Tensor:
     """A rank correlation of SciPy over the hidden blocks of each state, (m,) float64; NaN where all scores are equal.
 
-    Arguments as in `calibrate`; `correlate` is for example `scipy.stats.spearmanr`.
+    Arguments as in `calibrate`; the name is that of a function in `scipy.stats`.
     """
-    values = []
+    correlate, values = getattr(scipy.stats, name), []
     for score, value, candidates in zip(scores.numpy(), utility.numpy(), hidden.numpy(), strict=True):
         score, value = score[candidates], value[candidates]
         varied = np.ptp(score) > 0 and np.ptp(value) > 0  # SciPy warns of constants

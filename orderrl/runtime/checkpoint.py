@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from orderrl.runtime.finite import leaves, require_finite
 from orderrl.runtime.jsonfile import parse_json
 from orderrl.runtime.storage import written_aside
+from orderrl.runtime.terminal import shorten
 
 T = TypeVar("T", bound=nn.Module)
 FORMAT = 1
@@ -189,9 +190,3 @@ def _read_config(path: Path, metadata: Mapping[str, str], kind: str) -> dict[str
     if not isinstance(config, dict):
         raise ValueError(f"{path}: its configuration is damaged (not a mapping); make the checkpoint anew")
     return config
-
-
-def shorten(names: list[str], limit: int = 20) -> str:
-    """The first names of a list in one line, and how many more there are."""
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

@@ -28,6 +28,12 @@ def one_line(error: BaseException, most: int | None = None) -> str:
     return " ".join(str(error).split())[:most] or type(error).__name__
 
 
+def shorten(names: list[str], limit: int = 20) -> str:
+    """The first names of a list in one line, and how many more there are."""
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
 def show_anything() -> None:
     """Let the standard output and error take every character, whatever their encoding."""
     codecs.register_error("orderrl.ascii", _in_ascii)

@@ -17,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from orderrl.runtime import distributed
-from orderrl.runtime.checkpoint import require_fit, shorten
+from orderrl.runtime.checkpoint import require_fit
 from orderrl.runtime.jsonfile import read_json
+from orderrl.runtime.terminal import one_line, shorten
 
 HUB = "hf://"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
@@ -60,8 +61,7 @@ def local_path(path: str | Path) -> Path:
             return Path(hf_hub_download(repository, file, revision=revision))
         files = list_repo_files(repository, revision=revision)
     except Exception as error:  # the hub's own, and whatever its transport raises without a network
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{text} cannot be downloaded or found in the hub's cache: {reason}") from error
+        raise ValueError(f"{text} cannot be downloaded or found in the hub's cache: {one_line(error, 300)}") from error
     weights = [name for name in files if name.endswith((".safetensors", *PICKLES))]
     raise ValueError(f"{text} names no file; choose one of {', '.join(weights)}")
 
