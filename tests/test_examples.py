@@ -9,7 +9,6 @@ import shlex
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import gymnasium
 import numpy as np
