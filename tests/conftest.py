@@ -15,7 +15,7 @@ from tests.helpers import tiny_backbone, tiny_images
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "orderrl", "envs", "agents", "configs")  # of the wheel
-PICTURED = ("tests.report.", "tests.evaluation.test_runs", "tests.test_extend")
+PICTURED = ("tests.report.", "tests.evaluation.test_runs")
 """Tests that look at the figures of a report."""
 
 

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import __main__ as command
 from benchmarks.counts import Counter
 from benchmarks.naive import naive_label
+from benchmarks.shapes import SHAPES, Shape
 from benchmarks.suites import every_length, rank_agreement
 from orderrl.backbones.cpu_linear import pack_weights
 from orderrl.backbones.registry import new_backbone
@@ -99,7 +100,8 @@ def test_rank_agreement_is_over_hidden_blocks() -> None:
 @pytest.mark.parametrize("suite", ["env", "context", "generation"])
 def test_the_command_writes_its_rows(suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "rows.json"
-    arguments = ["--suite", suite, "--shape", "digits", "--batch", "2", "--runs", "1", "--dtype", "float32"]
+    monkeypatch.setitem(SHAPES, "tiny", Shape("tiny", lambda dtype: tiny("randar"), batch=2))
+    arguments = ["--suite", suite, "--shape", "tiny", "--runs", "1", "--dtype", "float32"]
     monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments, "--json", str(file)])
     command.main()
     rows = json.loads(file.read_text())

@@ -123,6 +123,7 @@ def test_labels_and_evaluation_are_of_the_classes_that_are_there(tmp_path: Path,
     small = [
         "eval.images=3", "eval.states=4", "eval.reference_images=2", "eval.resamples=20", "eval.policies=[raster]",
         "eval.planners=[]", "eval.samples=4", "eval.features=orderrl-digits", "eval.keep_samples=true",
+        "eval.kid_subsets=2",
         "eval.token_raster=[]", "eval.sampled=[raster]", "eval.classifier=null", "labels.contexts=16",
     ]  # fmt: skip
     run = evaluate(compose("evaluate", [*model, *data, *small]))

@@ -54,12 +54,12 @@ def test_transitions_are_those_of_the_environment(
     backbone: OrderRobustTransformer, data: TokenSet, tmp_path: Path, case: str
 ) -> None:
     policy, budgets = CASES[case]
-    made = record_dataset(backbone, data, policy, CoreConfig(budgets=budgets, reward=REWARD), 17, tmp_path / "t", 5)
+    made = record_dataset(backbone, data, policy, CoreConfig(budgets=budgets, reward=REWARD), 13, tmp_path / "t", 5)
     found = TensorDict.load_memmap(tmp_path / "t")
     assert (found == made).all() and not (tmp_path / ".t.parts").exists()
     env = NextBlockEnv(backbone=backbone, data=data, budgets=budgets, objective="likelihood", step_cost=0.3)
     episodes = episodes_of(found)
-    assert len(episodes) == 17 and [int(e["image"][0]) for e in episodes] == [i % 12 for i in range(17)]
+    assert len(episodes) == 13 and [int(e["image"][0]) for e in episodes] == [i % 12 for i in range(13)]
     for number, episode in enumerate(episodes):
         assert set(episode["episode"].tolist()) == {number} and episode["step"].tolist() == list(range(len(episode)))
         observation, _ = env.reset(options={"index": int(episode["image"][0])})

@@ -65,7 +65,11 @@ SMALL_EVAL = [
     "eval.states=16",
     "eval.reference_images=4",
     "eval.resamples=200",
+    "eval.kid_subsets=5",
+    "eval.distance_resamples=10",
 ]
+ALONE = ["eval.planners=[]", "eval.token_raster=[]", "eval.samples=0", "eval.features=null"]
+"""What leaves an evaluation to the policies that are named."""
 
 
 @pytest.fixture(scope="module")
@@ -417,8 +421,8 @@ def test_newest_planner_is_the_last_one_of_its_agent(home: Path, improved: Path)
         (evaluate, ["eval.policies=[raster@17]"], r"between 1 and 16 blocks"),
         (evaluate, ["eval.policies=[raster@x]"], r"is no schedule"),
         (evaluate, ["eval.policies=[nowhere:policy]"], r"'nowhere:policy' cannot be imported"),
-        (evaluate, ["eval.policies=[tests.test_training:illegal]"], r"is illegal"),
-        (evaluate, ["eval.policies=[tests.test_training:scores]"], r"action must be int64"),
+        (evaluate, ["eval.policies=[tests.test_training:illegal]", *ALONE], r"is illegal"),
+        (evaluate, ["eval.policies=[tests.test_training:scores]", *ALONE], r"action must be int64"),
         (evaluate, ["eval.features=vgg"], r"features='vgg' is unknown; choose one of orderrl-digits"),
         (evaluate, ["eval.reference=none.npz"], r"reference='none.npz' does not exist"),
         (evaluate, ["eval.reference=none.npz", "eval.features=null"], r"reference='none.npz' needs features"),

@@ -224,7 +224,7 @@ def test_a_high_step_cost_teaches_the_large_budget() -> None:
 
 def test_free_steps_teach_the_small_budget() -> None:
     """The lesson turned around (steps are paid for), so it is the reward that teaches and no drift."""
-    ppo = make_ppo(step_cost=0.0, iterations=7, **WIDE, critic_warmup=1, learning_rate=3e-3)
+    ppo = make_ppo(step_cost=0.0, iterations=7, critic_warmup=1, learning_rate=3e-3)
     cost = ppo.env.core.reward
     object.__setattr__(cost.config, "step_cost", -20.0)
     rows = logged(ppo.train)

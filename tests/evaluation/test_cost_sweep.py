@@ -80,6 +80,7 @@ def test_only_planners_of_several_step_costs_are_told_apart(home: Path) -> None:
 def test_one_command_gives_curves_of_every_policy(home: Path) -> None:
     planners = ",".join(str(home / f"{name}.safetensors") for name in ("one", "cheap", "dear"))
     small = ["eval.images=6", "eval.samples=12", "eval.states=8", "eval.resamples=100", "labels.contexts=16"]
+    small += ["eval.kid_subsets=2", "eval.distance_resamples=5"]
     policies = ["eval.policies=[raster]", f"eval.planners=[{planners}]", "eval.sweep=[1,2]"]
     folders = [f"output_dir={home / 'runs'}", f"cache_dir={home / 'cache'}"]
     config = compose(

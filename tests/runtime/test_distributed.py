@@ -45,7 +45,8 @@ PRETRAIN = [
 ]
 EVALUATION = [
     *("labels.contexts=32", "labels.shard_size=16", "eval.images=10", "eval.samples=20", "eval.states=16"),
-    *("eval.reference_images=4", "eval.resamples=50", "eval.policies=[raster,random,multiscale@4]"),
+    *("eval.reference_images=4", "eval.resamples=50", "eval.kid_subsets=2", "eval.distance_resamples=5"),
+    "eval.policies=[raster,random,multiscale@4]",
     *("eval.sampled=[raster]", "eval.token_raster=[]", "eval.keep_samples=true"),
 ]
 

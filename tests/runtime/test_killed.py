@@ -55,7 +55,8 @@ TOKENIZER = [
 TOKENS = ["data.image_size=8", "data.flips=true", "tokenizer=small", "batch_size=4", "shard_size=4"]
 EVALUATION = [
     *("labels.contexts=32", "labels.shard_size=16", "eval.images=12", "eval.samples=20", "eval.states=16"),
-    *("eval.reference_images=4", "eval.resamples=50", "eval.policies=[raster,random,multiscale@4,fitted]"),
+    *("eval.reference_images=4", "eval.resamples=50", "eval.kid_subsets=2", "eval.distance_resamples=5"),
+    "eval.policies=[raster,random,multiscale@4,fitted]",
     *("eval.sampled=[raster]", "eval.token_raster=[self]", "eval.keep_samples=true"),
 ]
 
