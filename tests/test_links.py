@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from orderrl.runtime.renamed import COMMANDS, KEYS
+
 ROOT = Path(__file__).parents[1]
 FOUND = (path for glob in ("*.md", "docs/**/*.md", "docs/**/*.ipynb", "examples/*.md") for path in ROOT.glob(glob))
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in sorted(FOUND)}
@@ -43,3 +45,11 @@ def test_links_lead_somewhere(page: str) -> None:
 def test_modules_and_their_members_exist(page: str) -> None:
     for name in set(re.findall(r"`[^`\n]*?\b(orderrl(?:\.\w+)+)", text_of(PAGES[page]))):
         pkgutil.resolve_name(name)
+
+
+@pytest.mark.parametrize("page", sorted(set(PAGES) - {"CHANGELOG.md"}))
+def test_nothing_is_called_by_its_old_name(page: str) -> None:
+    """In code marks and fences: commands as `make NAME`, `orderrl NAME` or alone, and keys in front of "="."""
+    text = PAGES[page].read_text(encoding="utf-8")
+    commands, keys = (rf"(?:{'|'.join(map(re.escape, names))})" for names in (COMMANDS, KEYS))
+    assert not re.findall(rf"`{commands}`|\b(?:make |orderrl[ .]){commands}\b|(?<![\w./]){keys}=", text)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import site
 import subprocess
 import sys
@@ -69,6 +70,12 @@ def test_the_wheel_holds_code_configuration_and_weights(wheel: Path) -> None:
         assert expected, f"nothing fits {folder}/{pattern}"
         missing = [path for path in expected if f"{target}/{path.relative_to(ROOT / folder).as_posix()}" not in names]
         assert missing == []
+
+
+def test_all_files_say_the_same_version(wheel: Path) -> None:
+    version = re.escape(wheel.name.split("-")[1])
+    for name, line in (("orderrl/__init__.py", f'__version__ = "{version}"'), ("CITATION.cff", f"version: {version}")):
+        assert re.search(f"^{line}$", (ROOT / name).read_text(), re.MULTILINE), name
 
 
 def test_every_package_of_the_checkout_is_packaged(wheel: Path) -> None:
