@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import runpy
+import sys
 from collections.abc import Iterable
 from copy import deepcopy
 from functools import cache
@@ -10,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+from hydra.core.singleton import Singleton
 from torch import Tensor
 
 from orderrl.backbones import OrderRobustTransformer, TransformerConfig
@@ -87,6 +91,20 @@ def as_action(step: list[int], budgets: tuple[int, ...], num_blocks: int) -> Ten
 def random_orders(backbone: OrderRobustTransformer, count: int, seed: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(count, backbone.geometry.num_blocks, generator=generator).argsort(1)
+
+
+def run_command(command: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    """The exit code of `python -m orderrl.COMMAND ARGUMENTS`, run in this process."""
+    monkeypatch.setattr(sys, "argv", [command, *arguments])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    state = Singleton.get_state()
+    try:
+        runpy.run_module(f"orderrl.{command}", run_name="__main__")
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    finally:
+        Singleton.set_state(state)
+    return 0
 
 
 def save_reference(path: Path, reference: Reference) -> None:

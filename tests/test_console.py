@@ -51,8 +51,7 @@ def test_an_unknown_command_is_answered_with_the_right_one(command: str, answer:
 
 
 def test_a_command_runs_as_its_module_does() -> None:
-    composed = output("label", "labels.contexts=7", "--cfg", "job")
-    assert "contexts: 7" in composed
+    assert "contexts: 7" in output("label", "labels.contexts=7", "--cfg", "job")
 
 
 def test_a_terminal_without_unicode_gets_like_signs(monkeypatch: pytest.MonkeyPatch) -> None:

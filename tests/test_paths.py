@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +32,7 @@ from orderrl.runtime.config import quoted
 from orderrl.tokenize import tokenize
 from orderrl.train import train
 from tests.backbones.families import CAUSAL, tiny
-from tests.helpers import tiny_backbone
+from tests.helpers import run_command, tiny_backbone
 from tests.tokenizers.helpers import image_folder, save_tiny_vq
 
 NASTY = "spaced_jane@example.org:a=b, c [d] {e} (f) 'g' \"h\" ünï字 %i $j #k?&|;!*~`^\\l.safetensors@4"
@@ -150,18 +147,18 @@ def test_feature_extractors_lie_there(home: Path, planner: Path) -> None:
     assert all(row["features"] == name and row["frechet_distance"] is not None for name, row in rows.items())
 
 
-def test_the_command_line_takes_it_in_quotes_and_says_so(home: Path, planner: Path) -> None:
-    def call(path: str) -> subprocess.CompletedProcess[str]:
-        keys = {"cache_dir": home / "cache", "output_dir": home / "runs", "backbone.name": home / "tiny.safetensors"}
-        rest = [f"{key}={quoted(str(value))}" for key, value in keys.items()]
-        command = [sys.executable, "-m", "orderrl.generate", "backbone=digits", "n=2", *SMALL, f"policy={path}", *rest]
-        return subprocess.run(command, capture_output=True, text=True, cwd=home, env=os.environ.copy())
-
-    done = call(quoted(f"{planner}@4"))
-    assert done.returncode == 0, done.stderr
-    refused = call(str(planner))
-    assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
-    assert "special characters stands in quotes: 'policy='" in refused.stderr
+def test_the_command_line_takes_it_in_quotes_and_says_so(
+    home: Path, planner: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = {"cache_dir": home / "cache", "output_dir": home / "runs", "backbone.name": home / "tiny.safetensors"}
+    given = ["backbone=digits", "n=2", *SMALL, *(f"{key}={quoted(str(value))}" for key, value in keys.items())]
+    monkeypatch.chdir(home)
+    quotes = quoted(f"{planner}@4")
+    assert run_command("generate", [*given, f"policy={quotes}"], monkeypatch) == 0
+    capsys.readouterr()
+    assert run_command("generate", [*given, f"policy={planner}"], monkeypatch) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "special characters stands in quotes: 'policy='" in line
 
 
 def test_what_is_quoted_is_read_back_as_it_was() -> None:

@@ -1,11 +1,10 @@
 """Every command, as the command line starts it: a wrong value ends it with code 2 and one line, before any work."""
 
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
-from hydra.core.singleton import Singleton
+
+from tests.helpers import run_command
 
 REFUSED = [
     ("label", ["labels.contexts=abc"], "labels.contexts"),
@@ -37,16 +36,8 @@ def test_a_wrong_value_is_one_line_and_code_2(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    given = [*arguments[:-1], "device=gpu"] if device else arguments
-    monkeypatch.setattr(sys, "argv", [command, *given])
-    state = Singleton.get_state()
-    try:
-        with pytest.raises(SystemExit) as caught:
-            runpy.run_module(f"orderrl.{command}", run_name="__main__")
-    finally:
-        Singleton.set_state(state)
+    assert run_command(command, [*arguments[:-1], "device=gpu"] if device else arguments, monkeypatch) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert caught.value.code == 2 and line.startswith("error: ")
+    assert line.startswith("error: ")
     assert ("device='gpu' is unknown" if device else said) in line
     assert not list(tmp_path.iterdir())

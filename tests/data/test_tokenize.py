@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,6 @@ from orderrl.tokenize import tokenize
 from orderrl.tokenizers import load_tokenizer
 from tests.tokenizers.helpers import image_folder, save_tiny_vq, tiny_vq
 
-ROOT = Path(__file__).resolve().parents[2]
 ALONE = ["backbone=none", "data=folder", "tokenizer=small"]  # trains the tokeniser and no backbone
 TRAINING = [
     *("tokenizer.training.steps=2", "tokenizer.training.batch_size=4", "tokenizer.training.evaluate_every=1"),
@@ -49,13 +46,14 @@ def trained(tmp_path: Path, data: list[str]) -> Path:
     )
 
 
-def test_the_commands_lead_from_images_to_a_token_set(tmp_path: Path, data: list[str], trained: Path) -> None:
+def test_the_commands_lead_from_images_to_a_token_set(
+    tmp_path: Path, data: list[str], trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert {"results.json", "metrics.jsonl", "config.yaml"} <= {path.name for path in trained.parent.iterdir()}
-    call = [sys.executable, "-m", "orderrl.tokenize", "data=folder", *data, "tokenizer=small"]
-    call += [f"tokenizer.path={trained}", f"output={tmp_path / 'set'}", "data.flips=true"]
-    answer = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
-    assert answer.returncode == 0, answer.stderr
-    assert "images/s" in answer.stdout and "backbone 14, planner 4, test 2" in answer.stdout
+    made = [f"tokenizer.path={trained}", f"output={tmp_path / 'set'}", "data.flips=true"]
+    tokenize(compose("tokenize", ["data=folder", *data, "tokenizer=small", *made]))
+    said = capsys.readouterr().out
+    assert "images/s" in said and "backbone 14, planner 4, test 2" in said
     config = compose("pretrain", ["data=tokens", f"data.path={tmp_path / 'set'}"])
     sizes = {split: len(load_split(config.data.name, split)) for split in ("backbone", "planner", "test")}
     assert sizes == {"backbone": 28, "planner": 4, "test": 2}
