@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from omegaconf import OmegaConf
 
 from orderrl.runtime.config import compose, help_of, parts_of
 from orderrl.runtime.devices import checked_device
-from orderrl.runtime.schema import check, select
+from orderrl.runtime.schema import Part, check, select
 
 AGENTS = help_of("train").groups["agent"]
 CHOICES: dict[str, tuple[str, list[str]]] = {
@@ -87,12 +88,17 @@ def wrong_values(key: str, default: Any, meaning: str) -> Iterator[Any]:
         yield "nonsense"
 
 
+@cache
+def composed(choice: str) -> tuple[dict[str, str], Any, list[Part]]:
+    """Meanings of keys, plain values and dataclasses."""
+    command, overrides = CHOICES[choice]
+    values = OmegaConf.to_container(compose(command, overrides))
+    return help_of(command, overrides).meanings, values, parts_of(command, overrides)
+
+
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_key_refuses_wrong_values(choice: str) -> None:
-    command, overrides = CHOICES[choice]
-    meanings = help_of(command, overrides).meanings
-    config: Any = OmegaConf.to_container(compose(command, overrides))
-    parts = parts_of(command, overrides)
+    meanings, config, parts = composed(choice)
     check(parts, config)
     tried = 0
     for key, default in leaves(config):
@@ -113,10 +119,8 @@ def test_every_key_refuses_wrong_values(choice: str) -> None:
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_null_is_allowed_exactly_where_the_help_says_what_it_means(choice: str) -> None:
-    command, overrides = CHOICES[choice]
-    config: Any = OmegaConf.to_container(compose(command, overrides))
-    parts = parts_of(command, overrides)
-    for key, meaning in help_of(command, overrides).meanings.items():
+    meanings, config, parts = composed(choice)
+    for key, meaning in meanings.items():
         if "null" in meaning:
             changed = copy.deepcopy(config)
             group, _, name = key.rpartition(".")

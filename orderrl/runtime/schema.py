@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import dataclass, field, fields, is_dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pkgutil import resolve_name
 from typing import Any, NamedTuple, get_args
 
@@ -136,14 +136,16 @@ def registered(nodes: Nodes) -> Iterator[None]:
         store.repo = before
 
 
-def _settings(kind: Any) -> Iterator[tuple[str, Any, Any, Any]]:
+@cache
+def _settings(kind: Any) -> list[tuple[str, Any, Any, Any]]:
     """Name, field, annotated type and nested dataclass (or None) of every setting of a dataclass."""
-    annotated = kinds(kind)
+    annotated, found = kinds(kind), []
     for item in fields(kind):
         if "meaning" in item.metadata:
             hint = annotated[item.name]
             nested = next((part for part in (hint, *get_args(hint)) if is_dataclass(part)), None)
-            yield item.name, item, hint, nested
+            found.append((item.name, item, hint, nested))
+    return found
 
 
 def defaults_of(kind: type[Any]) -> dict[str, Any]:
