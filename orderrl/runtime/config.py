@@ -241,9 +241,10 @@ def _loader(command: str, overrides: Sequence[str]) -> Iterator[ConfigLoader]:
     """Hydra's config loader; usable inside a running Hydra application too."""
     outer = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
+    bare = not any(item.startswith("hydra") for item in overrides)
     try:
         with (
-            schema.registered(nodes_of(overrides)),
+            schema.registered(nodes_of(overrides), bare),
             hydra.initialize_config_module(CONFIGS, job_name=command, version_base="1.3"),
         ):
             yield GlobalHydra.instance().config_loader()

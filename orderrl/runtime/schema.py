@@ -15,7 +15,9 @@ from functools import cache, cached_property
 from pkgutil import resolve_name
 from typing import Any, NamedTuple, get_args
 
+from hydra.conf import HydraConf
 from hydra.core.config_store import ConfigNode, ConfigStore
+from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf
 
 from orderrl.runtime.values import Rule, kinds, named, require, require_kind
@@ -118,12 +120,24 @@ class Setting(NamedTuple):
     nested: bool
 
 
+# Hydra's own settings without their groups (launchers, loggers), which are half of the work of composing.
+_BARE_HYDRA = ConfigNode("config.yaml", OmegaConf.structured(HydraConf(defaults=[])), "hydra", None, "hydra")
+
+
 @contextmanager
-def registered(nodes: Nodes) -> Iterator[None]:
-    """Register nodes with Hydra's ConfigStore; at the end of the block it is as before."""
+def registered(nodes: Nodes, bare: bool = False) -> Iterator[None]:
+    """Register nodes with Hydra's ConfigStore; at the end of the block it is as before.
+
+    Args:
+        nodes: by their paths.
+        bare: leave out what only a run of Hydra needs.
+    """
+    Plugins.instance()  # they register launchers and sweepers, once
     store = ConfigStore.instance()
     before = store.repo
     store.repo = dict(before)
+    if bare:
+        store.repo["hydra"] = {**before["hydra"], "config.yaml": _BARE_HYDRA}
     try:
         for path, node in nodes.items():
             group, _, name = path.rpartition("/")
