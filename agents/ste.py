@@ -169,8 +169,8 @@ def recognition(setup: Setup, classifier: PartialClassifier) -> Reward:
 
     @torch.no_grad()
     def reward(tokens: Tensor, labels: Tensor, blocks: Tensor) -> Tensor:
-        kept = places.to(blocks.device)[blocks].flatten(2)  # (R, M, k p p)
-        return torch.stack([(classifier(tokens, shown).argmax(-1) == labels).float() for shown in kept])
+        kept = places.to(blocks.device)[blocks].flatten(2).transpose(0, 1)  # (M, R, k p p)
+        return (labels == classifier(tokens, kept).argmax(-1).T).float()
 
     return reward
 

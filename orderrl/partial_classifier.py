@@ -34,6 +34,7 @@ from orderrl.runtime.values import Settings, at_least, between, positive, settin
 
 CLASSIFIERS = "classifiers"  # in the cache
 GROUPINGS = ("random", "tiles", "ranks", "cumulative")
+VIEWS_AT_ONCE = 2**12  # of images, in one forward
 _FORMAT = 1
 _FILE = "classifier.safetensors"
 
@@ -76,11 +77,19 @@ class PartialClassifier(nn.Module):
         )  # fmt: skip
 
     def forward(self, tokens: Tensor, kept: Tensor | None = None) -> Tensor:
-        """Logits (M, classes) of tokens (M, N) or (M, N, C), of which those at `kept` (M, K) are seen; None is all."""
+        """Logits (M, classes) of tokens (M, N) or (M, N, C).
+
+        With `kept` (M, ..., K) logits (M, ..., classes) of views of each image in which only those tokens are seen.
+        """
         values = tokens if self.embedding is None else self.embedding(tokens)
         x = self.vit._pos_embed(self.vit.patch_embed(values.mT.unflatten(-1, self.grid)))  # (M, 1 + N, dim)
-        if kept is not None:
-            x = torch.cat([x[:, :1], x[:, 1:].gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))], dim=1)
+        if kept is None:
+            return self._classify(x)
+        seen = F.pad(1 + kept, (1, 0))  # the class token first
+        views = x.gather(1, seen.flatten(1)[..., None].expand(-1, -1, x.shape[-1])).view(*seen.shape, -1)
+        return self._classify(views.flatten(0, -3)).unflatten(0, kept.shape[:-1])
+
+    def _classify(self, x: Tensor) -> Tensor:
         return self.vit.forward_head(self.vit.norm(self.vit.blocks(self.vit.norm_pre(x))))
 
 
@@ -240,21 +249,22 @@ def importance(
         (M, B) float32; the probability of the true class in [0, 1] unless cumulative.
     """
     device = next(classifier.parameters()).device
-    size = geometry.num_blocks // clusters
-    found = torch.zeros(orders.shape, device=device, dtype=torch.float32)
     tokens, labels, orders = tokens.to(device), labels.to(device), orders.to(device)
-    places = geometry.block_tokens.to(device)
-    for draw in range(orders.shape[1]):
-        before = _probability(classifier, tokens, labels, places[orders[:, draw, :0]]) if cumulative else 0.0
-        for part in range(clusters):
-            blocks = orders[:, draw, part * size : (part + 1) * size]
-            shown = orders[:, draw, : (part + 1) * size] if cumulative else blocks
-            now = _probability(classifier, tokens, labels, places[shown])
-            found[:, draw].scatter_(1, blocks, (now - before)[:, None].expand(-1, size))
-            before = now if cumulative else 0.0
-    return found.mean(1)
+    parts = orders.unflatten(2, (clusters, -1))  # (M, R, C, size)
+    # what the classifier sees: one part alone, or the first parts together
+    if cumulative:
+        size = parts.shape[3]
+        worth = torch.stack([_seen(classifier, geometry, tokens, labels, orders[:, :, : size * count])
+                             for count in range(clusters + 1)], -1).diff()  # fmt: skip
+    else:
+        worth = _seen(classifier, geometry, tokens, labels, parts.flatten(1, 2)).view(parts.shape[:3])
+    found = torch.zeros(orders.shape, device=device, dtype=torch.float32)
+    return found.scatter(2, orders, worth.repeat_interleave(parts.shape[3], 2)).mean(1)
 
 
-def _probability(classifier: PartialClassifier, tokens: Tensor, labels: Tensor, kept: Tensor) -> Tensor:
-    """Of the true class, (M,), where the tokens of some blocks (M, K, p*p) are seen."""
-    return classifier(tokens, kept.flatten(1)).softmax(-1).gather(1, labels[:, None])[:, 0]
+def _seen(classifier: PartialClassifier, geometry: BlockGrid, tokens: Tensor, labels: Tensor, blocks: Tensor) -> Tensor:
+    """Probability of the true class (M, S) where of each image only these blocks (M, S, K) are seen."""
+    kept = geometry.block_tokens.to(blocks.device)[blocks].flatten(2)
+    parts = kept.split(max(1, VIEWS_AT_ONCE // len(tokens)), 1)
+    probabilities = torch.cat([classifier(tokens, views).softmax(-1) for views in parts], 1)
+    return probabilities.gather(2, labels[:, None, None].expand(-1, kept.shape[1], 1))[..., 0]
