@@ -186,10 +186,10 @@ class Attention(nn.Module):
         (query,) = by_heads(rotate(asked, rope[:, :, queries]), self.heads)
         return query, key, value
 
-    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Self-attention over a whole sequence, (M, S, dim): causal, or where mask (M, 1, S, S) bool is True."""
+    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+        """Causal self-attention over a whole sequence, (M, S, dim)."""
         query, key, value = (part.transpose(1, 2) for part in self.project(x, rope))
-        mixed = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return self.wo(rearrange(mixed, "m h s d -> m s (h d)"))
 
 
@@ -227,9 +227,9 @@ class TransformerBlock(nn.Module):
         self.feed_forward = FeedForward(dim, multiple_of)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Teacher-forced pass over whole sequences, (M, S, dim); the mask as in `Attention`."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), rope, mask))
+    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+        """Teacher-forced pass over whole sequences, (M, S, dim)."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), rope))
         return x + self.dropout(self.feed_forward(self.ffn_norm(x)))
 
     def chain(
@@ -265,5 +265,9 @@ class TransformerBlock(nn.Module):
         assert queries is not None
         unseen = None if unseen is None else unseen[queries]
         mixed = chain_attention(query, [*levels, Level(key, value, unseen)])
-        x = self.attention.wo(mixed.permute(0, 2, 3, 1, 4).flatten(-2), onto=x[:, :, queries])
+        x, mixed = x[:, :, queries], mixed.permute(0, 2, 3, 1, 4).flatten(-2)
+        if self.training and self.dropout.p:
+            x = x + self.dropout(self.attention.wo(mixed))
+            return x + self.dropout(self.feed_forward(self.ffn_norm(x))), new_key, new_value
+        x = self.attention.wo(mixed, onto=x)
         return self.feed_forward(self.ffn_norm(x), onto=x), new_key, new_value

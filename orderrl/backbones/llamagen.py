@@ -135,10 +135,10 @@ class CausalTransformer(FamilyModule):
     def _blocks(self) -> Iterator[TransformerBlock]:
         return (cast(TransformerBlock, layer) for layer in self.layers)
 
-    def _forward(self, x: Tensor, rope: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Teacher-forced pass over whole sequences (M, S, dim), final norm included; causal without a mask."""
+    def _forward(self, x: Tensor, rope: Tensor) -> Tensor:
+        """Teacher-forced causal pass over whole sequences (M, S, dim), final norm included."""
         for layer in self._blocks():
-            x = layer(x, rope, mask)
+            x = layer(x, rope)
         return self.norm(x)
 
     def encode(

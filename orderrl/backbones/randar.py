@@ -166,16 +166,18 @@ class OrderRobustTransformer(CausalTransformer, ChainBackbone):
         values = tokens.gather(1, token_order).view_as(positions)
         ends = torch.cat([torch.full_like(token_order[:, :1], -1), positions[:, :, -1]], 1)  # of the first k blocks
         own, own_rope = self.interleave(positions, values, ends.gather(1, seen))
-        chains, chain_rope = own[:, :, :-1].flatten(1, 2), own_rope[:, :, :-1].flatten(1, 2)
+        chains, chain_rope = own[:, :, :-1], own_rope[:, :, :-1]
         # a chain sees the blocks of the steps before it, and itself
-        chain = torch.arange(blocks, device=device).repeat_interleave(block - 1)
-        ahead = torch.ones(past + len(chain), past + len(chain), dtype=torch.bool, device=device).tril()
-        mask = ahead.expand(len(x), -1, -1).clone()
-        mask[:, past:, :past] = torch.arange(past, device=device) < 1 + block * seen[:, chain, None]
-        mask[:, past:, past:] &= chain[:, None] == chain
-        hidden = self._forward(torch.cat([x, chains], 1), torch.cat([rope, chain_rope], 1), mask[:, None])
-        queries = hidden[:, past:].unflatten(1, (blocks, block - 1))[:, :, ::2]
-        return self.logits(queries.flatten(1, 2)), hidden[:, :past:block]
+        x, rope = x[:, None], rope[:, None]
+        later = torch.arange(past, device=device) >= 1 + block * seen[..., None]  # (M, B, past)
+        causal, own_causal = (unseen_later(length, length, device) for length in (past, block - 1))
+        for number, layer in enumerate(self._blocks()):
+            last = number + 1 == self.config.layers  # of which only what is returned is needed
+            places, queries = (slice(0, None, block), slice(0, None, 2)) if last else (EVERY, EVERY)
+            x, key, value = layer.chain(x, rope, [], queries=places, unseen=causal)
+            levels = [Level(key, value, later[:, None, :, None])]
+            chains, _, _ = layer.chain(chains, chain_rope, levels, queries=queries, unseen=own_causal)
+        return self.logits(self.norm(chains).flatten(1, 2)), self.norm(x[:, 0])
 
     def next_block(self, prefix: PrefixCache, tokens: Tensor, labels: Tensor, last: Tensor) -> Tensor:
         """What the position head says comes next: scores (M, B), of visible blocks too.
