@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from orderrl.agents.agent import Agent
 from orderrl.agents.dagger import label_sets
 from orderrl.agents.play import play
-from orderrl.agents.registry import make_policy
+from orderrl.agents.registry import make_policy, policy_source
 from orderrl.agents.spec import PolicySpec
 from orderrl.backbones.protocol import backbone_device
 from orderrl.data import load_split
@@ -47,6 +47,7 @@ from orderrl.runtime.isolation import isolated_float32
 from orderrl.runtime.job import Job
 from orderrl.runtime.learning_rate import one_cycle
 from orderrl.runtime.optimisation import descend
+from orderrl.runtime.sources import source_identity
 from orderrl.runtime.values import Settings, at_least, between, member_of, one_of, positive, setting
 from orderrl.runtime.weights import weights_fingerprint
 
@@ -382,11 +383,15 @@ def _idle(config: Config) -> list[str]:
 
 
 def _describe(setup: Setup, config: Config) -> dict[str, Any]:
-    """The teacher by its content, wherever its file lies."""
+    """The teacher by its content, wherever its file lies, and how it acts."""
     if config.teacher is None:
         return {}
-    path = PolicySpec.parse(config.teacher).path
-    return {"teacher": config.teacher if path is None else weights_fingerprint(load_planner(path)[0])}
+    spec = PolicySpec.parse(config.teacher)
+    if spec.path is None:
+        file = source_identity(policy_source(spec))
+        return {"teacher": config.teacher} | ({} if file is None else {"taught": file})
+    acting = str(replace(spec, kind="newest", name=""))
+    return {"teacher": weights_fingerprint(load_planner(spec.path)[0])} | ({"taught": acting} if acting else {})
 
 
 AGENT = Agent(

@@ -34,10 +34,9 @@ from orderrl.agents.schedules import Schedule, cosine_sizes, entropy_threshold, 
 from orderrl.agents.spec import COSINE, FITTED, MODE, PAIRED, REFERENCES, SPACED, THRESHOLD, PolicySpec, written_cost
 from orderrl.agents.specialist import Native, ThroughStart, open_start, require_head
 from orderrl.backbones.protocol import Backbone, backbone_device
-from orderrl.backbones.registry import require_made_for
 from orderrl.envs.observation import observed
 from orderrl.envs.reward import OBJECTIVES
-from orderrl.planner import load_planner, require_described
+from orderrl.planner import load_planner, require_described, require_reads
 from orderrl.runtime.distributed import print_once
 from orderrl.runtime.isolation import isolated_float32
 from orderrl.runtime.values import differing, flat
@@ -254,7 +253,9 @@ def _reference(spec: PolicySpec, backbone: Backbone, budgets: tuple[int, ...], s
 def _planner_policy(spec: PolicySpec, backbone: Backbone) -> NamedPolicy:
     """The planner of a file; it chooses its budgets itself, or its block scores act with a schedule."""
     assert spec.path is not None
-    planner, description = load_planner(spec.path, backbone)
+    planner, description = load_planner(spec.path)
+    start = open_start(backbone, description.get("backbone", ""))
+    require_reads(spec.path, planner, description, backbone if start is None else start)
     require_described(spec.path, planner, description)
     if spec.prefix == PAIRED:
         planner.config.require_pairs(f"policy '{spec}'")
@@ -285,10 +286,8 @@ def _planner_policy(spec: PolicySpec, backbone: Backbone) -> NamedPolicy:
             policy = _ranking(spec, planner_scorer(planner), backbone, budgets, schedule)
     scorer: Scorer = planner_scorer(planner)
     acting: Policy | ReferencePolicy = policy
-    if (start := open_start(backbone, description.get("backbone", ""))) is not None:
+    if start is not None:
         acting = ThroughStart(policy, start, budgets, scorer)
-    else:
-        require_made_for(spec.path, description, backbone)
     return NamedPolicy(
         f"{family}{at_cost}{'@' + spec.schedule if spec.schedule else ''}",
         acting,

@@ -18,6 +18,7 @@ from orderrl.backbones.protocol import Backbone, backbone_device
 from orderrl.backbones.registry import BACKBONES, backbone_fingerprint
 from orderrl.envs.core import NextBlockCore
 from orderrl.envs.observation import observed
+from orderrl.runtime.hub import START
 
 if TYPE_CHECKING:
     from tensordict import TensorDict
@@ -75,13 +76,14 @@ def open_start(backbone: Backbone, fingerprint: str) -> Backbone | None:
     where = f"specialist {origin.label!r} of {origin.folder}"
     if refusal := BACKBONES.refusal(origin.start):
         raise ValueError(f"{where}: the checkpoint {refusal}")
+    name = origin.folder / START if origin.start == START else origin.start
     try:
-        start = load_backbone(origin.start, device=backbone_device(backbone))
+        start = load_backbone(name, device=backbone_device(backbone))
     except (ValueError, OSError) as error:
         raise ValueError(f"{where}: its planner reads the backbone that it was fine-tuned from: {error}") from error
     if backbone_fingerprint(start) != fingerprint:
         raise ValueError(
-            f"{where}: its planner reads the backbone that it was fine-tuned from, {origin.start!r}, and there is "
+            f"{where}: its planner reads the backbone that it was fine-tuned from, {str(name)!r}, and there is "
             "another backbone under this name now; bring the former one back"
         )
     return start

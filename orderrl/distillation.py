@@ -33,7 +33,9 @@ from orderrl.data import Augmentation, TokenSet
 from orderrl.envs.config import CoreConfig
 from orderrl.envs.core import NextBlockCore
 from orderrl.planner import load_planner
+from orderrl.runtime import distributed
 from orderrl.runtime.cache import Cache
+from orderrl.runtime.hub import PLANNER
 from orderrl.runtime.isolation import isolated
 from orderrl.runtime.job import FOLDER as UNFINISHED
 from orderrl.runtime.parts import find_table, store_table
@@ -43,7 +45,6 @@ from orderrl.runtime.storage import checksum
 from orderrl.runtime.tables import Column, floats, open_table
 
 ORDERS = "orders"  # in the cache
-PLANNER = "planner.safetensors"  # beside the checkpoint of a planner's specialist
 _PART = 1024  # images
 
 
@@ -98,7 +99,7 @@ class ImageOrders:
     # ------------------------------------------------------------------ what a training asks for
 
     @isolated
-    def extract(self, backbone: TrainableBackbone, round: int) -> str:
+    def extract(self, backbone: Backbone, round: int) -> str:
         """Folder of the orders of a round, found in the cache or made; interrupted work continues."""
         reader = self._reader(backbone)
         named = self.policy(reader)
@@ -119,18 +120,20 @@ class ImageOrders:
             found = store_table(cache, ORDERS, description, ORDERS, parts, make, action, "images")
         return str(found)
 
-    def images(self, where: str) -> OrderedImages:
-        """The images and orders of a round, read as they are used.
+    def images(self, where: str, round: int = 0) -> OrderedImages:
+        """The images and orders of a round, read as they are used; damaged ones that can be are made again.
 
         Raises:
-            ValueError: if the table is missing, damaged, or of other images.
+            ValueError: if the table is missing or damaged and was made by weights that are gone, or is of other images.
         """
-        wrong = Cache(self.cache_dir).damage(Path(where))
+        wrong = distributed.on_main(lambda: Cache(self.cache_dir).damage(Path(where)))
         if wrong is not None:
-            raise ValueError(
-                f"{wrong}; the training that learns from these orders cannot continue: remove its state in "
-                f"{self.cache_dir / UNFINISHED} to train from the start"
-            )
+            if self.spec.kind != "planner" and _reads(self.policy(self.start)):  # made by the weights of that moment
+                raise ValueError(
+                    f"{wrong}; the training that learns from these orders cannot continue: remove its state in "
+                    f"{self.cache_dir / UNFINISHED} to train from the start"
+                )
+            where = self.extract(self.start, round)
         blocks, tokens = self.start.geometry.num_blocks, self.data.tokens
         columns = {"image": Column(), "order": Column((blocks,)), "seen": Column((blocks,))}
         if self._augmented:
@@ -164,11 +167,12 @@ class ImageOrders:
         """The fixed order that is fitted on gain labels, where the policy is that one."""
         return self.fitted().tolist() if self.spec.name == FITTED and self.fitted is not None else None
 
-    def _reader(self, backbone: TrainableBackbone) -> Backbone:
+    def _reader(self, backbone: Any) -> Backbone:
         """What the policy reads: planners the start, others a frozen copy of the weights of the moment."""
         if self.spec.kind == "planner":
             return self.start
-        return copy.deepcopy(backbone).eval().requires_grad_(False)
+        frozen: Backbone = copy.deepcopy(backbone).eval().requires_grad_(False)
+        return frozen
 
     def _views(self, part: range, round: int) -> TokenSet:
         """Views of images: row i is view i mod V of image i div V."""

@@ -207,10 +207,7 @@ class OrderHead(nn.Module):
         Raises:
             ValueError: if it cannot be found, is no planner, or was trained for a backbone of another shape or data.
         """
-        planner, description = load_planner(hub_file(source, "planner"), backbone)
-        if backbone is not None:
-            require_made_for(source, description, backbone)
-        return planner
+        return load_planner(hub_file(source, "planner"), backbone)[0]
 
     def push_to_hub(self, repository: str, description: Mapping[str, Any], results: str = "") -> str:
         """Upload the planner with a model card made of its description, as `load_planner` gives it.
@@ -448,10 +445,10 @@ def load_planner(path: Path | str, backbone: Backbone | None = None) -> tuple[Or
 
     Args:
         path: a file, the folder of a run, or `hf://OWNER/NAME` of the Hub.
-        backbone: it must fit.
+        backbone: that it is to read, as `require_reads` says.
 
     Raises:
-        ValueError: if the file is no planner, its shape is none of this version's or does not fit the backbone.
+        ValueError: if the file is no planner, its shape is none of this version's, or it is not for the backbone.
     """
     path = hub_file(path, "planner") if str(path).startswith(HUB) or Path(path).is_dir() else Path(path)
     tensors, description = load_checkpoint(path, "planner")
@@ -459,19 +456,24 @@ def load_planner(path: Path | str, backbone: Backbone | None = None) -> tuple[Or
         config = PlannerConfig(**description["shape"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: its planner shape is none of this version's ({error}); train it anew") from error
-    if backbone is not None:
-        fitting = PlannerConfig.for_backbone(backbone)
-        for name in ("num_blocks", "hidden_size", "num_classes"):
-            have, want = getattr(config, name), getattr(fitting, name)
-            if have != want:
-                raise ValueError(
-                    f"{path}: planner with {name}={have} does not fit the backbone's {name}={want}; train one for this "
-                    "backbone with `python -m orderrl.train agent=bc`"
-                )
     planner = rebuild(lambda: new_planner(config), description["shape"], tensors, path)
     if backbone is not None:
-        planner.to(backbone_device(backbone))
+        require_reads(path, planner, description, backbone)
     return planner.eval(), description
+
+
+def require_reads(path: Path | str, planner: OrderHead, description: Mapping[str, Any], backbone: Backbone) -> None:
+    """Refuse a planner for a backbone of another shape or of other data; move it to the backbone's device."""
+    fitting = PlannerConfig.for_backbone(backbone)
+    for name in ("num_blocks", "hidden_size", "num_classes"):
+        have, want = getattr(planner.config, name), getattr(fitting, name)
+        if have != want:
+            raise ValueError(
+                f"{path}: planner with {name}={have} does not fit the backbone's {name}={want}; train one for this "
+                "backbone with `python -m orderrl.train agent=bc`"
+            )
+    require_made_for(path, description, backbone)
+    planner.to(backbone_device(backbone))
 
 
 def require_described(path: Path | str, planner: OrderHead, description: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,8 +97,9 @@ def specialist(config: DictConfig) -> Path:
     """The cached backbone of a config, or the one that is trained now."""
     print_main(f"\n== seed {config.seed}: specialist of {config.training.order}")
     recipe = backbone_recipe(config, config.data.name)
-    source = policy_source(PolicySpec.parse(config.training.order))
-    return recipe.find_or_train(Cache(config.cache_dir), partial(trained, config, recipe), source)
+    spec = PolicySpec.parse(config.training.order)
+    name = str(replace(spec, name=Path(spec.name).name))
+    return recipe.find_or_train(Cache(config.cache_dir), partial(trained, config, recipe), name, policy_source(spec))
 
 
 if __name__ == "__main__":

@@ -25,12 +25,13 @@ from orderrl.planner import load_planner, require_described, save_planner
 from orderrl.runtime import distributed
 from orderrl.runtime.cache import Cache, fingerprint
 from orderrl.runtime.distributed import print_main
+from orderrl.runtime.hub import hub_file
 from orderrl.runtime.job import Job, finish
 from orderrl.runtime.jsonfile import read_json
 from orderrl.runtime.run import Run
 from orderrl.runtime.storage import checksum, write_json
 from orderrl.runtime.values import differing, flat
-from orderrl.runtime.weights import weights_fingerprint
+from orderrl.runtime.weights import HUB, weights_fingerprint
 
 PLANNERS = "planners"  # in the cache
 BODY = "backbone.safetensors"  # that an agent tuned together with its planner
@@ -168,14 +169,14 @@ def save_trained(folder: Path, setup: Setup, trained: Trained, description: Mapp
 def planner_to_start_from(setup: Setup, name: str, config: Any) -> Path:
     """The planner that the settings `start` and `start_target` name; what it is and where it came from is printed.
 
-    A file; "newest", the newest cached clone of this backbone and data, whatever its settings; or, with None, the
-    planner of the same backbone, data, labels, planner and seed, which is trained if it is not in the cache. ValueError
-    if there is no clone in the cache to be the newest one.
+    A file or one of the Hub; "newest", the newest cached clone of this backbone and data, whatever its settings; or,
+    with None, the planner of the same backbone, data, labels, planner and seed, which is trained if it is not in the
+    cache. ValueError if there is no clone in the cache to be the newest one.
     """
     # a planner that is there
     if config.start is not None and config.start != NEWEST:
         print_main(f"{name}: starts from {config.start}")
-        return Path(config.start)
+        return hub_file(config.start, "planner") if config.start.startswith(HUB) else Path(config.start)
     if config.start == NEWEST:
         newest = newest_planner(setup, "bc")
         if newest is None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from orderrl.agents.play import roll_out
 from orderrl.agents.registry import make_policy
-from orderrl.agents.specialist import Native
+from orderrl.agents.specialist import Native, ThroughStart
 from orderrl.backbones import OrderRobustTransformer, TransformerConfig, load_backbone, save_backbone
 from orderrl.backbones.mar_backbone import MaskedConfig, MaskedTransformer
 from orderrl.backbones.origin import Origin
@@ -38,7 +38,9 @@ from orderrl.evaluation.settings import EvalConfig
 from orderrl.planner import OrderHead, PlannerConfig, save_planner
 from orderrl.pretrain import pretrain as pretrain_command
 from orderrl.runtime.config import compose
+from orderrl.runtime.hub import push_to_hub
 from tests.helpers import tiny_backbone, tiny_images
+from tests.hub import put_in_place_of_the_hub
 
 QUICK = PretrainConfig(
     steps=6, batch_size=8, learning_rate=1e-3, warmup=2, ema=0.5, evaluate_every=6, order="low_entropy", views=1
@@ -341,7 +343,7 @@ def test_a_planner_reads_the_start_whatever_training_makes_of_the_body(tmp_path:
         make_policy(str(path), moved)
 
 
-def test_the_command_makes_a_backbone_that_knows_its_order(tmp_path: Path) -> None:
+def test_the_command_makes_a_backbone_that_knows_its_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start = tiny_backbone(8, 8, 2, 17, 10)
     save_backbone(tmp_path / "start.safetensors", start, {})
     planner_of(start, tmp_path / "mine.safetensors")
@@ -359,9 +361,31 @@ def test_the_command_makes_a_backbone_that_knows_its_order(tmp_path: Path) -> No
     backbone = load_backbone(made)
     assert isinstance(backbone, OrderRobustTransformer) and backbone.origin is not None
     assert backbone.origin.start_fingerprint == backbone_fingerprint(start) and backbone.origin.label == "bc_context_r0"
-    spec = own_order(backbone)
-    assert spec is not None and spec.path == made.parent / "planner.safetensors"
-    assert make_policy(spec, backbone).policy.__class__.__name__ == "ThroughStart"
+    # it is whole in any folder and on the Hub, with its planner and what that reads
+    put_in_place_of_the_hub(tmp_path / "hub", monkeypatch)
+    (tmp_path / "start.safetensors").unlink()
+    (tmp_path / "mine.safetensors").unlink()
+    push_to_hub(made, "me/mine")
+    images, drawn = tiny_images(start), []
+    for name in (made, "hf://me/mine", "hf://me/mine/backbone.safetensors"):
+        found = load_backbone(name)
+        spec = own_order(found)
+        assert spec is not None and spec.path is not None and spec.path.name == "planner.safetensors"
+        named = make_policy(spec, found)
+        assert isinstance(named.policy, ThroughStart)
+        drawn.append(chosen_orders(found, images, named, 0)[0])
+    assert all(torch.equal(drawn[0], order) for order in drawn)
+    for name in ("planner", "start"):
+        content = (beside := made.with_name(f"{name}.safetensors")).read_bytes()
+        beside.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(ValueError, match=f"{beside}: is (not the planner that|altered)"):
+            push_to_hub(made, "me/again")
+        there = tmp_path / "hub" / "me" / "mine" / beside.name
+        there.write_bytes(beside.read_bytes())
+        with pytest.raises(ValueError, match=f"{there}: is (not the planner that|altered)"):
+            make_policy(own_order(load_backbone("hf://me/mine")) or "", load_backbone("hf://me/mine"))
+        for path in (beside, there):
+            path.write_bytes(content)
     assert {"loss_own", "before"} <= set((made.parent / "results.json").read_text().split('"'))
     (made.parent / "planner.safetensors").unlink()
     with pytest.raises(ValueError, match=r"planner\.safetensors: is missing; the planner of a specialist lies beside"):

@@ -52,13 +52,15 @@ def test_a_row_changes_only_the_labels_that_it_names(
 def test_specialists_learn_the_orders_of_their_own_seeds_planner(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planners come first; `{0}` is the first one of the same seed, and all of them are evaluated together."""
     asked: list[tuple[int, str]] = []
+    names: list[str] = []
     seen: list[DictConfig] = []
 
     def train(config: DictConfig) -> Path:
-        return Path(f"planner{config.seed}.safetensors")
+        return Path(f"runs/{config.seed}.safetensors")
 
     def find_or_train(recipe: BackboneRecipe, *given: Any) -> Path:
         asked.append((recipe.seed, recipe.config.order))
+        names.append(given[2])
         return Path(f"specialist{len(asked)}.safetensors")
 
     def evaluate(config: DictConfig) -> Path:
@@ -69,11 +71,12 @@ def test_specialists_learn_the_orders_of_their_own_seeds_planner(monkeypatch: py
     monkeypatch.setattr("orderrl.reproduce.evaluate", evaluate)
     monkeypatch.setattr(BackboneRecipe, "find_or_train", find_or_train)
     further = ["backbone=digits", "training=further", "training.start=digits"]
-    rows = [[*further, f"training.order={order}"] for order in ("raster", "'{0}'")]
+    rows = [[*further, f"training.order={order}"] for order in ("raster", "'spaced_{0}@4'")]
     config = compose("reproduce", ["suite=orders", "seeds=[0,4]", "runs=[['agent=bc']]"])
     reproduce(with_values(config, {"specialists": rows}))
-    planners = [f"planner{seed}.safetensors" for seed in (0, 4)]
-    assert asked == [(0, "raster"), (0, planners[0]), (4, "raster"), (4, planners[1])]
+    planners = [f"runs/{seed}.safetensors" for seed in (0, 4)]
+    assert asked == [(0, "raster"), (0, f"spaced_{planners[0]}@4"), (4, "raster"), (4, f"spaced_{planners[1]}@4")]
+    assert names == ["raster", "spaced_0.safetensors@4", "raster", "spaced_4.safetensors@4"]  # in keys, without folders
     assert list(seen[0].eval.planners) == planners
     assert list(seen[0].eval.specialists) == [f"specialist{i}.safetensors" for i in range(1, 5)]
 

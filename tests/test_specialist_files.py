@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,25 @@ import torch
 from torch import Tensor
 
 from orderrl import compose
+from orderrl.agents.agent import find_agent
+from orderrl.agents.bc import Config, teacher_ranks
+from orderrl.agents.ppo import Config as PPOConfig
 from orderrl.agents.registry import make_policy
 from orderrl.backbones import OrderRobustTransformer, load_backbone, save_backbone
 from orderrl.backbones.origin import Origin
 from orderrl.backbones.pretraining import PretrainConfig, pretrain
-from orderrl.backbones.registry import backbone_fingerprint, require_made_for
+from orderrl.backbones.registry import WEIGHTS, backbone_fingerprint, require_made_for
+from orderrl.data import load_split
 from orderrl.distillation import ImageOrders, chosen_orders
 from orderrl.evaluation.policies import own_order
-from orderrl.planner import OrderHead, PlannerConfig, save_planner
+from orderrl.factory import Setup
+from orderrl.planner import OrderHead, PlannerConfig, load_planner, save_planner
 from orderrl.pretrain import backbone_recipe
 from orderrl.reproduce import specialist_configs
+from orderrl.runtime.cache import fingerprint
 from orderrl.runtime.job import Job
 from orderrl.runtime.storage import checksum
+from orderrl.training import describe, find_or_train
 from tests.helpers import tiny_backbone, tiny_images
 from tests.jobs import Enough, Seen
 
@@ -32,6 +40,13 @@ FORWARDS, BACKWARDS = torch.arange(9), torch.arange(9).flip(0)
 
 def orders(folder: Path, order: str = "low_entropy", seed: int = 3, **changes: Any) -> ImageOrders:
     return ImageOrders(order, tiny_backbone(), tiny_images(tiny_backbone(), 20), folder / "cache", seed, **changes)
+
+
+def shifted(tokens: Tensor, generator: torch.Generator, strength: float) -> Tensor:
+    return (tokens + torch.randint(5, (len(tokens), 1), generator=generator)) % 5
+
+
+VIEWS: dict[str, Any] = {"views": 2, "augment": shifted, "strength": 1.0}
 
 
 def specialist(folder: Path, **origin: Any) -> OrderRobustTransformer:
@@ -78,24 +93,45 @@ def damaged(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("harm", [damaged, Path.unlink, lambda path: shutil.rmtree(path.parents[1])])
-def test_a_training_that_continues_takes_no_damaged_orders(harm: Any, tmp_path: Path) -> None:
-    source = orders(tmp_path, "diagonal")
+def gone(path: Path) -> None:
+    shutil.rmtree(path.parents[1])
 
-    def train(job: Job) -> None:
-        backbone = tiny_backbone()
-        other = OrderRobustTransformer(backbone.config)
-        pretrain(other, source.data, source.data, QUICK, job=job, orders=source)
 
-    place = (tmp_path / "cache", "job", 0.0)
-    with pytest.raises(Enough):
-        train(Seen(lambda row: None, 3, *place))
-    where = Path(source.extract(tiny_backbone(), 0))
-    harm(where / "orders" / "order.memmap")
-    with pytest.raises(ValueError, match=rf"{where}.*; the training that learns from these orders cannot continue"):
-        train(Job(*place))
-    source.extract(tiny_backbone(), 0)  # orders that read no weights come again
-    train(Job(*place))
+@pytest.mark.parametrize(("order", "harm"), [("diagonal", damaged), ("low_entropy", Path.unlink), ("planner", gone)])
+def test_a_training_that_continues_makes_damaged_orders_again(order: str, harm: Any, tmp_path: Path) -> None:
+    """By the weights of the start, whatever the steps since made of the backbone; those of a later round are gone."""
+    name = str(planner(tmp_path, backbone=backbone_fingerprint(tiny_backbone()))) if order == "planner" else order
+    source = orders(tmp_path, name, **VIEWS)
+
+    def train(job: Job, rounds: int = 1) -> Tensor:
+        backbone = OrderRobustTransformer(tiny_backbone().config)
+        backbone.load_state_dict(tiny_backbone().state_dict())
+        torch.manual_seed(0)
+        pretrain(backbone, source.data, source.data, replace(QUICK, order=name, rounds=rounds), job=job, orders=source)
+        return torch.cat([values.flatten() for values in backbone.state_dict().values()])
+
+    def interrupted(rounds: int) -> tuple[Job, Path]:
+        """Continues after the fourth of six steps; with the table that it reads."""
+        place = (tmp_path / "cache", f"job-{rounds}", 0.0)
+        with pytest.raises(Enough):
+            train(Seen(lambda row: None, 5, *place), rounds)
+        tables = (tmp_path / "cache").glob("orders/*/orders/order.memmap")
+        return Job(*place), max(tables, key=lambda path: path.stat().st_mtime)
+
+    whole = train(Job())
+    shutil.rmtree(tmp_path / "cache")
+    job, table = interrupted(1)
+    content = table.read_bytes()
+    harm(table)
+    assert torch.equal(train(job), whole) and table.read_bytes() == content
+    job, table = interrupted(2)
+    harm(table)
+    if order == "low_entropy":
+        with pytest.raises(ValueError, match=rf"{table}.*; the training that learns from these orders cannot continue"):
+            train(job, 2)
+    else:
+        train(job, 2)
+        assert table.read_bytes() == content
 
 
 def test_what_a_killed_extraction_left_goes_with_the_next_command(tmp_path: Path) -> None:
@@ -110,10 +146,7 @@ def test_what_a_killed_extraction_left_goes_with_the_next_command(tmp_path: Path
 
 @pytest.mark.parametrize("seed", [549_756, 2**32 - 1])
 def test_every_seed_gives_views(seed: int, tmp_path: Path) -> None:
-    def augment(tokens: Tensor, generator: torch.Generator, strength: float) -> Tensor:
-        return (tokens + torch.randint(5, (len(tokens), 1), generator=generator)) % 5
-
-    source = orders(tmp_path, "diagonal", seed, views=2, augment=augment, strength=1.0)
+    source = orders(tmp_path, "diagonal", seed, **VIEWS)
     assert len(source.images(source.extract(tiny_backbone(), 0))) == 40
 
 
@@ -187,6 +220,45 @@ def test_a_planner_of_other_data_is_refused_and_one_of_other_weights_is_told(
     ):
         backbone.trained_on = own
         require_made_for("p.safetensors", description, backbone)
+
+
+@pytest.mark.parametrize("taken", ["file", "pretrained", "policy", "start", "teacher", "orders"])
+def test_a_planner_of_other_data_is_refused_wherever_one_is_taken(taken: str, tmp_path: Path) -> None:
+    """Digits and canvas have the same shape."""
+    backbone, path = load_backbone("digits"), WEIGHTS / "canvas_planner.safetensors"
+    setup = Setup(
+        backbone=backbone, backbone_name="digits", backbone_path=None, data="digits",
+        planner=PlannerConfig.for_backbone(backbone), cache_dir=tmp_path,
+    )  # fmt: skip
+    ways = {
+        "file": lambda: load_planner(path, backbone),
+        "pretrained": lambda: OrderHead.from_pretrained(path, backbone),
+        "policy": lambda: make_policy(str(path), backbone),
+        "start": lambda: find_or_train(setup, "ppo", PPOConfig(start=str(path))),
+        "teacher": lambda: teacher_ranks(setup, str(path), 4),
+        "orders": lambda: ImageOrders(str(path), backbone, load_split("digits", "backbone"), tmp_path, 0),
+    }
+    with pytest.raises(ValueError, match=rf"{path}: a planner for a backbone of canvas \(\w+\) cannot read one of dig"):
+        ways[taken]()
+
+
+def test_what_a_planner_does_is_in_the_key_of_what_learns_from_it(tmp_path: Path) -> None:
+    """A teacher by the content of its file, its prefix, cost, mode and schedule; one of a user by its module."""
+    (tmp_path / "elsewhere").mkdir()
+    path = planner(tmp_path)
+    copied = shutil.copyfile(path, tmp_path / "elsewhere" / "copy.safetensors")
+    backbone = tiny_backbone(8, 8, 2, 17, 10)
+    setup = Setup(
+        backbone=backbone, backbone_name="x", backbone_path=None, data="digits",
+        planner=PlannerConfig.for_backbone(backbone),
+    )  # fmt: skip
+
+    def key(teacher: object) -> str:
+        config = Config(target="ranks", teacher=str(teacher))
+        return fingerprint(describe(setup, "bc", find_agent("bc"), config))
+
+    ways = [str(path), f"{path}@4", f"{path}@fast", f"spaced_{path}@4", f"{path}@cost0.5", "raster", "raster@4"]
+    assert len({key(way) for way in ways}) == len(ways) and key(path) == key(copied)
 
 
 def test_shipped_backbones_say_what_they_were_trained_on() -> None:

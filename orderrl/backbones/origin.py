@@ -21,7 +21,8 @@ class Origin:
         order: the policy that chose the orders, by its name; a planner's file lies beside the checkpoint.
         label: what tables call the specialist.
         seed: of its training.
-        start: name or path of the backbone that it was fine-tuned from; None if it was trained from nothing.
+        start: name or path of the backbone that it was fine-tuned from, `START` if its planner reads it and it lies
+            beside the checkpoint; None if it was trained from nothing.
         start_fingerprint: of that backbone.
         planner: SHA-256 of the planner's file; None if there is none.
         fitted: the blocks of an order that was fitted on gain labels; None of other orders.

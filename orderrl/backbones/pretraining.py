@@ -126,8 +126,8 @@ class OrderSource(Protocol):
     def extract(self, backbone: TrainableBackbone, round: int) -> str:
         """Extract the orders of a round and say where they are; all processes call it."""
 
-    def images(self, where: str) -> OrderedImages:
-        """The images and orders that `extract` left."""
+    def images(self, where: str, round: int) -> OrderedImages:
+        """The images and orders that `extract` left for a round; all processes call it."""
 
     def of(self, data: TokenSet, backbone: TrainableBackbone) -> OrderedImages:
         """The orders of other images."""
@@ -340,6 +340,8 @@ def pretrain(
         parts |= {"backbone": backbone, "averaged": averaged, "optimizer": optimizer}
     if distributed.rank():  # dropout of its own in every process
         torch.manual_seed(config.seed + _PROCESS_SEEDS * distributed.rank())
+    # round 0 reads the weights of the start, which a training that continues has here alone
+    first = "" if config.policy is None or orders is None else orders.extract(mean, 0)
     job = job or Job()
     for step in job.steps(config.steps, f"pretraining ({config.order} order)", "steps", "loss {loss:.3f}", **parts):
         # the orders of this step
@@ -347,10 +349,10 @@ def pretrain(
             assert orders is not None
             round = step * config.rounds // config.steps
             if phase["round"] != round:
-                phase |= {"round": round, "orders": orders.extract(mean, round)}
+                phase |= {"round": round, "orders": orders.extract(mean, round) if round else first}
                 images = None
             if images is None:  # a new round, or a training that continues
-                images = orders.images(phase["orders"])
+                images = orders.images(phase["orders"] if round else first, round)
         share = random_share(step, config)
         if share < 1 and config.order == RANDOM and not phase["kept_random"]:
             phase["kept_random"] = True

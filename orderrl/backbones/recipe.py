@@ -30,6 +30,7 @@ from orderrl.data import AUGMENTATIONS, TokenSet, load_split
 from orderrl.runtime.cache import Cache, fingerprint
 from orderrl.runtime.checkpoint import load_checkpoint
 from orderrl.runtime.distributed import is_main, on_main, print_main
+from orderrl.runtime.hub import PLANNER, START
 from orderrl.runtime.job import Job
 from orderrl.runtime.run import Run
 from orderrl.runtime.sources import source_identity
@@ -63,7 +64,8 @@ class BackboneRecipe:
         """Train on the backbone split and measure on the test split.
 
         The run's folder gets `results.json` and `backbone.safetensors`, the last checkpoint of the random phase, and
-        with an anneal also `backbone_final.safetensors`; of a planner's specialist also the planner.
+        with an anneal also `backbone_final.safetensors`; of a planner's specialist also the planner, and
+        the backbone that it reads if that was a file.
 
         Args:
             cache_dir: where the state of an unfinished training is kept.
@@ -110,7 +112,7 @@ class BackboneRecipe:
             losses = measured()
             annealed = on_main(random_phase.exists)
             if orders is not None and not self._has_head:
-                description[ORIGIN] |= on_main(lambda: orders.keep(run.folder))
+                description[ORIGIN] |= on_main(lambda: self._keep(orders, start, run.folder))
             _save(final if annealed else chosen, backbone, description | {"test": losses})
             if annealed and is_main():
                 load_checkpoint(random_phase, "backbone")  # refused if it is damaged
@@ -123,10 +125,11 @@ class BackboneRecipe:
             print_main(f"{name}: {value:.4f}{was} {unit} per token on {len(test)} test images")
         return chosen
 
-    def find_or_train(self, cache: Cache, train: Callable[[], Path], source: Path | None = None) -> Path:
+    def find_or_train(self, cache: Cache, train: Callable[[], Path], order: str, source: Path | None = None) -> Path:
         """The cached backbone of this recipe, or the one that `train` makes, which is kept with what lies beside it.
 
         Args:
+            order: name of the policy, without the folder of a planner's file.
             source: the file that the policy is made of; None if there is none.
         """
         description = {
@@ -135,14 +138,15 @@ class BackboneRecipe:
             "data": load_split(self.data, "backbone").fingerprint,
             "training": dict(self.training) | {"start": None, "order": None},
             "order": source_identity(source or self.config.order.partition("@")[0]),
-            "name": Path(self.config.order).name,
+            "name": order,
             "seed": self.seed,
         }
         key = fingerprint(description)
         if cache.find(BACKBONES_FOLDER, key) is None:
             made = train()
             with cache.store(BACKBONES_FOLDER, key, description) as folder:
-                for path in (made, *made.parent.glob("planner.safetensors"), made.parent / _RESULTS):
+                beside = (made.with_name(name) for name in (PLANNER, START))
+                for path in (made, *filter(Path.is_file, beside), made.with_name(_RESULTS)):
                     shutil.copyfile(path, folder / path.name)
         return cache.folder(BACKBONES_FOLDER, key) / _CHECKPOINT
 
@@ -151,6 +155,14 @@ class BackboneRecipe:
         if self.config.policy is None or self.orders is None:
             return None
         return self.orders(start or copy.deepcopy(backbone).eval().requires_grad_(False), train, self.config)
+
+    def _keep(self, orders: OrderSource, start: Backbone | None, folder: Path) -> dict[str, Any]:
+        """Copy what the orders need to the folder of a specialist; what its `Origin` says of it."""
+        kept = orders.keep(folder)
+        if "planner" in kept and isinstance(start, TrainableBackbone) and _is_file(self.config.start):
+            save_backbone(folder / START, start, {"data": start.trained_on})
+            kept["start"] = START
+        return kept
 
     @property
     def _has_head(self) -> bool:
@@ -174,7 +186,7 @@ class BackboneRecipe:
             said.append("position head")
         name = config.order if orders is None else orders.label
         begun = config.start
-        if begun is not None and begun not in BACKBONES and Path(begun).is_file():  # found again from any folder
+        if begun is not None and _is_file(begun):  # found again from any folder
             begun = str(Path(begun).resolve())
         return Origin(
             order=NATIVE if self._has_head else config.order,
@@ -194,6 +206,11 @@ class BackboneRecipe:
             "shard": self.fsdp,
         }
         return fingerprint(description)
+
+
+def _is_file(start: str | None) -> bool:
+    """Whether a backbone to start from is named by its file."""
+    return start is not None and start not in BACKBONES and Path(start).is_file()
 
 
 def _save(path: Path, backbone: TrainableBackbone, description: dict[str, Any]) -> None:

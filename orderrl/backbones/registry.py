@@ -26,10 +26,10 @@ from orderrl.runtime.checkpoint import load_checkpoint, rebuild, save_checkpoint
 from orderrl.runtime.devices import checked_device, default_dtype
 from orderrl.runtime.distributed import print_once
 from orderrl.runtime.finite import OVERFLOW, require_finite
-from orderrl.runtime.hub import hub_file
+from orderrl.runtime.hub import files_beside, hub_file
 from orderrl.runtime.isolation import isolated_float32
 from orderrl.runtime.registry import Registry
-from orderrl.runtime.weights import HUB, load_weights, missing_weights, weights_fingerprint
+from orderrl.runtime.weights import HUB, load_weights, local_path, missing_weights, weights_fingerprint
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 TrainableBackbone = OrderRobustTransformer | RasterTransformer | ARPG | MaskedTransformer
@@ -111,7 +111,7 @@ def load_backbone(
     elif path is not None or shape:
         raise ValueError(f"path and shape belong to published models, {name!r} is none of {', '.join(PRESETS)}")
     elif name.startswith(HUB):
-        backbone = _from_file(hub_file(name, "backbone"))
+        backbone = _from_hub(name)
     elif name not in BACKBONES and (name.endswith(".safetensors") or Path(name).exists()):
         backbone = _from_file(Path(name))
     elif BACKBONES.given(name) is not None:
@@ -275,6 +275,15 @@ def _from_file(path: Path) -> TrainableBackbone:
     backbone: TrainableBackbone = rebuild(lambda: _FAMILIES[family][0](config), shape, tensors, path)
     backbone.origin, data = Origin.of(description, path), description.get("data")
     backbone.trained_on = data if isinstance(data, str) else None
+    return backbone
+
+
+def _from_hub(name: str) -> TrainableBackbone:
+    """A backbone of the Hub, on this machine with what belongs to it."""
+    backbone = _from_file(hub_file(name, "backbone"))
+    folder = name.rpartition("/")[0] if name.endswith(".safetensors") else name
+    for beside in files_beside(None if backbone.origin is None else backbone.origin.described()):
+        local_path(f"{folder}/{beside}")
     return backbone
 
 

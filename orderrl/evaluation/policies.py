@@ -24,7 +24,7 @@ from orderrl.labels import find_or_make_labels, open_labels
 from orderrl.oracle import utilities
 from orderrl.planner import load_planner
 from orderrl.runtime.distributed import print_main
-from orderrl.runtime.storage import is_intact
+from orderrl.runtime.hub import planner_beside
 from orderrl.training import newest_planner
 
 if TYPE_CHECKING:
@@ -77,12 +77,7 @@ def own_order(backbone: Backbone) -> PolicySpec | None:
         raise ValueError(f"{origin.folder}: the checkpoint {refusal}")
     if spec.kind != "planner":
         return spec
-    beside = origin.folder / Path(spec.name).name
-    if not beside.is_file():
-        raise ValueError(f"{beside}: is missing; the planner of a specialist lies beside its checkpoint")
-    if origin.planner is not None and not is_intact(beside, origin.planner):
-        raise ValueError(f"{beside}: is not the planner that the specialist in this folder was made for; bring it back")
-    return spec.at(beside)
+    return spec.at(planner_beside(origin.folder, origin.planner, Path(spec.name).name))
 
 
 def shipped_planner(backbone: Backbone) -> Path | None:

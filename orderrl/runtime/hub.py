@@ -1,6 +1,7 @@
-"""Trained planners and backbones on the Hugging Face Hub: one checkpoint and a card, made of what the file says.
+"""Trained planners and backbones on the Hugging Face Hub: a checkpoint and a card, made of what the file says.
 
-A repository holds `planner.safetensors` or `backbone.safetensors`, as `train` and `pretrain` write them, and a README.
+A repository holds `planner.safetensors` or `backbone.safetensors`, as `train` and `pretrain` write them, and a README;
+of a specialist also what lies beside its checkpoint: its planner, and the backbone that this reads.
 """
 
 import shutil
@@ -10,10 +11,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from orderrl.runtime.checkpoint import load_checkpoint
+from orderrl.runtime.storage import is_intact
 from orderrl.runtime.values import flat
 from orderrl.runtime.weights import HUB, local_path
 
 KINDS = ("planner", "backbone")
+PLANNER, START = "planner.safetensors", "start.safetensors"  # beside a specialist's checkpoint
 _CARD = """\
 ---
 library_name: orderrl
@@ -64,8 +67,24 @@ def hub_file(source: Path | str, kind: str) -> Path:
     return local_path(f"{text}/{kind}.safetensors")
 
 
+def files_beside(origin: Mapping[str, Any] | None) -> list[str]:
+    """Names of the files that belong to a checkpoint and lie beside it, by what it says of its origin."""
+    origin = origin or {}
+    return [PLANNER] * bool(origin.get("planner")) + [START] * (origin.get("start") == START)
+
+
+def planner_beside(folder: Path, recorded: str | None, name: str = PLANNER) -> Path:
+    """The planner of the specialist in a folder; ValueError if it is not there, or not the one that was recorded."""
+    path = folder / name
+    if not path.is_file():
+        raise ValueError(f"{path}: is missing; the planner of a specialist lies beside its checkpoint")
+    if recorded is not None and not is_intact(path, recorded):
+        raise ValueError(f"{path}: is not the planner that the specialist in this folder was made for; bring it back")
+    return path
+
+
 def push_to_hub(path: Path | str, repository: str, results: str = "", private: bool = False) -> str:
-    """Upload a planner or a backbone with its model card, and return the address of the commit.
+    """Upload a planner or a backbone with what belongs to it and a model card; return the address of the commit.
 
     Args:
         path: a checkpoint that `train` or `pretrain` wrote.
@@ -74,14 +93,23 @@ def push_to_hub(path: Path | str, repository: str, results: str = "", private: b
         private: of a repository that is made.
 
     Raises:
-        ValueError: if the file is no such checkpoint.
+        ValueError: if the file is no such checkpoint, or what belongs to it is missing or damaged.
     """
     from huggingface_hub import HfApi
 
-    kind, description = _described(Path(path))
+    path = Path(path)
+    kind, description = _described(path)
+    origin = description.get("origin") if kind == "backbone" else None
+    beside = files_beside(origin)
+    if PLANNER in beside:
+        planner_beside(path.parent, origin["planner"])
+    if START in beside:
+        load_checkpoint(path.with_name(START), "backbone")  # refused if it is damaged
     api = HfApi()
     with TemporaryDirectory() as folder:
         shutil.copyfile(path, Path(folder) / f"{kind}.safetensors")
+        for name in beside:
+            shutil.copyfile(path.with_name(name), Path(folder) / name)
         (Path(folder) / "README.md").write_text(model_card(kind, description, repository, results), encoding="utf-8")
         api.create_repo(repository, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repository, folder_path=folder))
