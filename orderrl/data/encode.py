@@ -16,6 +16,7 @@ from orderrl.runtime.finite import OVERFLOW, require_finite
 from orderrl.runtime.progress import Advance, progress
 from orderrl.runtime.random import Stream, keyed_index
 from orderrl.runtime.sources import printable
+from orderrl.runtime.storage import alone_in
 from orderrl.tokenizers import KLTokenizer, Tokenizer, load_tokenizer
 from orderrl.tokenizers.layers import latent_grid
 
@@ -67,16 +68,18 @@ def tokenize_folder(
     identity = _identity(tokenizer, folder, images, shard_size, sample_seed, half)
     cached = isinstance(output, Cache)  # what is damaged there is made again; elsewhere it is refused
     where = output.folder("tokens", fingerprint(identity)) if isinstance(output, Cache) else output
-    writer = TokenSetWriter(where, identity, images, tokenizer_path, own=tokenizer.name == "small", remake=cached)
-    missing = writer.missing()
-    print_main(f"{len(writer.shards) - len(missing)} of {len(writer.shards)} shards are there in {writer.folder}")
-    with progress(sum(len(shard.rows) for shard in missing), "tokenising", "images") as advance:
-        for shard in missing:
-            tokens, labels, skipped = _encode_shard(
-                tokenizer, images.splits[shard.split], shard, folder, batch_size, sample_seed, advance
-            )
-            writer.write(shard, tokens, labels, skipped)
-    writer.finish()
+    Path(where).parent.mkdir(parents=True, exist_ok=True)
+    with alone_in(Path(where)):
+        writer = TokenSetWriter(where, identity, images, tokenizer_path, own=tokenizer.name == "small", remake=cached)
+        missing = writer.missing()
+        print_main(f"{len(writer.shards) - len(missing)} of {len(writer.shards)} shards are there in {writer.folder}")
+        with progress(sum(len(shard.rows) for shard in missing), "tokenising", "images") as advance:
+            for shard in missing:
+                tokens, labels, skipped = _encode_shard(
+                    tokenizer, images.splits[shard.split], shard, folder, batch_size, sample_seed, advance
+                )
+                writer.write(shard, tokens, labels, skipped)
+        writer.finish()
     if writer.skipped:
         print_main(f"left out, not readable: {', '.join(map(printable, writer.skipped))}")
     print_main(f"tokens: {writer.folder}")

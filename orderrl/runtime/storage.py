@@ -38,6 +38,7 @@ LOCK = ".lock"
 SEAL = "sha256"
 _ASIDE = re.compile(r"\..+\.[0-9a-f]{32}")
 _UNLOCKED = 86_400.0  # seconds; a folder gets its lock at once, unless its process is killed just then
+_POLL = 0.2  # seconds between two looks at a lock
 _held: WeakValueDictionary[str, IO[bytes]] = WeakValueDictionary()  # lock files of this process, which may lock twice
 _verified: set[tuple[str, int, int, str]] = set()  # (path, time of change, bytes, SHA-256) that were right
 
@@ -157,6 +158,25 @@ def claim(lock: Path) -> IO[bytes] | None:
         except FileNotFoundError:
             pass
         file.close()
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in such a block for a folder; one that cannot be written is entered at once."""
+    path, lock, said = folder.absolute().with_name(f".{folder.absolute().name}{LOCK}"), None, False
+    with suppress(OSError):  # no rights, or no folder to hold it: what is written inside says so
+        while (lock := claim(path)) is None and os.access(path, os.W_OK):
+            if not said:
+                print(f"{folder}: another process is making it; waiting", flush=True)
+            said = True
+            time.sleep(_POLL)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            with suppress(OSError):  # Windows removes no open file
+                path.unlink()
+            lock.close()
 
 
 def remove_orphans(parent: Path) -> None:
