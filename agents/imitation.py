@@ -134,12 +134,16 @@ def imitate(
         # the last step's actions, or all that an interrupted run chose
         play(core, scripted(chosen[played:]), steps=len(chosen) - played, restart=True)
         played = len(chosen)
-        # a gradient step on the current states
+        # a gradient step on the current states; where all episodes begin anew at once there is nothing to learn
         observation = core.observation()
         shown = act(policy, core, generator).to(core.device)
+        playing = ~core.visible.all(-1)
+        if not playing.any():
+            chosen.append(shown.cpu())
+            rate.step()
+            continue
         output = planner(observation)
         distribution = planner_actions(output, observation, budgets)
-        playing = ~core.visible.all(-1)
         entropy = distribution.entropy()[playing].mean()
         loss = -distribution.log_prob(shown)[playing].mean() - config.entropy_coeff * entropy
         mean = descend(optimizer, loss, planner)

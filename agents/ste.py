@@ -449,10 +449,7 @@ class SplitTraining:
         c = self.config
         limits = {
             "collapsed": (score_std < c.collapse, f"below collapse={c.collapse:g}: all orders are alike to the head"),
-            "exploded": (
-                score_std > c.explosion,
-                f"above explosion={c.explosion:g}: the soft mask has no gradient left",
-            ),
+            "exploded": (score_std > c.explosion, f"above explosion={c.explosion:g}: the soft mask has no gradient"),
         }
         for what, (wrong, meaning) in limits.items():
             if wrong and not any(what in line for line in warned):
@@ -461,12 +458,8 @@ class SplitTraining:
 
 
 def _check(setup: Setup, config: Config) -> None:
-    require_tunable(
-        setup.backbone,
-        config.layers if config.body == "top" else 0,
-        "ste",
-        (OrderRobustTransformer, MaskedTransformer),
-    )
+    layers = config.layers if config.body == "top" else 0
+    require_tunable(setup.backbone, layers, "ste", (OrderRobustTransformer, MaskedTransformer))
     if config.judged and setup.labels.kind != CLASSIFIER:
         raise ValueError(
             f"agent.oracle_coeff={config.oracle_coeff:g} and agent.reinforce_coeff={config.reinforce_coeff:g} need "
@@ -476,6 +469,12 @@ def _check(setup: Setup, config: Config) -> None:
         require_clusters(setup.labels.grouping, setup.backbone.geometry, setup.labels.clusters, scored=True)
     if setup.planner.network != "orderhead":
         raise ValueError(f"agent=ste trains planner=orderhead, got planner.network={setup.planner.network}")
+    for what, count in (
+        ("blocks, which it splits", setup.backbone.geometry.num_blocks),
+        ("planner images, of which it keeps some back", len(load_split(setup.data, "planner"))),
+    ):
+        if count < 2:
+            raise ValueError(f"agent=ste needs at least 2 {what}; got {count}")
 
 
 def _idle(config: Config) -> list[str]:

@@ -216,7 +216,7 @@ def _run_job(command: str, main: Callable[[DictConfig], Any], full_error: bool, 
 
 def _is_refusal(error: Exception) -> bool:
     """Whether an error is an answer to the user, and no fault of the program."""
-    expected = (HydraException, OmegaConfBaseException, ValueError, OSError, MemoryError)
+    expected = (HydraException, OmegaConfBaseException, ValueError, OSError, MemoryError, RecursionError)
     return isinstance(error, expected) or _lacks_memory(error) or type(error).__name__ == "DecompressionBombError"
 
 
@@ -241,7 +241,7 @@ def _loader(command: str, overrides: Sequence[str]) -> Iterator[ConfigLoader]:
     """Hydra's config loader; usable inside a running Hydra application too."""
     outer = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
-    bare = not any(item.startswith("hydra") for item in overrides)
+    bare = not any(item.lstrip("+~").startswith("hydra") for item in overrides)
     try:
         with (
             schema.registered(nodes_of(overrides), bare),
@@ -256,7 +256,7 @@ def _load(loader: ConfigLoader, command: str, overrides: Sequence[str]) -> tuple
     """A configuration, and the names of the command's groups; raises ValueError with the whole story in one line."""
     try:
         config = loader.load_configuration(command, list(overrides), RunMode.RUN, from_shell=False)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, RecursionError) as error:
         raise ValueError(_explain(error, loader, command, overrides)) from error
     groups = sorted(group for group in config.hydra.runtime.choices if not group.startswith("hydra/"))
     with open_dict(config):
@@ -275,11 +275,16 @@ def _explain_anew(error: Exception, command: str, arguments: Sequence[str]) -> s
 def _explain(error: Exception, loader: ConfigLoader, command: str, overrides: Sequence[str]) -> str:
     """One line for a configuration that cannot be composed: what is unknown, and what is allowed instead."""
     if isinstance(error, MissingConfigException):
-        group, _, choice = (error.missing_cfg_file or "").rpartition("/")
-        if not group:
+        file = error.missing_cfg_file or ""
+        if "/" not in file:
             return f"there is no command {command!r}; choose one of {', '.join(_choices(loader, ''))}"
+        # the longest part that is a group: a path may have been given as the choice
+        ends = [found.start() for found in re.finditer("/+", file)]
+        end = next((place for place in reversed(ends) if _choices(loader, file[:place])), ends[0])
+        group, choice = file[:end], file[end:].removeprefix("/")
         options = _choices(loader, group)
-        return f"{group}={choice} is unknown{_closest(choice, options)}; choose one of {', '.join(options)}"
+        paths = "; a path is a key's value: backbone.name=PATH, or data=tokens data.path=PATH" if "/" in choice else ""
+        return f"{group}={choice} is unknown{_closest(choice, options)}; choose one of {', '.join(options)}{paths}"
     if isinstance(error, OverrideParseException):
         return f"cannot read {error.override!r}; write key=value or group=choice{_in_quotes(error.override)}"
     if ambiguous := re.match(r"Ambiguous value for argument '(.+?)=(.*)'", str(error)):
@@ -288,10 +293,12 @@ def _explain(error: Exception, loader: ConfigLoader, command: str, overrides: Se
             f"{key}={values} gives several values; add --multirun to run with each, or write '{key}=[{values}]'"
             + _in_quotes(f"{key}={values}")
         )
-    unknown = re.search(r"Could not override '([^'@]+)", str(error))
+    unknown = re.search(r"Could not override '([^'@]+)(@[^']*)?", str(error))
     if unknown is None:
         return _line(error)
-    parent, _, name = unknown.group(1).rpartition(".")
+    if unknown[2]:
+        return f"{unknown[1]}{unknown[2]}=... cannot be moved to another place; write {unknown[1]}=CHOICE"
+    parent, _, name = unknown[1].rpartition(".")
     choices = [item for item in overrides if not item.startswith("~") and _is_group(loader, item.split("=")[0])]
     config: Any = loader.load_configuration(
         command, [item.split(",")[0] for item in choices if item.split("=")[0] != name], RunMode.RUN, from_shell=False
@@ -348,6 +355,8 @@ def _closest(name: str, known: Sequence[str]) -> str:
 
 
 def _line(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "a value is nested too deeply"
     line = one_line(error)
     if _lacks_memory(error):
         return (

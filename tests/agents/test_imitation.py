@@ -48,6 +48,14 @@ def test_the_entropy_bonus_keeps_actions_apart_from_certainty(learnt: Any) -> No
     assert rows[-1]["entropy"] > 2 * learnt[1][-1]["entropy"]
 
 
+def test_episodes_may_all_end_at_once() -> None:
+    """One block a step, so that every tenth state of the nine blocks has nothing to learn."""
+    core, planner = tiny_core(num_envs=16), tiny_planner(noisy=False)
+    policy = RankingPolicy(fixed_order(ORDER), core.geometry)
+    rows = logged(imitate, planner, core, policy, ImitationConfig(steps=60, num_envs=16, learning_rate=1e-2))
+    assert len(rows) == 54 and rows[-1]["loss"] < rows[0]["loss"] and rows[-1]["agreement"] > 0.8
+
+
 def test_it_is_determined_by_its_seed() -> None:
     first, second = imitated(steps=5)[1], imitated(steps=5)[1]
     assert first == second

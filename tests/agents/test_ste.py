@@ -27,6 +27,7 @@ from orderrl.agents.ste import (
 )
 from orderrl.backbones import load_backbone, save_backbone
 from orderrl.envs.core import CoreConfig, NextBlockCore
+from orderrl.geometry import BlockGrid
 from orderrl.planner import PlannerConfig, TokenOrderHead, new_planner
 from orderrl.runtime.job import Job
 from tests.backbones.families import images, tiny
@@ -354,9 +355,12 @@ def test_wrong_settings_are_named(wrong: dict[str, Any], message: str) -> None:
         Config(**wrong)
 
 
-def test_what_it_cannot_train_is_refused() -> None:
+def test_what_it_cannot_train_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     class Given:
-        backbone, planner = tiny("arpg"), PlannerConfig.for_backbone(tiny("mar"))
+        backbone, planner, data = tiny("arpg"), PlannerConfig.for_backbone(tiny("mar")), "few"
+
+    few = images(tiny("mar")).first(1)
+    monkeypatch.setattr(ste, "load_split", lambda *names: few)
 
     with pytest.raises(ValueError, match="agent=ste tunes backbones of type OrderRobustTransformer, MaskedTransformer"):
         ste.AGENT.check(Given, Config())  # type: ignore[arg-type]
@@ -366,3 +370,8 @@ def test_what_it_cannot_train_is_refused() -> None:
     Given.planner = replace(Given.planner, network="orderhead")
     with pytest.raises(ValueError, match="layers=9 exceed the backbone's; use 0 to 2"):
         ste.AGENT.check(Given, Config(body="top", layers=9))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="needs at least 2 planner images, of which it keeps some back; got 1"):
+        ste.AGENT.check(Given, Config())  # type: ignore[arg-type]
+    Given.backbone.geometry = BlockGrid(4, 4, 4)
+    with pytest.raises(ValueError, match="needs at least 2 blocks, which it splits; got 1"):
+        ste.AGENT.check(Given, Config())  # type: ignore[arg-type]

@@ -156,6 +156,11 @@ def test_compose_resolves_and_follows_overrides(package: str) -> None:
         (["data=imagenet"], ["data=imagenet", "digits"]),
         (["seed"], ["cannot read 'seed'", "key=value"]),
         (["seed=1,2"], ["--multirun", "seed=[1,2]"]),
+        (["agent=runs/x/planner.safetensors"], ["agent=runs/x/planner", "bc, fast, ppo", "backbone.name=PATH"]),
+        (["data='tokens:/a/b'"], ["data=tokens:/a/b is unknown", "digits", "data=tokens data.path=PATH"]),
+        (["agent=/etc/passwd"], ["agent=/etc/passwd is unknown", "bc, fast, ppo"]),
+        (["agent@seed=bc"], ["agent@seed=... cannot be moved to another place; write agent=CHOICE"]),
+        ([f"seed={300 * '['}{300 * ']'}"], ["nested too deeply"]),
     ],
 )
 def test_what_is_unknown_is_refused_with_the_choices(
