@@ -436,7 +436,7 @@ class Planted:
     def extract(self, backbone: Any, round: int) -> str:
         return ""
 
-    def images(self, where: str) -> OrderedImages:
+    def images(self, where: str, round: int) -> OrderedImages:
         return self.ordered
 
 

@@ -282,7 +282,7 @@ def _from_hub(name: str) -> TrainableBackbone:
     """A backbone of the Hub, on this machine with what belongs to it."""
     backbone = _from_file(hub_file(name, "backbone"))
     folder = name.rpartition("/")[0] if name.endswith(".safetensors") else name
-    for beside in files_beside(None if backbone.origin is None else backbone.origin.described()):
+    for beside in files_beside({} if backbone.origin is None else backbone.origin.described()):
         local_path(f"{folder}/{beside}")
     return backbone
 

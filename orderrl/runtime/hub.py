@@ -67,9 +67,8 @@ def hub_file(source: Path | str, kind: str) -> Path:
     return local_path(f"{text}/{kind}.safetensors")
 
 
-def files_beside(origin: Mapping[str, Any] | None) -> list[str]:
+def files_beside(origin: Mapping[str, Any]) -> list[str]:
     """Names of the files that belong to a checkpoint and lie beside it, by what it says of its origin."""
-    origin = origin or {}
     return [PLANNER] * bool(origin.get("planner")) + [START] * (origin.get("start") == START)
 
 
@@ -99,7 +98,7 @@ def push_to_hub(path: Path | str, repository: str, results: str = "", private: b
 
     path = Path(path)
     kind, description = _described(path)
-    origin = description.get("origin") if kind == "backbone" else None
+    origin = (description.get("origin") or {}) if kind == "backbone" else {}
     beside = files_beside(origin)
     if PLANNER in beside:
         planner_beside(path.parent, origin["planner"])
