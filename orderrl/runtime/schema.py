@@ -150,8 +150,7 @@ def registered(nodes: Nodes, bare: bool = False) -> Iterator[None]:
         store.repo = before
 
 
-@cache
-def _settings(kind: Any) -> list[tuple[str, Any, Any, Any]]:
+def _collected(kind: Any) -> list[tuple[str, Any, Any, Any]]:
     """Name, field, annotated type and nested dataclass (or None) of every setting of a dataclass."""
     annotated, found = kinds(kind), []
     for item in fields(kind):
@@ -160,6 +159,9 @@ def _settings(kind: Any) -> list[tuple[str, Any, Any, Any]]:
             nested = next((part for part in (hint, *get_args(hint)) if is_dataclass(part)), None)
             found.append((item.name, item, hint, nested))
     return found
+
+
+_settings: Callable[[Any], list[tuple[str, Any, Any, Any]]] = cache(_collected)  # mypy takes no class for hashable
 
 
 def defaults_of(kind: type[Any]) -> dict[str, Any]:
