@@ -16,6 +16,7 @@ from orderrl.backbones import OrderRobustTransformer, load_backbone, save_backbo
 from orderrl.backbones.origin import Origin
 from orderrl.backbones.pretraining import PretrainConfig, pretrain
 from orderrl.backbones.registry import backbone_fingerprint, require_made_for
+from orderrl.data import AUGMENTATIONS
 from orderrl.distillation import ImageOrders, chosen_orders
 from orderrl.evaluation.policies import own_order
 from orderrl.planner import OrderHead, PlannerConfig, save_planner
@@ -109,11 +110,12 @@ def test_what_a_killed_extraction_left_goes_with_the_next_command(tmp_path: Path
 
 
 @pytest.mark.parametrize("seed", [549_756, 2**32 - 1])
-def test_every_seed_gives_views(seed: int, tmp_path: Path) -> None:
+def test_every_seed_gives_views(seed: int, tmp_path: Path, monkeypatch: Any) -> None:
     def augment(tokens: Tensor, generator: torch.Generator, strength: float) -> Tensor:
         return (tokens + torch.randint(5, (len(tokens), 1), generator=generator)) % 5
 
-    source = orders(tmp_path, "diagonal", seed, views=2, augment=augment, strength=1.0)
+    monkeypatch.setitem(AUGMENTATIONS, tiny_images(tiny_backbone()).name, augment)
+    source = orders(tmp_path, "diagonal", seed, views=2, strength=1.0)
     assert len(source.images(source.extract(tiny_backbone(), 0))) == 40
 
 

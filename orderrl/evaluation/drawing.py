@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -91,7 +91,7 @@ def drawn_code_lengths(backbone: Backbone, data: TokenSet, made: Generated, batc
     config, lengths = CoreConfig("generate", reward=RewardConfig(objective="likelihood")), []
     blocks = torch.arange(backbone.geometry.num_blocks)
     for rows in torch.arange(len(made.tokens)).split(batch_size):
-        images = replace(data, split="drawn", tokens=made.tokens[rows], labels=made.labels[rows], identity=None)
+        images = data.holding(made.tokens[rows], made.labels[rows])
         core = NextBlockCore(backbone, data, len(rows), config, observe=False)
         tokens, labels, step = (part.to(core.device) for part in (images.tokens, images.labels, made.reveal_step[rows]))
         losses, _ = backbone.context_loss(backbone.start(labels), tokens, blocks.to(labels).expand(len(rows), -1))
