@@ -12,7 +12,6 @@ block (Longstaff and Schwartz, 2001), not the one-step targets of Ernst, Geurts 
 learn the order beside it.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,10 +33,10 @@ from orderrl.planner import OrderHead
 from orderrl.runtime.distributed import print_main
 from orderrl.runtime.finite import OVERFLOW, require_finite
 from orderrl.runtime.isolation import isolated, isolated_float32
-from orderrl.runtime.job import Job, unseen
+from orderrl.runtime.job import Job
 from orderrl.runtime.learning_rate import one_cycle
 from orderrl.runtime.optimisation import descend
-from orderrl.runtime.progress import progress
+from orderrl.runtime.progress import Advance, progress, unseen
 from orderrl.runtime.values import Settings, at_least, positive, setting
 
 _LEAST_SPREAD = 0.1  # nats; differences that hardly vary do not count for more
@@ -100,7 +99,7 @@ def record_order(
     order: Tensor,
     images: int,
     content: bool = True,
-    advance: Callable[[float], None] = unseen,
+    advance: Advance = unseen,
     batch: int = 128,
     job: Job | None = None,
 ) -> TensorDict:

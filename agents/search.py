@@ -6,7 +6,6 @@ is played in turn and searched again. A schedule is a strong start for PPO on ob
 one step says little about the best set.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,9 +23,9 @@ from orderrl.factory import Setup
 from orderrl.geometry import BlockGrid
 from orderrl.runtime.finite import DIVERGED, OVERFLOW, require_finite
 from orderrl.runtime.isolation import isolated_float32
-from orderrl.runtime.job import Job, unseen
+from orderrl.runtime.job import Job
 from orderrl.runtime.learning_rate import one_cycle
-from orderrl.runtime.progress import progress
+from orderrl.runtime.progress import Advance, progress, unseen
 from orderrl.runtime.values import Settings, at_least, positive, setting
 
 
@@ -97,7 +96,7 @@ def search_schedule(
     step_cost: float,
     config: SearchConfig,
     seed: int = 0,
-    advance: Callable[[float], None] = unseen,
+    advance: Advance = unseen,
     job: Job | None = None,
 ) -> FixedSchedule:
     """The cheapest fixed schedule for images of a token set.
@@ -145,7 +144,7 @@ def record_losses(
     data: TokenSet,
     order: Tensor,
     step: Tensor,
-    advance: Callable[[float], None] = unseen,
+    advance: Advance = unseen,
     batch: int = 128,
     job: Job | None = None,
     name: str = "played",

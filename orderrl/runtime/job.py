@@ -39,7 +39,7 @@ from torch import Tensor
 
 from orderrl.runtime import distributed
 from orderrl.runtime.finite import DIVERGED, NotFiniteError, leaves, require_finite, require_finite_losses
-from orderrl.runtime.progress import progress
+from orderrl.runtime.progress import Advance, progress, unseen
 from orderrl.runtime.run import Run
 from orderrl.runtime.storage import LOCK, claim, naming, remove_folder, remove_if_left, remove_orphans
 from orderrl.runtime.terminal import one_line
@@ -49,10 +49,6 @@ _DIGITS = 16  # of the checksum in a file's name
 _STATE = "state"
 _HISTORY = "history"
 _NO_RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
-
-
-def unseen(count: float = 1, note: str = "") -> None:
-    """A progress bar that is not shown."""
 
 
 class Stateful(Protocol):
@@ -227,7 +223,7 @@ class Job:
         count: int,
         size: int,
         make: Callable[[Tensor], dict[str, Tensor]],
-        advance: Callable[[float], None] = unseen,
+        advance: Advance = unseen,
     ) -> dict[str, Tensor]:
         """Tensors made in batches of rows 0 .. count - 1 and joined; every batch is a piece.
 
