@@ -46,10 +46,9 @@ class Node:
     build: str | None = None
 
     @property
-    def settings(self) -> type[Any]:
+    def settings(self) -> Any:
         """The dataclass."""
-        kind: type[Any] = _imported(self.kind)
-        return kind
+        return _imported(self.kind)
 
     def contents(self) -> dict[str, Any]:
         """Plain values, as a YAML file at this place would have them."""
@@ -162,7 +161,7 @@ def _settings(kind: Any) -> list[tuple[str, Any, Any, Any]]:
     return found
 
 
-def defaults_of(kind: type[Any]) -> dict[str, Any]:
+def defaults_of(kind: Any) -> dict[str, Any]:
     """Defaults of a dataclass's settings as plain values, "???" for what must be given."""
     values: dict[str, Any] = {}
     for name, item, _, nested in _settings(kind):
@@ -189,7 +188,7 @@ def settings_of(parts: Sequence[Part]) -> dict[str, Setting]:
     """Every key of a configuration by its dotted name; of a key that several parts have, the last."""
     found: dict[str, Setting] = {}
 
-    def add(kind: type[Any], prefix: str) -> None:
+    def add(kind: Any, prefix: str) -> None:
         for name, item, hint, nested in _settings(kind):
             described = item.metadata
             found[prefix + name] = Setting(hint, described["rules"], described["meaning"], nested is not None)
