@@ -125,7 +125,7 @@ def teacher_ranks(setup: Setup, teacher: str, images: int) -> Tensor:
         core = NextBlockCore(setup.backbone, data, len(rows), CoreConfig(budgets=named.budgets, reward=CHEAPEST))
         core.reset(index=rows)
         play(core, named.policy, torch.Generator().manual_seed(setup.seed))
-        ranks.append((core.reveal_step * core.geometry.num_blocks + core.reveal_rank).argsort(1).argsort(1).cpu())
+        ranks.append(core.reveal_moment.argsort(1).argsort(1).cpu())
     return torch.cat(ranks).float()
 
 
@@ -345,10 +345,10 @@ def score_targets(
 
 
 def split_images(image: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Rows (int64) of contexts to learn from and of those kept back, by image, classes in proportion in both."""
+    """Rows (int64) to learn from and those kept back, by the image (n,) of each; classes in proportion in both."""
     images = image.unique()
     if len(images) < 2:
-        raise ValueError(f"labels must come from at least 2 images, one is kept back; got {len(images)}")
+        raise ValueError(f"there must be at least 2 images to learn from, one is kept back; got {len(images)}")
     count = min(max(1, int(share * len(images))), len(images) - 1)
     kept_back = torch.isin(image, images[random_window(len(images), count, generator)])
     return (~kept_back).nonzero().flatten(), kept_back.nonzero().flatten()

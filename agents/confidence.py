@@ -113,9 +113,7 @@ class HindsightConfidence(ReferencePolicy):
 def ranked(core: NextBlockCore, rows: Tensor, hidden: Tensor, confidence: Tensor, distance: float) -> Tensor:
     """Scores (m, B) of hidden blocks (m, C): their confidence (m, C), less the way from the last revealed block."""
     if distance:
-        shown = core.visible[rows]
-        moment = core.reveal_step[rows] * core.geometry.num_blocks + core.reveal_rank[rows]
-        last = moment.masked_fill(~shown, -1).argmax(1)
+        last = core.reveal_moment[rows].argmax(1)
         way = core.geometry.distances.to(core.device)[last].gather(1, hidden)
-        confidence = confidence - distance * way * shown.any(1, keepdim=True)
+        confidence = confidence - distance * way * core.visible[rows].any(1, keepdim=True)
     return torch.zeros_like(core.entropy[rows]).scatter(1, hidden, confidence.float())

@@ -12,7 +12,6 @@ block (Longstaff and Schwartz, 2001), not the one-step targets of Ernst, Geurts 
 learn the order beside it.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,10 +33,9 @@ from orderrl.planner import OrderHead
 from orderrl.runtime.distributed import print_main
 from orderrl.runtime.finite import OVERFLOW, require_finite
 from orderrl.runtime.isolation import isolated, isolated_float32
-from orderrl.runtime.job import Job, unseen
+from orderrl.runtime.job import Job
 from orderrl.runtime.learning_rate import one_cycle
 from orderrl.runtime.optimisation import descend
-from orderrl.runtime.progress import progress
 from orderrl.runtime.values import Settings, at_least, positive, setting
 
 _LEAST_SPREAD = 0.1  # nats; differences that hardly vary do not count for more
@@ -76,9 +74,7 @@ def train(setup: Setup, config: Config, job: Job) -> OrderHead:
         order = searched(setup, config.search, job).order
     else:
         order = block_order(config.order, setup.backbone.geometry)
-    images = min(config.images, len(data))
-    with progress(images, f"playing {config.order} order on {data.name}/{data.split}", "images") as advance:
-        played = record_order(setup.backbone, data, order, images, setup.planner.content, advance, job=job)
+    played = record_order(setup.backbone, data, order, config.images, setup.planner.content, job=job)
     for steps, (nats, sizes) in best_schedules(played["cost"], budgets).items():
         written = "+".join(map(str, sizes))
         print_main(
@@ -100,7 +96,6 @@ def record_order(
     order: Tensor,
     images: int,
     content: bool = True,
-    advance: Callable[[float], None] = unseen,
     batch: int = 128,
     job: Job | None = None,
 ) -> TensorDict:
@@ -110,7 +105,6 @@ def record_order(
         order: (B,) int64.
         images: how many are played; all if there are fewer.
         content: keep hidden states too, B^2 times their width for every image; planners without content read none.
-        advance: called with how many images were played.
         job: keeps every batch.
 
     Returns:
@@ -122,7 +116,12 @@ def record_order(
         ValueError: if the order is no permutation of the blocks.
     """
     joined = (job or Job()).batches(
-        "in-order", min(images, len(data)), batch, lambda rows: _play(backbone, data, rows, order, content), advance
+        "in-order",
+        min(images, len(data)),
+        batch,
+        lambda rows: _play(backbone, data, rows, order, content),
+        f"playing the order on {data.name}/{data.split}",
+        "images",
     )
     return TensorDict(joined, batch_size=joined["visible"].shape[:2])
 

@@ -13,7 +13,7 @@ from orderrl.agents.agent import Agent
 from orderrl.agents.bc import score_spread
 from orderrl.agents.distribution import planner_actions
 from orderrl.agents.play import act, play, scripted
-from orderrl.agents.policies import AmongBudgets, Policy, ReferencePolicy
+from orderrl.agents.policies import Policy, ReferencePolicy, among_budgets
 from orderrl.agents.registry import make_policy, policy_source
 from orderrl.agents.spec import PolicySpec
 from orderrl.backbones.protocol import backbone_device
@@ -65,7 +65,7 @@ def train(setup: Setup, config: Config, job: Job) -> OrderHead:
     return imitated(setup, policy_to_imitate(setup, config), config.imitation, job)
 
 
-def policy_to_imitate(setup: Setup, config: Config) -> Policy:
+def policy_to_imitate(setup: Setup, config: Config) -> Policy | ReferencePolicy:
     """The policy of a config, with the environment's budgets.
 
     ValueError if it looks behind the observation, needs a step cost, or chooses budgets that the environment lacks.
@@ -78,10 +78,10 @@ def policy_to_imitate(setup: Setup, config: Config) -> Policy:
         raise ValueError(
             f"agent.policy='{spec}' was trained on a range of step costs; imitate it at one of them: PATH@cost0.5"
         )
-    return AmongBudgets(named.policy, named.budgets, setup.environment.budgets)
+    return among_budgets(named.policy, named.budgets, setup.environment.budgets)
 
 
-def imitated(setup: Setup, policy: Policy, config: ImitationConfig, job: Job) -> OrderHead:
+def imitated(setup: Setup, policy: Policy | ReferencePolicy, config: ImitationConfig, job: Job) -> OrderHead:
     """A new planner that imitates a policy on planner images, in an environment that needs no context losses."""
     torch.manual_seed(setup.seed)
     shape = replace(setup.planner, num_budgets=len(setup.environment.budgets))
@@ -96,7 +96,7 @@ def imitated(setup: Setup, policy: Policy, config: ImitationConfig, job: Job) ->
 def imitate(
     planner: OrderHead,
     core: NextBlockCore,
-    policy: Policy,
+    policy: Policy | ReferencePolicy,
     config: ImitationConfig,
     seed: int = 0,
     job: Job | None = None,

@@ -11,7 +11,7 @@ Notable:
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from orderrl.agents.policies import RankingPolicy, planner_scorer
 from orderrl.backbones import OrderRobustTransformer
 from orderrl.backbones.pretraining import block_orders, draw_batch, mean_loss, order_losses, training_loss
 from orderrl.backbones.protocol import backbone_device
-from orderrl.data import AUGMENTATIONS, Augmentation, TokenSet, load_split
+from orderrl.data import TokenSet, load_split
 from orderrl.envs.core import CoreConfig, NextBlockCore, Transition
 from orderrl.envs.observation import observed
 from orderrl.factory import Setup
@@ -114,7 +114,6 @@ def train(setup: Setup, config: Config, job: Job) -> Trained:
         load_split(setup.data, "planner"),
         load_split(setup.data, "backbone"),
         config,
-        AUGMENTATIONS.get(setup.data),
         setup.seed,
     )
     tuning.train(job)
@@ -151,7 +150,6 @@ class JointTuning:
         labels: contexts as `label_contexts` stores them, made by the frozen backbone.
         labelled: the images that they name, of the planner split.
         images: for L_AR, of the backbone split.
-        augment: the data set's.
         seed: of the split and batches; the clone's, so that held-out images are those that it never learnt from.
 
     Attributes:
@@ -171,11 +169,10 @@ class JointTuning:
         labelled: TokenSet,
         images: TokenSet,
         config: Config,
-        augment: Augmentation | None = None,
         seed: int = 0,
     ) -> None:
         self.planner, self.backbone, self.config = planner, backbone, config
-        self.labels, self.labelled, self.images, self.augment = labels, labelled, images, augment
+        self.labels, self.labelled, self.images = labels, labelled, images
         self.contexts = labels.select("image", "order", "length", "label", "visible")  # not the large gains
         self.top = top_of(backbone, config.layers).requires_grad_(True)
         self.utility, _ = score_targets(labels, backbone.geometry, config.cloning)
@@ -184,7 +181,7 @@ class JointTuning:
         self.watched = held_out[:: -(-len(held_out) // config.held_out_contexts)]
         shown = labels["image"][held_out].unique()[: config.held_out_images]
         self.outcome: dict[str, Any] = {}
-        self.shown = replace(labelled, tokens=labelled.tokens[shown], labels=labelled.labels[shown], identity=None)
+        self.shown = labelled.at(shown)
 
     @isolated_float32
     def train(self, job: Job | None = None) -> None:
@@ -271,9 +268,7 @@ class JointTuning:
         """L_AR of the next batch: this process's share of its mean."""
         c, generator = self.config, self.generator
         null = self.backbone.num_classes
-        _, tokens, _, labels = draw_batch(
-            self.images, c.batch_size, c.label_dropout, null, generator, self.augment, c.augmentation
-        )
+        _, tokens, _, labels = draw_batch(self.images, c.batch_size, c.label_dropout, null, generator, c.augmentation)
         order = block_orders(self.backbone.geometry, c.batch_size, 1.0, generator)
         mine = distributed.rows_of(torch.arange(c.batch_size))
         device = backbone_device(self.backbone)

@@ -246,8 +246,6 @@ class AmongBudgets:
         take_attributes(self, policy, reads_content(policy))
 
     def __call__(self, observation: TensorDictBase, generator: torch.Generator) -> Tensor:
-        if self.own == self.offered:
-            return self.policy(observation, generator)
         offered, place = observation["budget_mask"], self.place.to(observation["budget_mask"].device)
         action = self.policy(observation.copy().set("budget_mask", _own_mask(offered, place)), generator)
         action = action.to(offered.device)

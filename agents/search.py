@@ -6,7 +6,6 @@ is played in turn and searched again. A schedule is a strong start for PPO on ob
 one step says little about the best set.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,9 +23,8 @@ from orderrl.factory import Setup
 from orderrl.geometry import BlockGrid
 from orderrl.runtime.finite import DIVERGED, OVERFLOW, require_finite
 from orderrl.runtime.isolation import isolated_float32
-from orderrl.runtime.job import Job, unseen
+from orderrl.runtime.job import Job
 from orderrl.runtime.learning_rate import one_cycle
-from orderrl.runtime.progress import progress
 from orderrl.runtime.values import Settings, at_least, positive, setting
 
 
@@ -49,11 +47,6 @@ class SearchConfig(Settings):
     def replayed(self) -> int:
         """Schedules that a refinement plays."""
         return -(-self.episodes // 7)
-
-    @property
-    def played(self) -> int:
-        """Schedules that are played in all."""
-        return self.episodes + self.refinements * self.replayed
 
 
 class FixedSchedule(NamedTuple):
@@ -85,8 +78,7 @@ def searched(setup: Setup, config: SearchConfig, job: Job) -> FixedSchedule:
     """
     data, environment = load_split(setup.data, "planner"), setup.environment
     cost = environment.reward.typical_step_cost
-    with progress(config.played, f"searching a schedule on {data.name}/{data.split}", "orders") as advance:
-        return search_schedule(setup.backbone, data, environment.budgets, cost, config, setup.seed, advance, job)
+    return search_schedule(setup.backbone, data, environment.budgets, cost, config, setup.seed, job)
 
 
 @isolated_float32
@@ -97,7 +89,6 @@ def search_schedule(
     step_cost: float,
     config: SearchConfig,
     seed: int = 0,
-    advance: Callable[[float], None] = unseen,
     job: Job | None = None,
 ) -> FixedSchedule:
     """The cheapest fixed schedule for images of a token set.
@@ -108,7 +99,6 @@ def search_schedule(
         budgets: numbers of blocks that a step may reveal.
         step_cost: cost of a step, nats per image; decides how many steps the schedule takes.
         seed: of orders, weights and moves.
-        advance: called with how many schedules were played, of `config.played` in all.
         job: keeps what was played and annealed, so that an interrupted search continues.
     """
     # random orders, and what is lost along them
@@ -117,7 +107,7 @@ def search_schedule(
     blocks = backbone.geometry.num_blocks
     order = torch.rand(config.episodes, blocks, generator=generator).argsort(1)
     one_by_one = torch.arange(blocks).expand_as(order)
-    visible, excess, start = record_losses(backbone, data, order, one_by_one, advance, job=job)
+    visible, excess, start = record_losses(backbone, data, order, one_by_one, job=job)
     # search, and play what was found
     for refinement in range(config.refinements + 1):
 
@@ -133,7 +123,7 @@ def search_schedule(
         if refinement < config.refinements:
             turns = torch.arange(config.replayed) % config.chains
             name = f"refinement-{refinement:03d}"
-            played = record_losses(backbone, data, order[turns], step[turns], advance, job=job, name=name)
+            played = record_losses(backbone, data, order[turns], step[turns], job=job, name=name)
             visible, excess = torch.cat([visible, played[0]]), torch.cat([excess, played[1]])
     best = int(cost.argmin())
     return FixedSchedule(order[best], tuple(torch.bincount(step[best]).tolist()))
@@ -145,7 +135,6 @@ def record_losses(
     data: TokenSet,
     order: Tensor,
     step: Tensor,
-    advance: Callable[[float], None] = unseen,
     batch: int = 128,
     job: Job | None = None,
     name: str = "played",
@@ -155,7 +144,6 @@ def record_losses(
     Args:
         order: (m, B) int64, blocks in the order in which they are revealed.
         step: (m, B) int64, the step of each place of the order, ascending from 0.
-        advance: called with how many schedules were played.
         job: keeps every batch under `name`.
 
     Returns:
@@ -168,7 +156,8 @@ def record_losses(
     def played(rows: Tensor) -> dict[str, Tensor]:
         return _play(backbone, data, rows % len(data), order[rows], step[rows], largest)
 
-    found = (job or Job()).batches(name, len(order), batch, played, advance)
+    what = f"playing schedules on {data.name}/{data.split} ({name})"
+    found = (job or Job()).batches(name, len(order), batch, played, what, "schedules")
     return found["visible"], found["excess"], found["start"].mean(0)
 
 

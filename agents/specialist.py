@@ -51,7 +51,7 @@ class ThroughStart(ReferencePolicy):
         """What the core would show if its backbone were the reader: batch (M,)."""
         blocks, visible = core.geometry.num_blocks, core.visible
         # what is visible, in the order in which it was revealed
-        moment = (core.reveal_step * blocks + core.reveal_rank).masked_fill(~visible, blocks**3)
+        moment = core.reveal_moment.masked_fill(~visible, blocks**3)
         count = visible.sum(1)
         shown = moment.argsort(1)[:, : max(1, int(count.max()))]
         prefix = self.reader.extend(self.reader.start(core.labels), core.tokens, shown, count)
@@ -96,8 +96,7 @@ class Native(ReferencePolicy):
 
     def scores(self, core: NextBlockCore, rows: Tensor, hidden: Tensor) -> Tensor:
         model: Any = core.backbone
-        moment = core.reveal_step[rows] * core.geometry.num_blocks + core.reveal_rank[rows]
-        last = torch.where(core.visible[rows].any(1), moment.argmax(1), -1)
+        last = torch.where(core.visible[rows].any(1), core.reveal_moment[rows].argmax(1), -1)
         return model.next_block(core.prefix.select(rows), core.tokens[rows], core.labels[rows], last)
 
 

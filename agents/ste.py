@@ -17,7 +17,7 @@ Notable:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from orderrl.agents.agent import Agent, Trained
-from orderrl.agents.bc import score_spread
+from orderrl.agents.bc import score_spread, split_images
 from orderrl.agents.body import (
     BODIES,
     TunableBackbone,
@@ -42,8 +42,7 @@ from orderrl.backbones.mar_backbone import TRAINING_DRAWS, MaskedTransformer
 from orderrl.backbones.pretraining import draw_batch
 from orderrl.backbones.protocol import backbone_device
 from orderrl.backbones.randar import cross_entropy
-from orderrl.data import AUGMENTATIONS, TokenSet, load_split
-from orderrl.data.token_set import random_window
+from orderrl.data import TokenSet, load_split
 from orderrl.factory import Setup
 from orderrl.geometry import BlockGrid
 from orderrl.labels import find_classifier, label_settings
@@ -331,13 +330,8 @@ class SplitTraining:
         self.head, self.backbone, self.body, self.config = head, backbone, body, config
         self.importance, self.reward = importance, reward
         self.generator = torch.Generator().manual_seed(seed)
-        self.augment = AUGMENTATIONS.get(images.name)
-        count = max(1, int(config.held_out * len(images)))
-        kept = torch.isin(torch.arange(len(images)), random_window(len(images), count, self.generator))
-        self.images, self.watched = (
-            replace(images, tokens=images.tokens[rows], labels=images.labels[rows], identity=None)
-            for rows in ((~kept).nonzero().flatten(), kept.nonzero().flatten())
-        )
+        rows = split_images(torch.arange(len(images)), config.held_out, self.generator)
+        self.images, self.watched = map(images.at, rows)
         blocks = backbone.geometry.num_blocks
         self.visible = min(max(round(config.visible_share * blocks), 1), blocks - 1)
         self.outcome: dict[str, Any] = {}
@@ -375,7 +369,7 @@ class SplitTraining:
         # images, and the contexts in which their blocks are scored
         null = self.backbone.num_classes
         _, tokens, labels, given = draw_batch(
-            self.images, c.batch_size, c.label_dropout, null, generator, self.augment, c.augmentation
+            self.images, c.batch_size, c.label_dropout, null, generator, c.augmentation
         )
         order, length = random_contexts(self.backbone.geometry, c.batch_size, c.aligned, generator)
         routed = torch.rand(c.batch_size, generator=generator) < c.routed_at(step)

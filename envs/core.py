@@ -47,7 +47,6 @@ class NextBlockCore:
         num_envs: M.
         config: mode, budgets, reward, sampling.
         seed: sub-environment i behaves like a single environment of seed + i; None draws one, see `drawn_seed`.
-        track_losses: compute context losses even if the reward does not need them.
         observe: compute hidden states and entropies; off, they stay zero unless context losses bring them along. For
             policies that do not read them.
         rewards: pay for steps; off, every reward is 0, for those who only want to know the order.
@@ -73,7 +72,6 @@ class NextBlockCore:
         num_envs: int,
         config: CoreConfig,
         seed: int | None = 0,
-        track_losses: bool = False,
         observe: bool = True,
         rewards: bool = True,
     ) -> None:
@@ -89,8 +87,8 @@ class NextBlockCore:
         self.device = backbone_device(backbone)
         self.reward = Reward(config.reward, geometry)
         paid = rewards and config.mode == "teacher"
-        self._charging = paid and config.reward.form == "charged" and not track_losses
-        self._context_losses = (config.mode == "teacher" and track_losses) or (paid and not self._charging)
+        self._charging = paid and config.reward.form == "charged"
+        self._context_losses = paid and not self._charging
         self._looking = observe or self._context_losses
         self._rewarded, self._reads_prefix = rewards, self._looking or self._charging or config.mode == "generate"
         self._budgets, self._classes = torch.tensor(config.budgets), data.classes
@@ -135,6 +133,11 @@ class NextBlockCore:
     def finished(self) -> Tensor:
         """(M,) bool: episodes whose image is complete or whose 2 * B steps are used up."""
         return self._to_device(self.books.finished)
+
+    @property
+    def reveal_moment(self) -> Tensor:
+        """(M, B) int64: ascending in the order of reveal, inside a step as the action listed it; negative if hidden."""
+        return self.reveal_step * self.geometry.num_blocks + self.reveal_rank
 
     def budget_mask(self) -> Tensor:
         """(M, number of budgets) bool: a budget is legal up to the hidden blocks; the smallest always is."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,9 +23,7 @@ def replay_return(core: NextBlockCore, rows: Tensor) -> Tensor:
     Returns:
         (m,) float32, nats per image token; every step that revealed something is charged.
     """
-    images = replace(
-        core.data, split="replay", tokens=core.tokens[rows].cpu(), labels=core.labels[rows].cpu(), identity=None
-    )
+    images = core.data.holding(core.tokens[rows].cpu(), core.labels[rows].cpu())
     costs = None if core.step_cost is None else core.step_cost[rows]
     return replay(core, images, core.reveal_step[rows], core.reveal_rank[rows], costs)
 

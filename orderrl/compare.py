@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 
 from orderrl.evaluation.columns import all_columns
-from orderrl.evaluation.comparison import compare_runs, run_pairs
-from orderrl.evaluation.runs import leaderboard, open_evaluations, ranked_rows
+from orderrl.evaluation.comparison import compare_runs
+from orderrl.evaluation.runs import leaderboard, open_evaluations
 from orderrl.metrics.statistics import RESAMPLES
 from orderrl.report.runs_page import chosen_rows, save_metric_figures, write_runs_page
 from orderrl.report.screen import print_comparisons, print_leaderboard
@@ -40,22 +40,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show_anything()
     options = parser().parse_args(arguments)
     try:
+        # what is wrong is refused before a run folder is made
         evaluations = open_evaluations(options.runs)
-        # refused before a run folder is made
-        if options.rank is not None:
-            ranked_rows(evaluations, options.rank)
-        else:
-            run_pairs(evaluations, options.metrics)
         chosen_rows([row.row for run in evaluations for row in run.rows], options.rows)
+        if options.rank is not None:
+            name, metrics, results = "leaderboard", [options.rank], leaderboard(evaluations, options.rank)
+        else:
+            name, metrics = "comparison", options.metrics
+            results = compare_runs(evaluations, metrics, options.resamples, options.seed)
         with Run("compare", vars(options)) as run:
-            if options.rank is not None:
-                name, results = "leaderboard", leaderboard(evaluations, options.rank)
-            else:
-                name = "comparison"
-                results = compare_runs(evaluations, options.metrics, options.resamples, options.seed)
             run.write_json(f"{name}.json", results)
             page = write_runs_page(run.folder / f"{name}.html", results, evaluations[0].protocol)
-            metrics = options.metrics if options.rank is None else [options.rank]
             save_metric_figures(run.folder / "figures", chosen_rows(results["rows"], options.rows), metrics)
     except (ValueError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)

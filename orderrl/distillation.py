@@ -29,7 +29,7 @@ from orderrl.agents.spec import FITTED, PolicySpec
 from orderrl.backbones.pretraining import OrderedImages
 from orderrl.backbones.protocol import Backbone
 from orderrl.backbones.registry import TrainableBackbone, backbone_fingerprint
-from orderrl.data import Augmentation, TokenSet
+from orderrl.data import AUGMENTATIONS, TokenSet, augmented
 from orderrl.envs.config import CoreConfig
 from orderrl.envs.core import NextBlockCore
 from orderrl.planner import load_planner
@@ -61,8 +61,7 @@ class ImageOrders:
     cache_dir: Path
     seed: int
     views: int = 1  # of every image; without augmentation 1
-    augment: Augmentation | None = None
-    strength: float = 0.0  # of the augmentation
+    strength: float = 0.0  # of the data set's augmentation
     fitted: Callable[[], Tensor] | None = None  # gives the fixed order that is fitted on gain labels
 
     def __post_init__(self) -> None:
@@ -160,7 +159,7 @@ class ImageOrders:
 
     @property
     def _augmented(self) -> bool:
-        return self.augment is not None and self.strength > 0
+        return self.strength > 0 and self.data.name in AUGMENTATIONS
 
     @property
     def _fitted_blocks(self) -> list[int] | None:
@@ -178,12 +177,10 @@ class ImageOrders:
         """Views of images: row i is view i mod V of image i div V."""
         image = torch.arange(part.start, part.stop) // self.views
         tokens = self.data.tokens[image]
-        if self._augmented:
-            assert self.augment is not None
-            seed = (self.seed * 1_000_003 + round) * 2**24 + part.start
-            generator = torch.Generator().manual_seed(seed % 2**63)
-            tokens = self.augment(tokens, generator, self.strength)
-        return replace(self.data, tokens=tokens, labels=self.data.labels[image], identity=None)
+        seed = (self.seed * 1_000_003 + round) * 2**24 + part.start
+        generator = torch.Generator().manual_seed(seed % 2**63)
+        tokens = augmented(self.data.name, tokens, generator, self.strength)
+        return self.data.holding(tokens, self.data.labels[image])
 
     def _description(self, named: NamedPolicy, reader: Backbone, round: int) -> dict[str, Any]:
         """What determines the orders of a round."""
@@ -222,7 +219,6 @@ def chosen_orders(backbone: Backbone, data: TokenSet, named: NamedPolicy, seed: 
     core = NextBlockCore(backbone, data, len(data), config, seed, observe=_reads(named), rewards=False)
     core.reset(index=torch.arange(len(data)))
     play(core, named.policy, torch.Generator().manual_seed(seed))
-    step, rank = core.reveal_step.cpu(), core.reveal_rank.cpu()
-    order = (step * core.geometry.num_blocks + rank).argsort(1)
-    step = step.gather(1, order)
+    order = core.reveal_moment.argsort(1).cpu()
+    step = core.reveal_step.cpu().gather(1, order)
     return order, (step[:, :, None] > step[:, None]).sum(2)

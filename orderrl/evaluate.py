@@ -8,18 +8,9 @@ from orderrl import report
 from orderrl.evaluation.comparison import in_order
 from orderrl.evaluation.policies import chosen_policies
 from orderrl.evaluation.protocol import open_protocol
-from orderrl.evaluation.recording import example_images
 from orderrl.evaluation.runs import save_results
 from orderrl.evaluation.settings import eval_config
-from orderrl.evaluation.table import (
-    details,
-    drawn_images,
-    evaluation_key,
-    make_rows,
-    pending_rows,
-    publish_samples,
-    tabulated,
-)
+from orderrl.evaluation.table import evaluation_key, make_rows, pending_rows, pictures, publish_samples, tabulated
 from orderrl.factory import open_backbone, section, setup_of
 from orderrl.runtime.config import run_application
 from orderrl.runtime.distributed import is_main, launched, print_main
@@ -49,9 +40,7 @@ def evaluate(config: DictConfig) -> Path:
             rows = in_order(rows)
             results = tabulated(protocol, rows)
             save_results(run.folder, results, rows)
-            pictured = details(protocol, rows)
-            examples = example_images(protocol.data, setup.backbone.geometry) if pictured else None
-            page = report.write_all(run.folder, results, pictured, examples, drawn_images(rows))
+            page = report.write_all(run.folder, results, pictures(protocol, rows))
             run.log_figures(sorted((run.folder / "figures").glob("*.png")))
             print_main(f"results: {run.folder / 'results.json'}\nreport: {page}")
     return run.folder

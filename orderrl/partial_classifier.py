@@ -14,13 +14,12 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from orderrl.data import AUGMENTATIONS, TokenSet, load_split
+from orderrl.data import AUGMENTATIONS, TokenSet, augmented, load_split
 from orderrl.geometry import BlockGrid
 from orderrl.runtime import distributed
 from orderrl.runtime.cache import Cache, fingerprint
@@ -108,7 +107,7 @@ def find_or_train_classifier(
 
     def make() -> None:
         with Job(cache_dir, f"{CLASSIFIERS}-{key}", checkpoint_seconds) as job:
-            train_classifier(classifier, train, config, AUGMENTATIONS.get(data), seed, job)
+            train_classifier(classifier, train, config, seed, job)
             with cache.store(CLASSIFIERS, key, description) as folder:
                 save_checkpoint(folder / _FILE, classifier.state_dict(), {"kind": "partial_classifier", **description})
         for share in (1.0, 0.25):
@@ -131,7 +130,7 @@ def random_kept(count: int, tokens: int, least: float, generator: torch.Generato
 
 @isolated_float32
 def train_classifier(
-    classifier: PartialClassifier, data: TokenSet, config: ClassifierConfig, augment: Any, seed: int, job: Job
+    classifier: PartialClassifier, data: TokenSet, config: ClassifierConfig, seed: int, job: Job
 ) -> None:
     """Train in place. Metrics: loss, nats."""
     generator = torch.Generator().manual_seed(seed)
@@ -143,9 +142,7 @@ def train_classifier(
         classifier=classifier, optimizer=optimizer, schedule=schedule, generator=generator,
     ):  # fmt: skip
         rows = torch.randint(len(data), (config.batch_size,), generator=generator)
-        tokens = data.tokens[rows]
-        if augment is not None and config.augmentation > 0:
-            tokens = augment(tokens, generator, config.augmentation)
+        tokens = augmented(data.name, data.tokens[rows], generator, config.augmentation)
         kept = random_kept(len(rows), tokens.shape[1], config.least_kept, generator)
         loss = F.cross_entropy(classifier(tokens, kept), data.labels[rows])
         mean = descend(optimizer, loss, classifier)

@@ -49,11 +49,8 @@ def backbone_recipe(config: DictConfig, data: str) -> BackboneRecipe:
     cache_dir, seed = Path(config.cache_dir), config.seed
 
     def orders(start: Backbone, train: TokenSet, training: PretrainConfig) -> ImageOrders:
-        augment = AUGMENTATIONS.get(data) if training.augmentation else None
-        views = training.views if augment is not None else 1
-        return ImageOrders(
-            training.order, start, train, cache_dir, seed, views, augment, training.augmentation, fitted(start)
-        )
+        views = training.views if training.augmentation and data in AUGMENTATIONS else 1
+        return ImageOrders(training.order, start, train, cache_dir, seed, views, training.augmentation, fitted(start))
 
     def fitted(start: Backbone) -> Callable[[], Tensor]:
         setup = Setup(

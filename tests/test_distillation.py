@@ -27,7 +27,7 @@ from orderrl.backbones.pretraining import (
 )
 from orderrl.backbones.randar import cross_entropy
 from orderrl.backbones.registry import backbone_fingerprint
-from orderrl.data import TokenSet
+from orderrl.data import AUGMENTATIONS, TokenSet
 from orderrl.distillation import ImageOrders, chosen_orders
 from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.evaluation.drawing import generate_images
@@ -96,12 +96,13 @@ def test_extraction_is_found_again_and_goes_on_where_it_stopped(tmp_path: Path, 
     assert torch.equal(found.order, whole[0]) and torch.equal(found.tokens, source.data.tokens)
 
 
-def test_orders_belong_to_the_views_that_are_trained_on(tmp_path: Path) -> None:
+def test_orders_belong_to_the_views_that_are_trained_on(tmp_path: Path, monkeypatch: Any) -> None:
     def augment(tokens: Tensor, generator: torch.Generator, strength: float) -> Tensor:
         shift = torch.randint(5, (len(tokens), 1), generator=generator)
         return (tokens + shift) % 5
 
-    source = orders(tmp_path, views=3, augment=augment, strength=1.0)
+    monkeypatch.setitem(AUGMENTATIONS, tiny_images(tiny_backbone()).name, augment)
+    source = orders(tmp_path, views=3, strength=1.0)
     found = source.images(source.extract(tiny_backbone(), 0))
     assert len(found) == 60 and not torch.equal(found.tokens[::3], found.tokens[1::3])
     views = replace(source.data, tokens=found.tokens, labels=found.labels)

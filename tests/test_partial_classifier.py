@@ -127,7 +127,7 @@ def test_training_finds_where_the_class_is(continuous: bool) -> None:
     data = planted(continuous)
     torch.manual_seed(0)
     classifier = PartialClassifier(SMALL, data)
-    train_classifier(classifier, data, SMALL, None, 0, Job())
+    train_classifier(classifier, data, SMALL, 0, Job())
     orders = cluster_orders("random", GRID, 4, 16, (torch.arange(40),))
     found = importance(classifier, GRID, data.tokens[:40], data.labels[:40], orders, 4)
     assert (found.argmax(-1) == 5).float().mean() > 0.9

@@ -20,7 +20,7 @@ from orderrl.backbones import OrderRobustTransformer, load_backbone, save_backbo
 from orderrl.backbones.origin import Origin
 from orderrl.backbones.pretraining import PretrainConfig, pretrain
 from orderrl.backbones.registry import WEIGHTS, backbone_fingerprint, require_made_for
-from orderrl.data import load_split
+from orderrl.data import AUGMENTATIONS, load_split
 from orderrl.distillation import ImageOrders, chosen_orders
 from orderrl.evaluation.policies import own_order
 from orderrl.factory import Setup
@@ -46,7 +46,11 @@ def shifted(tokens: Tensor, generator: torch.Generator, strength: float) -> Tens
     return (tokens + torch.randint(5, (len(tokens), 1), generator=generator)) % 5
 
 
-VIEWS: dict[str, Any] = {"views": 2, "augment": shifted, "strength": 1.0}
+@pytest.fixture
+def views(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Two views of every image, of a data set that has an augmentation."""
+    monkeypatch.setitem(AUGMENTATIONS, tiny_images(tiny_backbone()).name, shifted)
+    return {"views": 2, "strength": 1.0}
 
 
 def specialist(folder: Path, **origin: Any) -> OrderRobustTransformer:
@@ -98,10 +102,12 @@ def gone(path: Path) -> None:
 
 
 @pytest.mark.parametrize(("order", "harm"), [("diagonal", damaged), ("low_entropy", Path.unlink), ("planner", gone)])
-def test_a_training_that_continues_makes_damaged_orders_again(order: str, harm: Any, tmp_path: Path) -> None:
+def test_a_training_that_continues_makes_damaged_orders_again(
+    order: str, harm: Any, tmp_path: Path, views: dict[str, Any]
+) -> None:
     """By the weights of the start, whatever the steps since made of the backbone; those of a later round are gone."""
     name = str(planner(tmp_path, backbone=backbone_fingerprint(tiny_backbone()))) if order == "planner" else order
-    source = orders(tmp_path, name, **VIEWS)
+    source = orders(tmp_path, name, **views)
 
     def train(job: Job, rounds: int = 1) -> Tensor:
         backbone = OrderRobustTransformer(tiny_backbone().config)
@@ -145,8 +151,8 @@ def test_what_a_killed_extraction_left_goes_with_the_next_command(tmp_path: Path
 
 
 @pytest.mark.parametrize("seed", [549_756, 2**32 - 1])
-def test_every_seed_gives_views(seed: int, tmp_path: Path) -> None:
-    source = orders(tmp_path, "diagonal", seed, **VIEWS)
+def test_every_seed_gives_views(seed: int, tmp_path: Path, views: dict[str, Any]) -> None:
+    source = orders(tmp_path, "diagonal", seed, **views)
     assert len(source.images(source.extract(tiny_backbone(), 0))) == 40
 
 

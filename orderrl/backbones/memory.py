@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import psutil
 import torch
@@ -79,27 +78,3 @@ def plan(states: int, groups: int, cost: int, most: int) -> Iterator[tuple[slice
         step, parts = at_once // max(groups, 1), [slice(0, groups)]
     for start in range(0, states, step):
         yield slice(start, min(start + step, states)), parts
-
-
-@dataclass(frozen=True)
-class Held:
-    """What a backbone keeps in memory, bytes; a forward's activations come on top, bounded by `Packing`."""
-
-    weights: int
-    per_image: int  # of an image that is drawn or played: its prefix cache; guided twice
-    kept_chains: int  # of an environment that looks: entries of all its chains, kept until the next step
-
-
-def held(backbone: Any) -> Held:
-    """Count what a backbone keeps; on the meta device nothing of it has to exist."""
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in backbone.parameters())
-    grid, one = backbone.geometry, torch.zeros(1, dtype=torch.int64, device=backbone.block_tokens.device)
-    if hasattr(backbone, "decode_steps"):  # raster order: a cache of its sampler alone
-        cache = backbone.empty(1, grid.num_tokens)
-        return Held(weights, cache.keys.nbytes + cache.values.nbytes, 0)
-    if not hasattr(backbone, "entries_per_token"):  # masked models encode every state anew
-        return Held(weights, grid.num_tokens * (backbone.token_dim * 4 + 1), 0)
-    prefix = backbone.start(one)
-    per_entry = 2 * prefix.keys[..., 0, :].nbytes
-    chains = grid.num_blocks * (backbone.entries_per_token * grid.tokens_per_block - 1)
-    return Held(weights, prefix.keys.nbytes + prefix.values.nbytes, chains * per_entry)

@@ -23,7 +23,7 @@ from orderrl.backbones.fsdp import WholeTraining, split_weights
 from orderrl.backbones.mar_backbone import MaskedTransformer
 from orderrl.backbones.randar import OrderRobustTransformer, cross_entropy
 from orderrl.backbones.registry import TrainableBackbone
-from orderrl.data import Augmentation, TokenSet
+from orderrl.data import TokenSet, augmented
 from orderrl.geometry import BlockGrid
 from orderrl.runtime import distributed
 from orderrl.runtime.devices import has_bfloat16, moved
@@ -291,7 +291,6 @@ def pretrain(
     train: TokenSet,
     held_out: TokenSet,
     config: PretrainConfig,
-    augment: Augmentation | None = None,
     on_random_phase_end: Callable[[TrainableBackbone], None] | None = None,
     job: Job | None = None,
     split_on: str | None = None,
@@ -306,7 +305,6 @@ def pretrain(
         backbone: trained in place.
         train: images to learn from.
         held_out: images for the logged losses; never trained on.
-        augment: the data set's.
         on_random_phase_end: receives the averaged backbone at the last step with random orders only.
         split_on: device on which the weights are split over all processes; None leaves them whole.
         orders: extracts the orders of `config.policy`, every round from the averaged weights of the moment.
@@ -361,7 +359,7 @@ def pretrain(
         # a batch in its orders
         source, strength = (train, config.augmentation) if images is None else (images, 0.0)
         rows, tokens, _, labels = draw_batch(
-            source, config.batch_size, config.label_dropout, backbone.num_classes, generator, augment, strength
+            source, config.batch_size, config.label_dropout, backbone.num_classes, generator, strength
         )
         order, seen = _batch_orders(backbone.geometry, config, share, images, rows, generator)
         mine = distributed.rows_of(torch.arange(config.batch_size))
@@ -394,14 +392,16 @@ def draw_batch(
     label_dropout: float,
     dropped: int,
     generator: torch.Generator,
-    augment: Augmentation | None,
-    strength: float,
+    augmentation: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Random images: their places (M,), their tokens, augmented, their labels, and these with a share `dropped`."""
+    """Random images: their places (M,), their tokens, augmented, their labels, and these with a share `dropped`.
+
+    The augmentation is the strength of the data set's, if it has one.
+    """
     rows = torch.randint(len(images), (count,), generator=generator)
     tokens, labels = images.tokens[rows], images.labels[rows]
-    if augment is not None and strength > 0:
-        tokens = augment(tokens, generator, strength)
+    if isinstance(images, TokenSet):
+        tokens = augmented(images.name, tokens, generator, augmentation)
     without = torch.rand(count, generator=generator) < label_dropout
     return rows, tokens, labels, torch.where(without, dropped, labels)
 

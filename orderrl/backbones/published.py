@@ -29,16 +29,15 @@ class PublishedSamples(NamedTuple):
 
 
 def llamagen_sampler(
-    model: RasterTransformer, labels: Tensor, uniforms: Tensor, sampling: Sampling | None = None
+    model: RasterTransformer, labels: Tensor, uniforms: Tensor, sampling: Sampling = Sampling()
 ) -> PublishedSamples:
     """LlamaGen's sampler: raster order, one token a step, guidance in an interval.
 
     Args:
         labels: (M,) int64.
         uniforms: (M, N) in [0, 1), in raster order.
-        sampling: temperature, top-k, top-p, guidance and its interval; None is plain sampling.
+        sampling: temperature, top-k, top-p, guidance and its interval.
     """
-    sampling = sampling or Sampling()
     steps = list(model.decode_steps(labels, uniforms, sampling, sampling.guidance != 1))
     tokens, logits = (torch.stack(part, 1) for part in zip(*steps, strict=True))
     return PublishedSamples(tokens, logits, [1] * len(steps))
@@ -77,7 +76,7 @@ def randar_sampler(
     uniforms: Tensor,
     steps: int,
     guidance: tuple[float, float] = (1.0, 1.0),
-    sampling: Sampling | None = None,
+    sampling: Sampling = Sampling(),
 ) -> PublishedSamples:
     """RandAR's parallel decoding (Pang et al., 2024): the queries of a step see each other causally.
 
@@ -98,7 +97,6 @@ def randar_sampler(
     """
     if model.relative:
         raise ValueError("RandAR's sampler says where the next token lies, not how far it is; use absolute positions")
-    sampling = sampling or Sampling()
     total = model.geometry.num_tokens
     sizes = randar_sizes(total, steps)
     guided = guidance[1] > 1
@@ -171,7 +169,7 @@ def arpg_sampler(
     guidance: float = 1.0,
     guidance_schedule: str = "linear",
     schedule: str = "arccos",
-    sampling: Sampling | None = None,
+    sampling: Sampling = Sampling(),
 ) -> PublishedSamples:
     """ARPG's sampler (Li et al., 2025): the tokens of an iteration see each other in both directions.
 
@@ -190,7 +188,6 @@ def arpg_sampler(
     """
     if guidance_schedule not in SCHEDULES:
         raise ValueError(f"guidance_schedule={guidance_schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}")
-    sampling = sampling or Sampling()
     total = model.geometry.num_tokens
     sizes = arpg_sizes(total, iterations, schedule)
     both = torch.cat([labels, torch.full_like(labels, model.num_classes)])

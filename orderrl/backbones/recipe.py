@@ -26,7 +26,7 @@ from orderrl.backbones.registry import (
     published_names,
     save_backbone,
 )
-from orderrl.data import AUGMENTATIONS, TokenSet, load_split
+from orderrl.data import TokenSet, load_split
 from orderrl.runtime.cache import Cache, fingerprint
 from orderrl.runtime.checkpoint import load_checkpoint
 from orderrl.runtime.distributed import is_main, on_main, print_main
@@ -107,7 +107,7 @@ class BackboneRecipe:
 
             before = job.piece("before", measured) if start is not None else None
             split_on = self.device if self.fsdp else None
-            pretrain(backbone, train, held_out, config, AUGMENTATIONS.get(self.data), keep, job, split_on, orders)
+            pretrain(backbone, train, held_out, config, keep, job, split_on, orders)
             # measure and keep
             losses = measured()
             annealed = on_main(random_phase.exists)

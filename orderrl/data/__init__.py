@@ -20,6 +20,7 @@ __all__ = [
     "augment_canvas",
     "augment_digits",
     "augment_patches",
+    "augmented",
     "load_canvas_split",
     "load_digits_split",
     "load_patches_split",
@@ -45,6 +46,12 @@ AUGMENTATIONS: dict[str, Augmentation] = {
 }
 """The mild augmentation of a data set; others have none."""
 _ON_DISK = "tokens:"
+
+
+def augmented(name: str, tokens: Tensor, generator: Generator, strength: float) -> Tensor:
+    """Tokens of a data set under its augmentation, if it has one; strength 0 is none."""
+    augment = AUGMENTATIONS.get(name) if strength > 0 else None
+    return tokens if augment is None else augment(tokens, generator, strength)
 
 
 @isolated_float32

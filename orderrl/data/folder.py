@@ -112,6 +112,11 @@ class ImageSplit:
     def __len__(self) -> int:
         return len(self.names)
 
+    def part(self, split: str, rows: Tensor) -> "ImageSplit":
+        """Some of the images, rows (m,) int64, as a split of their own."""
+        names, versions = ([values[row] for row in rows.tolist()] for values in (self.names, self.versions))
+        return ImageSplit(split, self.root, names, self.labels[rows], versions)
+
 
 def split_rows(labels: Tensor, test_share: float, planner_share: float, seed: int) -> dict[str, Tensor]:
     """Disjoint, stratified splits.
@@ -192,39 +197,27 @@ def list_images(config: FolderConfig) -> Images:
             `config.classes`.
     """
     known = None if config.classes is None else class_ids(config.classes, config.num_classes)
-    found = _class_folders(config.root, "root", known)
+    classes, found, left_out = _class_folders(config.root, "root", known)
     test_share = 0.0 if config.test_root is not None else config.test_share
     rows = split_rows(found.labels, test_share, config.planner_share, config.split_seed)
-    splits = {split: _image_split(split, found, part) for split, part in rows.items()}
-    left_out = found.left_out
+    splits = {split: found.part(split, part) for split, part in rows.items()}
     if config.test_root is not None:
-        other = _class_folders(config.test_root, "test_root", known)
-        if other.classes != found.classes:
-            different = sorted(set(other.classes) ^ set(found.classes))
+        others, splits["test"], skipped = _class_folders(config.test_root, "test_root", known)
+        if others != classes:
+            different = sorted(set(others) ^ set(classes))
             raise ValueError(
                 f"data.root={config.root} and data.test_root={config.test_root} must have the same classes; "
                 f"only one has {', '.join(different[:5])}"
             )
-        splits["test"] = _image_split("test", other, torch.arange(len(other.names)))
-        left_out = {key: left_out.get(key, []) + other.left_out.get(key, []) for key in left_out | other.left_out}
+        left_out = {key: left_out.get(key, []) + skipped.get(key, []) for key in left_out | skipped}
     present = None if known is None else torch.cat([part.labels for part in splits.values()]).unique().tolist()
-    return Images(found.classes, splits, present, left_out)
+    return Images(classes, splits, present, left_out)
 
 
-@dataclass(frozen=True)
-class _ClassFolders:
-    """All images of a folder of class folders; names, labels and versions as in `ImageSplit`."""
-
-    root: Path
-    classes: list[str]
-    names: list[str]
-    labels: Tensor
-    versions: list[str]
-    left_out: dict[str, list[str]]
-
-
-def _class_folders(root: str, key: str, known: tuple[dict[str, int], list[str]] | None) -> _ClassFolders:
-    """The images below a folder.
+def _class_folders(
+    root: str, key: str, known: tuple[dict[str, int], list[str]] | None
+) -> tuple[list[str], ImageSplit, dict[str, list[str]]]:
+    """Class names, all images below a folder as one split "test", and the names of what is left out, by the reason.
 
     Args:
         key: of the configuration, that named it.
@@ -261,13 +254,8 @@ def _class_folders(root: str, key: str, known: tuple[dict[str, int], list[str]] 
             named = shorten([*map(printable, strange)], 5)
             raise ValueError(f"data.{key}={root}: data.classes has no id for the folders {named}")
     labels = torch.tensor([ids[name] for name in of_images], dtype=torch.int64)
-    return _ClassFolders(path, classes, names, labels, file_versions([path / name for name in names]), left_out)
-
-
-def _image_split(split: str, folder: _ClassFolders, rows: Tensor) -> ImageSplit:
-    taken = rows.tolist()
-    names, versions = ([values[row] for row in taken] for values in (folder.names, folder.versions))
-    return ImageSplit(split, folder.root, names, folder.labels[rows], versions)
+    images = ImageSplit("test", path, names, labels, file_versions([path / name for name in names]))
+    return classes, images, left_out
 
 
 # -- what is cut out of them ------------------------------------------------------------------------------------------

@@ -126,17 +126,22 @@ class TokenSet:
         digest.update(self.labels.numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def shuffled(self, seed: int = ORDER_SEED) -> TokenSet:
+    def shuffled(self) -> TokenSet:
         """The same images in `stratified_order`, which becomes part of the identity."""
-        rows = stratified_order(self.labels, seed)
-        tokens = self.tokens[rows] if isinstance(self.tokens, Tensor) else self.tokens.at(rows)
-        identity = None if self.identity is None else hashlib.sha256(f"{self.identity}:order {seed}".encode())
+        identity = None if self.identity is None else hashlib.sha256(f"{self.identity}:order {ORDER_SEED}".encode())
         return replace(
-            self,
-            tokens=tokens,
-            labels=self.labels[rows],
+            self.at(stratified_order(self.labels)),
             identity=None if identity is None else identity.hexdigest()[:16],
         )
+
+    def at(self, rows: Tensor) -> TokenSet:
+        """Some of the images in a given order: rows (m,) int64."""
+        tokens = self.tokens[rows] if isinstance(self.tokens, Tensor) else self.tokens.at(rows)
+        return self.holding(tokens, self.labels[rows])
+
+    def holding(self, tokens: Tensor, labels: Tensor) -> TokenSet:
+        """A set of the same kind that holds other images."""
+        return replace(self, tokens=tokens, labels=labels, identity=None)
 
     def first(self, count: int) -> TokenSet:
         """The first `count` images, at most all: a stratified sample of a split."""

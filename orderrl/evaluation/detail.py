@@ -65,3 +65,19 @@ class Examples:
     labels: Sequence[int | str]  # E class labels
     rows: int  # of blocks
     columns: int  # of blocks
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What the report shows besides the numbers.
+
+    Attributes:
+        details: one for each policy with pictures. Curves and maps are drawn of learned planners and of policies that
+            reveal one block a step; the viewer has all.
+        examples: the images of the episodes in the details; None shows neither viewer nor images.
+        drawn: images that policies drew.
+    """
+
+    details: Sequence[PolicyDetail] = ()
+    examples: Examples | None = None
+    drawn: Sequence[Drawn] = ()

@@ -1,8 +1,7 @@
 """Images drawn by the backbone in the order that a policy chooses."""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.envs.replay import replay
 from orderrl.envs.reward import RewardConfig
 from orderrl.runtime.isolation import isolated
+from orderrl.runtime.progress import Advance, unseen
 from orderrl.runtime.random import Stream, keyed_normal, keyed_uniform
 
 
@@ -41,10 +41,10 @@ def generate_images(
     policy: Policy | ReferencePolicy,
     budgets: tuple[int, ...],
     labels: Tensor,
-    sampling: Sampling | None = None,
+    sampling: Sampling = Sampling(),
     seed: int = 0,
     batch_size: int = 250,
-    advance: Callable[[float], None] | None = None,
+    advance: Advance = unseen,
     candidates: int = 1,
 ) -> Generated:
     """Generate one image for each label.
@@ -52,7 +52,7 @@ def generate_images(
     Args:
         data: names the shape of the images; none of them is read.
         labels: (n,) int64 classes.
-        sampling: how tokens are drawn; None is temperature 1 and no filter.
+        sampling: how tokens are drawn.
         seed: image i is drawn with seed + i, whatever the batch.
         advance: called with the number of images that were done.
         candidates: images drawn for one, with seeds and sampled orders of their own; the one is kept that has the
@@ -67,10 +67,9 @@ def generate_images(
         tokens, reveal_step = (
             torch.stack([getattr(made, name) for made in sets])[best, rows] for name in ("tokens", "reveal_step")
         )
-        if advance is not None:
-            advance(len(labels))
+        advance(len(labels))
         return Generated(tokens, sets[0].labels, reveal_step, time.perf_counter() - start)
-    config = CoreConfig("generate", budgets, sampling=sampling or Sampling(), strict=True, hindsight=False)
+    config = CoreConfig("generate", budgets, sampling=sampling, strict=True, hindsight=False)
     generator = torch.Generator().manual_seed(seed)
     start = time.perf_counter()
     parts: list[tuple[Tensor, Tensor, Tensor]] = []  # and not the cores: their caches are large
@@ -79,8 +78,7 @@ def generate_images(
         core.reset(labels=labels[rows])
         play(core, policy, generator)
         parts.append((core.tokens.cpu(), core.labels.cpu(), core.reveal_step.cpu()))
-        if advance is not None:
-            advance(len(rows))
+        advance(len(rows))
     tokens, drawn_labels, reveal_step = (torch.cat(part) for part in zip(*parts, strict=True))
     return Generated(tokens, drawn_labels, reveal_step, time.perf_counter() - start)
 
@@ -91,7 +89,7 @@ def drawn_code_lengths(backbone: Backbone, data: TokenSet, made: Generated, batc
     config, lengths = CoreConfig("generate", reward=RewardConfig(objective="likelihood")), []
     blocks = torch.arange(backbone.geometry.num_blocks)
     for rows in torch.arange(len(made.tokens)).split(batch_size):
-        images = replace(data, split="drawn", tokens=made.tokens[rows], labels=made.labels[rows], identity=None)
+        images = data.holding(made.tokens[rows], made.labels[rows])
         core = NextBlockCore(backbone, data, len(rows), config, observe=False)
         tokens, labels, step = (part.to(core.device) for part in (images.tokens, images.labels, made.reveal_step[rows]))
         losses, _ = backbone.context_loss(backbone.start(labels), tokens, blocks.to(labels).expand(len(rows), -1))
@@ -106,10 +104,10 @@ def generate_published(
     backbone: Backbone,
     labels: Tensor,
     steps: int | None = None,
-    sampling: Sampling | None = None,
+    sampling: Sampling = Sampling(),
     seed: int = 0,
     batch_size: int = 250,
-    advance: Callable[[float], None] | None = None,
+    advance: Advance = unseen,
 ) -> Generated:
     """Generate one image for each label with the sampler that the model was published with, in random token order.
 
@@ -121,7 +119,6 @@ def generate_published(
     Raises:
         ValueError: if the backbone has no published sampler, or it cannot do what `sampling` asks for.
     """
-    sampling = sampling or Sampling()
     device, total = backbone_device(backbone), backbone.geometry.num_tokens
     start = time.perf_counter()
     parts: list[tuple[Tensor, Tensor]] = []
@@ -137,8 +134,7 @@ def generate_published(
             drawn, order = _published_causal(backbone, wanted, order, shared, uniforms, steps or total, sampling)
             step = torch.arange(len(drawn.sizes)).repeat_interleave(torch.tensor(drawn.sizes)).to(device)
             parts.append((drawn.tokens, torch.zeros_like(order).scatter(1, order, step.expand_as(order))))
-        if advance is not None:
-            advance(len(rows))
+        advance(len(rows))
     tokens, reveal_step = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
     return Generated(tokens, labels, reveal_step, time.perf_counter() - start)
 

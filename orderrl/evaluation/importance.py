@@ -27,7 +27,7 @@ def class_importance(setup: Setup, data: TokenSet) -> Tensor:
     return torch.cat(found)
 
 
-def order_agreement(rollout: Rollout, worth: Tensor) -> Tensor:
+def early_agreement(rollout: Rollout, worth: Tensor) -> Tensor:
     """Rank correlation of being revealed early with importance (n, B), of each image: (n,) float64."""
     return _agreement(-rollout.order.argsort(1).float().cpu(), worth)
 

@@ -26,7 +26,7 @@ from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.envs.observation import labelled
 from orderrl.evaluation.columns import all_columns, empty_row
 from orderrl.evaluation.drawing import balanced_labels, generate_images
-from orderrl.evaluation.importance import content_agreement, order_agreement
+from orderrl.evaluation.importance import content_agreement, early_agreement
 from orderrl.evaluation.policies import own_order
 from orderrl.evaluation.protocol import EvaluationProtocol
 from orderrl.evaluation.recording import ScoreLog, recorded
@@ -93,7 +93,7 @@ def evaluate_policy(p: EvaluationProtocol, named: NamedPolicy, sampled: bool) ->
     per_image = planning_values(rollout, p.backbone) | areas
     if p.importance is not None:
         worth = p.importance[:images]
-        per_image["importance_spearman"] = order_agreement(rollout, worth)
+        per_image["importance_spearman"] = early_agreement(rollout, worth)
         planner = getattr(named.scorer, "planner", None)
         if planner is not None and planner.config.network == "orderhead":
             per_image |= content_agreement(planner, p.backbone, p.data, worth)

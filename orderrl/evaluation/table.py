@@ -23,9 +23,9 @@ from orderrl.data import TokenSet
 from orderrl.envs.reward import OBJECTIVES
 from orderrl.evaluation.columns import all_columns, empty_row
 from orderrl.evaluation.comparison import comparisons
-from orderrl.evaluation.detail import Curve, Drawn, PolicyDetail
+from orderrl.evaluation.detail import Curve, Drawn, Pictures, PolicyDetail
 from orderrl.evaluation.protocol import EvaluationProtocol
-from orderrl.evaluation.recording import episodes
+from orderrl.evaluation.recording import episodes, example_images
 from orderrl.evaluation.rows import (
     Evaluated,
     evaluate_foreign,
@@ -210,16 +210,12 @@ def tabulated(protocol: EvaluationProtocol, rows: Sequence[Evaluated]) -> dict[s
     }
 
 
-def details(protocol: EvaluationProtocol, rows: Sequence[Evaluated]) -> list[PolicyDetail]:
-    """What the report's pictures show: orders of planners of one seed, and of everything else that has an order."""
-    shown = [row for row in rows if row.rollout is not None and row.row["seed"] in (None, 0)]
-    return [policy_detail(protocol, row) for row in shown]
-
-
-def drawn_images(rows: Sequence[Evaluated]) -> list[Drawn]:
-    """What the report shows of the images that policies drew, planners of one seed."""
+def pictures(protocol: EvaluationProtocol, rows: Sequence[Evaluated]) -> Pictures:
+    """What the report shows of rows besides their numbers: of planners one seed, and of everything else all."""
     shown = [row for row in rows if row.row["seed"] in (None, 0)]
-    return [Drawn(row.row["policy"], row.drawn) for row in shown if row.drawn is not None]
+    details = [policy_detail(protocol, row) for row in shown if row.rollout is not None]
+    examples = example_images(protocol.data, protocol.backbone.geometry) if details else None
+    return Pictures(details, examples, [Drawn(row.row["policy"], row.drawn) for row in shown if row.drawn is not None])
 
 
 def policy_detail(protocol: EvaluationProtocol, evaluated: Evaluated) -> PolicyDetail:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from orderrl.data import AUGMENTATIONS, TokenSet, load_split
+from orderrl.data import TokenSet, augmented, load_split
 from orderrl.data.pictures import HIDDEN_GREY, hide_blocks
 from orderrl.geometry import BlockGrid
 from orderrl.runtime.checkpoint import load_checkpoint, load_state, save_checkpoint
@@ -132,7 +132,7 @@ def train_classifier(name: str = "digits", seed: int = 0, steps: int = 3000, bat
         if value < 1:
             raise ValueError(f"{argument} must be at least 1, got {value}")
     config = _config(name)
-    data, augment, geometry = load_split(name, "backbone"), AUGMENTATIONS[name], config.geometry
+    data, geometry = load_split(name, "backbone"), config.geometry
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -142,7 +142,7 @@ def train_classifier(name: str = "digits", seed: int = 0, steps: int = 3000, bat
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
         for step in range(steps):
             rows = torch.randint(len(data), (batch_size,), generator=generator)
-            images = data.images(augment(data.tokens[rows], generator, 1.0))
+            images = data.images(augmented(name, data.tokens[rows], generator, 1.0))
             images = hide_blocks(images, random_visible(batch_size, geometry, generator), geometry)
             loss = F.cross_entropy(classifier(images), data.labels[rows])
             require_finite_losses({"step": step, "loss": loss.item()})

@@ -136,7 +136,7 @@ def shown_images(
 
 @torch.no_grad()
 def complete(
-    backbone: Backbone, data: TokenSet, rollout: Rollout, moment: int, sampling: Sampling | None = None, seed: int = 0
+    backbone: Backbone, data: TokenSet, rollout: Rollout, moment: int, sampling: Sampling = Sampling(), seed: int = 0
 ) -> Tensor:
     """The images of a rollout at one moment, their hidden blocks drawn by the backbone one by one in raster order.
 
@@ -146,13 +146,13 @@ def complete(
         data: any token set of the images' shape.
         rollout: its visible blocks stand in the prefix in the order in which they were revealed.
         moment: in 0..T.
-        sampling: how tokens are drawn; None is temperature 1 and no filter.
+        sampling: how tokens are drawn.
         seed: of the draws; image i is drawn with seed + i.
 
     Returns:
         Tokens like those of the rollout, equal to them in visible blocks.
     """
-    config = CoreConfig("generate", sampling=sampling or Sampling(), strict=True, hindsight=False)
+    config = CoreConfig("generate", sampling=sampling, strict=True, hindsight=False)
     core = NextBlockCore(backbone, data, len(rollout.tokens), config, seed, observe=False)
     core.reset(labels=torch.full_like(rollout.labels, backbone.num_classes))
     core.tokens = rollout.tokens.clone()

@@ -22,7 +22,7 @@ def print_analysis(results: Mapping[str, Any]) -> None:
     if results["headroom"] is not None:
         tables.append(_headroom_table(results["headroom"]))
     if results["latents"]:
-        tables += [_variant_table(results["latents"]), _probe_table(results["latents"])]
+        tables.append(_variant_table(results["latents"]))
     print_tables(*tables)
     print(f"* {RULE}")
 
@@ -120,14 +120,4 @@ def _variant_table(entries: Sequence[Mapping[str, Any]]) -> Table:
                 cells.append(_shown(variant[metric], variant[f"{metric}_ci"], digits))
                 cells.append(_difference(variant[f"{metric}_difference"], digits))
             table.add_row(entry["policy"], name, *cells)
-    return table
-
-
-def _probe_table(entries: Sequence[Mapping[str, Any]]) -> Table:
-    columns = ("policy", "target", "measure", "pass", "mean block token", "latents", "latents minus blocks")
-    table = Table(*columns, title="linear probes, cross-validated over images")
-    for entry in entries:
-        for found in entry["probes"]:
-            scores = (_interval(found["blocks"]), _interval(found["latents"]), _interval(found["difference"], "+"))
-            table.add_row(entry["policy"], found["target"], found["measure"], str(found["pass"]), *scores)
     return table

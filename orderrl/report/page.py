@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache, partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from orderrl.evaluation.columns import (
     own_policies,
     shown_columns,
 )
-from orderrl.evaluation.detail import Curve, Drawn, Examples, PolicyDetail
+from orderrl.evaluation.detail import Curve, Drawn, Examples, Pictures, PolicyDetail
 from orderrl.report import cost, figures, style
 from orderrl.report.summary import summary
 from orderrl.report.tables import comparison_values, loss_unit, protocol_values, results_values
@@ -44,13 +44,7 @@ class Plot:
     draw: style.Draw  # makes it
 
 
-def write_report(
-    folder: Path,
-    results: dict[str, Any],
-    details: Sequence[PolicyDetail],
-    examples: Examples | None = None,
-    drawn: Sequence[Drawn] = (),
-) -> Path:
+def write_report(folder: Path, results: dict[str, Any], pictures: Pictures) -> Path:
     """Write `report.html` (self-contained), and its figures as `figures/NAME.png`, `.svg` and `.pdf` beside it.
 
     The PDF is as wide as a paper's column, with its fonts embedded.
@@ -60,36 +54,27 @@ def write_report(
         results: as in `results.json`: "protocol" (key to value), "rows" (dicts of the columns and intervals
             "<name>_ci", null where a metric does not apply) and optionally "comparisons", as
             `orderrl.evaluation.comparison.comparisons` gives them.
-        details: what the pictures show, one for each policy with pictures. Curves and maps are drawn of learned
-            planners and of policies that reveal one block a step; the viewer has all.
-        examples: the images of the episodes in the details; None shows neither viewer nor images.
-        drawn: images that policies drew.
 
     Returns:
         The path of the page.
     """
-    text, beside = report_page(results, details, examples, drawn)
+    text, beside = report_page(results, pictures)
     save_figures(folder / "figures", beside)
     path = folder / "report.html"
     path.write_text(text, encoding="utf-8")
     return path
 
 
-def report_page(
-    results: dict[str, Any],
-    details: Sequence[PolicyDetail],
-    examples: Examples | None = None,
-    drawn: Sequence[Drawn] = (),
-) -> tuple[str, dict[str, Callable[[], Figure]]]:
+def report_page(results: dict[str, Any], pictures: Pictures) -> tuple[str, dict[str, Callable[[], Figure]]]:
     """The page as HTML, and the figures beside it by name; as `write_report`, which writes them."""
     rows = results["rows"]
     learned = learned_policies(rows)
     highlighted = [*learned, *own_policies(rows)]
     several = {row["policy"] for row in rows if _several_blocks(row)} - set(learned)
-    single = [detail for detail in details if detail.name not in several]
-    plots = _plots(rows, single, highlighted)
+    shown = replace(pictures, details=[detail for detail in pictures.details if detail.name not in several])
+    plots = _plots(rows, shown.details, highlighted)
     distances = _distances(rows)
-    beside = _figures_beside(plots, single, examples, drawn, distances, style.policy_colours(highlighted))
+    beside = _figures_beside(plots, shown, distances, style.policy_colours(highlighted))
     text = render(
         "report.html.jinja",
         summary=summary(results),
@@ -102,14 +87,14 @@ def report_page(
                 "image": style.png_uri(style.colour_pixels(np.asarray(detail.mean_reveal_step, dtype=np.float64))),
                 "alt": _order_text(detail),
             }
-            for detail in single
+            for detail in shown.details
         ],
-        samples=[_line_of_samples(line, distances) for line in drawn],
+        samples=[_line_of_samples(line, distances) for line in shown.drawn],
         highlighted=["raster", *highlighted],
         **results_values(rows, learned, shown_columns(rows)),
         **comparison_values(results.get("comparisons") or []),
         **protocol_values(results["protocol"]),
-        **_images(details, single, examples, learned, loss_unit(rows)),
+        **_images(pictures, shown, learned, loss_unit(rows)),
     )
     return text, beside
 
@@ -203,23 +188,18 @@ def _on_page(plot: Plot) -> dict[str, Any]:
 
 
 def _figures_beside(
-    plots: Sequence[Plot],
-    details: Sequence[PolicyDetail],
-    examples: Examples | None,
-    drawn: Sequence[Drawn],
-    distances: dict[str, str],
-    colours: dict[str, str],
+    plots: Sequence[Plot], shown: Pictures, distances: dict[str, str], colours: dict[str, str]
 ) -> dict[str, Callable[[], Figure]]:
     """The figures for slides and papers, by the names of their files."""
     found: dict[str, Callable[[], Figure]] = {plot.name: partial(plot.draw, style.INK) for plot in plots}
-    if details:
-        found["mean_orders"] = partial(figures.orders_figure, details, colours)
-    if drawn:
-        found["samples"] = partial(figures.samples_figure, drawn, distances)
-    if examples is not None:
-        shown = [detail for detail in details if detail.episodes]
-        for index in range(_strip_count(shown)):
-            found[f"strips_{index + 1}"] = partial(figures.strips_figure, shown, examples, index)
+    if shown.details:
+        found["mean_orders"] = partial(figures.orders_figure, shown.details, colours)
+    if shown.drawn:
+        found["samples"] = partial(figures.samples_figure, shown.drawn, distances)
+    if shown.examples is not None:
+        details = [detail for detail in shown.details if detail.episodes]
+        for index in range(_strip_count(details)):
+            found[f"strips_{index + 1}"] = partial(figures.strips_figure, details, shown.examples, index)
     return found
 
 
@@ -244,15 +224,9 @@ def _breakable(name: str) -> Markup:
 # -- images -----------------------------------------------------------------------------------------------------------
 
 
-def _images(
-    details: Sequence[PolicyDetail],
-    drawn: Sequence[PolicyDetail],
-    examples: Examples | None,
-    learned: Sequence[str],
-    unit: str,
-) -> dict[str, Any]:
-    """The parts of the page that show example images: their pictures, the viewer and the strips."""
-    known = [detail for detail in details if detail.episodes]
+def _images(pictures: Pictures, shown: Pictures, learned: Sequence[str], unit: str) -> dict[str, Any]:
+    """The parts of the page with example images: their pictures, the viewer of all policies, strips of those shown."""
+    examples, known = pictures.examples, [detail for detail in pictures.details if detail.episodes]
     if examples is None or not known:
         return {"pictures": [], "grid": None, "viewer": None, "strips": []}
     data, count = viewer_data(known, examples, unit)
@@ -271,8 +245,8 @@ def _images(
             "unit": unit,
         },
         "strips": [
-            _strip(index, [detail for detail in drawn if detail.episodes], examples)
-            for index in range(min(count, _strip_count(drawn)))
+            _strip(index, [detail for detail in shown.details if detail.episodes], examples)
+            for index in range(min(count, _strip_count(shown.details)))
         ],
     }
 

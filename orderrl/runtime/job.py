@@ -29,7 +29,7 @@ import pickle
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, Protocol, Self
@@ -39,7 +39,7 @@ from torch import Tensor
 
 from orderrl.runtime import distributed
 from orderrl.runtime.finite import DIVERGED, NotFiniteError, leaves, require_finite, require_finite_losses
-from orderrl.runtime.progress import progress
+from orderrl.runtime.progress import Advance, progress, unseen
 from orderrl.runtime.run import Run
 from orderrl.runtime.storage import LOCK, claim, naming, remove_folder, remove_if_left, remove_orphans
 from orderrl.runtime.terminal import one_line
@@ -49,10 +49,6 @@ _DIGITS = 16  # of the checksum in a file's name
 _STATE = "state"
 _HISTORY = "history"
 _NO_RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
-
-
-def unseen(count: float = 1, note: str = "") -> None:
-    """A progress bar that is not shown."""
 
 
 class Stateful(Protocol):
@@ -227,19 +223,21 @@ class Job:
         count: int,
         size: int,
         make: Callable[[Tensor], dict[str, Tensor]],
-        advance: Callable[[float], None] = unseen,
+        description: str = "",
+        unit: str = "rows",
     ) -> dict[str, Tensor]:
         """Tensors made in batches of rows 0 .. count - 1 and joined; every batch is a piece.
 
         Args:
             name: of the pieces, in front of their numbers.
             make: gives the tensors of some rows (m,) int64, first dimension m or what m rows lead to.
-            advance: called with how many rows are done.
+            unit: what the bar counts, plural.
         """
         parts = []
-        for number, rows in enumerate(torch.arange(count).split(size)):
-            parts.append(self.piece(f"{name}-{number:05d}", partial(make, rows)))
-            advance(len(rows))
+        with self._bar(count, description, unit) as advance:
+            for number, rows in enumerate(torch.arange(count).split(size)):
+                parts.append(self.piece(f"{name}-{number:05d}", partial(make, rows)))
+                advance(len(rows))
         return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
     def checksum(self, name: str, path: Path) -> str:
@@ -279,7 +277,7 @@ class Job:
             NotFiniteError: if a state that is to be kept holds tensors that are not finite.
             OSError: if it cannot be written; the one before it stays.
         """
-        with progress(total, description, unit) if self._kept else nullcontext(unseen) as advance:
+        with self._bar(total, description, unit) as advance:
             done = self._continue(total, parts)
             if done:
                 advance(done)
@@ -291,6 +289,10 @@ class Job:
                 if step + 1 < total and self._is_time(kept):
                     self._keep(step + 1, parts)
                     kept = time.monotonic()
+
+    def _bar(self, total: int, description: str, unit: str) -> AbstractContextManager[Advance]:
+        """A progress bar, which a job that nobody resumes does not show."""
+        return progress(total, description, unit) if self._kept else nullcontext(unseen)
 
     def log(self, **metrics: float) -> None:
         """Log a row of metrics of the current step; before the first that is step 0.

@@ -32,6 +32,10 @@ class Advance(Protocol):
         """Move the bar."""
 
 
+def unseen(count: float = 1, note: str = "") -> None:
+    """The `Advance` of a bar that is not shown."""
+
+
 @contextmanager
 def progress(total: int | None, description: str, unit: str = "it") -> Iterator[Advance]:
     """Show how far a loop is: a bar with count, rate, time passed and time left.
@@ -48,7 +52,7 @@ def progress(total: int | None, description: str, unit: str = "it") -> Iterator[
         A function to call when items are done.
     """
     if not distributed.is_main():
-        yield lambda count=1, note="": None
+        yield unseen
         return
     console = Console()
     if not (console.is_terminal or (console.is_jupyter and find_spec("ipywidgets"))):

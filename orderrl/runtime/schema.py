@@ -46,10 +46,9 @@ class Node:
     build: str | None = None
 
     @property
-    def settings(self) -> type[Any]:
+    def settings(self) -> Any:
         """The dataclass."""
-        kind: type[Any] = _imported(self.kind)
-        return kind
+        return _imported(self.kind)
 
     def contents(self) -> dict[str, Any]:
         """Plain values, as a YAML file at this place would have them."""
@@ -150,7 +149,8 @@ def registered(nodes: Nodes, bare: bool = False) -> Iterator[None]:
         store.repo = before
 
 
-def _collected(kind: Any) -> list[tuple[str, Any, Any, Any]]:
+@cache
+def _settings(kind: Any) -> list[tuple[str, Any, Any, Any]]:
     """Name, field, annotated type and nested dataclass (or None) of every setting of a dataclass."""
     annotated, found = kinds(kind), []
     for item in fields(kind):
@@ -161,10 +161,7 @@ def _collected(kind: Any) -> list[tuple[str, Any, Any, Any]]:
     return found
 
 
-_settings: Callable[[Any], list[tuple[str, Any, Any, Any]]] = cache(_collected)  # mypy takes no class for hashable
-
-
-def defaults_of(kind: type[Any]) -> dict[str, Any]:
+def defaults_of(kind: Any) -> dict[str, Any]:
     """Defaults of a dataclass's settings as plain values, "???" for what must be given."""
     values: dict[str, Any] = {}
     for name, item, _, nested in _settings(kind):
@@ -191,7 +188,7 @@ def settings_of(parts: Sequence[Part]) -> dict[str, Setting]:
     """Every key of a configuration by its dotted name; of a key that several parts have, the last."""
     found: dict[str, Setting] = {}
 
-    def add(kind: type[Any], prefix: str) -> None:
+    def add(kind: Any, prefix: str) -> None:
         for name, item, hint, nested in _settings(kind):
             described = item.metadata
             found[prefix + name] = Setting(hint, described["rules"], described["meaning"], nested is not None)

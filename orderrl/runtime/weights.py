@@ -66,24 +66,23 @@ def local_path(path: str | Path) -> Path:
     raise ValueError(f"{text} names no file; choose one of {', '.join(weights)}")
 
 
-def read_state(path: str | Path, weights: str | None = None) -> dict[str, Tensor]:
-    """The state dict in a file; tensors are mapped from it, not copied.
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a file, of several nested ones the first of `NESTINGS`; tensors are mapped, not copied.
 
     Args:
         path: .safetensors, .pt, .pth, .bin or .ckpt, or a hub name.
-        weights: which of several nested state dicts; None takes the first of `NESTINGS` that is there.
 
     Raises:
         ValueError: if the file is damaged, wants to run code, or holds no state dict; one line that says which.
         FileNotFoundError: if there is no such file.
     """
     state: dict[str, Tensor] = {}
-    for part in read_shards(path, weights):
+    for part in read_shards(path):
         state |= part
     return state
 
 
-def read_shards(path: str | Path, weights: str | None = None) -> Iterator[dict[str, Tensor]]:
+def read_shards(path: str | Path) -> Iterator[dict[str, Tensor]]:
     """The state dict of a file, or of the shards that a `*.safetensors.index.json` names, one after the other.
 
     Arguments and errors as for `read_state`.
@@ -95,11 +94,11 @@ def read_shards(path: str | Path, weights: str | None = None) -> Iterator[dict[s
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index}: is no index of shards ({error})") from error
         for shard in shards:
-            yield from read_shards(f"{str(path).rpartition('/')[0]}/{shard}" if "/" in str(path) else shard, weights)
+            yield from read_shards(f"{str(path).rpartition('/')[0]}/{shard}" if "/" in str(path) else shard)
         return
     file = local_path(path)
     if file.suffix in PICKLES:
-        yield clean_names(unwrap(_read_pickle(file), file, weights))
+        yield clean_names(unwrap(_read_pickle(file), file))
     elif file.suffix == ".safetensors":
         yield clean_names(_read_safetensors(file))
     else:
@@ -144,19 +143,16 @@ def _nesting_of(path: Path) -> str:
     return next((name for name in NESTINGS if name in strings), "model")
 
 
-def unwrap(contents: object, path: Path, weights: str | None = None) -> dict[str, Tensor]:
-    """The state dict inside what a file holds, or the one asked for, else ValueError.
+def unwrap(contents: object, path: Path) -> dict[str, Tensor]:
+    """The state dict inside what a file holds, else ValueError.
 
     If there is a choice, or it is averaged, a line says which was taken.
     """
     if not isinstance(contents, Mapping):
         raise ValueError(f"{path}: holds a {type(contents).__name__}, not a state dict")
     nested = [name for name in NESTINGS if isinstance(contents.get(name), Mapping)]
-    if weights is not None and weights not in nested:
-        raise ValueError(f"{path}: has no weights={weights!r}; choose one of {', '.join(nested) or 'none'}")
-    chosen = weights or (nested[0] if nested else None)
-    if chosen is not None:
-        others = ", ".join(name for name in nested if name != chosen)
+    if nested:
+        chosen, others = nested[0], ", ".join(nested[1:])
         if others or chosen in AVERAGED:
             taken = f"{chosen} (averaged weights)" if chosen in AVERAGED else chosen
             distributed.print_main(f"{path}: takes {taken}" + (f", not {others}" if others else ""))
@@ -182,13 +178,12 @@ def clean_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return unwrapped
 
 
-def load_weights(module: nn.Module, path: str | Path, weights: str | None = None) -> nn.Module:
+def load_weights(module: nn.Module, path: str | Path) -> nn.Module:
     """Fill a module from a file, in the module's own dtype, shard by shard.
 
     Args:
         module: on any device but meta; changed in place.
         path: as for `read_state`.
-        weights: as for `read_state`.
 
     Raises:
         ValueError: if keys are missing, unexpected or of another shape; all of them in one line. The module is then
@@ -197,7 +192,7 @@ def load_weights(module: nn.Module, path: str | Path, weights: str | None = None
     """
     expected = module.state_dict()
     shapes: dict[str, torch.Size] = {}
-    for shard in read_shards(path, weights):
+    for shard in read_shards(path):
         for name, value in shard.items():
             shapes[name] = value.shape
             if name in expected and value.shape == expected[name].shape:

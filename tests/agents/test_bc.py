@@ -138,7 +138,7 @@ def test_images_are_kept_back_whole(share: float, expected: int, monkeypatch: py
 
 
 def test_labels_of_one_image_are_refused() -> None:
-    with pytest.raises(ValueError, match="labels must come from at least 2 images, one is kept back; got 1"):
+    with pytest.raises(ValueError, match="there must be at least 2 images to learn from, one is kept back; got 1"):
         train(tiny_planner(), tiny_labels(images=1))
 
 

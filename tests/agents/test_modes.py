@@ -13,6 +13,7 @@ from orderrl.agents.play import Rollout, roll_out, scripted
 from orderrl.agents.registry import make_policy
 from orderrl.agents.schedules import cosine_sizes
 from orderrl.backbones.mar import hidden_after
+from orderrl.backbones.sampling import Sampling
 from orderrl.envs.core import CoreConfig, NextBlockCore
 from orderrl.evaluation.drawing import drawn_code_lengths, generate_images
 from orderrl.evaluation.recording import ScoreLog, recorded
@@ -99,7 +100,7 @@ def test_of_several_images_the_one_with_the_shortest_code_is_kept(family: str) -
     data, labels = images(backbone), torch.tensor([0, 1, 2, 0])
     named = make_policy("random@best_of:3", backbone)
     assert named.spec is not None and named.spec.candidates == 3
-    how = (backbone, data, named.policy, named.budgets, labels, None)
+    how = (backbone, data, named.policy, named.budgets, labels, Sampling())
     sets = [generate_images(*how, seed=4 * number) for number in range(3)]
     lengths = torch.stack([drawn_code_lengths(backbone, data, made) for made in sets])
     kept = generate_images(*how, seed=0, candidates=3)

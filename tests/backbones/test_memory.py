@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.memory import table
+from benchmarks.memory import held, table
 from orderrl.backbones import OrderRobustTransformer, build_backbone, load_backbone
-from orderrl.backbones.memory import Packing, free_memory, held, plan
+from orderrl.backbones.memory import Packing, free_memory, plan
 from orderrl.envs.core import CoreConfig, NextBlockCore
 from tests.backbones.families import tiny
 from tests.envs.helpers import play

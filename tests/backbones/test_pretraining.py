@@ -19,7 +19,7 @@ from orderrl.backbones.pretraining import (
     random_share,
     raster_token_orders,
 )
-from orderrl.data import TokenSet, load_split
+from orderrl.data import AUGMENTATIONS, TokenSet, load_split
 from orderrl.geometry import BlockGrid
 from orderrl.runtime.learning_rate import warmed_cosine_factor
 from tests.helpers import tiny_backbone, tiny_images
@@ -107,7 +107,7 @@ def test_the_last_random_checkpoint_is_handed_out(order: str, anneal_from: float
     def see(row: dict[str, float]) -> None:
         seen.append((row["random_share"], len(kept)))
 
-    logged(pretrain, backbone, striped(50, 0), striped(20, 1), config, None, keep, see=see)
+    logged(pretrain, backbone, striped(50, 0), striped(20, 1), config, keep, see=see)
     assert len(kept) == calls
     if calls:
         assert all(count == (share < 1) for share, count in seen)
@@ -124,16 +124,17 @@ def test_the_last_random_checkpoint_is_handed_out(order: str, anneal_from: float
         assert not torch.allclose(kept[0], backbone.output.weight, atol=1e-4)
 
 
-def test_augmentation_is_used_with_its_strength() -> None:
+def test_augmentation_is_used_with_its_strength(monkeypatch: pytest.MonkeyPatch) -> None:
     strengths = []
 
     def augment(tokens: torch.Tensor, generator: torch.Generator, strength: float) -> torch.Tensor:
         strengths.append(strength)
         return tokens
 
+    monkeypatch.setitem(AUGMENTATIONS, striped(1, 0).name, augment)
     for strength in (0.5, 0.0):
         config = replace(QUICK, steps=2, augmentation=strength)
-        pretrain(fresh(), striped(50, 0), striped(20, 1), config, augment)
+        pretrain(fresh(), striped(50, 0), striped(20, 1), config)
     assert strengths == [0.5, 0.5]
 
 

@@ -114,7 +114,7 @@ def test_the_environment_charges_what_the_sequence_costs(size: int) -> None:
     backbone = relative()
     data, geometry = images(backbone, 4), backbone.geometry
     order = random_blocks(geometry, 4, torch.Generator().manual_seed(3))
-    core = NextBlockCore(backbone, data, 4, CoreConfig(budgets=(size,), strict=True), track_losses=True)
+    core = NextBlockCore(backbone, data, 4, CoreConfig(budgets=(size,), strict=True))
     core.reset(index=torch.arange(4))
     charged = torch.zeros(4)
     for start in range(0, 4, size):

@@ -24,13 +24,12 @@ def make_core(
     seed: int = 0,
     strict: bool = True,
     sampling: Sampling | None = None,
-    track_losses: bool = False,
     **reward: Any,
 ) -> NextBlockCore:
     """A core on a tiny backbone; `reward` are values of `RewardConfig`."""
     backbone = backbone or tiny_backbone()
     config = CoreConfig(mode, budgets, RewardConfig(**reward), sampling or Sampling(), strict)
-    return NextBlockCore(backbone, data or tiny_images(backbone), num_envs, config, seed, track_losses)
+    return NextBlockCore(backbone, data or tiny_images(backbone), num_envs, config, seed)
 
 
 def arguments(**changes: Any) -> dict[str, Any]:

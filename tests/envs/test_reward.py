@@ -149,7 +149,7 @@ def test_planning_metrics_are_the_returns(budgets: tuple[int, ...]) -> None:
     index = torch.arange(4)
 
     def rollout(**reward: Any) -> tuple[Rollout, Tensor]:
-        core = make_core(4, budgets, track_losses=True, **reward)
+        core = make_core(4, budgets, **reward)
         record = roll_out(core, Scripted(steps, budgets), torch.Generator(), index)
         replayed = make_core(4, budgets, **reward)
         replayed.reset(index=index)

@@ -18,7 +18,7 @@ from orderrl.agents.registry import make_policy
 from orderrl.backbones import load_backbone
 from orderrl.data import load_split
 from orderrl.envs.core import CoreConfig, NextBlockCore
-from orderrl.evaluation.importance import content_agreement, order_agreement
+from orderrl.evaluation.importance import content_agreement, early_agreement
 from orderrl.evaluation.rows import first_choices
 from orderrl.factory import Setup
 from orderrl.geometry import BlockGrid
@@ -38,7 +38,7 @@ def test_an_order_by_importance_agrees_with_it_whatever_the_image() -> None:
             return (sign * worth).masked_fill(observation["visible"], -9).argmax(-1)
 
         rollout = roll_out(core, by_worth, torch.Generator(), torch.arange(3))
-        assert order_agreement(rollout, worth).tolist() == pytest.approx([sign] * 3)
+        assert early_agreement(rollout, worth).tolist() == pytest.approx([sign] * 3)
 
 
 def test_a_head_that_reads_places_alone_owes_nothing_to_content() -> None:

@@ -10,6 +10,7 @@ import torch
 
 from orderrl.evaluation.columns import empty_row
 from orderrl.evaluation.comparison import by_policy, compare_runs, comparisons, in_order
+from orderrl.evaluation.detail import Pictures
 from orderrl.evaluation.rows import Evaluated
 from orderrl.evaluation.runs import Evaluation
 from orderrl.metrics.statistics import RULE, is_significant
@@ -79,7 +80,7 @@ def test_everything_that_is_printed_or_written_follows_the_rule_and_says_it(
     text = markdown_comparisons(entries)
     assert re.findall(r"\| (.*) - (.*) \| gain_auc \| \*\*", text) == [("planner", "random")] and RULE in text
 
-    page = html.unescape(write_report(tmp_path, results, []).read_text(encoding="utf-8"))
+    page = html.unescape(write_report(tmp_path, results, Pictures()).read_text(encoding="utf-8"))
     (bold,) = re.findall(r"<tr>(?:(?!</tr>).)*<b>(?:(?!</tr>).)*</tr>", page, re.DOTALL)
     assert "planner − random" in bold.replace("<wbr>", "") and RULE in page
     assert "No learned planner beats raster beyond chance" in summary(results)

@@ -18,7 +18,7 @@ from PIL import Image
 
 from orderrl.data.pictures import HIDDEN_GREY
 from orderrl.evaluation.columns import empty_row, shown_columns
-from orderrl.evaluation.detail import Curve, Episode, Examples, PolicyDetail
+from orderrl.evaluation.detail import Curve, Episode, Examples, Pictures, PolicyDetail
 from orderrl.metrics.statistics import RULE
 from orderrl.report import figures, markdown, style, viewer, write_report
 from orderrl.report.cost import Point, cost_figure, cost_points, pareto_front
@@ -72,7 +72,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report") / "new"
-    path = write_report(folder, RESULTS, details(), examples(), drawn("raster", "bc_utility"))
+    path = write_report(folder, RESULTS, Pictures(details(), examples(), drawn("raster", "bc_utility")))
     assert path == folder / "report.html"
     return folder
 
@@ -151,7 +151,7 @@ def test_fid_is_written_only_for_inception_features(page: str, tmp_path: Path) -
     assert "FID ↓" not in page
     scores: dict[str, Any] = {"frechet_distance": 9.0, "kid": 0.01, "spatial_frechet_distance": 7.0}
     rows = [row("raster", 0.06, features="inception-v3-compat", **scores)]
-    text = report_page({"protocol": {}, "rows": rows}, [])[0]
+    text = report_page({"protocol": {}, "rows": rows}, Pictures())[0]
     assert all(header in text for header in (">FID ↓", ">KID ↓", ">sFID ↓"))
 
 
@@ -167,7 +167,7 @@ def test_sample_quality_is_shown_where_a_row_has_it(page: str, tmp_path: Path) -
         "spatial_frechet_distance": 3.25,
     }
     rows = [row("raster", 0.06, frechet_distance=9.0, features="orderrl-digits", **scored), row("oracle", 0.1)]
-    text = report_page({"protocol": {}, "rows": rows}, [])[0]
+    text = report_page({"protocol": {}, "rows": rows}, Pictures())[0]
     for header, shown in zip(headers, ("9.50", "−0.0012", "75.0", "50.0", "3.25"), strict=True):
         assert header in text and shown in text
     table = markdown.markdown_table(rows)
@@ -178,7 +178,7 @@ def test_sample_quality_is_shown_where_a_row_has_it(page: str, tmp_path: Path) -
 
 def test_masked_models_have_no_nats(tmp_path: Path) -> None:
     results = {"protocol": {}, "rows": [row("raster", 0.06, decode_loss=3.0, regret=0.1)]}
-    text = report_page(results, [detail("raster")], examples())[0]
+    text = report_page(results, Pictures([detail("raster")], examples()))[0]
     assert "nats per token" not in text and "DiffLoss per token" in text
 
 
@@ -186,7 +186,7 @@ def test_only_differences_that_are_found_are_bold(page: str, tmp_path: Path) -> 
     assert page.count("<b>") == 1 and "<b>+0.0250</b>" in page
     assert "−0.40 to +0.20" in page and RULE in html.unescape(page)
     corrected = comparison(0.02, 0.03) | {"p_holm": 0.07, "effect_size": -0.21}
-    text = report_page(RESULTS | {"comparisons": [corrected]}, [])[0]
+    text = report_page(RESULTS | {"comparisons": [corrected]}, Pictures())[0]
     assert "<b>" not in text and ">0.070<" in text and ">−0.21<" in text
 
 
@@ -197,7 +197,7 @@ def test_names_are_escaped_everywhere(tmp_path: Path) -> None:
         "rows": [row("raster", 0.06), row(name, 0.07, R=1, reliability=reliability(0.1))],
         "comparisons": [comparison(0.01, 0.02, f"{name} - raster")],
     }
-    text = report_page(results, [detail(name), detail("raster")], examples())[0]
+    text = report_page(results, Pictures([detail(name), detail("raster")], examples()))[0]
     assert "<script>alert" not in text
     assert "<i>" not in text
     assert "&lt;script&gt;" in text
@@ -205,7 +205,7 @@ def test_names_are_escaped_everywhere(tmp_path: Path) -> None:
 
 
 def test_page_without_pictures_or_baselines_is_written(tmp_path: Path) -> None:
-    text = report_page({"protocol": {}, "rows": []}, [])[0]
+    text = report_page({"protocol": {}, "rows": []}, Pictures())[0]
     Page(text)
     assert "No learned planner was evaluated." in text
     assert "viewer-data" not in text
@@ -244,7 +244,7 @@ def test_names_beside_pictures_are_not_cut_off(tmp_path: Path) -> None:
 
 def test_drawn_images_stand_beside_their_distance(tmp_path: Path) -> None:
     rows = [row("raster", 0.06, frechet_distance=2.25, features="own"), row("a", 0.1, R=0, seed=0)]
-    text = report_page({"protocol": {}, "rows": rows}, [], None, drawn("raster", "a", size=120))[0]
+    text = report_page({"protocol": {}, "rows": rows}, Pictures(drawn=drawn("raster", "a", size=120)))[0]
     section = text.partition('<section aria-labelledby="samples">')[2].partition("</section>")[0]
     found = re.findall(r'base64,(.*?)" alt="(.*?)"><figcaption>(.*?)</figcaption>', section)
     assert [alt for _, alt, _ in found] == ["6 images drawn by raster", "6 images drawn by a"]
@@ -349,7 +349,7 @@ def test_viewer_drops_images_that_do_not_fit(monkeypatch: pytest.MonkeyPatch, tm
     half, images = viewer.viewer_data(known, examples(), "nats")
     assert images == 2 and len(half) < len(whole)
     assert [len(policy["episodes"]) for policy in json.loads(half)["policies"]] == [2, 2]
-    page = report_page(RESULTS, known, examples())[0]
+    page = report_page(RESULTS, Pictures(known, examples()))[0]
     assert page.count('<image id="example-') == page.count("<h3>Image ") == 2
 
 

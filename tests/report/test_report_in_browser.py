@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from orderrl.evaluation.detail import Pictures
 from orderrl.report.page import report_page
 from orderrl.report.runs_page import write_runs_page
 from orderrl.report.style import colour_pixels
@@ -36,7 +37,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("report") / "report.html"
-    path.write_text(report_page(RESULTS, details(), examples(), drawn("raster"))[0], encoding="utf-8")
+    path.write_text(report_page(RESULTS, Pictures(details(), examples(), drawn("raster")))[0], encoding="utf-8")
     return path.as_uri()
 
 

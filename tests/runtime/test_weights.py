@@ -39,14 +39,10 @@ def test_nested_pickles(nesting: str | None, suffix: str, tmp_path: Path) -> Non
     assert equals_state(load_weights(fresh(), path))
 
 
-def test_averaged_weights_come_first_and_can_be_chosen(tmp_path: Path) -> None:
+def test_averaged_weights_come_first(tmp_path: Path) -> None:
     other = {name: value + 1 for name, value in STATE.items()}
     torch.save({"model": other, "model_ema": STATE}, tmp_path / "w.pt")
     assert equals_state(load_weights(fresh(), tmp_path / "w.pt"))
-    chosen = load_weights(fresh(), tmp_path / "w.pt", weights="model")
-    assert torch.equal(chosen.state_dict()["norm.weight"], other["norm.weight"])
-    with pytest.raises(ValueError, match=r"has no weights='ema'; choose one of model_ema, model"):
-        read_state(tmp_path / "w.pt", weights="ema")
 
 
 @pytest.mark.parametrize(
