@@ -27,7 +27,6 @@ from orderrl.agents.ste import (
 )
 from orderrl.backbones import load_backbone, save_backbone
 from orderrl.envs.core import CoreConfig, NextBlockCore
-from orderrl.geometry import BlockGrid
 from orderrl.planner import PlannerConfig, TokenOrderHead, new_planner
 from orderrl.runtime.job import Job
 from tests.backbones.families import images, tiny
@@ -372,6 +371,6 @@ def test_what_it_cannot_train_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
         ste.AGENT.check(Given, Config(body="top", layers=9))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="needs at least 2 planner images, of which it keeps some back; got 1"):
         ste.AGENT.check(Given, Config())  # type: ignore[arg-type]
-    Given.backbone.geometry = BlockGrid(4, 4, 4)
+    Given.backbone = tiny("mar", block_size=4)
     with pytest.raises(ValueError, match="needs at least 2 blocks, which it splits; got 1"):
         ste.AGENT.check(Given, Config())  # type: ignore[arg-type]
