@@ -357,9 +357,9 @@ def pretrain(
             if on_random_phase_end is not None:
                 on_random_phase_end(mean)
         # a batch in its orders
-        source, strength = (train, config.augmentation) if images is None else (images, 0.0)
+        source = train if images is None else images
         rows, tokens, _, labels = draw_batch(
-            source, config.batch_size, config.label_dropout, backbone.num_classes, generator, strength
+            source, config.batch_size, config.label_dropout, backbone.num_classes, generator, config.augmentation
         )
         order, seen = _batch_orders(backbone.geometry, config, share, images, rows, generator)
         mine = distributed.rows_of(torch.arange(config.batch_size))
@@ -396,7 +396,7 @@ def draw_batch(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Random images: their places (M,), their tokens, augmented, their labels, and these with a share `dropped`.
 
-    The augmentation is the strength of the data set's, if it has one.
+    The augmentation is the strength of the data set's, if it has one; images with orders are views already.
     """
     rows = torch.randint(len(images), (count,), generator=generator)
     tokens, labels = images.tokens[rows], images.labels[rows]
